@@ -1,0 +1,1 @@
+"""minipaged: a small, complete PagedAttention engine that one can see through."""

@@ -1,0 +1,240 @@
+"""What an engine is asked to be. Frozen, validated once, passed by hand, never written back.
+
+Knows numbers and names; knows nothing of torch, devices or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from minipaged.errors import InputError
+
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+MAX_BLOCK_SIZE = 256
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return `value` if it is a whole number in [low, high]; otherwise say what was given and what is allowed."""
+    span = f"at least {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number {span}, not {value!r}")
+    if value < low or (high is not None and value > high):
+        raise InputError(f"{name} must be {span}, not {value}")
+    return value
+
+
+def check_real(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """Return `value` as a float if it is a finite number in the range; otherwise say what was given and what is allowed."""
+    span = f"{'above' if open_low else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number {span}, not {value!r}")
+    if value < low or value > high or (open_low and value == low):
+        raise InputError(f"{name} must be {span}, not {value:g}")
+    return float(value)
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise unless `value` is one of `allowed`."""
+    names = tuple(allowed)
+    if value not in names:
+        raise InputError(f"{name} must be one of {', '.join(map(str, names))}, not {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3's stretch of the rotary frequencies (Llama 3.1 report, section 3.2; Hugging Face `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a LLaMA-style decoder. Flags tell the families apart: Llama 1-3, SmolLM2, Mistral, Qwen 2.5, Qwen 3."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int  # context length, in tokens
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    attention_bias: bool = False  # a bias on q, k and v (Qwen 2.5)
+    output_bias: bool = False  # a bias on the attention's output projection too (`attention_bias` of a Llama config)
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's q and k before rope (Qwen 3)
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position"):
+            check_int(name, getattr(self, name), 1)
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that read one KV head: 1 is MHA, num_heads is MQA."""
+        return self.num_heads // self.num_kv_heads
+
+    def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
+        """Bytes of keys and values that one token holds over all layers: 2 * layers * kv_heads * head_dim * bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def num_parameters(self) -> int:
+        """Weights of the network, embeddings counted once when tied."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        per_layer = self.hidden_size * (2 * q + 2 * kv) + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return per_layer * self.num_layers + embeddings + self.hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The pool of KV blocks. `num_blocks` includes block 0, the null block."""
+
+    block_size: int = 16
+    num_blocks: int = 512
+    num_host_blocks: int = 0
+    enable_prefix_caching: bool = True
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_int("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_int("num_blocks", self.num_blocks, 2)
+        check_int("num_host_blocks", self.num_host_blocks, 0)
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        check_real("watermark", self.watermark, 0.0, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How requests become steps."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 2048
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    preemption: Literal["auto", "recompute", "swap"] = "auto"
+    depth: int = 0  # steps in flight beyond the one being committed: 0 plain, 1 overlap
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("max_num_seqs", self.max_num_seqs, 1)
+        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        check_int("max_model_len", self.max_model_len, 1)
+        check_choice("policy", self.policy, ("fcfs", "priority"))
+        check_choice("preemption", self.preemption, ("auto", "recompute", "swap"))
+        check_int("depth", self.depth, 0, 64)
+        check_int("seed", self.seed, -(2**63), 2**63 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What one request asks of generation. Names and meanings are those of vLLM and the OpenAI API.
+
+    `temperature` 0 is greedy. Sample i of a request draws from the stream (seed, i, position), so a rerun is equal and the
+    n samples differ. Raises InputError naming the value and the allowed range.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    max_tokens: int = 64
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    priority: int = 0
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        check_int("n", self.n, 1, 1024)
+        if self.best_of is not None:
+            check_int("best_of", self.best_of, self.n, 1024)
+        check_int("max_tokens", self.max_tokens, 1)
+        check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_real("temperature", self.temperature, 0.0)
+        check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        check_int("top_k", self.top_k, 0)
+        check_real("min_p", self.min_p, 0.0, 1.0)
+        check_real("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)
+        if self.seed is not None:
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        self._normalise_stops()
+        check_bool("ignore_eos", self.ignore_eos)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 0, 100)
+        check_real("length_penalty", self.length_penalty, -100.0, 100.0)
+        check_bool("early_stopping", self.early_stopping)
+        check_int("priority", self.priority, -(2**31), 2**31 - 1)
+        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
+            raise InputError(f"cache_salt must be text, not {self.cache_salt!r}")
+        if self.beam_width is not None:
+            self._check_beams()
+
+    def _normalise_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise InputError(f"stop must be non-empty strings, not {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+        ids = tuple(self.stop_token_ids)
+        for token in ids:
+            check_int("stop_token_ids", token, 0)
+        object.__setattr__(self, "stop_token_ids", ids)
+
+    def _check_beams(self) -> None:
+        width = check_int("beam_width", self.beam_width, 1, 1024)
+        if self.n > width:
+            raise InputError(f"n ({self.n}) must be at most beam_width ({width}): a beam search returns its n best beams")
+        plain = SamplingParams.__dataclass_fields__
+        for name in ("temperature", "top_p", "top_k", "min_p", "best_of"):
+            if getattr(self, name) != plain[name].default:
+                raise InputError(f"{name} must keep its default with beam_width: a beam search does not sample")
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run side by side for this request: beams, or samples drawn."""
+        return self.beam_width if self.beam_width is not None else (self.best_of or self.n)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the most likely one."""
+        return self.temperature == 0.0
+
+
+def describe(config: ModelConfig | CacheConfig | EngineConfig) -> dict[str, object]:
+    """A config as plain values, for a trace header or a results file."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}

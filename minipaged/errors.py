@@ -1,0 +1,17 @@
+"""The errors a user can cause. Each names the value that was wrong and what would work; the command line turns them into exit code 2."""
+
+
+class InputError(ValueError):
+    """A request, file or setting that cannot be used, found before anything was changed."""
+
+
+class ModelError(InputError):
+    """A model that cannot be found, read or trusted."""
+
+
+class RequestError(InputError):
+    """A request that this engine can never serve (empty, too long, larger than the pool)."""
+
+
+class TraceError(InputError):
+    """A record stream that is none, is damaged before its first keyframe, or is newer than this reader."""

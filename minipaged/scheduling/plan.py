@@ -1,0 +1,80 @@
+"""What one step does, as integers and arrays only, so that a plan can travel to another process or rank.
+
+Rows are the sequences of this step. Row r computes positions [starts[r], starts[r] + lengths[r]) of sequence seq_ids[r]; its tokens lie in
+token_ids, row after row. Draws are the tokens to sample: draw d reads the logits after the last token of row draw_rows[d].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+LongArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+Pairs = tuple[tuple[int, int], ...]
+
+IN_FLIGHT = -1  # a token id that the host does not know yet: the one that this row's slot drew in the newest launched step
+
+
+class SamplingColumns(NamedTuple):
+    """How each draw samples, one entry a draw. None in a plan means: every draw is greedy, with nothing else asked."""
+
+    temperature: FloatArray  # 0: greedy
+    top_p: FloatArray
+    top_k: IntArray  # 0: all
+    min_p: FloatArray
+    repetition_penalty: FloatArray
+    uniform: npt.NDArray[np.float64]  # one number in [0, 1) from the stream (seed, sample index, position)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """One step. Executed in this order: swap_outs, swap_ins, copies, KV writes and attention, draws."""
+
+    step: int
+    swap_outs: Pairs  # (device block, host block)
+    swap_ins: Pairs  # (host block, device block)
+    copies: Pairs  # (source, destination)
+    seq_ids: LongArray  # [rows]
+    slots: IntArray  # [rows] a small number that stays with the sequence while it runs: its place in persistent buffers
+    starts: IntArray  # [rows] first position computed: num_computed before the step
+    lengths: IntArray  # [rows] tokens computed, at least 1
+    token_ids: IntArray  # [sum(lengths)]; IN_FLIGHT where the host does not know the token
+    tables: IntArray  # [rows, width] physical blocks, 0 past the end
+    draw_rows: IntArray  # [draws]
+    draw_slots: IntArray  # [draws] the slot that the drawn token belongs to (differs from the row's when samples fork)
+    sampling: SamplingColumns | None
+    top_logprobs: int = -1  # -1: none; 0: the drawn token's; k: the k best too (beams: 2 * width)
+    prompt_logprob_rows: tuple[int, ...] = ()  # rows whose every position's log-probabilities are wanted (prompt_logprobs)
+    penalty_tokens: tuple[tuple[int, ...], ...] = ()  # per draw, the tokens that a repetition penalty acts on; () if none
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return len(self.token_ids)
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of given tokens: entry i is about the token after position start + i."""
+
+    start: int
+    chosen: FloatArray  # [n] log-probability of the token that follows (nan for a position whose successor is unknown)
+    ranks: IntArray  # [n] 1 is the most likely
+    top_ids: IntArray  # [n, k]
+    top_values: FloatArray  # [n, k]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTokens:
+    """What a launched step drew, on the host."""
+
+    token_ids: IntArray  # [draws]
+    logprobs: FloatArray | None = None  # [draws] log-softmax of the raw logits at the drawn token
+    ranks: IntArray | None = None  # [draws]
+    top_ids: IntArray | None = None  # [draws, k], most likely first
+    top_logprobs: FloatArray | None = None  # [draws, k]
+    prompt_logprobs: dict[int, PromptLogprobs] | None = None  # by row
