@@ -86,7 +86,16 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position"):
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in (*sizes, "max_position"):
             check_int(name, getattr(self, name), 1)
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
@@ -105,7 +114,9 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Weights of the network, embeddings counted once when tied."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        per_layer = self.hidden_size * (2 * q + 2 * kv) + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        per_layer = (
+            self.hidden_size * (2 * q + 2 * kv) + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        )
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return per_layer * self.num_layers + embeddings + self.hidden_size
 
@@ -218,7 +229,9 @@ class SamplingParams:
     def _check_beams(self) -> None:
         width = check_int("beam_width", self.beam_width, 1, 1024)
         if self.n > width:
-            raise InputError(f"n ({self.n}) must be at most beam_width ({width}): a beam search returns its n best beams")
+            raise InputError(
+                f"n ({self.n}) must be at most beam_width ({width}): a beam search returns its n best beams"
+            )
         plain = SamplingParams.__dataclass_fields__
         for name in ("temperature", "top_p", "top_k", "min_p", "best_of"):
             if getattr(self, name) != plain[name].default:

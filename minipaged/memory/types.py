@@ -48,6 +48,6 @@ class BlockEvent(NamedTuple):
     seq_id: int
     block: int
     other: int
-    index: int
+    index: int  # type: ignore[assignment]  # the contract's name, though tuples have a method of it
     tier: str  # device or host
     group: int

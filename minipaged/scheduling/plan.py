@@ -16,8 +16,11 @@ IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Pairs = tuple[tuple[int, int], ...]
+TokenLists = tuple[tuple[int, ...], ...]
 
-IN_FLIGHT = -1  # a token id that the host does not know yet: the one that this row's slot drew in the newest launched step
+IN_FLIGHT = (
+    -1
+)  # a token id that the host does not know yet: the one that this row's slot drew in the newest launched step
 
 
 class SamplingColumns(NamedTuple):
@@ -29,6 +32,14 @@ class SamplingColumns(NamedTuple):
     min_p: FloatArray
     repetition_penalty: FloatArray
     uniform: npt.NDArray[np.float64]  # one number in [0, 1) from the stream (seed, sample index, position)
+
+
+class PromptQuery(NamedTuple):
+    """Wanted: the log-probabilities of `targets`, the prompt tokens that follow the first positions of a row."""
+
+    row: int
+    targets: tuple[int, ...]
+    top: int  # how many of the best tokens besides
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +60,9 @@ class StepPlan:
     draw_slots: IntArray  # [draws] the slot that the drawn token belongs to (differs from the row's when samples fork)
     sampling: SamplingColumns | None
     top_logprobs: int = -1  # -1: none; 0: the drawn token's; k: the k best too (beams: 2 * width)
-    prompt_logprob_rows: tuple[int, ...] = ()  # rows whose every position's log-probabilities are wanted (prompt_logprobs)
-    penalty_tokens: tuple[tuple[int, ...], ...] = ()  # per draw, the tokens that a repetition penalty acts on; () if none
+    prompt_queries: tuple[PromptQuery, ...] = ()  # rows whose prompt log-probabilities are wanted
+    penalty_tokens: TokenLists = ()  # per draw, the tokens that a repetition penalty acts on; () if none
+    banned_tokens: TokenLists = ()  # per draw, what may not be drawn (stop tokens before min_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -59,10 +71,10 @@ class StepPlan:
 
 
 class PromptLogprobs(NamedTuple):
-    """Log-probabilities of given tokens: entry i is about the token after position start + i."""
+    """The answer to a PromptQuery: entry i is about the token after position start + i."""
 
     start: int
-    chosen: FloatArray  # [n] log-probability of the token that follows (nan for a position whose successor is unknown)
+    chosen: FloatArray  # [n] log-probability of the token that follows
     ranks: IntArray  # [n] 1 is the most likely
     top_ids: IntArray  # [n, k]
     top_values: FloatArray  # [n, k]

@@ -104,6 +104,7 @@ class Stats(NamedTuple):
     elapsed_ns: int = 0  # wall time of the step
     rank: int = 0
     stage: int = 0
+    num_waiting: int = 0  # sequences not started; Queues names the first of them
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,122 @@
+"""The engine: schedule, launch, commit. One thread owns it; what others ask of it waits in an inbox that is emptied before each step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from minipaged.config import SamplingParams
+from minipaged.errors import InputError, RequestError
+from minipaged.execution.runner import Pending, Runner
+from minipaged.generation.detokenizer import Detokenizer, TextCodec
+from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.request import Request, RequestOutput
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.trace.builder import TraceBuilder
+
+
+class Engine:
+    """Requests in, tokens out, one step at a time.
+
+    scheduler and runner must share block ids and slots. codec: text to tokens and back; without one, prompts are token ids. depth: steps
+    kept in flight beyond the one being committed; 0 commits each step before the next is scheduled.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        codec: TextCodec | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.codec = codec
+        self.eos_token_ids = eos_token_ids
+        self.depth = scheduler.config.depth
+        self.detokenizer = Detokenizer(codec) if codec is not None else None
+        self.trace = TraceBuilder(scheduler, codec, clock)
+        self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._ids = count()
+
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> int:
+        """Ask for an answer; returns the request's number. RequestError, before anything is changed, if it can never be served."""
+        output = self.ask(prompt, params)
+        if output.error is not None:
+            raise RequestError(output.error)
+        return output.request_id
+
+    def ask(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> RequestOutput:
+        """As submit, but returns the output that will grow; a request that can never be served has its `error` set and nothing else."""
+        text = prompt if isinstance(prompt, str) else None
+        request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids, text)
+        try:
+            request.prompt_token_ids = tuple(self._encode(prompt))
+            self.scheduler.check(request)
+        except InputError as error:
+            request.error = str(error)
+        else:
+            self._inbox.append(lambda: self.scheduler.add(request))
+        return request.output
+
+    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if isinstance(prompt, str):
+            if self.codec is None:
+                raise RequestError("this engine has no tokenizer: give the prompt as token ids")
+            return self.codec.encode(prompt)
+        size = self.codec.vocab_size if self.codec is not None else 2**31
+        for token in prompt:
+            if isinstance(token, int) and token >= size:
+                raise RequestError(f"token id {token} is outside the vocabulary (0 to {size - 1})")
+        return prompt
+
+    def abort(self, request_id: int) -> None:
+        """End a request wherever it is, before the next step. Does nothing if it has ended."""
+        self._inbox.append(lambda: self.scheduler.abort(request_id))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._inbox or self._in_flight or self.scheduler.has_work)
+
+    def step(self) -> list[RequestOutput]:
+        """One step; returns the requests that gained a token or ended. While the flight fills up the list is empty."""
+        self.trace.begin()
+        self._read_inbox()
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._in_flight.append((plan, self.runner.launch(plan)))
+        outputs: list[RequestOutput] = []
+        if self._in_flight and (plan is None or len(self._in_flight) > self.depth):
+            oldest, pending = self._in_flight.popleft()
+            outputs = self.scheduler.commit(oldest, pending.tokens())
+        elif plan is None:
+            outputs = self.scheduler.take_ended()
+            if not outputs and self.scheduler.requests:
+                raise RuntimeError("no request can go on: the scheduler is stuck")
+        if self.detokenizer is not None:
+            self.detokenizer.update(outputs, self.scheduler)
+        self.trace.publish(plan, outputs)
+        return outputs
+
+    def drain(self) -> list[RequestOutput]:
+        """Commit all that is in flight, as a pause does."""
+        outputs: list[RequestOutput] = []
+        while self._in_flight:
+            self.trace.begin()
+            plan, pending = self._in_flight.popleft()
+            changed = self.scheduler.commit(plan, pending.tokens())
+            if self.detokenizer is not None:
+                self.detokenizer.update(changed, self.scheduler)
+            self.trace.publish(None, changed)
+            outputs.extend(changed)
+        return outputs
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()

@@ -1,0 +1,181 @@
+"""Runs plans on a real model with torch: batch tensors, KV writes and attention over pages, sampling. The plain path, and the oracle of all
+faster ones. Knows tensors; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import kernels
+from minipaged.execution.kv_store import KVStore
+from minipaged.generation import sampler
+from minipaged.model.llama import Llama
+from minipaged.scheduling.plan import IN_FLIGHT, PromptLogprobs, StepPlan, StepTokens
+
+
+class StepInputs:
+    """A plan's rows as tensors on the device."""
+
+    def __init__(self, plan: StepPlan, block_size: int, device: torch.device) -> None:
+        starts, lengths = plan.starts.astype(np.int64), plan.lengths.astype(np.int64)
+        ends = np.cumsum(lengths)
+        row_of = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(plan.num_tokens) - np.repeat(ends - lengths - starts, lengths)
+        blocks = plan.tables[row_of, positions // block_size].astype(np.int64)
+
+        def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[type-arg]
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+
+        self.token_ids = tensor(plan.token_ids, torch.int64)
+        self.positions = tensor(positions, torch.int64)
+        self.slot_mapping = tensor(blocks * block_size + positions % block_size, torch.int64)
+        self.tables = tensor(plan.tables, torch.int32)
+        self.context_lens = tensor(starts + lengths, torch.int32)
+        self.query_starts = tensor(np.concatenate([[0], ends]), torch.int32)
+        self.longest = int(lengths.max(initial=0))
+        self.last_rows = tensor(ends[plan.draw_rows] - 1, torch.int64)
+
+
+@dataclass(slots=True)
+class TorchPending:
+    """A launched step whose tokens may still be on the device."""
+
+    drawn: torch.Tensor  # [draws]
+    logprobs: torch.Tensor | None = None
+    ranks: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    prompt_logprobs: dict[int, PromptLogprobs] | None = None
+
+    def tokens(self) -> StepTokens:
+        """Wait for the step and bring what it drew to the host."""
+
+        def ints(tensor: torch.Tensor | None) -> np.ndarray | None:  # type: ignore[type-arg]
+            return None if tensor is None else tensor.cpu().numpy().astype(np.int32)
+
+        def floats(tensor: torch.Tensor | None) -> np.ndarray | None:  # type: ignore[type-arg]
+            return None if tensor is None else tensor.float().cpu().numpy()
+
+        return StepTokens(
+            token_ids=self.drawn.cpu().numpy().astype(np.int32),
+            logprobs=floats(self.logprobs),
+            ranks=ints(self.ranks),
+            top_ids=ints(self.top_ids),
+            top_logprobs=floats(self.top_logprobs),
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+class TorchRunner:
+    """Executes plans on one device.
+
+    model: the network, on the device; store: the KV tensors; max_num_seqs: slots of the scheduler.
+    """
+
+    def __init__(self, model: Llama, store: KVStore, max_num_seqs: int) -> None:
+        self.model = model
+        self.store = store
+        self.device = store.device
+        self._scale = model.config.head_dim**-0.5
+        self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)  # newest token of each slot
+
+    def num_blocks(self) -> int:
+        """Blocks in the device pool, the null block included."""
+        return self.store.num_blocks
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> TorchPending:
+        """Run the step: swap-outs, swap-ins, copies, then KV writes, attention and draws."""
+        self.store.swap_out(plan.swap_outs)
+        self.store.swap_in(plan.swap_ins)
+        self.store.copy(plan.copies)
+        if not plan.num_tokens:
+            return TorchPending(torch.zeros(0, dtype=torch.int64))
+        inputs = StepInputs(plan, self.store.block_size, self.device)
+        if (plan.token_ids == IN_FLIGHT).any():
+            self._fill_in_flight(plan, inputs)
+        hidden = self.model(inputs.token_ids, inputs.positions, AttentionOverPages(self.store, inputs, self._scale))
+        pending = self._draw(plan, hidden[inputs.last_rows])
+        if plan.prompt_queries:
+            pending.prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        return pending
+
+    def _fill_in_flight(self, plan: StepPlan, inputs: StepInputs) -> None:
+        """Tokens that the host does not know are the newest of their row's slot."""
+        unknown = np.flatnonzero(plan.token_ids == IN_FLIGHT)
+        rows = np.repeat(plan.slots, plan.lengths)[unknown].astype(np.int64)
+        at = torch.from_numpy(unknown).to(self.device)
+        inputs.token_ids[at] = self._drawn[torch.from_numpy(rows).to(self.device)]
+
+    def _draw(self, plan: StepPlan, hidden: torch.Tensor) -> TorchPending:
+        """One token for each draw. hidden [draws, hidden_size]."""
+        logits = self.model.logits(hidden)
+        raw = logits
+        if plan.sampling is None:
+            drawn = logits.argmax(dim=-1)
+        else:
+            if plan.penalty_tokens or plan.banned_tokens:
+                logits = logits.clone()
+            if plan.penalty_tokens:
+                penalties = torch.from_numpy(plan.sampling.repetition_penalty).to(self.device)
+                sampler.penalize(logits, plan.penalty_tokens, penalties)
+            sampler.ban(logits, plan.banned_tokens)
+            drawn = sampler.sample(logits, plan.sampling)
+        self._drawn[torch.from_numpy(plan.draw_slots.astype(np.int64)).to(self.device)] = drawn
+        pending = TorchPending(drawn)
+        if plan.top_logprobs >= 0:
+            logprobs = raw.float().log_softmax(dim=-1)
+            chosen = logprobs.gather(1, drawn[:, None])
+            pending.logprobs = chosen.squeeze(1)
+            pending.ranks = (logprobs > chosen).sum(dim=-1) + 1
+            k = min(plan.top_logprobs, logprobs.shape[-1])
+            pending.top_logprobs, pending.top_ids = logprobs.topk(k, dim=-1)
+        return pending
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, PromptLogprobs]:
+        """What the model thought of every prompt token that this step's rows were followed by."""
+        found: dict[int, PromptLogprobs] = {}
+        ends = np.cumsum(plan.lengths)
+        for row, targets, top in plan.prompt_queries:
+            first = int(ends[row] - plan.lengths[row])
+            logprobs = self.model.logits(hidden[first : first + len(targets)]).log_softmax(dim=-1)
+            chosen = logprobs.gather(1, torch.tensor(targets, dtype=torch.int64, device=self.device)[:, None])
+            values, ids = logprobs.topk(top, dim=-1)
+            found[row] = PromptLogprobs(
+                start=int(plan.starts[row]),
+                chosen=chosen.squeeze(1).cpu().numpy(),
+                ranks=((logprobs > chosen).sum(dim=-1) + 1).cpu().numpy().astype(np.int32),
+                top_ids=ids.cpu().numpy().astype(np.int32),
+                top_values=values.cpu().numpy(),
+            )
+        return found
+
+
+class AttentionOverPages:
+    """Called by the model in each layer: writes the new keys and values into their slots, then attends over the block tables."""
+
+    def __init__(self, store: KVStore, inputs: StepInputs, scale: float) -> None:
+        self._store = store
+        self._inputs = inputs
+        self._scale = scale
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+        inputs = self._inputs
+        keys, values = self._store.layers[layer]
+        kernels.write_kv(key, value, keys, values, inputs.slot_mapping)
+        if inputs.longest == 1:
+            return kernels.paged_decode(query, keys, values, inputs.tables, inputs.context_lens, self._scale)
+        return kernels.paged_prefill(
+            query,
+            keys,
+            values,
+            inputs.tables,
+            inputs.context_lens,
+            inputs.query_starts,
+            inputs.longest,
+            self._scale,
+        )

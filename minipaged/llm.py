@@ -1,0 +1,164 @@
+"""The Python API: LLM(model).generate(prompts, SamplingParams). Puts a model, a pool and an engine together and runs them to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_choice, check_int
+from minipaged.engine import Engine
+from minipaged.errors import InputError, RequestError
+from minipaged.scheduling.request import RequestOutput
+
+Prompt = str | Mapping[str, Sequence[int]]
+Message = Mapping[str, str]
+DEFAULT_MODEL = "smollm2-135m"
+
+
+class LLM:
+    """A model ready to generate.
+
+    model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
+    float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
+    `num_host_blocks` blocks of host memory); policy: fcfs or priority; overlap: auto, or steps in flight. Raises InputError naming the
+    value that does not work.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        num_host_blocks: int = 0,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
+        watermark: float = 0.01,
+        preemption: Literal["auto", "recompute", "swap"] = "auto",
+        policy: Literal["fcfs", "priority"] = "fcfs",
+        overlap: Literal["auto"] | int = "auto",
+        seed: int = 0,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
+        if overlap != "auto":
+            check_int("overlap", overlap, 0, 1)
+        if num_blocks is not None:
+            check_int("num_blocks", num_blocks, 2)
+        if max_model_len is not None:
+            check_int("max_model_len", max_model_len, 2)
+        # every number is checked before the model is fetched
+        cache = CacheConfig(block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark)
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len or 1,
+            policy=policy,
+            preemption=preemption,
+            depth=0 if overlap == "auto" else overlap,
+            seed=seed,
+        )
+        from minipaged.assembly import assemble  # torch is imported only once the arguments are known to be good
+
+        self._parts = assemble(
+            model,
+            cache,
+            config,
+            device=device,
+            dtype=dtype,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            progress=progress,
+        )
+        self.engine: Engine = self._parts.engine
+        self.tokenizer = self._parts.tokenizer
+        self.model_config = self._parts.model_config
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every prompt; the outputs stand in the prompts' order.
+
+        A request that cannot be served comes back with `error` set and the others go on; if none can be, RequestError is raised.
+        """
+        outputs = self._submit_all(prompts, params)
+        if all(output.error for output in outputs):
+            raise RequestError(outputs[0].error or "no request can be served")
+        try:
+            while self.engine.has_work:
+                self.engine.step()
+        except BaseException:
+            self._abandon(outputs)
+            raise
+        return outputs
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Yield a request's output each time it has grown; it is a live view. Requests with `error` set come first."""
+        outputs = self._submit_all(prompts, params)
+        ours = {output.request_id for output in outputs}
+        try:
+            yield from (output for output in outputs if output.error)
+            while self.engine.has_work:
+                yield from (output for output in self.engine.step() if output.request_id in ours)
+        finally:
+            self._abandon(outputs)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, written out by the model's chat template."""
+        return self.generate([self.render_chat(c) for c in _conversations(messages)], params)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt that the model's chat template makes of a conversation."""
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer, so it has no chat template")
+        return self.tokenizer.chat([dict(message) for message in messages])
+
+    def _submit_all(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        if not listed:
+            raise RequestError("there is no prompt: give at least one")
+        each = [params or SamplingParams()] * len(listed) if isinstance(params, SamplingParams | None) else list(params)
+        if len(each) != len(listed):
+            raise RequestError(f"{len(listed)} prompts need one SamplingParams or {len(listed)}, not {len(each)}")
+        return [self._submit(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" not in prompt:
+                raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {dict(prompt)!r}")
+            return self.engine.ask(prompt["prompt_token_ids"], params)
+        if not isinstance(prompt, str):
+            raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {prompt!r}")
+        return self.engine.ask(prompt, params)
+
+    def _abandon(self, outputs: list[RequestOutput]) -> None:
+        """End what is still running of these, and leave the engine empty of it."""
+        if all(output.finished or output.error for output in outputs):
+            return
+        for output in outputs:
+            self.engine.abort(output.request_id)
+        self.engine.drain()
+        self.engine.step()
+
+
+def _conversations(messages: Any) -> list[Sequence[Message]]:
+    listed = list(messages)
+    if not listed:
+        raise RequestError("the conversation is empty: give at least one message")
+    return [listed] if isinstance(listed[0], Mapping) else listed

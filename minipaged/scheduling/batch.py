@@ -1,0 +1,134 @@
+"""The running sequences as columns, so that a step of plain decoding is a handful of array operations.
+
+A sequence keeps its slot (its row in these columns, and in a runner's persistent buffers) from admission to its end, preemption or swap.
+For one slot: tokens [0, marked) were reported computed to the block manager; [marked, computed) are written or scheduled; [computed, known)
+are known and still to compute; [known, total) were drawn by steps in flight. Positions [0, room) have a place in the block table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.scheduling.plan import IN_FLIGHT, IntArray
+from minipaged.scheduling.request import Request, Sequence
+
+NO_TOKEN = -2  # in `stop`: nothing but the length ends this sequence
+
+
+class Batch:
+    """Columns of the running sequences, by slot."""
+
+    def __init__(self, num_slots: int) -> None:
+        n = num_slots
+        self.sequences: list[Sequence | None] = [None] * n
+        self.seq_id = np.full(n, -1, np.int64)
+        self.known = np.zeros(n, np.int32)
+        self.total = np.zeros(n, np.int32)
+        self.computed = np.zeros(n, np.int32)
+        self.marked = np.zeros(n, np.int32)
+        self.room = np.zeros(n, np.int32)
+        self.limit = np.zeros(n, np.int32)  # the length at which it ends
+        self.stop = np.full(n, NO_TOKEN, np.int32)  # its only stop token
+        self.stop_from = np.zeros(n, np.int32)  # the length from which stop tokens count (min_tokens)
+        self.busy = np.zeros(n, bool)  # a step in flight decides how its group goes on: not scheduled before that
+        self.watched = np.zeros(
+            n, bool
+        )  # more stop tokens than one, log-probabilities, several sequences: looked at one by one
+        self.last = np.zeros(n, np.int32)  # the token at total - 1; IN_FLIGHT if the host does not know it
+        self.temperature = np.zeros(n, np.float32)
+        self.top_p = np.ones(n, np.float32)
+        self.top_k = np.zeros(n, np.int32)
+        self.min_p = np.zeros(n, np.float32)
+        self.repetition_penalty = np.ones(n, np.float32)
+        self.seed = np.zeros(n, np.int64)
+        self.index = np.zeros(n, np.int64)
+        self.plain = np.ones(n, bool)  # greedy, with nothing else asked
+        self.tables = np.zeros((n, 16), np.int32)
+        self.table_len = np.zeros(n, np.int32)
+        self._free = list(range(n - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody holds or has reserved."""
+        return len(self._free)
+
+    def reserve(self, count: int) -> list[int]:
+        """Take `count` slots."""
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, slots: Iterable[int]) -> None:
+        """Return slots that were reserved and never filled."""
+        self._free.extend(slots)
+
+    def put(self, sequence: Sequence, slot: int, room: int, seed: int) -> None:
+        """Seat a sequence in a slot it has reserved."""
+        request: Request = sequence.request
+        params = request.params
+        sequence.slot = slot
+        self.sequences[slot] = sequence
+        self.seq_id[slot] = sequence.seq_id
+        self.known[slot] = self.total[slot] = len(sequence.token_ids)
+        self.computed[slot] = sequence.computed
+        self.marked[slot] = sequence.marked
+        self.room[slot] = room
+        self.limit[slot] = request.num_prompt + params.max_tokens
+        stop_ids = request.stop_ids
+        self.stop[slot] = next(iter(stop_ids)) if len(stop_ids) == 1 else NO_TOKEN
+        self.stop_from[slot] = request.num_prompt + params.min_tokens + 1
+        several = params.num_sequences > 1 or params.beam_width is not None
+        self.watched[slot] = (
+            len(stop_ids) > 1 or several or params.logprobs is not None or params.prompt_logprobs is not None
+        )
+        self.last[slot] = sequence.token_ids[-1]
+        self.temperature[slot] = params.temperature
+        self.top_p[slot] = params.top_p
+        self.top_k[slot] = params.top_k
+        self.min_p[slot] = params.min_p
+        self.repetition_penalty[slot] = params.repetition_penalty
+        self.seed[slot] = seed
+        self.index[slot] = sequence.index
+        self.plain[slot] = (
+            params.greedy
+            and params.repetition_penalty == 1.0
+            and params.min_tokens == 0
+            and params.logprobs is None
+            and not several
+        )
+        self.busy[slot] = False
+        self.table_len[slot] = 0
+
+    def remove(self, sequence: Sequence) -> None:
+        """Unseat a sequence; its slot is free again."""
+        slot = sequence.slot
+        sequence.computed = int(self.computed[slot])
+        sequence.marked = int(self.marked[slot])
+        sequence.in_flight = int(self.total[slot] - self.known[slot])
+        sequence.slot = -1
+        self.sequences[slot] = None
+        self.seq_id[slot] = -1
+        self._free.append(slot)
+
+    def set_table(self, slot: int, table: tuple[int, ...], start: int = 0) -> None:
+        """From entry `start` on, the slot's block table is table[start:]."""
+        if len(table) > self.tables.shape[1]:
+            width = max(len(table), 2 * self.tables.shape[1])
+            self.tables = np.pad(self.tables, ((0, 0), (0, width - self.tables.shape[1])))
+        self.tables[slot, start : len(table)] = table[start:]
+        self.table_len[slot] = len(table)
+
+    def table_rows(self, slots: npt.NDArray[np.int64] | IntArray) -> IntArray:
+        """A copy of the slots' block tables, [rows, widest], 0 past each end."""
+        lengths = self.table_len[slots]
+        width = int(lengths.max(initial=0))
+        rows: IntArray = self.tables[slots, :width]
+        if len(slots) and int(lengths.min()) < width:
+            rows[np.arange(width) >= lengths[:, None]] = 0
+        return rows
+
+    def draw_pending(self, slots: npt.NDArray[np.int64] | IntArray) -> None:
+        """A step that draws one token for each of these slots was launched."""
+        self.total[slots] += 1
+        self.last[slots] = IN_FLIGHT

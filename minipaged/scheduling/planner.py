@@ -1,0 +1,163 @@
+"""From the chosen slots and token counts to a StepPlan: array operations over the batch's columns, no decisions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.scheduling.batch import Batch
+from minipaged.scheduling.plan import IntArray, Pairs, PromptQuery, SamplingColumns, StepPlan
+from minipaged.scheduling.streams import uniform
+
+Index = npt.NDArray[np.int64]
+
+
+class Draws(NamedTuple):
+    """The tokens to sample in a step."""
+
+    rows: Index  # [draws] row whose logits are read
+    first: Index  # [drawing rows] the first draw of each such row
+    slots: Index  # [draws] the slot each token belongs to
+    samples: Index  # [draws] which of the request's samples
+    parting: npt.NDArray[np.bool_]  # [drawing rows] whether what is drawn decides how the sequence goes on
+
+
+def draws_of(batch: Batch, slots: Index, takes: Index) -> Draws:
+    """One draw for each row that reaches its last token; n of them where n samples part."""
+    rows = np.flatnonzero(batch.computed[slots] + takes == batch.total[slots])
+    owners = slots[rows]
+    parting = np.zeros(len(rows), np.bool_)
+    if not batch.watched[owners].any():
+        parting |= batch.repetition_penalty[owners] != 1.0
+        return Draws(rows, np.arange(len(rows)), owners, batch.index[owners], parting)
+    all_rows: list[int] = []
+    first: list[int] = []
+    targets: list[int] = []
+    samples: list[int] = []
+    for i, (row, slot) in enumerate(zip(rows.tolist(), owners.tolist(), strict=True)):
+        sequence = batch.sequences[slot]
+        if sequence is None:
+            raise RuntimeError(f"slot {slot} is scheduled but empty")
+        request = sequence.request
+        first.append(len(all_rows))
+        children = request.slots if request.beams is None and not request.forked else []
+        all_rows.extend([row] * (1 + len(children)))
+        targets.extend([slot, *children])
+        samples.extend([sequence.index, *range(1, 1 + len(children))])
+        parting[i] = bool(children) or request.beams is not None or request.params.repetition_penalty != 1.0
+    as_index = [np.array(column, np.int64) for column in (all_rows, first, targets, samples)]
+    return Draws(as_index[0], as_index[1], as_index[2], as_index[3], parting)
+
+
+def build_plan(
+    step: int,
+    batch: Batch,
+    slots: Index,
+    takes: Index,
+    draws: Draws,
+    swap_outs: Pairs,
+    swap_ins: Pairs,
+    copies: Pairs,
+) -> StepPlan:
+    """The plan for computing `takes` tokens of each of `slots`; the columns still stand as before the step."""
+    owners = slots[draws.rows]
+    plain = bool(batch.plain[owners].all())
+    watched = not plain or bool(batch.watched[slots].any())
+    return StepPlan(
+        step=step,
+        swap_outs=swap_outs,
+        swap_ins=swap_ins,
+        copies=copies,
+        seq_ids=batch.seq_id[slots],
+        slots=slots.astype(np.int32),
+        starts=batch.computed[slots],
+        lengths=takes.astype(np.int32),
+        token_ids=_token_ids(batch, slots, takes),
+        tables=batch.table_rows(slots),
+        draw_rows=draws.rows.astype(np.int32),
+        draw_slots=draws.slots.astype(np.int32),
+        sampling=None if plain else _sampling(batch, owners, draws.samples),
+        top_logprobs=_top_logprobs(batch, owners) if watched else -1,
+        prompt_queries=_prompt_queries(batch, slots, takes) if watched else (),
+        penalty_tokens=() if plain else _penalty_tokens(batch, owners),
+        banned_tokens=() if plain else _banned_tokens(batch, owners),
+    )
+
+
+def _token_ids(batch: Batch, slots: Index, takes: Index) -> IntArray:
+    if len(slots) == int(takes.sum()) and bool((batch.computed[slots] + 1 == batch.total[slots]).all()):
+        return batch.last[slots]  # nothing but decodes
+    parts: list[npt.ArrayLike] = []
+    for slot, take in zip(slots.tolist(), takes.tolist(), strict=True):
+        start = int(batch.computed[slot])
+        sequence = batch.sequences[slot]
+        if start + take > batch.known[slot] or sequence is None:
+            parts.append(batch.last[slot : slot + 1])  # drawn by a step in flight
+        else:
+            parts.append(sequence.token_ids[start : start + take])
+    return np.concatenate([np.asarray(part, np.int32) for part in parts]) if parts else np.zeros(0, np.int32)
+
+
+def _sampling(batch: Batch, owners: Index, samples: Index) -> SamplingColumns:
+    return SamplingColumns(
+        temperature=batch.temperature[owners],
+        top_p=batch.top_p[owners],
+        top_k=batch.top_k[owners],
+        min_p=batch.min_p[owners],
+        repetition_penalty=batch.repetition_penalty[owners],
+        uniform=uniform(batch.seed[owners], samples, batch.total[owners].astype(np.int64)),
+    )
+
+
+def _top_logprobs(batch: Batch, owners: Index) -> int:
+    most = -1
+    for slot in owners[batch.watched[owners]].tolist():
+        sequence = batch.sequences[slot]
+        if sequence is None:
+            continue
+        request = sequence.request
+        if request.beams is not None:
+            most = max(most, request.beams.num_candidates)
+        elif request.params.logprobs is not None:
+            most = max(most, request.params.logprobs)
+        elif request.params.best_of is not None:
+            most = max(most, 0)
+    return most
+
+
+def _prompt_queries(batch: Batch, slots: Index, takes: Index) -> tuple[PromptQuery, ...]:
+    queries = []
+    for row in np.flatnonzero(batch.watched[slots]).tolist():
+        slot = int(slots[row])
+        sequence = batch.sequences[slot]
+        if sequence is None or sequence.request.params.prompt_logprobs is None:
+            continue
+        request, start = sequence.request, int(batch.computed[slot])
+        targets = request.prompt_token_ids[start + 1 : start + int(takes[row]) + 1]
+        if targets and len(request.prompt_logprobs) < request.num_prompt:
+            queries.append(PromptQuery(row, targets, sequence.request.params.prompt_logprobs))
+    return tuple(queries)
+
+
+def _penalty_tokens(batch: Batch, owners: Index) -> tuple[tuple[int, ...], ...]:
+    if not (batch.repetition_penalty[owners] != 1.0).any():
+        return ()
+    penalized = []
+    for slot in owners.tolist():
+        sequence = batch.sequences[slot]
+        wanted = sequence is not None and batch.repetition_penalty[slot] != 1.0
+        penalized.append(tuple(dict.fromkeys(sequence.token_ids)) if wanted and sequence is not None else ())
+    return tuple(penalized)
+
+
+def _banned_tokens(batch: Batch, owners: Index) -> tuple[tuple[int, ...], ...]:
+    early = batch.total[owners] + 1 < batch.stop_from[owners]
+    if not early.any():
+        return ()
+    banned = []
+    for slot, is_early in zip(owners.tolist(), early.tolist(), strict=True):
+        sequence = batch.sequences[slot]
+        banned.append(tuple(sorted(sequence.request.stop_ids)) if is_early and sequence is not None else ())
+    return tuple(banned)

@@ -1,0 +1,59 @@
+"""Requests in the order they are served. Knows ranks; knows nothing of memory."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+
+from minipaged.scheduling.request import Request
+
+Rank = tuple[int, int]
+
+
+class RequestQueue:
+    """A priority queue whose members can leave from the middle: push and pop are O(log n), remove is O(1)."""
+
+    def __init__(self, rank: Callable[[Request], Rank]) -> None:
+        self._rank = rank
+        self._heap: list[tuple[Rank, int, Request]] = []
+        self._members: set[int] = set()
+
+    def push(self, request: Request) -> None:
+        """Take a request in at its rank. ValueError if it is here already."""
+        if request.request_id in self._members:
+            raise ValueError(f"request {request.request_id} is queued already")
+        self._members.add(request.request_id)
+        heapq.heappush(self._heap, (self._rank(request), request.request_id, request))
+
+    def peek(self) -> Request | None:
+        """The next request, or None."""
+        heap = self._heap
+        while heap and heap[0][1] not in self._members:
+            heapq.heappop(heap)  # it left from the middle
+        return heap[0][2] if heap else None
+
+    def pop(self) -> Request:
+        """Take the next request out. IndexError if there is none."""
+        request = self.peek()
+        if request is None:
+            raise IndexError("pop from an empty queue")
+        heapq.heappop(self._heap)
+        self._members.discard(request.request_id)
+        return request
+
+    def remove(self, request: Request) -> None:
+        """Take a request out, wherever it stands. KeyError if it is not here."""
+        self._members.remove(request.request_id)
+        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._members):
+            self._heap = [entry for entry in self._heap if entry[1] in self._members]
+            heapq.heapify(self._heap)
+
+    def __contains__(self, request: Request) -> bool:
+        return request.request_id in self._members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Request]:
+        """In serving order."""
+        return (entry[2] for entry in sorted(self._heap, key=lambda e: e[:2]) if entry[1] in self._members)

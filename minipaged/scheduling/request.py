@@ -1,0 +1,227 @@
+"""What was asked (Request), one line of tokens (Sequence), and what comes back (RequestOutput).
+
+Knows token ids, states and scores. Text is kept here for whoever decodes it, but nothing here reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from minipaged.config import SamplingParams
+from minipaged.errors import RequestError
+from minipaged.scheduling.beam import BeamSearch
+
+
+class Status(Enum):
+    """Where a sequence is. FINISHED covers every end; its finish_reason tells which."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED = "finished"
+
+
+class Logprob(NamedTuple):
+    """The log-softmax of the raw logits at one token, and the token's rank (1 is the most likely)."""
+
+    logprob: float
+    rank: int
+
+
+TokenLogprobs = dict[int, Logprob]  # token id -> its log-probability
+
+
+class Sequence:
+    """One line of tokens: the prompt, then what was drawn.
+
+    The KV of token_ids[:computed] is written or scheduled to be; token_ids[computed:] is still to be computed. While the sequence holds a
+    slot, the batch's columns own `computed`, `marked` and `in_flight`; this object's copies are what it resumes with.
+    """
+
+    __slots__ = (
+        "computed",
+        "cumulative_logprob",
+        "finish_reason",
+        "in_flight",
+        "index",
+        "logprobs",
+        "marked",
+        "num_cached",
+        "parent",
+        "request",
+        "seq_id",
+        "slot",
+        "stable_text",
+        "status",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(
+        self, seq_id: int, request: Request, token_ids: list[int], *, index: int = 0, parent: int = -1
+    ) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.token_ids = token_ids
+        self.index = index  # which of the request's samples
+        self.parent = parent  # the sequence this one was forked from; -1: none
+        self.status = Status.WAITING
+        self.slot = -1
+        self.computed = 0
+        self.marked = 0  # tokens reported computed to the block manager
+        self.num_cached = 0  # tokens found in the prefix cache when it was last admitted
+        self.in_flight = 0  # draws launched and not yet committed
+        self.finish_reason = ""
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[TokenLogprobs] = []
+        self.text = ""
+        self.stable_text = 0  # characters of `text` that no stop string can take back
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens drawn so far."""
+        return self.token_ids[self.request.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        """How many tokens were drawn so far."""
+        return len(self.token_ids) - self.request.num_prompt
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.seq_id}, {self.status.value}, {len(self.token_ids)} tokens)"
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked, and the sequences that answer it."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    prompt: str | None = None
+    arrival: int = -1  # set by the scheduler: the order in which requests were added
+    sequences: list[Sequence] = field(default_factory=list)  # alive or finished, in the order they were born
+    forked: bool = False  # whether the n samples or beams have parted
+    slots: list[int] = field(default_factory=list)  # reserved for samples not born yet
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    beams: BeamSearch | None = None
+    hypotheses: list[Sequence] = field(default_factory=list)  # beams that ended, by their number
+    error: str | None = None
+    output: RequestOutput = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output = RequestOutput(self)
+        self.prompt_token_ids = tuple(self.prompt_token_ids)
+
+    def check(self) -> None:
+        """Raise RequestError for a prompt that is empty or holds something else than token ids."""
+        if not self.prompt_token_ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        for token in self.prompt_token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
+                raise RequestError(f"prompt_token_ids must be whole numbers from 0 to {2**31 - 1}, not {token!r}")
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens in the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is served first; the priority counts under the priority policy only."""
+        return (self.params.priority, self.arrival)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return frozenset(eos) | frozenset(self.params.stop_token_ids)
+
+    @property
+    def alive(self) -> list[Sequence]:
+        """The sequences that have not ended."""
+        return [s for s in self.sequences if s.status is not Status.FINISHED]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(s.status is Status.FINISHED for s in self.sequences)
+
+
+class CompletionOutput(NamedTuple):
+    """One answer. finish_reason: stop, length, abort, error, or "" while it grows."""
+
+    index: int  # type: ignore[assignment]  # the field's usual name, though tuples have a method of it
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str
+
+
+class RequestOutput:
+    """A live view of a request: reads what stands there when it is asked."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    @property
+    def request_id(self) -> int:
+        """The number that submit returned."""
+        return self.request.request_id
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt's text, where it came as text."""
+        return self.request.prompt
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt as the model reads it."""
+        return self.request.prompt_token_ids
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Entry i: the log-probability of prompt token i given those before it; None for the first."""
+        return None if self.request.params.prompt_logprobs is None else self.request.prompt_logprobs
+
+    @property
+    def error(self) -> str | None:
+        """Why this request was refused, or None."""
+        return self.request.error
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer is complete."""
+        return self.request.finished
+
+    @property
+    def outputs(self) -> list[CompletionOutput]:
+        """The answers: the n samples in order, or the n best of best_of or of the beams, best first."""
+        request, params = self.request, self.request.params
+        chosen: Seq[Sequence] = [s for s in request.sequences if s.finish_reason != "pruned"]
+        if params.beam_width is not None:
+            chosen = sorted(chosen, key=lambda s: -beam_score(s))[: params.n]
+        elif params.best_of is not None and params.best_of > params.n:
+            chosen = sorted(chosen, key=lambda s: -s.cumulative_logprob)[: params.n]
+        logged = params.logprobs is not None
+        return [
+            CompletionOutput(
+                i, s.text, s.output_token_ids, s.cumulative_logprob, s.logprobs if logged else None, s.finish_reason
+            )
+            for i, s in enumerate(chosen)
+        ]
+
+    def __repr__(self) -> str:
+        return f"RequestOutput(request_id={self.request_id}, finished={self.finished}, outputs={self.outputs})"
+
+
+def beam_score(sequence: Sequence) -> float:
+    """Cumulative log-probability over length ** length_penalty (Wu et al. 2016, as transformers computes it)."""
+    return sequence.cumulative_logprob / float(max(1, sequence.num_output) ** sequence.request.params.length_penalty)
