@@ -1,0 +1,242 @@
+"""Traffic: when requests arrive and how long their prompts and answers are.
+
+Knows distributions, seeds and trace files; knows nothing of models, pools or systems. Lengths are log-normal, cut to
+a range, with the centre solved so that the mean after the cut is the published one (PagedAttention paper, section
+6.1); arrivals are a Poisson process.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.config import check_int, check_real
+from minipaged.errors import InputError
+
+IntColumn = npt.NDArray[np.int64]
+FloatColumn = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """Requests as columns, in order of arrival. Lengths are tokens, arrivals seconds."""
+
+    name: str
+    arrivals: FloatColumn  # [requests]
+    prompts: IntColumn  # [requests] shared prefix included
+    outputs: IntColumn  # [requests] what the model will in truth answer
+    max_new: int  # the most tokens a client asks for: what a system that cannot know the answer must assume
+    samples: int = 1  # sequences a request runs side by side: parallel samples, or beams
+    beams: bool = False  # whether those sequences are beams, which fork and die at every token
+    prefix: int = 0  # leading prompt tokens that are the same in every request
+
+    def __len__(self) -> int:
+        return len(self.arrivals)
+
+    def head(self, count: int) -> Workload:
+        """The first `count` requests."""
+        return replace(self, arrivals=self.arrivals[:count], prompts=self.prompts[:count], outputs=self.outputs[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Log-normal lengths, cut to [low, high], whose mean after the cut is `mean`. `sigma` is the spread of the
+    logarithm.
+    """
+
+    mean: float
+    sigma: float
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        check_int("low", self.low, 1)
+        check_int("high", self.high, self.low + 1)
+        check_real("sigma", self.sigma, 0.0, 4.0, open_low=True)
+        if not self.low < self.mean < self.high:
+            raise InputError(f"mean must lie between {self.low} and {self.high}, not {self.mean:g}")
+
+    def draw(self, rng: np.random.Generator, count: int) -> IntColumn:
+        """`count` lengths."""
+        raw = np.exp(self._mu() + self.sigma * rng.standard_normal(count))
+        return np.clip(np.rint(raw), self.low, self.high).astype(np.int64)
+
+    def _mu(self) -> float:
+        """The centre: bisection on the mean of the clipped law, which grows with mu."""
+        below, above = math.log(self.low) - 8.0, math.log(self.high) + 8.0
+        for _ in range(80):
+            middle = (below + above) / 2
+            if self._clipped_mean(middle) < self.mean:
+                below = middle
+            else:
+                above = middle
+        return (below + above) / 2
+
+    def _clipped_mean(self, mu: float) -> float:
+        a, b = (math.log(self.low) - mu) / self.sigma, (math.log(self.high) - mu) / self.sigma
+        inside = math.exp(mu + self.sigma**2 / 2) * (_normal(b - self.sigma) - _normal(a - self.sigma))
+        return self.low * _normal(a) + self.high * (1 - _normal(b)) + inside
+
+
+def _normal(x: float) -> float:
+    """The standard normal distribution function."""
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Prompt and answer lengths that belong together."""
+
+    prompt: Lengths
+    output: Lengths
+    max_new: int
+
+
+# The means are the paper's. The spreads are chosen so that the length-biased moments that its Fig. 2 and Fig. 13
+# imply come out (ShareGPT: E[o^2]/E[o] about 600; see lab/figures.py).
+SHAREGPT = Dataset(Lengths(161.31, 1.0, 4, 1024), Lengths(337.99, 0.95, 4, 1024), max_new=1024)
+ALPACA = Dataset(Lengths(19.31, 0.6, 4, 512), Lengths(58.45, 0.95, 2, 512), max_new=512)
+
+
+def poisson_arrivals(rng: np.random.Generator, rate: float, count: int) -> FloatColumn:
+    """Seconds of `count` arrivals at `rate` a second; all at 0 when the rate is infinite (a queue that never
+    empties).
+    """
+    if rate == math.inf:
+        return np.zeros(count)
+    check_real("rate", rate, 0.0, open_low=True)
+    return np.cumsum(rng.exponential(1.0 / rate, count))
+
+
+def dataset_workload(
+    name: str, data: Dataset, *, rate: float, count: int, seed: int = 0, samples: int = 1, beams: bool = False
+) -> Workload:
+    """Draws of one dataset. The lengths depend on the seed alone, not on the rate, so that a sweep compares like
+    with like.
+    """
+    check_int("count", count, 1)
+    check_int("samples", samples, 1, 64)
+    prompts = data.prompt.draw(np.random.default_rng([seed, 1]), count)
+    outputs = data.output.draw(np.random.default_rng([seed, 2]), count)
+    arrivals = poisson_arrivals(np.random.default_rng([seed, 3]), rate, count)
+    return Workload(name, arrivals, prompts, outputs, data.max_new, samples, beams)
+
+
+def shared_prefix(prefix: int, *, rate: float, count: int, seed: int = 0) -> Workload:
+    """Translation behind a few-shot prompt that all requests share: 80 tokens (one example) or 341 (five), section 6.4.
+
+    The paper does not print the sentence lengths of WMT16 En-De; 30 tokens in and 40 out are assumed here.
+    """
+    check_int("prefix", prefix, 1, 1536)
+    data = Dataset(Lengths(30, 0.5, 4, 256), Lengths(40, 0.5, 4, 256), max_new=256)
+    plain = dataset_workload(f"prefix-{prefix}", data, rate=rate, count=count, seed=seed)
+    return replace(plain, prompts=plain.prompts + prefix, prefix=prefix)
+
+
+def chatbot(*, rate: float, count: int, seed: int = 0, mean_rounds: float = 8.0, history: int = 1024) -> Workload:
+    """Every round of a conversation is a request whose prompt is the talk so far, cut to its last `history` tokens
+    (section 6.5).
+
+    Rounds a conversation are geometric; the paper says only that most prompts fill the 1024 tokens. No KV is kept
+    between rounds.
+    """
+    check_real("mean_rounds", mean_rounds, 1.0)
+    base = dataset_workload("chatbot", SHAREGPT, rate=rate, count=count, seed=seed)
+    starts = np.random.default_rng([seed, 4]).random(count) < 1.0 / mean_rounds
+    prompts = np.empty(count, np.int64)
+    talk = 0
+    for i, (new, asked, answered) in enumerate(zip(starts, base.prompts.tolist(), base.outputs.tolist(), strict=True)):
+        talk = asked if new else talk + asked
+        prompts[i] = min(history, talk)
+        talk += answered
+    order = np.random.default_rng([seed, 5]).permutation(count)  # many people talk at once
+    return replace(base, prompts=prompts[order], outputs=base.outputs[order])
+
+
+def uniform(*, rate: float, count: int, seed: int = 0) -> Workload:
+    """Prompts and answers uniform from 100 to 1024, the draw of nano-vllm's benchmark."""
+    rng = np.random.default_rng([seed, 6])
+    lengths = rng.integers(100, 1025, (2, count))
+    return Workload("uniform", poisson_arrivals(rng, rate, count), lengths[0], lengths[1], 1024)
+
+
+Maker = Callable[[float, int, int], Workload]
+
+WORKLOADS: dict[str, Maker] = {
+    "sharegpt": lambda rate, count, seed: dataset_workload("sharegpt", SHAREGPT, rate=rate, count=count, seed=seed),
+    "alpaca": lambda rate, count, seed: dataset_workload("alpaca", ALPACA, rate=rate, count=count, seed=seed),
+    "alpaca-n2": lambda r, c, s: dataset_workload("alpaca-n2", ALPACA, rate=r, count=c, seed=s, samples=2),
+    "alpaca-n4": lambda r, c, s: dataset_workload("alpaca-n4", ALPACA, rate=r, count=c, seed=s, samples=4),
+    "alpaca-n6": lambda r, c, s: dataset_workload("alpaca-n6", ALPACA, rate=r, count=c, seed=s, samples=6),
+    "alpaca-beam2": lambda r, c, s: dataset_workload(
+        "alpaca-beam2", ALPACA, rate=r, count=c, seed=s, samples=2, beams=True
+    ),
+    "alpaca-beam4": lambda r, c, s: dataset_workload(
+        "alpaca-beam4", ALPACA, rate=r, count=c, seed=s, samples=4, beams=True
+    ),
+    "alpaca-beam6": lambda r, c, s: dataset_workload(
+        "alpaca-beam6", ALPACA, rate=r, count=c, seed=s, samples=6, beams=True
+    ),
+    "prefix-80": lambda rate, count, seed: shared_prefix(80, rate=rate, count=count, seed=seed),
+    "prefix-341": lambda rate, count, seed: shared_prefix(341, rate=rate, count=count, seed=seed),
+    "chatbot": lambda rate, count, seed: chatbot(rate=rate, count=count, seed=seed),
+    "uniform": lambda rate, count, seed: uniform(rate=rate, count=count, seed=seed),
+}
+
+
+def make_workload(name: str, *, rate: float, count: int, seed: int = 0) -> Workload:
+    """The workload of that name. Raises InputError that lists the known ones."""
+    maker = WORKLOADS.get(name)
+    if maker is None:
+        raise InputError(
+            f"unknown workload {name!r}; known: {', '.join(WORKLOADS)}, or the path of a .csv or .jsonl trace"
+        )
+    check_int("seed", seed, 0)
+    return maker(rate, check_int("requests", count, 1), seed)
+
+
+Draw = tuple[list[int], int]  # prompt token ids, output length
+
+
+def engine_draws(name: str) -> list[Draw]:
+    """The exact requests that the engines are timed on, from fixed seeds: `nano`, `sharegpt`, or `bN` for N equal
+    ones (128 in, 256 out).
+
+    Python's own generator is used in a fixed order of calls, so the token ids are the same on every machine.
+    """
+    if name == "nano":
+        return _nano_draws()
+    if name == "sharegpt":
+        return _sharegpt_draws(256, seed=1)
+    if name[:1] == "b" and name[1:].isdecimal() and int(name[1:]) > 0:
+        rng = random.Random(2)
+        return [(_token_ids(rng, 128, low=5), 256) for _ in range(int(name[1:]))]
+    raise InputError(f"unknown draw {name!r}; known: nano, sharegpt, or b followed by a batch size, such as b32")
+
+
+def _token_ids(rng: random.Random, count: int, *, low: int) -> list[int]:
+    return [rng.randint(low, 10000) for _ in range(count)]
+
+
+def _nano_draws() -> list[Draw]:
+    """nano-vllm's bench.py: 256 sequences, prompt and output lengths uniform from 100 to 1024; all the prompts are
+    drawn first.
+    """
+    rng = random.Random(0)
+    prompts = [_token_ids(rng, rng.randint(100, 1024), low=0) for _ in range(256)]
+    return [(prompt, rng.randint(100, 1024)) for prompt in prompts]
+
+
+def _sharegpt_draws(count: int, *, seed: int) -> list[Draw]:
+    """Log-normal lengths with means near 161 in and 338 out before the cut to [4, 1024]; lengths rounded down."""
+    rng = random.Random(seed)
+
+    def length(mean: float, sigma: float) -> int:
+        return max(4, min(1024, int(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
+
+    return [(_token_ids(rng, length(161, 1.0), low=5), length(338, 0.9)) for _ in range(count)]
