@@ -1,0 +1,358 @@
+"""Records as bytes: a JSON head and named little-endian columns, compressed, and the trace's values to and from
+them.
+
+A body is zlib(u32 length of head, head, columns one after another); the head's "columns" lists [name, dtype,
+length]. Empty columns are left out. A reader takes the columns it knows by name and keeps the rest with the record.
+No pickle: a trace may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.errors import TraceError
+from minipaged.trace.records import (
+    TIER_DEVICE,
+    TIER_HOST,
+    BlockPatch,
+    Event,
+    PoolBands,
+    Queues,
+    Run,
+    SequencePatch,
+    ShadowDelta,
+    Stats,
+    StepDelta,
+    TablePatch,
+)
+from minipaged.trace.snapshot import COLUMNS, Pool, SequenceState, Snapshot
+
+Array = npt.NDArray[Any]
+Columns = dict[str, Array]
+Head = dict[str, Any]
+
+MAX_BODY_BYTES = 1 << 28  # uncompressed; a larger one is damage or malice
+MAX_BLOCKS = 1 << 24
+_U32 = struct.Struct("<I")
+_DTYPES = frozenset({"<i8", "<i4", "<f8", "|u1", "<u2", "<u4", "<u8"})
+_EVENT_COLUMNS = ("e.id", "e.kind", "e.cause", "e.sequence", "e.block", "e.other", "e.amount")
+_NO_INT = np.zeros(0, np.int32)
+_NO_BYTE = np.zeros(0, np.uint8)
+
+
+def pack(head: Head, columns: Columns, *, level: int = 1) -> bytes:
+    """A record's body."""
+    kept = [(name, column) for name, column in columns.items() if len(column)]
+    head = {**head, "columns": [[name, column.dtype.str, len(column)] for name, column in kept]}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    return zlib.compress(b"".join([_U32.pack(len(text)), text, *(column.tobytes() for _, column in kept)]), level)
+
+
+def unpack(body: bytes) -> tuple[Head, Columns]:
+    """Head and columns of a body. Raises TraceError if it is not one."""
+    try:
+        stream = zlib.decompressobj()
+        raw = stream.decompress(body, MAX_BODY_BYTES)
+        if not stream.eof:
+            raise TraceError(f"a trace record is cut short or larger than {MAX_BODY_BYTES} bytes")
+        (size,) = _U32.unpack_from(raw)
+        head = json.loads(raw[4 : 4 + size])
+        columns: Columns = {}
+        offset = 4 + size
+        for name, dtype, length in head.pop("columns"):
+            if dtype not in _DTYPES:
+                raise TraceError(f"a trace column of type {dtype!r} cannot be read")
+            column = np.frombuffer(raw, dtype, length, offset)
+            columns[name] = column
+            offset += column.nbytes
+        return head, columns
+    except TraceError:
+        raise
+    except (zlib.error, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TraceError(f"a trace record cannot be read: {error}") from None
+
+
+def _ints(values: Iterable[int]) -> Array:
+    return np.fromiter(values, np.int64)
+
+
+def _event_columns(events: Sequence[Event]) -> tuple[list[str], Columns]:
+    if not events:
+        return [], {}
+    kinds = sorted({event.kind for event in events})
+    code = {kind: index for index, kind in enumerate(kinds)}
+    rows = np.array([(e.id, code[e.kind], e.cause, e.sequence, e.block, e.other, e.amount) for e in events], np.int64)
+    return kinds, {name: rows[:, index] for index, name in enumerate(_EVENT_COLUMNS)}
+
+
+def _events(head: Head, columns: Columns) -> tuple[Event, ...]:
+    if "e.id" not in columns:
+        return ()
+    kinds = head["kinds"]
+    lists = [columns[name].tolist() for name in _EVENT_COLUMNS]
+    return tuple(Event(row[0], kinds[row[1]], *row[2:]) for row in zip(*lists, strict=True))
+
+
+def _queue_columns(queues: Queues) -> Columns:
+    return {f"q.{name}": _ints(getattr(queues, name)) for name in Queues._fields}
+
+
+def _queues(columns: Columns) -> Queues:
+    return Queues(*(tuple(columns[f"q.{n}"].tolist()) if f"q.{n}" in columns else () for n in Queues._fields))
+
+
+def _stats(head: Head) -> Stats:
+    """Unknown counters of a newer minor version are left out; missing ones are 0."""
+    told = head.get("stats", {})
+    stats = Stats(**{name: int(told[name]) for name in Stats._fields if name in told})
+    if not (0 <= stats.total_blocks <= MAX_BLOCKS and 0 <= stats.host_total <= MAX_BLOCKS and stats.block_size >= 0):
+        raise TraceError(f"a trace of {stats.total_blocks} blocks of {stats.block_size} cannot be shown")
+    return stats
+
+
+def _sequence_columns(rows: Sequence[SequencePatch]) -> tuple[Head, Columns]:
+    if not rows:
+        return {}, {}
+    statuses = sorted({row.status for row in rows})
+    code = {status: index for index, status in enumerate(statuses)}
+    plain = np.array(
+        [
+            (
+                r.sequence,
+                r.request,
+                r.parent,
+                code[r.status],
+                r.num_computed,
+                r.num_cached,
+                r.num_prompt,
+                len(r.token_ids),
+                len(r.text),
+            )
+            for r in rows
+        ],
+        np.int64,
+    )
+    columns: Columns = {name: plain[:, index] for index, name in enumerate(_SEQUENCE_COLUMNS)}
+    columns["s.token_ids"] = _ints(chain.from_iterable(row.token_ids for row in rows))
+    columns["s.text"] = np.frombuffer(b"".join(row.text for row in rows), np.uint8)
+    columns["s.score"] = np.array([row.score for row in rows], np.float64)
+    return {"statuses": statuses, "reasons": [row.finish_reason for row in rows]}, columns
+
+
+_SEQUENCE_COLUMNS = (
+    "s.sequence",
+    "s.request",
+    "s.parent",
+    "s.status",
+    "s.num_computed",
+    "s.num_cached",
+    "s.num_prompt",
+    "s.num_tokens",
+    "s.num_bytes",
+)
+
+
+def _sequences(head: Head, columns: Columns) -> tuple[SequencePatch, ...]:
+    if "s.sequence" not in columns:
+        return ()
+    lists = [columns[name].tolist() for name in _SEQUENCE_COLUMNS]
+    tokens = columns.get("s.token_ids", _NO_INT).tolist()
+    text = columns.get("s.text", _NO_BYTE).tobytes()
+    scores = columns["s.score"].tolist()
+    patches, token_at, byte_at = [], 0, 0
+    for row, score, reason in zip(zip(*lists, strict=True), scores, head["reasons"], strict=True):
+        sequence, request, parent, status, computed, cached, prompt, num_tokens, num_bytes = row
+        patches.append(
+            SequencePatch(
+                sequence,
+                request,
+                parent,
+                head["statuses"][status],
+                computed,
+                cached,
+                prompt,
+                tuple(tokens[token_at : token_at + num_tokens]),
+                text[byte_at : byte_at + num_bytes],
+                score,
+                reason,
+            )
+        )
+        token_at, byte_at = token_at + num_tokens, byte_at + num_bytes
+    return tuple(patches)
+
+
+def _table_columns(rows: Sequence[TablePatch]) -> Columns:
+    if not rows:
+        return {}
+    plain = np.array([(row.sequence, row.group, row.start, len(row.ids), row.tier) for row in rows], np.int64)
+    columns: Columns = {
+        name: plain[:, i] for i, name in enumerate(("t.sequence", "t.group", "t.start", "t.length", "t.tier"))
+    }
+    columns["t.ids"] = _ints(chain.from_iterable(row.ids for row in rows)).astype(np.int32)
+    return columns
+
+
+def _tables(columns: Columns) -> tuple[TablePatch, ...]:
+    if "t.sequence" not in columns:
+        return ()
+    lists = [columns[name].tolist() for name in ("t.sequence", "t.group", "t.start", "t.length", "t.tier")]
+    column = columns.get("t.ids", _NO_INT)
+    _check_ids(column)
+    ids = column.tolist()
+    patches, at = [], 0
+    for sequence, group, start, length, tier in zip(*lists, strict=True):
+        patches.append(TablePatch(sequence, group, start, tuple(ids[at : at + length]), tier))
+        at += length
+    return tuple(patches)
+
+
+def _check_ids(ids: Array) -> None:
+    if len(ids) and (ids.min() < 0 or ids.max() >= MAX_BLOCKS):
+        raise TraceError("a trace record names a block that no pool has")
+
+
+def encode_delta(delta: StepDelta) -> bytes:
+    """A StepDelta as a body."""
+    kinds, columns = _event_columns(delta.events)
+    head: Head = {"t_ns": delta.t_ns, "stats": {n: v for n, v in zip(Stats._fields, delta.stats, strict=True) if v}}
+    if kinds:
+        head["kinds"] = kinds
+    blocks = delta.blocks
+    columns.update(
+        {"b.ids": blocks.ids, "b.tier": blocks.tier, **{f"b.{name}": getattr(blocks, name) for name in COLUMNS}}
+    )
+    columns.update(_table_columns(delta.tables))
+    more, sequence_columns = _sequence_columns(delta.sequences)
+    return pack({**head, **more}, {**columns, **sequence_columns, **_queue_columns(delta.queues)})
+
+
+def decode_delta(step: int, body: bytes) -> StepDelta:
+    """The StepDelta of a body. Raises TraceError."""
+    head, columns = unpack(body)
+    try:
+        ids = columns.get("b.ids", _NO_INT)
+        _check_ids(ids)
+        values = [columns.get(f"b.{name}", _NO_BYTE if name == "flags" else _NO_INT) for name in COLUMNS]
+        tier = columns.get("b.tier", _NO_BYTE)
+        if any(len(column) != len(ids) for column in [*values, tier]):
+            raise TraceError("a trace record's block columns differ in length")
+        owner, refs, fill, flags, group = values
+        return StepDelta(
+            step=step,
+            t_ns=int(head["t_ns"]),
+            events=_events(head, columns),
+            blocks=BlockPatch(ids, owner, refs, fill, flags, tier, group),
+            tables=_tables(columns),
+            sequences=_sequences(head, columns),
+            queues=_queues(columns),
+            stats=_stats(head),
+        )
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise (
+            error if isinstance(error, TraceError) else TraceError(f"a trace record cannot be read: {error!r}")
+        ) from None
+
+
+def encode_shadow(shadow: ShadowDelta) -> bytes:
+    """A ShadowDelta as a body."""
+    kinds = sorted({run.kind for run in shadow.runs})
+    code = {kind: index for index, kind in enumerate(kinds)}
+    plain = np.array([(r.start, r.length, code[r.kind], r.sequence) for r in shadow.runs], np.int64).reshape(-1, 4)
+    columns: Columns = {name: plain[:, i] for i, name in enumerate(("r.start", "r.length", "r.kind", "r.sequence"))}
+    return pack({"system": shadow.system, "kinds": kinds, "bands": shadow.stats._asdict()}, columns)
+
+
+def decode_shadow(step: int, body: bytes) -> ShadowDelta:
+    """The ShadowDelta of a body. Raises TraceError."""
+    head, columns = unpack(body)
+    try:
+        lists = [columns.get(name, _NO_INT).tolist() for name in ("r.start", "r.length", "r.kind", "r.sequence")]
+        runs = tuple(
+            Run(start, length, head["kinds"][kind], seq) for start, length, kind, seq in zip(*lists, strict=True)
+        )
+        bands = PoolBands(**{name: int(head["bands"].get(name, 0)) for name in PoolBands._fields})
+        return ShadowDelta(step, str(head["system"]), runs, bands)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise TraceError(f"a trace record cannot be read: {error!r}") from None
+
+
+def encode_keyframe(snapshot: Snapshot) -> bytes:
+    """A whole Snapshot as a body."""
+    kinds, columns = _event_columns(snapshot.events)
+    states = list(snapshot.sequences.values())
+    rows = [
+        SequencePatch(
+            sequence=s.sequence,
+            request=s.request,
+            parent=s.parent,
+            status=s.status,
+            num_computed=s.num_computed,
+            num_cached=s.num_cached,
+            num_prompt=s.num_prompt,
+            token_ids=tuple(s.token_ids),
+            text=bytes(s.text),
+            score=s.score,
+            finish_reason=s.finish_reason,
+        )
+        for s in states
+    ]
+    more, sequence_columns = _sequence_columns(rows)
+    columns.update(sequence_columns)
+    columns["s.label"] = _ints(state.label for state in states)
+    columns["s.prompt_bytes"] = _ints(state.prompt_bytes for state in states)
+    tables = [TablePatch(seq, group, 0, ids, TIER_DEVICE) for (seq, group), ids in snapshot.tables.items()]
+    tables += [TablePatch(seq, group, 0, ids, TIER_HOST) for (seq, group), ids in snapshot.host_tables.items()]
+    columns.update(_table_columns(tables))
+    columns.update(_queue_columns(snapshot.queues))
+    for tier, pool in (("device", snapshot.device), ("host", snapshot.host)):
+        columns.update({f"{tier}.{name}": getattr(pool, name) for name in COLUMNS})
+    head: Head = {"t_ns": snapshot.t_ns, "stats": snapshot.stats._asdict(), "kinds": kinds, **more}
+    head["shadows"] = [[s.step, s.system, s.runs, s.stats._asdict()] for s in snapshot.shadows.values()]
+    return pack(head, columns)
+
+
+def decode_keyframe(step: int, body: bytes) -> Snapshot:
+    """The Snapshot of a body. Raises TraceError."""
+    head, columns = unpack(body)
+    try:
+        snapshot = Snapshot()
+        snapshot.step, snapshot.t_ns = step, int(head["t_ns"])
+        snapshot.events, snapshot.stats, snapshot.queues = _events(head, columns), _stats(head), _queues(columns)
+        for pool, tier in ((snapshot.device, "device"), (snapshot.host, "host")):
+            _fill_pool(pool, tier, columns)
+        snapshot.mark_copied()
+        for table in _tables(columns):
+            tables = snapshot.host_tables if table.tier == TIER_HOST else snapshot.tables
+            tables[(table.sequence, table.group)] = table.ids
+        labels, prompts = columns.get("s.label", _NO_INT).tolist(), columns.get("s.prompt_bytes", _NO_INT).tolist()
+        for row, label, prompt_bytes in zip(_sequences(head, columns), labels, prompts, strict=True):
+            state = SequenceState(
+                *row[:7], label, list(row.token_ids), bytearray(row.text), prompt_bytes, row.score, row.finish_reason
+            )
+            snapshot.sequences[row.sequence] = state
+        for shadow_step, system, runs, bands in head.get("shadows", []):
+            known = PoolBands(**{name: bands[name] for name in PoolBands._fields})
+            snapshot.apply_shadow(ShadowDelta(shadow_step, system, tuple(Run(*run) for run in runs), known))
+        return snapshot
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise error if isinstance(error, TraceError) else TraceError(f"a keyframe cannot be read: {error!r}") from None
+
+
+def _fill_pool(pool: Pool, tier: str, columns: Columns) -> None:
+    size = len(columns.get(f"{tier}.owner", _NO_INT))
+    if size > MAX_BLOCKS:
+        raise TraceError(f"a trace of {size} blocks cannot be shown")
+    pool.grow(size)
+    for name in COLUMNS if size else ():
+        column = columns[f"{tier}.{name}"]
+        if len(column) != size:
+            raise TraceError("a keyframe's block columns differ in length")
+        getattr(pool, name)[:] = column
