@@ -1,0 +1,96 @@
+"""What every kernel demands of its arguments: shapes, dtypes, devices. Reads no tensor's contents, so nothing waits for the device."""
+
+from __future__ import annotations
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def shape_of(tensor: torch.Tensor) -> list[int]:
+    """A tensor's shape as it is printed in messages."""
+    return list(tensor.shape)
+
+
+def check_integers(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
+) -> None:
+    """A vector of `length` integers of `dtype` on `device`; any length if None."""
+    if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
+        raise ValueError(f"{name} has shape {shape_of(tensor)}; it must be [{'any' if length is None else length}]")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, where the cache is")
+
+
+def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    """Both caches [num_blocks, block_size, kv_heads, head_dim], alike in shape, dtype, device and strides."""
+    if key_cache.dim() != 4 or key_cache.shape != value_cache.shape:
+        raise ValueError(
+            f"key_cache {shape_of(key_cache)} and value_cache {shape_of(value_cache)}: both must be "
+            "[num_blocks, block_size, kv_heads, head_dim]"
+        )
+    if key_cache.dtype != value_cache.dtype or key_cache.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"key_cache is {key_cache.dtype} and value_cache {value_cache.dtype}; both must be the same one of "
+            "float32, float16, bfloat16"
+        )
+    if key_cache.device != value_cache.device:
+        raise ValueError(f"key_cache is on {key_cache.device} and value_cache on {value_cache.device}")
+    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
+        raise ValueError(
+            f"key_cache has strides {key_cache.stride()} and value_cache {value_cache.stride()}; they must be equal, "
+            "with head_dim contiguous"
+        )
+    if min(key_cache.shape[1:]) < 1:
+        raise ValueError(f"key_cache {shape_of(key_cache)}: block_size, kv_heads and head_dim must be at least 1")
+
+
+def check_like_cache(name: str, tensor: torch.Tensor, cache: torch.Tensor) -> None:
+    """dtype and device of `tensor` are the cache's, and its last dimension is contiguous."""
+    if tensor.dtype != cache.dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, but the cache is {cache.dtype}")
+    if tensor.device != cache.device:
+        raise ValueError(f"{name} is on {tensor.device}, but the cache is on {cache.device}")
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
+
+
+def check_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    num_rows: int,
+    window: int | None,
+    out: torch.Tensor | None,
+) -> None:
+    """What paged_decode and paged_prefill demand alike."""
+    check_caches(key_cache, value_cache)
+    _, _, kv_heads, head_dim = key_cache.shape
+    if query.dim() != 3 or query.shape[2] != head_dim or query.shape[1] < 1 or query.shape[1] % kv_heads != 0:
+        raise ValueError(
+            f"query has shape {shape_of(query)}; it must be [tokens, heads, {head_dim}] with heads a multiple of the cache's {kv_heads}"
+        )
+    check_like_cache("query", query, key_cache)
+    if block_tables.dim() not in (2, 3) or block_tables.shape[0] != num_rows:
+        raise ValueError(
+            f"block_tables has shape {shape_of(block_tables)}; it must be [{num_rows}, width] or [{num_rows}, {kv_heads}, width]"
+        )
+    if block_tables.dim() == 3 and block_tables.shape[1] != kv_heads:
+        raise ValueError(
+            f"block_tables has shape {shape_of(block_tables)}; a table per KV head needs [{num_rows}, {kv_heads}, width]"
+        )
+    if block_tables.dtype != torch.int32 or block_tables.device != query.device:
+        raise ValueError(
+            f"block_tables is {block_tables.dtype} on {block_tables.device}; it must be torch.int32 on {query.device}"
+        )
+    check_integers("context_lens", context_lens, torch.int32, num_rows, query.device)
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None for no window")
+    if out is not None:
+        if out.shape != query.shape:
+            raise ValueError(f"out has shape {shape_of(out)}; it must be the query's, {shape_of(query)}")
+        check_like_cache("out", out, key_cache)

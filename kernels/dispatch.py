@@ -1,0 +1,67 @@
+"""Which of the two implementations runs: the Triton kernel or its torch twin.
+
+CUDA tensors go to Triton, all others to torch. `MINIPAGED_KERNELS=torch|triton` overrides. Knows devices and the environment; knows
+nothing of what the kernels compute, and imports triton only to ask whether it is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+
+import torch
+
+ENVIRONMENT_VARIABLE = "MINIPAGED_KERNELS"
+
+
+@cache
+def triton_installed() -> bool:
+    """Whether triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def triton_interpreted() -> bool:
+    """Whether our Triton kernels run in triton's interpreter, that is on the CPU.
+
+    Triton decides when a kernel is decorated, so the answer is fixed by TRITON_INTERPRET at the kernels' first use.
+    """
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _warn_of_missing_triton() -> None:
+    warnings.warn(
+        "triton is not installed: CUDA tensors go to the slower torch twins; pip install triton", stacklevel=4
+    )
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether `tensor`'s operation goes to Triton.
+
+    Raises ValueError if MINIPAGED_KERNELS is neither torch nor triton, or asks for a triton that cannot run here.
+    """
+    choice = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if choice == "torch":
+        return False
+    if choice == "":
+        if not tensor.is_cuda:
+            return False
+        if not triton_installed():
+            _warn_of_missing_triton()
+            return False
+        return True
+    if choice != "triton":
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={choice!r}: it must be torch or triton, or unset to go by the device")
+    if not triton_installed():
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}=triton, but triton is not installed: pip install triton")
+    if not tensor.is_cuda and not triton_interpreted():
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}=triton with tensors on {tensor.device}: Triton needs a CUDA device, "
+            "or TRITON_INTERPRET=1 set before the first kernel is used"
+        )
+    return True
