@@ -1,0 +1,40 @@
+"""Where a model goes and in what precision, from the words a user gives.
+
+Knows torch's names of devices and dtypes. Does not know models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minipaged.config import DTYPES
+from minipaged.errors import InputError
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first GPU, or the CPU. InputError for a name that is none, or a device this machine lacks."""
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(
+            f"device {chosen} is not there: torch sees {count or 'no'} CUDA device{'s'[: count != 1]}; use cpu"
+        )
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU and bfloat16 on a GPU. InputError for any other than the three supported ones."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen

@@ -1,0 +1,110 @@
+"""Names -> models that are ready to run.
+
+Knows every form of a model's name and where each comes from. Does not know engines, caches of keys and values, or prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minipaged.config import ModelConfig
+from minipaged.errors import ModelError
+from minipaged.model.gguf_model import GGUFCheckpoint
+from minipaged.model.llama import Llama
+from minipaged.model.placement import choose_device, choose_dtype
+from minipaged.model.pull import SOURCES, cached_path, is_cached, pull
+from minipaged.model.shapes import SHAPES, SIMULATED_ONLY, shape
+from minipaged.model.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
+from minipaged.model.weights import Progress, load_model, open_checkpoint
+
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
+
+DEFAULT_MODEL = "smollm2-135m"
+TOY_SEED = 7
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A network with its weights, and the tokenizer that goes with it."""
+
+    config: ModelConfig
+    model: Llama
+    tokenizer: Tokenizer
+
+
+def load(
+    name: str = DEFAULT_MODEL,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """The model called `name`, on `device`, ready to run.
+
+    `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
+    drawn on the device from `seed`. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
+    """
+    place = choose_device(device)
+    precision = choose_dtype(dtype, place)
+    if name == "toy":
+        return _drawn(shape("toy"), TOY_SEED, precision, place)
+    if name.startswith("random:"):
+        if name.removeprefix("random:").lower() in SIMULATED_ONLY:
+            raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
+        return _drawn(shape(name), seed, precision, place)
+    return _from_disk(find(name, progress), precision, place, progress)
+
+
+def find(name: str, progress: Progress | None = None) -> Path:
+    """The file or folder that `name` stands for, fetched first if it must be."""
+    if name in SOURCES:
+        return cached_path(name) if is_cached(name) else pull(name, progress)
+    if name.startswith("hf:"):
+        return _from_hub(name.removeprefix("hf:"))
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    raise ModelError(
+        f"no model is called {name!r}; there are {', '.join((*SOURCES, 'toy'))}, a folder (config.json, *.safetensors), "
+        f"a .gguf file, hf:org/name, and random:SHAPE with SHAPE one of "
+        f"{', '.join(known for known in SHAPES if known not in SIMULATED_ONLY)}"
+    )
+
+
+def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LoadedModel:
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    if isinstance(checkpoint, GGUFCheckpoint):
+        tokenizer = gguf_tokenizer(checkpoint.file.metadata, path, config.eos_token_ids)
+    else:
+        tokenizer = folder_tokenizer(path, config.eos_token_ids)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the network only {config.vocab_size}; they do not belong together"
+        )
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    return LoadedModel(config, model.pack(), tokenizer)
+
+
+def _drawn(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    return LoadedModel(config, Llama.random(config, seed, dtype, device).pack(), ByteTokenizer(config.vocab_size))
+
+
+def _from_hub(repository: str) -> Path:
+    """A snapshot in huggingface_hub's own cache: configs, safetensors and tokenizer, no pickles."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModelError(f"hf:{repository} needs the package huggingface_hub: pip install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"hf:{repository} could not be fetched: {reason}; give a folder or a .gguf file instead"
+        ) from None
