@@ -166,7 +166,9 @@ class Llama(nn.Module):
         return slots
 
     @staticmethod
-    def random(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> Llama:
+    def random(
+        config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str, std: float = INITIAL_STD
+    ) -> Llama:
         """A model with weights drawn on `device` from `seed`: equal on a rerun, meaningless in what it says."""
         model = Llama(config, dtype=dtype, device=device)
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -174,7 +176,7 @@ class Llama(nn.Module):
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, INITIAL_STD, generator=generator)
+                parameter.normal_(0.0, std, generator=generator)
         return model
 
 

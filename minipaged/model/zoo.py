@@ -23,7 +23,8 @@ from minipaged.model.weights import Progress, load_model, open_checkpoint
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
 
 DEFAULT_MODEL = "smollm2-135m"
-TOY_SEED = 7
+TOY_SEED, TOY_STD = 6, 0.16
+TOY_ALPHABET = b"abcdefghijklmnopqrstuvwxyz "
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
@@ -52,11 +53,13 @@ def load(
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     if name == "toy":
-        return _drawn(shape("toy"), TOY_SEED, precision, place)
+        return _toy(precision, place)
     if name.startswith("random:"):
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
-        return _drawn(shape(name), seed, precision, place)
+        config = shape(name)
+        model = Llama.random(config, seed, precision, place)
+        return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
     return _from_disk(find(name, progress), precision, place, progress)
 
 
@@ -91,8 +94,20 @@ def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: P
     return LoadedModel(config, model.pack(), tokenizer)
 
 
-def _drawn(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    return LoadedModel(config, Llama.random(config, seed, dtype, device).pack(), ByteTokenizer(config.vocab_size))
+def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Two layers with weights large enough that each token depends on all before it: one wrong key or value anywhere changes
+    the text. It can say small letters and spaces only. Drawn on the CPU, so that it is the same everywhere."""
+    config = shape("toy")
+    model = Llama.random(config, TOY_SEED, torch.float32, "cpu", TOY_STD)
+    said = torch.tensor(list(TOY_ALPHABET))
+    model.head.weight[said] *= 2
+    silent = torch.ones(config.vocab_size, dtype=torch.bool)
+    silent[said] = False
+    model.head.weight[silent] = 0
+    placed = Llama(config, dtype=dtype, device=device)
+    for slot, values in zip(placed.slots().values(), model.slots().values(), strict=True):
+        slot.copy_(values)
+    return LoadedModel(config, placed.pack(), ByteTokenizer(config.vocab_size))
 
 
 def _from_hub(repository: str) -> Path:
