@@ -38,10 +38,27 @@ class PoolUsage(NamedTuple):
 
 
 class BlockEvent(NamedTuple):
-    """One thing that happened to a block.
+    """One thing that happened to a block, told so that tables and reference counts can be rebuilt from the events alone.
 
-    kind: alloc, free, fork, copy, cache_hit, publish, evict, swap_out, swap_in, release.
-    `other` is the second block of a copy or swap, or the parent sequence of a fork; -1 where there is none.
+    `index` is the entry of the sequence's table, `other` is -1 where nothing is said of it, `group` is 0 (layer groups, later).
+
+    | kind      | seq_id    | block       | other       | what it means                                                        |
+    |-----------|-----------|-------------|-------------|----------------------------------------------------------------------|
+    | alloc     | holder    | new block   | -1          | table[index] = block, the new last entry; its count is 1             |
+    | cache_hit | holder    | cached one  | -1          | the same for a block found by its content; its count grows by 1      |
+    | fork      | child     | -1          | parent      | child's table = parent's, `index` entries; each count grows by 1     |
+    | fork      | holder    | source      | -1          | table[index] = block again: a copy given up before it ran; count + 1 |
+    | copy      | writer    | source      | destination | table[index] = other; source's count - 1, destination's is 1         |
+    | free      | holder    | block       | -1          | table is cut at `index`; count - 1 (tier host: of the host table)    |
+    | release   | holder    | block       | -1          | table[index] = 0, the null block; count - 1                          |
+    | publish   | writer    | block       | -1          | the block can now be found by its content                            |
+    | evict     | cause, -1 | block       | -1          | it can no longer; -1: the cache was reset                            |
+    | swap_out  | holder    | device one  | host block  | entry index moved to the host table; device count - 1, host + 1      |
+    | swap_in   | holder    | device one  | host block  | the reverse                                                          |
+    | pin/unpin | -1        | block       | -1          | count + 1 or - 1, held by no table; index -1                         |
+
+    A sequence that is freed or swapped tells one event for each entry that is not null, last entry first when freed; null entries leave
+    without a word. Tier is that of `block`.
     """
 
     kind: str
