@@ -128,6 +128,11 @@ class LiveSource(RecordSource):
         """Whether the engine may step without being asked."""
         return self._running
 
+    @property
+    def outstanding(self) -> int:
+        """Permits that no delta has answered yet."""
+        return self._outstanding
+
     # The caller's thread.
 
     @property

@@ -86,11 +86,11 @@ class Header:
     def from_json(cls, told: object) -> Header:
         """Read a header. Raises TraceError if it is none or of a newer major version."""
         try:
-            assert_map = dict(told)  # type: ignore[call-overload]
-            schema = assert_map.pop("schema")
+            rest = dict(told)  # type: ignore[call-overload]
+            schema = rest.pop("schema")
             major, minor = int(schema["major"]), int(schema["minor"])
-            model, seed, engine = assert_map.pop("model", ""), assert_map.pop("seed", 0), assert_map.pop("engine", {})
-            header = cls(str(model), int(seed), dict(engine), major, minor, assert_map)
+            model, seed, engine = rest.pop("model", ""), rest.pop("seed", 0), rest.pop("engine", {})
+            header = cls(str(model), int(seed), dict(engine), major, minor, rest)
         except (KeyError, TypeError, ValueError) as error:
             raise TraceError(f"the trace's header cannot be read: {error!r}") from None
         if major != SCHEMA_MAJOR:

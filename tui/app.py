@@ -1,0 +1,127 @@
+"""What the command line calls: `run_screen` shows a trace, or an engine that it starts, in the terminal or headless."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minipaged.config import SamplingParams
+from minipaged.errors import InputError
+from minipaged.trace.live import EngineProcess
+from minipaged.trace.sources import Source
+from tui.screen import ScreenApp
+from tui.session import Session
+
+Factory = Callable[..., Any]
+Prompts = Sequence[str | tuple[str, SamplingParams]]
+START_SECONDS = 600.0  # headless: a model may have to be fetched first
+QUIET_SECONDS = 120.0  # headless: the longest time without a step
+
+
+def run_screen(
+    source_or_engine_factory: Source | Factory | tuple[Factory, Mapping[str, Any]],
+    *,
+    prompts: Prompts = (),
+    ascii: bool = False,
+    record: str | Path | None = None,
+    headless: bool = False,
+    steps: int | None = None,
+    screenshot: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    light: bool = False,
+    speed: float | None = None,
+) -> int:
+    """Show a trace or a live engine; returns the exit code.
+
+    source_or_engine_factory: a source, or a top-level function (with its arguments, as a pair) that a child process
+    calls to build the engine. prompts: submitted at once. record: a file that gets the trace. headless: no terminal;
+    goes `steps` steps (None: until nothing is left to do), saves `screenshot` (SVG) and returns. size: (columns, rows)
+    of a headless screen, 80 by 24 by default.
+    """
+    if isinstance(source_or_engine_factory, tuple):
+        factory, arguments = source_or_engine_factory
+    elif callable(source_or_engine_factory):
+        factory, arguments = source_or_engine_factory, {}
+    else:
+        session = Session(source_or_engine_factory, speed=speed)
+        return _show(session, ascii, light, headless, steps, screenshot, size)
+    with EngineProcess(factory, arguments, recording=record) as engine:
+        for prompt in prompts:
+            text, params = prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())
+            engine.source.submit(text, params)
+        session = Session(engine.source, speed=speed)
+        if not headless:
+            session.start()
+        code = _show(session, ascii, light, headless, steps, screenshot, size)
+        if code == 1 and (words := engine.last_words()):
+            print(f"minipaged: {words} (log: {engine.log_path})", file=sys.stderr)
+        return code
+
+
+def _show(
+    session: Session,
+    ascii: bool,
+    light: bool,
+    headless: bool,
+    steps: int | None,
+    screenshot: str | Path | None,
+    size: tuple[int, int] | None,
+) -> int:
+    app = ScreenApp(session, ascii=ascii, light=light)
+    if headless:
+        return asyncio.run(_headless(app, steps, screenshot, size or (80, 24)))
+    code = app.run()
+    if session.failed and not session.ready:
+        print(f"minipaged: {session.failed}", file=sys.stderr)
+    return code if code is not None else 0
+
+
+async def _headless(app: ScreenApp, steps: int | None, screenshot: str | Path | None, size: tuple[int, int]) -> int:
+    """Run without a terminal, go the steps, take the picture."""
+    session = app.session
+    if session.live is not None:
+        session.playing = False
+    async with app.run_test(size=size) as pilot:
+        code = await _go(session, steps)
+        if code:
+            print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
+            return code
+        session.go(len(session.source) if steps is None else min(steps, len(session.source)))
+        app.frame()
+        await pilot.pause()
+        if screenshot is not None:
+            target = Path(screenshot)
+            try:
+                target.write_text(app.export_screenshot(title="minipaged"), encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"cannot write the screenshot to {str(target)!r}: {error.strerror}") from None
+    return 0
+
+
+async def _go(session: Session, steps: int | None) -> int:
+    """Let a live engine take exactly `steps` steps, or all it has; a recording has taken its own."""
+    live = session.live
+    if live is None:
+        return 0
+    if steps is None:
+        live.run()
+    else:
+        live.permit(steps)
+    last, deadline = -1, time.monotonic() + START_SECONDS
+    while True:
+        session.tick(time.monotonic())
+        count = len(live)
+        if session.failed:
+            return 2 if session.input_error else 1
+        if count != last:
+            last, deadline = count, time.monotonic() + (QUIET_SECONDS if count else START_SECONDS)
+        if (steps is not None and count >= steps) or (live.ready and live.idle):
+            return 0
+        if live.ended or time.monotonic() > deadline:
+            session.message = live.ended or "the engine took no step for too long"
+            return 1
+        await asyncio.sleep(0.005)

@@ -1,0 +1,148 @@
+"""The block map on the screen: one ScrollView with the Line API over a MapModel."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from tui.blockcells import Ints
+from tui.mapmodel import TITLES, MapModel, Zoom
+from tui.view import View
+
+WHOLE = 0.7  # share of visible rows beyond which the whole widget is painted
+
+
+class BlockMap(ScrollView, can_focus=True):
+    """The physical pool. Posts Picked when the cursor moves and Inspect when a block is chosen."""
+
+    class Picked(Message):
+        """The cursor is on another block."""
+
+        def __init__(self, block: int) -> None:
+            super().__init__()
+            self.block = block
+
+    class Inspect(Message):
+        """A block was chosen."""
+
+        def __init__(self, block: int) -> None:
+            super().__init__()
+            self.block = block
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,h", "move(-1,0)", "left", show=False, id="map.left"),
+        Binding("right,l", "move(1,0)", "right", show=False, id="map.right"),
+        Binding("up,k", "move(0,-1)", "up", show=False, id="map.up"),
+        Binding("down,j", "move(0,1)", "down", show=False, id="map.down"),
+        Binding("enter", "inspect", "inspect", show=False, id="map.inspect"),
+        Binding("plus,equals_sign", "zoom(1)", "zoom in", show=False, id="map.zoom_in"),
+        Binding("minus", "zoom(-1)", "zoom out", show=False, id="map.zoom_out"),
+        Binding("0", "fit", "fit", show=False, id="map.fit"),
+    ]
+
+    def __init__(self, view: View, *, host: bool = False, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.model = MapModel(view, host=host)
+
+    @property
+    def zoom_title(self) -> str:
+        """The zoom level's name."""
+        zoom = self.model.zoom
+        return f"1:{self.model.per_cell}" if zoom == Zoom.HEAT else TITLES[zoom]
+
+    def show(self, view: View, ids: Ints | None) -> None:
+        """Show this view, painting what differs. ids: the blocks that may differ from the last view; None: any."""
+        blocks = self.model.num_blocks
+        dirty = self.model.update(view, ids)
+        if blocks != self.model.num_blocks:
+            self._lay_out()
+        top, height = self.scroll_offset.y, self.size.height
+        if dirty is None:
+            self.refresh()
+            return
+        rows = [row - top for row in dirty if 0 <= row - top < height]
+        if len(rows) > WHOLE * max(1, min(height, self.model.num_rows)):
+            self.refresh()
+        elif rows:
+            self.refresh(*(Region(0, row, self.size.width, 1) for row in rows))
+
+    def _lay_out(self) -> None:
+        self.model.resize(self.size.width, self.size.height)
+        self.virtual_size = Size(self.size.width, self.model.num_rows)
+
+    def on_resize(self, _: events.Resize) -> None:
+        """New room."""
+        self._lay_out()
+        self.refresh()
+
+    def notify_style_update(self) -> None:
+        """Colours changed."""
+        super().notify_style_update()
+        self.model.set_zoom(self.model.zoom)
+
+    def render_line(self, y: int) -> Strip:
+        """One row of the pool."""
+        base = self.rich_style
+        if base != self.model.base:
+            self.model.base = base
+            self.model.set_zoom(self.model.zoom)
+        width = self.size.width
+        return Strip(self.model.row(y + self.scroll_offset.y)).adjust_cell_length(width, base)
+
+    def set_zoom(self, zoom: int) -> None:
+        """Zoom, keeping the cursor in sight."""
+        self.model.set_zoom(Zoom(max(0, min(len(Zoom) - 1, zoom))))
+        self._lay_out()
+        self._reveal()
+        self.refresh()
+
+    def _reveal(self) -> None:
+        block = self.model.view.block
+        if block < 0:
+            return
+        row, top, height = self.model.row_of(block), self.scroll_offset.y, self.size.height
+        if row < top or row >= top + height:
+            self.scroll_to(y=max(0, row - height // 2), animate=False, immediate=True)
+
+    def action_zoom(self, by: int) -> None:
+        """Closer or farther."""
+        self.set_zoom(self.model.zoom + by)
+        self.post_message(self.Picked(self.model.view.block))
+
+    def action_fit(self) -> None:
+        """The closest zoom that shows the whole pool."""
+        for zoom in (Zoom.SLOTS, Zoom.FOUR, Zoom.CELL, Zoom.HALF, Zoom.HEAT):
+            self.model.set_zoom(zoom)
+            if self.model.num_rows <= max(1, self.size.height):
+                break
+        self.set_zoom(self.model.zoom)
+        self.post_message(self.Picked(self.model.view.block))
+
+    def action_move(self, dx: int, dy: int) -> None:
+        """Move the cursor."""
+        block = self.model.view.block
+        if block < 0:
+            target = self.model.block_at(self.model.gutter, self.scroll_offset.y)
+        else:
+            across = self.model.per_cell if self.model.zoom == Zoom.HEAT else 1
+            target = block + dx * across + dy * self.model.step_down()
+        if 0 <= target < self.model.num_blocks:
+            self.post_message(self.Picked(target))
+            self.call_after_refresh(self._reveal)
+
+    def action_inspect(self) -> None:
+        """Choose the block under the cursor."""
+        if self.model.view.block >= 0:
+            self.post_message(self.Inspect(self.model.view.block))
+
+    def on_click(self, event: events.Click) -> None:
+        """Move the cursor to a cell; a second click inspects."""
+        block = self.model.block_at(event.x, event.y + self.scroll_offset.y)
+        if block >= 0:
+            self.post_message(self.Inspect(block) if event.chain > 1 else self.Picked(block))

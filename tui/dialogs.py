@@ -1,0 +1,144 @@
+"""Windows over the screen: add a prompt, find, help, and a side pane on a narrow terminal. Escape leaves; letters typed stay inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Grid, Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Button, Input, Label, Static
+
+from minipaged.config import SamplingParams
+from minipaged.errors import InputError
+from tui.pane import Pane
+
+Asked = tuple[str, SamplingParams]
+
+_FIELDS = (
+    ("n", "samples", "1"),
+    ("max_tokens", "most tokens", "64"),
+    ("temperature", "temperature", "0"),
+    ("beam_width", "beams", ""),
+    ("priority", "priority", "0"),
+    ("seed", "seed", ""),
+)
+
+
+class Window(ModalScreen[object]):
+    """Base: escape leaves with nothing."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "leave", id="window.leave", priority=True)]
+
+    def action_leave(self) -> None:
+        """Close without an answer."""
+        self.dismiss(None)
+
+
+class AddPrompt(Window):
+    """Text and sampling; answers with (prompt, SamplingParams)."""
+
+    def compose(self) -> ComposeResult:
+        """The form."""
+        with Vertical(classes="window", id="add"):
+            yield Label("Add a prompt: it joins the next step", classes="title")
+            yield Input(placeholder="Once upon a time", id="prompt")
+            with Grid(id="fields"):
+                for name, label, default in _FIELDS:
+                    yield Label(label)
+                    yield Input(value=default, id=name, compact=True)
+            yield Label("", id="problem")
+            yield Button("add (enter)", id="ok", compact=True)
+            yield Label("tab: next field · enter: add · escape: leave", classes="hint")
+
+    def on_input_submitted(self) -> None:
+        """Enter adds."""
+        self._done()
+
+    def on_button_pressed(self) -> None:
+        """So does the button."""
+        self._done()
+
+    def _done(self) -> None:
+        prompt = self.query_one("#prompt", Input).value
+        try:
+            if not prompt.strip():
+                raise InputError("the prompt is empty: type something")
+            params = parse_params({name: self.query_one(f"#{name}", Input).value for name, _, _ in _FIELDS})
+        except InputError as error:
+            self.query_one("#problem", Label).update(f"✗ {error}")
+            return
+        self.dismiss((prompt, params))
+
+
+def parse_params(fields: dict[str, str]) -> SamplingParams:
+    """SamplingParams from what was typed; an empty field keeps its default. Raises InputError naming the value."""
+    readers: dict[str, Callable[[str], object]] = {"temperature": float}
+    given: dict[str, object] = {}
+    for name, text in fields.items():
+        if not text.strip():
+            continue
+        try:
+            given[name] = readers.get(name, int)(text)
+        except ValueError:
+            raise InputError(f"{name} must be a number, not {text!r}") from None
+    return SamplingParams(**given)  # type: ignore[arg-type]
+
+
+class Ask(Window):
+    """One line of text."""
+
+    def __init__(self, title: str, hint: str, value: str = "") -> None:
+        super().__init__()
+        self._title, self._hint, self._value = title, hint, value
+
+    def compose(self) -> ComposeResult:
+        """A line and a hint."""
+        with Vertical(classes="window small"):
+            yield Label(self._title, classes="title")
+            yield Input(value=self._value, id="line")
+            yield Label(self._hint, classes="hint")
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Enter answers."""
+        self.dismiss(event.value)
+
+
+class Reading(Window):
+    """A text to read: help, a lesson's list. Any of its closing keys leaves."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("question_mark,f1,q,enter", "leave", "leave", show=False, id="reading.leave")
+    ]
+
+    def __init__(self, title: str, text: str) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+    def compose(self) -> ComposeResult:
+        """The text, scrolling."""
+        with Vertical(classes="window reading"):
+            yield Label(self._title, classes="title")
+            with VerticalScroll():
+                yield Static(self._text, markup=False)
+            yield Label("escape leaves", classes="hint")
+
+
+class Overlay(Window):
+    """A side pane over a narrow screen. The pane is made for it and goes with it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("q,5,6,7", "leave", "leave", show=False, id="overlay.leave")]
+
+    def __init__(self, title: str, pane: Pane) -> None:
+        super().__init__()
+        self._title = title
+        self.pane = pane
+
+    def compose(self) -> ComposeResult:
+        """The pane in a frame."""
+        with Vertical(classes="window overlay"):
+            yield Label(self._title, classes="title")
+            yield self.pane
+            yield Label("escape leaves", classes="hint")

@@ -1,0 +1,339 @@
+"""The block map without a screen: zoom levels, which block lies where, and each row as segments.
+
+Rows are made of runs of equal looks, and a run's segment is cached by (look, length): what changes is a row, not a cell (SCREEN.md has the
+measurements). Knows views; knows nothing of widgets.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from rich.segment import Segment
+from rich.style import Style
+
+from minipaged.trace.snapshot import Pool
+from tui.blockcells import FREE, STYLE_BITS, STYLES, Ints, Looks, heat_codes, runs
+from tui.safe import clean_bytes, to_ascii
+from tui.view import View
+
+SELECT = len(STYLES)
+NAMES = (*STYLES, "select")
+
+
+class Zoom(IntEnum):
+    """How much of a block is shown."""
+
+    HEAT = 0  # a cell for many blocks
+    HALF = 1  # two blocks a cell
+    CELL = 2  # one cell a block
+    FOUR = 3  # owner, count, fill, mark
+    SLOTS = 4  # a cell a token
+
+
+TITLES = ("heat", "1:2", "1:1", "4:1", "slots")
+
+
+class MapModel:
+    """A pool's rows at a zoom level and width."""
+
+    def __init__(self, view: View, *, host: bool = False) -> None:
+        self.view = view
+        self.host = host
+        self.zoom = Zoom.CELL
+        self.width, self.height = 40, 10
+        self.looks = Looks(view.glyphs)
+        self.base = Style()
+        self._segments: dict[tuple[int, int], Segment] = {}
+        self._rows: dict[int, list[Segment]] = {}
+        self._heat: Ints | None = None
+        self._index_of: dict[int, tuple[int, int]] | None = None
+        self._look_key: tuple[object, ...] = ()
+        self.update(view, None)
+
+    @property
+    def pool(self) -> Pool:
+        """The pool shown."""
+        return self.view.snapshot.host if self.host else self.view.snapshot.device
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return len(self.pool)
+
+    # Layout.
+
+    @property
+    def gutter(self) -> int:
+        """Cells of the block number at a row's start."""
+        return len(str(max(0, self.num_blocks - 1))) + 1
+
+    @property
+    def columns(self) -> int:
+        """Cells of a row beside its number."""
+        return max(1, self.width - self.gutter)
+
+    @property
+    def per_cell(self) -> int:
+        """Blocks that a heat cell stands for, so that the pool fits the view."""
+        return max(1, -(-self.num_blocks // (self._rounded(self.columns) * max(1, self.height))))
+
+    @property
+    def per_row(self) -> int:
+        """Blocks in a row."""
+        if self.zoom == Zoom.HEAT:
+            return self._rounded(self.columns) * self.per_cell
+        if self.zoom == Zoom.HALF:
+            return 2 * self._rounded(self.columns)
+        if self.zoom == Zoom.CELL:
+            return self._rounded(self.columns)
+        if self.zoom == Zoom.FOUR:
+            return self._rounded(max(1, self.columns // 5))
+        return max(1, self.width // self._slot_cells)
+
+    @staticmethod
+    def _rounded(columns: int) -> int:
+        """A round number of blocks a row, so that a block can be found by counting, where that costs little room."""
+        for step in (10, 8, 4):
+            if columns >= step and columns % step <= columns // 8:
+                return columns - columns % step
+        return columns
+
+    @property
+    def _slot_cells(self) -> int:
+        return self.gutter + 2 + max(1, self.view.snapshot.stats.block_size)
+
+    @property
+    def _lines_per_block(self) -> int:
+        room = max(1, self.width - self.gutter - 1)
+        return -(-max(1, self.view.snapshot.stats.block_size) // room) if self._slot_cells > self.width else 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole pool."""
+        rows = -(-self.num_blocks // self.per_row)
+        return rows * self._lines_per_block if self.zoom == Zoom.SLOTS else rows
+
+    def row_of(self, block: int) -> int:
+        """The row that shows the block."""
+        row = block // self.per_row
+        return row * self._lines_per_block if self.zoom == Zoom.SLOTS else row
+
+    def block_at(self, x: int, row: int) -> int:
+        """The block (the first, where a cell stands for several) at a cell; -1 beside the pool."""
+        if self.zoom == Zoom.SLOTS:
+            block = row // self._lines_per_block * self.per_row + (
+                x // self._slot_cells if self._lines_per_block == 1 else 0
+            )
+        else:
+            column = x - self.gutter
+            if column < 0:
+                return -1
+            per_row = self.per_row
+            if self.zoom == Zoom.FOUR:
+                column //= 5
+            elif self.zoom == Zoom.HEAT:
+                column *= self.per_cell
+            elif self.zoom == Zoom.HALF:
+                per_row //= 2
+            if column >= per_row:
+                return -1
+            block = row * self.per_row + column
+        return block if 0 <= block < self.num_blocks else -1
+
+    def step_down(self) -> int:
+        """How far below in block numbers the next row is."""
+        return self.per_row // 2 if self.zoom == Zoom.HALF else self.per_row
+
+    def resize(self, width: int, height: int) -> None:
+        """The room there is."""
+        if (width, height) != (self.width, self.height):
+            self.width, self.height = width, height
+            self._forget()
+
+    def set_zoom(self, zoom: Zoom) -> None:
+        """Look closer or from farther away."""
+        self.zoom = zoom
+        self._forget()
+
+    # State.
+
+    def update(self, view: View, ids: Ints | None) -> set[int] | None:
+        """Show this view; only the blocks `ids` differ from the last one, or any if None. Returns the rows to paint; None: all."""
+        key = (view.glyphs, view.mode, view.only, len(view.snapshot.host if self.host else view.snapshot.device))
+        old_block, old = self.view.block, self._look_key
+        self.view, self._look_key, self._index_of = view, key, None
+        if key != old:
+            ids = None
+            self._segments.clear()
+            if self.looks.alphabet != Looks(view.glyphs).alphabet:
+                self.looks = Looks(view.glyphs)
+        self.looks.update(self.pool, view.snapshot, ids, only=view.only, swapped=self.host)
+        self._heat = None
+        if ids is None or self.zoom in (Zoom.HEAT, Zoom.SLOTS):
+            self._rows.clear()
+            return None
+        dirty = set(np.unique(ids // self.per_row).tolist())
+        if old_block != view.block and not self.host:
+            dirty |= {self.row_of(block) for block in (old_block, view.block) if block >= 0}
+        for row in dirty:
+            self._rows.pop(row, None)
+        return dirty
+
+    def _forget(self) -> None:
+        self._rows.clear()
+        self._segments.clear()
+        self._heat = None
+
+    # Rows.
+
+    def row(self, row: int) -> list[Segment]:
+        """The segments of a row."""
+        found = self._rows.get(row)
+        if found is None:
+            found = self._rows[row] = self._make_row(row)
+        return found
+
+    def _make_row(self, row: int) -> list[Segment]:
+        if not 0 <= row < self.num_rows:
+            return []
+        if self.zoom == Zoom.SLOTS:
+            return self._slots_row(row)
+        first = row * self.per_row
+        number = Segment(f"{first:>{self.gutter - 1}} ", self.base + self.view.style("faint"))
+        ids = np.arange(first, min(first + self.per_row, self.num_blocks), dtype=np.int32)
+        if self.zoom == Zoom.FOUR:
+            return [number, *self._four(ids)]
+        if self.zoom == Zoom.HALF:
+            return [number, *self._half(ids)]
+        if self.zoom == Zoom.HEAT:
+            if self._heat is None:
+                self._heat = heat_codes(self.looks, self.pool, self.per_cell)
+            cells = self.per_row // self.per_cell
+            codes = self._heat[row * cells : (row + 1) * cells]
+            marked = (self.view.block - first) // self.per_cell
+        else:
+            codes = self.looks.code[ids]
+            marked = self.view.block - first
+        if not self.host and 0 <= marked < len(codes) and self.view.block >= 0:
+            codes = codes.copy()
+            codes[marked] = codes[marked] // STYLE_BITS * STYLE_BITS + SELECT
+        return [number, *(self._segment(code, length) for code, length in runs(codes))]
+
+    def _segment(self, code: int, length: int) -> Segment:
+        found = self._segments.get((code, length))
+        if found is None:
+            glyph = self.looks.alphabet[code // STYLE_BITS]
+            found = self._segments[(code, length)] = Segment(
+                glyph * length, self.base + self.view.style(NAMES[code % STYLE_BITS])
+            )
+        return found
+
+    def _four(self, ids: Ints) -> list[Segment]:
+        view, pool, glyphs = self.view, self.pool, self.view.glyphs
+        made = []
+        for block in ids.tolist():
+            code, refs, fill = int(self.looks.code[block]), int(pool.refs[block]), int(pool.fill[block])
+            state = self.looks.alphabet[code // STYLE_BITS]
+            if refs:
+                size = max(1, view.snapshot.stats.block_size)
+                level = glyphs.heat[-1] if fill >= size else view.fill_glyph(fill) if fill else glyphs.free
+                copied = glyphs.copied if state == glyphs.copied else " "
+                text = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}{level}{copied} "
+            else:
+                text = state * 4 + " "
+            role = "select" if block == view.block and not self.host else NAMES[code % STYLE_BITS]
+            made.append(Segment(text[:4], self.base + view.style(role)))
+            made.append(Segment(" ", self.base))
+        return made
+
+    def _half(self, ids: Ints) -> list[Segment]:
+        half = self.per_row // 2
+        codes = np.full(self.per_row, STYLE_BITS * 0 + FREE, np.int32)
+        codes[: len(ids)] = self.looks.code[ids]
+        if not self.host and ids[0] <= self.view.block <= ids[-1]:
+            codes[self.view.block - ids[0]] = SELECT
+        top, bottom = codes[:half] % STYLE_BITS, codes[half:] % STYLE_BITS
+        made = []
+        for code, length in runs(top * STYLE_BITS + bottom):
+            upper, lower = divmod(code, STYLE_BITS)
+            made.append(self._pair(upper, lower, length))
+        return made
+
+    def _pair(self, upper: int, lower: int, length: int) -> Segment:
+        view, looks = self.view, self.looks
+        over, under = (view.style(NAMES[n].replace("shared", "hue")) for n in (upper, lower))
+        if upper == FREE and lower == FREE:
+            return Segment(view.glyphs.free * length, self.base + over)
+        if view.glyphs.ascii:
+            glyph = '"' if lower == FREE else "," if upper == FREE else "#"
+            return Segment(glyph * length, self.base + (under if upper == FREE else over))
+        if lower == FREE:
+            return Segment(looks.alphabet[looks.upper] * length, self.base + over)
+        if upper == FREE:
+            return Segment(looks.alphabet[looks.lower] * length, self.base + under)
+        if view.mode == "plain" or upper == lower:
+            return Segment(looks.alphabet[looks.full] * length, self.base + over)
+        return Segment(looks.alphabet[looks.upper] * length, self.base + over + Style(bgcolor=under.color))
+
+    def _slots_row(self, row: int) -> list[Segment]:
+        lines = self._lines_per_block
+        first = row // lines * self.per_row
+        part = row % lines
+        made: list[Segment] = []
+        for block in range(first, min(first + self.per_row, self.num_blocks)):
+            made += self._slots(block, part, lines)
+        return made
+
+    def _slots(self, block: int, part: int, lines: int) -> list[Segment]:
+        view, pool = self.view, self.pool
+        size = max(1, view.snapshot.stats.block_size)
+        code = int(self.looks.code[block])
+        role = NAMES[code % STYLE_BITS]
+        head = f"{block:>{self.gutter - 1}}" if part == 0 else " " * (self.gutter - 1)
+        owner = view.letter(int(pool.owner[block])) if pool.refs[block] else self.looks.alphabet[code // STYLE_BITS]
+        text = "".join(self._slot_text(block, size))
+        if lines > 1:
+            room = max(1, self.width - self.gutter - 1)
+            text = text[part * room : (part + 1) * room]
+        chosen = "select" if block == view.block else "faint"
+        plain_role = role.replace("shared", "hue") if role.startswith("shared") else role
+        return [
+            Segment(head, self.base + view.style(chosen)),
+            Segment(owner if part == 0 else " ", self.base + view.style(role)),
+            Segment(to_ascii(text) if view.glyphs.ascii else text, self.base + view.style(plain_role)),
+            Segment("  " if lines == 1 else "", self.base),
+        ]
+
+    def _slot_text(self, block: int, size: int) -> list[str]:
+        """One cell a slot: the first character of the token whose keys and values lie there."""
+        view, pool = self.view, self.pool
+        free = view.glyphs.free
+        if not pool.refs[block]:
+            return [self.looks.alphabet[int(self.looks.code[block]) // STYLE_BITS]] * size
+        owner, index = self._place(block)
+        state = view.snapshot.sequences.get(owner)
+        fill = int(pool.fill[block])
+        cells = []
+        for slot in range(size):
+            position = index * size + slot
+            if slot >= fill or state is None or position >= len(state.token_ids):
+                cells.append(free)
+            else:
+                cells.append(self._token_cell(state.token_ids[position]))
+        return cells
+
+    def _place(self, block: int) -> tuple[int, int]:
+        """(owner, logical index) of a block; built once a view."""
+        if self._index_of is None:
+            tables = self.view.snapshot.host_tables if self.host else self.view.snapshot.tables
+            self._index_of = {}
+            for (sequence, _), ids in tables.items():
+                for index, physical in enumerate(ids):
+                    self._index_of.setdefault(physical, (sequence, index))
+        return self._index_of.get(block, (-1, 0))
+
+    def _token_cell(self, token: int) -> str:
+        piece = clean_bytes(self.view.pieces.get(token, b""))
+        shown = piece.strip() or ("␣" if piece else "▪")
+        return shown[0] if len(shown[0].encode()) < 3 or shown[0] in "↵␣▪" else "▪"

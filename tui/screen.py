@@ -1,0 +1,358 @@
+"""The terminal screen: panes over a session, painted from a timer. The engine is never called here, only its trace is read."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from textual import events
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.theme import Theme
+from textual.widget import Widget
+
+from tui.bars import Header, HostStrip, Keys, Legend
+from tui.blockmap import BlockMap
+from tui.dialogs import AddPrompt, Ask, Overlay, Reading
+from tui.helptext import help_text
+from tui.history import History
+from tui.inspector import Inspector
+from tui.palette import ASCII, UNICODE, Mode
+from tui.pane import Pane
+from tui.session import Change, Session
+from tui.sidepanes import TreePane, WastePane
+from tui.tables import TablesPane
+from tui.textpane import TextPane
+from tui.timeline import Timeline
+from tui.view import View, shown
+
+FRAME_SECONDS = 1 / 30
+THEMES = (
+    Theme("minipaged", primary="#56B4E9", background="#101010", surface="#1c1c1c", foreground="#d8d8d8", dark=True),
+    Theme(
+        "minipaged-light", primary="#1C6EA4", background="#ffffff", surface="#f0f0f0", foreground="#202020", dark=False
+    ),
+)
+PANE_IDS = ("blocks", "tables", "text", "timeline", "inspector", "waste", "tree")
+
+
+class ScreenApp(App[int]):
+    """One trace on a terminal."""
+
+    CSS_PATH = "screen.tcss"
+    TITLE = "minipaged"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide"), (190, "-wider")]  # noqa: RUF012  textual declares it so
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (34, "-tall"), (54, "-taller")]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "leave", "quit", id="quit"),
+        Binding("ctrl+c", "leave", "quit", show=False, priority=True, id="quit.now"),
+        Binding("space", "play", "run or pause", id="run"),
+        Binding("right_square_bracket", "step", "one step", id="step"),
+        Binding("left_square_bracket", "step_back", "one step back", id="back"),
+        Binding("right_curly_bracket", "event(1)", "next event", id="event.next"),
+        Binding("left_curly_bracket", "event(-1)", "previous event", id="event.previous"),
+        Binding("slash", "find", "find", id="find"),
+        Binding("n", "again(1)", "find the next", id="find.next"),
+        Binding("N", "again(-1)", "find the previous", id="find.previous"),
+        Binding("g", "go_start", "start", id="start"),
+        Binding("G", "go_edge", "newest", id="edge"),
+        Binding("less_than_sign", "speed(-1)", "slower", id="slower"),
+        Binding("greater_than_sign", "speed(1)", "faster", id="faster"),
+        Binding("w", "why", "why", id="why"),
+        Binding("f", "only", "dim all but one", id="only"),
+        Binding("z", "maximise", "one pane alone", id="maximise"),
+        Binding("a", "add", "add a prompt", id="add"),
+        Binding("b", "bookmark", "bookmark", id="bookmark"),
+        Binding("x", "abort", "abort the request", id="abort"),
+        Binding("plus,equals_sign", "zoom(1)", "zoom in", id="zoom.in"),
+        Binding("minus", "zoom(-1)", "zoom out", id="zoom.out"),
+        Binding("0", "fit", "fit", id="zoom.fit"),
+        Binding("question_mark,f1", "help", "help", id="help"),
+        *(
+            Binding(str(n + 1), f"pane('{name}')", name, show=False, id=f"pane.{name}")
+            for n, name in enumerate(PANE_IDS)
+        ),
+    ]
+
+    def __init__(self, session: Session, *, ascii: bool = False, light: bool = False) -> None:
+        mode: Mode = "plain" if "NO_COLOR" in os.environ else "light" if light else "dark"
+        super().__init__(ansi_color=True if mode == "plain" else None)
+        self.session = session
+        self.view = View(glyphs=ASCII if ascii else UNICODE, mode=mode)
+        self._history = History()
+        self._painted_word = ""
+        for theme in THEMES:
+            self.register_theme(theme)
+        if mode != "plain":
+            self.theme = THEMES[mode == "light"].name
+
+    def compose(self) -> ComposeResult:
+        """The panes."""
+        view = self.view
+        yield Header(view, id="header")
+        with Horizontal(id="upper"):
+            with Vertical(id="blocks", classes="pane") as blocks:
+                blocks.border_title = "1 Blocks"
+                yield BlockMap(view, id="map")
+                yield HostStrip(view, id="host")
+                yield Legend(view, id="legend")
+            yield _titled(TablesPane(view, id="tables", classes="pane"), shown("2 Tables: logical→physical", view))
+            yield _titled(Inspector(view, id="inspector"), "5 Inspector")
+        with Horizontal(id="middle"):
+            yield _titled(TextPane(view, id="text", classes="pane"), "3 Text")
+            yield _titled(WastePane(view, id="waste", classes="pane"), "6 Waste")
+            yield _titled(TreePane(view, id="tree", classes="pane"), "7 Tree")
+        ticks = "+ start  h cache hit  f fork  c copy  p preempt  ▽△ swap  ✓ done"
+        yield _titled(Timeline(view, id="timeline", classes="pane"), f"4 Timeline   {shown(ticks, view)}")
+        yield Keys(view, id="keys")
+
+    def on_mount(self) -> None:
+        """Start painting."""
+        self.screen.set_class(self.view.glyphs.ascii, "-ascii")
+        self.query_one("#inspector").add_class("pane")
+        self.query_one("#map").focus()
+        self.set_interval(FRAME_SECONDS, self.frame)
+
+    # Painting.
+
+    def frame(self) -> None:
+        """Take in what is new and paint it."""
+        session = self.session
+        change = session.tick(time.monotonic())
+        if session.failed and not session.ready:
+            self.exit(2 if session.input_error else 1, message=session.failed)
+        elif change.moved or self._painted_word != session.word:
+            self.paint(change)
+
+    def paint(self, change: Change | None = None) -> None:
+        """Show the session's moment. Without a change only the panes around it are new."""
+        session = self.session
+        self._painted_word = session.word
+        self.view = view = replace(
+            self.view,
+            snapshot=session.snapshot,
+            delta=session.delta,
+            header=session.source.header,
+            position=session.position,
+            length=len(session.source),
+            occupied=session.source.occupied,
+            marks=session.source.marks,
+            pieces=session.source.pieces,
+            word=session.word,
+            speed=session.speed_text,
+            message=session.message,
+            bookmarks=tuple(session.bookmarks),
+        )
+        if view.block >= 0 and self._inspecting():
+            view.past = tuple(self._history.of(session.source, view.block, session.position))
+        self._show_all(view, None if change is None else change.ids, everything=change is None)
+
+    def _show_all(self, view: View, ids: Any, *, everything: bool) -> None:
+        base = self.screen_stack[0]
+        for pane in base.query(Pane):
+            if pane.display:
+                pane.show(view)
+        block_map = base.query_one("#map", BlockMap)
+        block_map.show(view, ids if not everything else None)
+        blocks = base.query_one("#blocks")
+        usable = max(0, len(view.snapshot.device) - 1)
+        size = view.snapshot.stats.block_size
+        blocks.border_title = shown(
+            f"1 Blocks {block_map.zoom_title}" + (f" · {usable} × {size} tokens" if size else ""), view
+        )
+        base.query_one("#host").set_class(len(view.snapshot.host) > 0, "shown")
+        if isinstance(self.screen, Overlay):
+            self.screen.pane.show(view)
+
+    def _inspecting(self) -> bool:
+        base = self.screen_stack[0]
+        return base.query_one("#inspector").display or isinstance(self.screen, Overlay)
+
+    # Messages from panes.
+
+    def on_block_map_picked(self, message: BlockMap.Picked) -> None:
+        """The cursor moved."""
+        self.view = replace(self.view, block=message.block)
+        self.paint()
+
+    def on_block_map_inspect(self, message: BlockMap.Inspect) -> None:
+        """A block was chosen."""
+        self.view = replace(self.view, block=message.block)
+        self.action_pane("inspector")
+        self.paint()
+
+    def on_timeline_sought(self, message: Timeline.Sought) -> None:
+        """A place on the timeline."""
+        self.session.go(message.position)
+
+    def on_inspector_sought(self, message: Inspector.Sought) -> None:
+        """A line of a block's past."""
+        self.session.go(message.position)
+
+    # Keys.
+
+    def action_leave(self) -> None:
+        """Quit."""
+        self.exit(0)
+
+    def action_play(self) -> None:
+        """Run or pause."""
+        self.session.toggle()
+        self.paint()
+
+    def action_step(self) -> None:
+        """One step on."""
+        self.session.step()
+        self.paint()
+
+    def action_step_back(self) -> None:
+        """One step back."""
+        self.session.back()
+        self.paint()
+
+    def action_event(self, direction: int) -> None:
+        """To another event."""
+        self.session.next_event(direction)
+        self.paint()
+
+    def action_find(self) -> None:
+        """Ask what to find."""
+
+        def found(answer: object) -> None:
+            if isinstance(answer, str) and answer.strip():
+                self.session.find(answer)
+                self.paint()
+
+        hint = "cow · fork · hit · preempt · swap · finish · seq B · block 31 · 40 (a step)"
+        self.push_screen(Ask("Find", hint, self.session.query), found)
+
+    def action_again(self, direction: int) -> None:
+        """Find once more."""
+        if self.session.query:
+            self.session.find(self.session.query, direction)
+        else:
+            self.session.message = "nothing to find yet: press /"
+        self.paint()
+
+    def action_go_start(self) -> None:
+        """To the start."""
+        self.session.go(0)
+        self.paint()
+
+    def action_go_edge(self) -> None:
+        """To the newest."""
+        self.session.go(len(self.session.source))
+        self.paint()
+
+    def action_speed(self, by: int) -> None:
+        """Faster or slower."""
+        self.session.change_speed(by)
+        self.paint()
+
+    def action_why(self) -> None:
+        """To the cause of what happened here."""
+        view, delta = self.view, self.session.delta
+        named = [past.event for past in view.past if past.position == self.session.position]
+        candidates = named or [event for event in (delta.events if delta is not None else ()) if event.cause >= 0]
+        if candidates:
+            self.session.why(candidates[-1])
+        else:
+            self.session.message = "nothing here has a cause in the trace"
+        self.paint()
+
+    def action_only(self) -> None:
+        """Dim all but the sequence under the cursor, then the next, then none."""
+        alive = [seq for seq, state in self.session.snapshot.sequences.items() if state.alive]
+        owners = self.session.snapshot.owners(self.view.block) if self.view.block >= 0 else []
+        order = [-1, *([owners[0][0]] if owners and self.view.only == -1 else alive)]
+        at = order.index(self.view.only) if self.view.only in order else 0
+        self.view = replace(self.view, only=order[(at + 1) % len(order)])
+        self.paint()
+
+    def action_maximise(self) -> None:
+        """The focused pane alone, or all again."""
+        if self.screen.maximized is not None:
+            self.screen.minimize()
+            return
+        focused = self.screen.focused
+        if focused is not None:
+            self.screen.maximize(focused)
+
+    def action_add(self) -> None:
+        """Ask for a prompt."""
+        if self.session.live is None or self.session.live.ended:
+            self.session.message = "this is a recording: a prompt needs a live engine"
+            self.paint()
+            return
+
+        def asked(answer: object) -> None:
+            if isinstance(answer, tuple):
+                self.session.submit(*answer)
+                self.paint()
+
+        self.push_screen(AddPrompt(), asked)
+
+    def action_bookmark(self) -> None:
+        """Mark this step."""
+        self.session.bookmark()
+        self.paint()
+
+    def action_abort(self) -> None:
+        """Abort the request of the sequence that is looked at, or that owns the block under the cursor."""
+        snapshot, live = self.session.snapshot, self.session.live
+        owners = snapshot.owners(self.view.block) if self.view.block >= 0 else []
+        sequence = self.view.only if self.view.only >= 0 else owners[0][0] if owners else -1
+        state = snapshot.sequences.get(sequence)
+        if live is None or live.ended:
+            self.session.message = "this is a recording: nothing can be aborted"
+        elif state is None or not state.alive:
+            self.session.message = "put the cursor on a block of the sequence to abort"
+        else:
+            live.abort(state.request)
+            self.session.message = f"asked to abort {self.view.letter(sequence)}: it ends with the next step"
+        self.paint()
+
+    def action_zoom(self, by: int) -> None:
+        """Zoom the map."""
+        self.screen_stack[0].query_one("#map", BlockMap).action_zoom(by)
+
+    def action_fit(self) -> None:
+        """Show the whole pool."""
+        self.screen_stack[0].query_one("#map", BlockMap).action_fit()
+
+    def action_help(self) -> None:
+        """The help."""
+        focused = self.screen.focused
+        name = focused.id if focused is not None and focused.id else "blocks"
+        self.push_screen(Reading("minipaged", help_text("blocks" if name == "map" else name, self.view.glyphs)))
+
+    def action_pane(self, name: str) -> None:
+        """Go to a pane; one that has no room opens over the others."""
+        target = self.query_one("#map" if name == "blocks" else f"#{name}", Widget)
+        if target.display:
+            if target.can_focus:
+                target.focus()
+            return
+        makers: dict[str, Callable[[View], Pane]] = {"inspector": Inspector, "waste": WastePane, "tree": TreePane}
+        title = {"inspector": "5 Inspector", "waste": "6 Waste", "tree": "7 Tree"}[name]
+        overlay = Overlay(title, makers[name](self.view))
+        self.push_screen(overlay)
+        self.call_after_refresh(self._fill_overlay, overlay)
+
+    def _fill_overlay(self, overlay: Overlay) -> None:
+        self.paint()
+        if overlay.pane.can_focus:
+            overlay.pane.focus()
+
+    def on_resize(self, _: events.Resize) -> None:
+        """Titles depend on the size."""
+        self.call_after_refresh(self.paint)
+
+
+def _titled(pane: Pane, title: str) -> Pane:
+    pane.border_title = title
+    return pane

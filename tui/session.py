@@ -1,0 +1,392 @@
+"""Where the screen stands in a trace: run, pause, step, seek, find. Drives a player and, if the trace is live, the engine's permits.
+
+Knows players, sources and the clock that it is given; knows nothing of widgets.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.config import SamplingParams
+from minipaged.errors import TraceError
+from minipaged.trace.live import LiveSource
+from minipaged.trace.player import SPEEDS, Player
+from minipaged.trace.records import TIER_DEVICE, Event, StepDelta
+from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.sources import Source
+from minipaged.trace.stream import MARKS
+from tui.palette import LETTERS
+
+MOST_READ = 20_000  # deltas that one search reads
+WORDS = {
+    "cow": "copy",
+    "copy": "copy",
+    "fork": "fork",
+    "preempt": "preempt",
+    "swap": "swap_out",
+    "hit": "cache_hit",
+    "cache": "cache_hit",
+    "finish": "finish",
+    "done": "finish",
+    "admit": "admit",
+    "start": "admit",
+    "evict": "evict",
+    "abort": "abort",
+    "refuse": "refuse",
+    "prune": "prune",
+    "release": "release",
+    "knob": "knob",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a tick changed: the blocks that may differ (None: any), and whether anything moved at all."""
+
+    ids: npt.NDArray[np.int32] | None
+    moved: bool
+
+
+NOTHING = Change(np.zeros(0, np.int32), False)
+
+
+class Session:
+    """One trace being looked at."""
+
+    def __init__(self, source: Source, *, speed: float | None = None) -> None:
+        self.source = source
+        self.live = source if isinstance(source, LiveSource) else None
+        self.playing = self.live is not None
+        default = math.inf if self.live is not None else 10.0
+        self.speed = default if speed is None else speed
+        self.message = ""
+        self.failed = ""  # why the engine could not start or go on
+        self.input_error = False  # whether that was the user's input
+        self.bookmarks: set[int] = set()
+        self.query = ""
+        self._player: Player | None = None
+        self._all = True  # the next change concerns every block
+        self._owed = 0  # single steps asked of the engine and not yet seen
+        self._due = 0.0
+        self._last: float | None = None
+        if self.live is None:
+            self._player = Player(source)
+
+    # What there is.
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a state to show."""
+        return self._player is not None
+
+    @property
+    def position(self) -> int:
+        """Deltas behind us."""
+        return self._player.position if self._player is not None else 0
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The state here."""
+        return self._player.snapshot if self._player is not None else Snapshot()
+
+    @property
+    def delta(self) -> StepDelta | None:
+        """What led here."""
+        return self._player.delta if self._player is not None else None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether nothing newer is known."""
+        return self.position >= len(self.source)
+
+    @property
+    def word(self) -> str:
+        """Where we are in one word."""
+        live = self.live
+        if live is None:
+            return "PLAYING" if self.playing else "REPLAY"
+        if live.ended:
+            return "ENDED"
+        if not live.ready:
+            return "LOADING"
+        if not self.playing:
+            return "PAUSED"
+        return "IDLE" if live.idle and self.at_edge else "LIVE"
+
+    @property
+    def speed_text(self) -> str:
+        """The speed in words."""
+        return "full speed" if math.isinf(self.speed) else f"{self.speed:g} steps/s"
+
+    # Time.
+
+    def tick(self, now: float) -> Change:
+        """Take in what is new and go on as far as the speed allows."""
+        heard = self._listen()
+        passed = 0.0 if self._last is None else max(0.0, now - self._last)
+        self._last = now
+        applied: list[StepDelta] = []
+        player = self._player
+        if player is not None:
+            if self.live is not None:
+                applied = self._tick_live(player, self.live, passed)
+            elif self.playing:
+                player.speed = self.speed
+                applied = player.tick(now)
+                if self.at_edge:
+                    self.playing = False
+        if self.source.damage and self.at_edge:
+            self.message = self.source.damage
+        return self._change(applied, heard)
+
+    def _change(self, applied: list[StepDelta], moved: bool) -> Change:
+        if self._all:
+            self._all = False
+            return Change(None, True)
+        if not applied:
+            return Change(NOTHING.ids, True) if moved else NOTHING
+        ids = [delta.blocks.ids[delta.blocks.tier == TIER_DEVICE] for delta in applied]
+        return Change(np.concatenate(ids).astype(np.int32), True)
+
+    def _listen(self) -> bool:
+        live = self.live
+        if live is None or (live.ended and not live.notes):
+            return False
+        came = live.poll() > 0
+        if self._player is None and len(live):
+            self._player = Player(live)
+        while live.notes:
+            came = True
+            self._hear(live.notes.popleft())
+        if live.ended:
+            self.playing = False
+            self.message = self.failed or f"{live.ended}: what it did can still be looked at"
+            return True
+        return came
+
+    def _hear(self, note: dict[str, object]) -> None:
+        kind, text = note.get("kind"), str(note.get("text", ""))
+        if kind == "failed":
+            self.failed, self.input_error = text, bool(note.get("input_error"))
+        if kind != "submitted":
+            self.message = text
+
+    def _tick_live(self, player: Player, live: LiveSource, passed: float) -> list[StepDelta]:
+        if self.playing:
+            if not math.isinf(self.speed):
+                self._pace(live, passed)
+            return player.advance(player.behind)
+        if self._owed and player.behind:
+            count = min(self._owed, player.behind)
+            self._owed -= count
+            return player.advance(count)
+        return []
+
+    def _pace(self, live: LiveSource, passed: float) -> None:
+        self._due = min(self._due + passed * self.speed, max(1.0, self.speed / 4))
+        whole = int(self._due)
+        if whole and live.outstanding == 0 and not live.idle:
+            self._due -= whole
+            live.permit(whole)
+
+    # Going about.
+
+    def toggle(self) -> None:
+        """Run or pause. Running a live trace returns to its edge."""
+        self.message = ""
+        if self.playing:
+            self.pause()
+        elif self.live is not None and self.live.ended:
+            self.message = f"{self.live.ended}: there is nothing to run"
+        else:
+            if self.live is None and self.at_edge:
+                self.seek(0)
+            self.playing = True
+            if self._player is not None:
+                self._player.rest()
+            self._let_run()
+
+    def _let_run(self) -> None:
+        live = self.live
+        if live is not None and self.playing:
+            self.seek(len(self.source))
+            self._due = 0.0
+            if math.isinf(self.speed):
+                live.run()
+            else:
+                live.pause()
+
+    def start(self) -> None:
+        """A live engine begins to run, if this session is running."""
+        self._let_run()
+
+    def pause(self) -> None:
+        """Stop here; a live engine stops after the step it is in."""
+        self.playing, self._owed = False, 0
+        if self.live is not None:
+            self.live.pause()
+
+    def step(self) -> None:
+        """One step forward: in the trace if there is more of it, else of the engine itself."""
+        if self.playing:
+            self.pause()
+        self.message = ""
+        if not self.at_edge:
+            self.seek(self.position + 1)
+        elif self.live is not None and not self.live.ended:
+            if self.live.idle:
+                self.message = "the engine has nothing to do: press a to add a prompt"
+            else:
+                self._owed += 1
+                self.live.permit(1)
+        else:
+            self.message = "this is the end of the trace"
+
+    def back(self) -> None:
+        """One step back."""
+        self.go(self.position - 1)
+
+    def go(self, position: int) -> None:
+        """Pause, and be at `position`."""
+        if self.playing:
+            self.pause()
+        self.message = ""
+        self.seek(position)
+
+    def seek(self, position: int) -> None:
+        """Be at `position`, clamped."""
+        if self._player is not None and position != self.position:
+            try:
+                self._player.seek(position)
+            except TraceError as error:
+                self.message = str(error)
+            self._all = True
+
+    def change_speed(self, by: int) -> None:
+        """Faster or slower."""
+        at = SPEEDS.index(self.speed) if self.speed in SPEEDS else len(SPEEDS) - 1
+        self.speed = SPEEDS[max(0, min(len(SPEEDS) - 1, at + by))]
+        self.message = ""
+        self._let_run()
+
+    # Finding.
+
+    def next_event(self, direction: int) -> None:
+        """To the next (1) or previous (-1) step in which something but writing happened, or a bookmark stands."""
+        found = np.flatnonzero(self.source.marks) + 1
+        if self.bookmarks:
+            found = np.union1d(found, sorted(self.bookmarks))
+        self._go_among(found, direction, "there is no later event yet", "there is no earlier event")
+
+    def _go_among(self, positions: npt.NDArray[np.int64], direction: int, none_after: str, none_before: str) -> None:
+        if direction > 0:
+            at = int(np.searchsorted(positions, self.position, side="right"))
+            target = int(positions[at]) if at < len(positions) else None
+        else:
+            at = int(np.searchsorted(positions, self.position, side="left"))
+            target = int(positions[at - 1]) if at > 0 else None
+        if target is None:
+            self.message = none_after if direction > 0 else none_before
+        else:
+            self.go(target)
+
+    def bookmark(self) -> None:
+        """Set or take away a bookmark here."""
+        self.bookmarks ^= {self.position}
+        self.message = f"bookmark {'set' if self.position in self.bookmarks else 'taken away'}: {{ and }} stop there"
+
+    def find(self, query: str, direction: int = 1) -> None:
+        """Go to what is asked: a kind of event (cow, preempt, swap …), `seq B`, `block 31`, `step 40`."""
+        self.query = query = " ".join(query.lower().split()) if not query.lower().startswith("seq ") else query.strip()
+        number = re.fullmatch(r"(?:step )?(\d+)", query)
+        block = re.fullmatch(r"block (\d+)", query)
+        if number:
+            self._go_step(int(number[1]))
+        elif block:
+            self._scan(
+                lambda event: int(block[1]) in (event.block, event.other if event.kind == "copy" else -1),
+                direction,
+                query,
+            )
+        elif query.lower().startswith("seq "):
+            self._find_sequence(query[4:].strip(), direction)
+        elif kind := next((kind for word, kind in WORDS.items() if query and word.startswith(query.rstrip("s"))), None):
+            wanted = np.uint16(MARKS[kind])
+            none = f"no {query} "
+            self._go_among(
+                np.flatnonzero(self.source.marks & wanted) + 1,
+                direction,
+                none + "after this step",
+                none + "before this step",
+            )
+        else:
+            self.message = (
+                f"cannot find {query!r}: try cow, fork, hit, preempt, swap, finish, evict, seq B, block 31, step 40"
+            )
+
+    def _find_sequence(self, name: str, direction: int) -> None:
+        by_letter = {LETTERS[state.label % len(LETTERS)]: seq for seq, state in self.snapshot.sequences.items()}
+        sequence = by_letter.get(name, by_letter.get(name.upper(), int(name) if name.isdigit() else None))
+        if sequence is None:
+            self.message = f"there is no sequence {name!r} here"
+        else:
+            self._scan(
+                lambda event: event.sequence == sequence and event.kind != "append", direction, f"event of {name}"
+            )
+
+    def _go_step(self, step: int) -> None:
+        """Steps number the deltas, which need not start at 0."""
+        first = self.source.delta(0).step if len(self.source) else 0
+        self.go(step - first + 1)
+
+    def _scan(self, wanted: Callable[[Event], bool], direction: int, what: str) -> None:
+        position = self.find_event(wanted, direction)
+        if position is None:
+            self.message = f"no {what} {'after' if direction > 0 else 'before'} this step"
+        else:
+            self.go(position)
+
+    def find_event(self, wanted: Callable[[Event], bool], direction: int) -> int | None:
+        """The position after the nearest delta in that direction with an event for which `wanted(event)` holds."""
+        start = self.position if direction > 0 else self.position - 2
+        end = len(self.source) if direction > 0 else -1
+        for count, at in enumerate(range(start, end, direction)):
+            if count >= MOST_READ:
+                break
+            try:
+                if any(wanted(event) for event in self.source.delta(at).events):
+                    return at + 1
+            except TraceError:
+                break
+        return None
+
+    def why(self, event: Event) -> None:
+        """Go to the step of the event that caused this one."""
+        if event.cause < 0:
+            self.message = f"{event.kind} is a first cause: nothing in the trace led to it"
+            return
+        if self.delta is not None and any(other.id == event.cause for other in self.delta.events):
+            cause = next(other for other in self.delta.events if other.id == event.cause)
+            self.message = f"{event.kind} was caused in this same step, by {cause.kind}"
+            return
+        position = self.find_event(lambda other: other.id == event.cause, -1)
+        if position is None:
+            self.message = "the cause lies too far back"
+        else:
+            self.go(position)
+
+    # The engine.
+
+    def submit(self, prompt: str, params: SamplingParams) -> bool:
+        """Add a prompt; False where there is no engine."""
+        if self.live is None or self.live.ended:
+            self.message = "this is a recording: a prompt needs a live engine"
+            return False
+        self.live.submit(prompt, params)
+        return True

@@ -1,0 +1,110 @@
+"""What every pane is given: one moment of a trace and how to show it. And lines: runs of (text, role) that become
+strips.
+
+Everything that a pane shows comes from here, so that live, replay and tests feed the same widgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from rich.cells import cell_len
+from rich.segment import Segment
+from rich.style import Style
+from textual.strip import Strip
+
+from minipaged.trace.records import StepDelta
+from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.stream import Header
+from tui import palette
+from tui.history import Past
+from tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
+from tui.safe import to_ascii
+
+Run = tuple[str, str]  # text, role (a name of palette.style)
+Line = list[Run]
+
+
+@dataclass(slots=True)
+class View:
+    """One moment."""
+
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    delta: StepDelta | None = None  # what led here
+    header: Header = field(default_factory=Header)
+    position: int = 0
+    length: int = 0  # deltas known
+    occupied: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+    marks: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+    pieces: Mapping[int, bytes] = field(default_factory=dict)
+    word: str = ""  # LIVE, PAUSED, REPLAY, IDLE, LOADING, ENDED
+    speed: str = ""
+    message: str = ""  # the last word from the engine or the program, shown in place of the sentence
+    block: int = -1  # the cursor's block; -1: none
+    only: int = -1  # the sequence that is not dimmed; -1: all are equal
+    bookmarks: tuple[int, ...] = ()
+    past: tuple[Past, ...] = ()  # of the cursor's block
+    glyphs: Glyphs = UNICODE
+    mode: Mode = "dark"
+
+    def letter(self, sequence: int) -> str:
+        """A sequence's letter; ? once it is forgotten."""
+        state = self.snapshot.sequences.get(sequence)
+        return letter(state.label) if state is not None else "?"
+
+    def hue(self, sequence: int) -> int:
+        """A sequence's hue, 0 to 6."""
+        state = self.snapshot.sequences.get(sequence)
+        return state.label % NUM_HUES if state is not None else 0
+
+    def role(self, sequence: int, *, shared: bool = False) -> str:
+        """A sequence's role for palette.style; faint when another one is looked at alone."""
+        if self.only not in (-1, sequence):
+            return "faint"
+        return f"{'shared' if shared else 'hue'}{self.hue(sequence)}"
+
+    def style(self, role: str) -> Style:
+        """The look of a role in this mode."""
+        return palette.style(role, self.mode)
+
+    def fill_glyph(self, fill: int) -> str:
+        """How full a block is, in one cell."""
+        size = max(1, self.snapshot.stats.block_size)
+        levels = self.glyphs.filling
+        return levels[min(len(levels) - 1, max(0, fill * len(levels) // size))]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether this is the newest moment."""
+        return self.position >= self.length
+
+
+def shown(text: str, view: View) -> str:
+    """The text in the characters that the view allows."""
+    return to_ascii(text) if view.glyphs.ascii else text
+
+
+def width_of(line: Iterable[Run]) -> int:
+    """Cells."""
+    return sum(cell_len(text) for text, _ in line)
+
+
+def strip_of(line: Line, width: int, view: View, base: Style) -> Strip:
+    """A line as a strip of exactly `width` cells."""
+    ascii_only = view.glyphs.ascii
+    segments = [Segment(to_ascii(text) if ascii_only else text, base + view.style(role)) for text, role in line if text]
+    return Strip(segments).adjust_cell_length(width, base)
+
+
+def spread(left: Line, right: Line, width: int) -> Line:
+    """`left` at the left end and `right` at the right end."""
+    return [*left, (" " * max(1, width - width_of(left) - width_of(right)), "text"), *right]
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of `width` cells, `share` of them full."""
+    full = round(max(0.0, min(1.0, share)) * width)
+    return "█" * full + "░" * (width - full)
