@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from minipaged.config import DTYPE_BYTES, CacheConfig, EngineConfig, ModelConfig
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.kv_store import KVStore
 from minipaged.execution.torch_runner import TorchRunner
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model import zoo
+from minipaged.model.placement import choose_device, choose_dtype
 from minipaged.model.tokenizer import Tokenizer
+from minipaged.model.weights import Progress
+from minipaged.model.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
@@ -27,35 +29,11 @@ class Parts:
     """An engine and what it was made of."""
 
     engine: Engine
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer
     model_config: ModelConfig
     cache: CacheConfig
     device: torch.device
     dtype: str
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of that name; auto takes a GPU where there is one. InputError for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r}: torch sees no GPU here; cpu works (minipaged doctor says more)")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
-    return chosen
-
-
-def choose_dtype(dtype: str, device: torch.device) -> str:
-    """The dtype of that name; auto is bfloat16 on a GPU and float32 on a CPU."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def choose_num_blocks(config: ModelConfig, block_size: int, dtype: str, device: torch.device) -> int:
@@ -86,28 +64,35 @@ def assemble(
     dtype: str = "auto",
     num_blocks: int | None = None,
     max_model_len: int | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Parts:
     """Load the model and build an engine around it. cache.num_blocks is replaced by what fits if `num_blocks` is None."""
     chosen = choose_device(device)
-    kind = choose_dtype(dtype, chosen)
-    loaded = zoo.load(model, device=chosen, dtype=getattr(torch, kind), progress=progress)
+    precision = choose_dtype(dtype, chosen)
+    kind = str(precision).removeprefix("torch.")
+    loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress)
     shape = loaded.config
-    if kind not in DTYPE_BYTES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r}")
     if max_model_len is not None and max_model_len > shape.max_position:
         raise InputError(
             f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
         )
     cache = replace(cache, num_blocks=num_blocks or choose_num_blocks(shape, cache.block_size, kind, chosen))
     config = replace(config, max_model_len=max_model_len or shape.max_position)
+    engine = build_engine(loaded, cache, config, device=chosen, dtype=kind)
+    return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
+
+
+def build_engine(
+    loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, *, device: torch.device, dtype: str
+) -> Engine:
+    """An engine with a KV pool of its own around a model that is loaded already."""
     store = KVStore(
-        shape,
+        loaded.config,
         cache.num_blocks,
         cache.block_size,
         num_host_blocks=cache.num_host_blocks,
-        dtype=getattr(torch, kind),
-        device=chosen,
+        dtype=getattr(torch, dtype),
+        device=device,
     )
     manager = BlockManager(
         cache.num_blocks,
@@ -118,5 +103,4 @@ def assemble(
     )
     scheduler = Scheduler(config, manager, cache.block_size)
     runner = TorchRunner(loaded.model, store, config.max_num_seqs)
-    engine = Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=shape.eos_token_ids)
-    return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
+    return Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=loaded.config.eos_token_ids)

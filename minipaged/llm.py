@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
-from minipaged.errors import InputError, RequestError
+from minipaged.errors import RequestError
 from minipaged.scheduling.request import RequestOutput
 
 Prompt = str | Mapping[str, Sequence[int]]
@@ -42,7 +42,7 @@ class LLM:
         policy: Literal["fcfs", "priority"] = "fcfs",
         overlap: Literal["auto"] | int = "auto",
         seed: int = 0,
-        progress: Callable[[str, float], None] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
         if overlap != "auto":
@@ -123,8 +123,6 @@ class LLM:
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The prompt that the model's chat template makes of a conversation."""
-        if self.tokenizer is None:
-            raise InputError("this model has no tokenizer, so it has no chat template")
         return self.tokenizer.chat([dict(message) for message in messages])
 
     def _submit_all(

@@ -29,33 +29,52 @@ def ban(logits: torch.Tensor, tokens: tuple[tuple[int, ...], ...]) -> None:
 
 
 def sample(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-    """Draw one token a row: temperature, then top-k, top-p, min-p, then the inverse of the cumulative distribution.
+    """Draw one token a row: temperature, then top-k, top-p and min-p where asked, then the inverse of the cumulative distribution.
 
     logits [draws, vocab] float32. Returns int64 [draws]; rows of temperature 0 take the most likely token.
     """
     device = logits.device
     best = logits.argmax(dim=-1)
-    temperature = torch.from_numpy(columns.temperature).to(device)
-    if not bool((columns.temperature > 0).any()):
+    warm = columns.temperature > 0
+    if not warm.any():
         return best
-    top_k = torch.from_numpy(columns.top_k).to(device).long()
-    top_p = torch.from_numpy(columns.top_p).to(device)
-    min_p = torch.from_numpy(columns.min_p).to(device)
+    temperature = torch.from_numpy(columns.temperature).to(device)
     uniform = torch.from_numpy(columns.uniform).to(device)
-    greedy = temperature == 0
-    scaled = logits / torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
+    scaled = logits / temperature.where(temperature > 0, 1.0)[:, None]
+    drawn = draw(scaled, uniform)
+    truncated = warm & ((columns.top_k > 0) | (columns.top_p < 1.0) | (columns.min_p > 0.0))
+    if truncated.any():
+        rows = torch.from_numpy(truncated.nonzero()[0]).to(device)
+        top_k, top_p, min_p = (
+            torch.from_numpy(column[truncated]).to(device) for column in (columns.top_k, columns.top_p, columns.min_p)
+        )
+        drawn[rows] = draw_truncated(scaled[rows], uniform[rows], top_k.long(), top_p, min_p)
+    return torch.where(temperature > 0, drawn, best)
+
+
+def draw(scaled: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token at which the cumulative distribution passes `uniform`. scaled [draws, vocab], uniform [draws] -> int64 [draws]."""
+    cumulative = scaled.softmax(dim=-1).double().cumsum(dim=-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=scaled.shape[-1] - 1)
+
+
+def draw_truncated(
+    scaled: torch.Tensor, uniform: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """As draw, over the tokens that remain: the top_k best (0: all), the fewest whose sum reaches top_p, those with at least
+    min_p times the best one's probability. All arguments but `scaled` [draws, vocab] are [draws].
+    """
+    vocab = scaled.shape[-1]
     ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocab, device=scaled.device)
+    ordered = ordered.masked_fill(rank >= top_k.where(top_k > 0, vocab)[:, None], float("-inf"))
     probabilities = ordered.softmax(dim=-1).double()
-    vocab = logits.shape[-1]
-    rank = torch.arange(vocab, device=device)
-    keep = rank < torch.where(top_k > 0, top_k, torch.full_like(top_k, vocab))[:, None]
     before = probabilities.cumsum(dim=-1) - probabilities
-    keep &= before < top_p[:, None]
-    keep &= probabilities >= min_p[:, None] * probabilities[:, :1]
+    keep = (before < top_p[:, None]) & (probabilities >= min_p[:, None] * probabilities[:, :1])
     keep[:, 0] = True
     cumulative = (probabilities * keep).cumsum(dim=-1)
     threshold = uniform[:, None] * cumulative[:, -1:]
-    chosen = (cumulative <= threshold).sum(dim=-1, keepdim=True).clamp(max=vocab - 1)
+    chosen = torch.searchsorted(cumulative, threshold, right=True)
     last_kept = (keep * rank).amax(dim=-1, keepdim=True)
-    drawn = tokens.gather(1, torch.minimum(chosen, last_kept)).squeeze(1)
-    return torch.where(greedy, best, drawn)
+    return tokens.gather(1, torch.minimum(chosen, last_kept)).squeeze(1)

@@ -111,7 +111,7 @@ class Request:
     beams: BeamSearch | None = None
     hypotheses: list[Sequence] = field(default_factory=list)  # beams that ended, by their number
     error: str | None = None
-    output: RequestOutput = field(init=False)
+    output: RequestOutput = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.output = RequestOutput(self)

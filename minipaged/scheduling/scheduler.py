@@ -472,6 +472,7 @@ class Scheduler:
             sequence.token_ids.append(token)
         known = batch.known[slots] + 1
         batch.known[slots] = known
+        batch.busy[slots] = False
         newest = known == batch.total[slots]
         batch.last[slots[newest]] = ids[newest]
         at_limit = known >= batch.limit[slots]

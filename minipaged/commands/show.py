@@ -1,0 +1,88 @@
+"""`minipaged` and `minipaged tui`: the screen over a live engine or a recorded trace; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minipaged.commands.demo import DEMO
+from minipaged.config import SamplingParams, check_choice, check_int
+from minipaged.engine import Engine
+from minipaged.errors import InputError
+
+Asked = tuple[tuple[str, SamplingParams], ...]
+
+
+def show(
+    model: str,
+    *,
+    prompts: Path | None = None,
+    record: Path | None = None,
+    replay: Path | None = None,
+    headless: bool = False,
+    steps: int | None = None,
+    screenshot: Path | None = None,
+    size: str | None = None,
+    ascii_only: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> int:
+    """Show a run; every argument is checked before anything is started. Returns the exit code."""
+    chosen = settings or {}
+    if steps is not None:
+        check_int("steps", steps, 1)
+    check_int("block_size", chosen.get("block_size", 16), 1, 256)
+    check_choice("dtype", chosen.get("dtype", "auto"), ("auto", "float32", "float16", "bfloat16"))
+    asked = read_prompts(prompts) if prompts is not None else DEMO
+    cells = parse_size(size)
+    for target in (record, screenshot):
+        if target is not None and not target.resolve().parent.is_dir():
+            raise InputError(f"{target}: the folder {target.resolve().parent} does not exist")
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if replay is None and not headless and not terminal:
+        from minipaged.commands.plain import run_plain
+
+        return run_plain(partial(build_engine, model, chosen), asked, steps=steps, record=record)
+    from tui.app import run_screen
+
+    source: Any = replay if replay is not None else partial(build_engine, model, chosen)
+    return run_screen(
+        source,
+        prompts=asked,
+        ascii=ascii_only,
+        record=record,
+        headless=headless or not terminal,
+        steps=steps,
+        screenshot=screenshot,
+        size=cells,
+    )
+
+
+def build_engine(model: str, settings: dict[str, Any], progress: Any = None) -> Engine:
+    """An engine over that model; a top-level function, so that a child process can be given it."""
+    from minipaged.llm import LLM
+
+    return LLM(model, progress=progress, **settings).engine
+
+
+def read_prompts(path: Path) -> Asked:
+    """A prompt a line; empty lines and lines that begin with # are passed over. InputError if none is left."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from None
+    texts = [line for line in lines if line.strip() and not line.startswith("#")]
+    if not texts:
+        raise InputError(f"{path}: holds no prompt; give a prompt a line")
+    return tuple((text, SamplingParams(max_tokens=96)) for text in texts)
+
+
+def parse_size(size: str | None) -> tuple[int, int] | None:
+    """Columns and rows from text such as 120x40."""
+    if size is None:
+        return None
+    columns, _, rows = size.lower().partition("x")
+    if not (columns.isdigit() and rows.isdigit()):
+        raise InputError(f"size must be columns x rows, such as 120x40, not {size!r}")
+    return check_int("columns", int(columns), 40, 500), check_int("rows", int(rows), 12, 200)
