@@ -26,11 +26,12 @@ def triton_installed() -> bool:
 def triton_interpreted() -> bool:
     """Whether our Triton kernels run in triton's interpreter, that is on the CPU.
 
-    Triton decides when a kernel is decorated, so the answer is fixed by TRITON_INTERPRET at the kernels' first use.
+    Triton decides when a function is decorated, and decorates its own library when it is imported.
     """
     import triton
+    import triton.language
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret) and not isinstance(triton.language.cdiv, triton.JITFunction)
 
 
 @cache
@@ -62,6 +63,6 @@ def use_triton(tensor: torch.Tensor) -> bool:
     if not tensor.is_cuda and not triton_interpreted():
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}=triton with tensors on {tensor.device}: Triton needs a CUDA device, "
-            "or TRITON_INTERPRET=1 set before the first kernel is used"
+            "or TRITON_INTERPRET=1 set before triton is imported"
         )
     return True

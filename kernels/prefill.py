@@ -6,6 +6,8 @@ Source: FlashAttention-2 (Dao, 2023) for the kernel's loop; chunked prefill: Sar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -48,7 +50,9 @@ def paged_prefill(
     if max_query_len < 0:
         raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
     if use_triton(query):
-        from kernels.prefill_triton import paged_prefill_triton as attend
+        from kernels.prefill_triton import paged_prefill_triton
+
+        attend: Callable[..., Tensor] = paged_prefill_triton
     else:
         attend = paged_prefill_torch
     return attend(
