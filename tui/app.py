@@ -12,7 +12,7 @@ from typing import Any
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.trace.live import EngineProcess
-from minipaged.trace.sources import Source
+from minipaged.trace.sources import FileSource, Source
 from tui.screen import ScreenApp
 from tui.session import Session
 
@@ -23,7 +23,7 @@ QUIET_SECONDS = 120.0  # headless: the longest time without a step
 
 
 def run_screen(
-    source_or_engine_factory: Source | Factory | tuple[Factory, Mapping[str, Any]],
+    source_or_engine_factory: Source | str | Path | Factory | tuple[Factory, Mapping[str, Any]],
     *,
     prompts: Prompts = (),
     ascii: bool = False,
@@ -37,11 +37,13 @@ def run_screen(
 ) -> int:
     """Show a trace or a live engine; returns the exit code.
 
-    source_or_engine_factory: a source, or a top-level function (with its arguments, as a pair) that a child process
+    source_or_engine_factory: a source or a trace's path, or a top-level function (with its arguments, as a pair) that a child process
     calls to build the engine. prompts: submitted at once. record: a file that gets the trace. headless: no terminal;
     goes `steps` steps (None: until nothing is left to do), saves `screenshot` (SVG) and returns. size: (columns, rows)
     of a headless screen, 80 by 24 by default.
     """
+    if isinstance(source_or_engine_factory, str | Path):
+        source_or_engine_factory = FileSource(source_or_engine_factory, progress=_say_progress)
     if isinstance(source_or_engine_factory, tuple):
         factory, arguments = source_or_engine_factory
     elif callable(source_or_engine_factory):
@@ -60,6 +62,13 @@ def run_screen(
         if code == 1 and (words := engine.last_words()):
             print(f"minipaged: {words} (log: {engine.log_path})", file=sys.stderr)
         return code
+
+
+def _say_progress(done: int, size: int) -> None:
+    """Rebuilding the index of a large trace takes a while: say how far it is."""
+    if size > 1 << 22 and sys.stderr.isatty():
+        end = "\n" if done >= size else ""
+        print(f"\rminipaged: rebuilding the trace's index {100 * done // size} %", end=end, file=sys.stderr, flush=True)
 
 
 def _show(

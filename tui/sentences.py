@@ -81,6 +81,8 @@ def sentences(view: View) -> list[str]:
         return []
     grouped: Grouped = defaultdict(list)
     for event in view.delta.events:
+        if event.kind == "fork" and event.other < 0:
+            continue  # a copy that was given up: its source stands in the table again
         grouped[event.kind].append(event)
     made = [_TELL[kind](view, grouped) for kind in ORDER if grouped.get(kind)]
     return [text for text in made if text]

@@ -205,7 +205,7 @@ def _tables(columns: Columns) -> tuple[TablePatch, ...]:
         return ()
     lists = [columns[name].tolist() for name in ("t.sequence", "t.group", "t.start", "t.length", "t.tier")]
     column = columns.get("t.ids", _NO_INT)
-    _check_ids(column)
+    _check_ids(column, least=-1)  # -1 in a host table: an entry that was released before the swap
     ids = column.tolist()
     patches, at = [], 0
     for sequence, group, start, length, tier in zip(*lists, strict=True):
@@ -214,8 +214,8 @@ def _tables(columns: Columns) -> tuple[TablePatch, ...]:
     return tuple(patches)
 
 
-def _check_ids(ids: Array) -> None:
-    if len(ids) and (ids.min() < 0 or ids.max() >= MAX_BLOCKS):
+def _check_ids(ids: Array, least: int = 0) -> None:
+    if len(ids) and (ids.min() < least or ids.max() >= MAX_BLOCKS):
         raise TraceError("a trace record names a block that no pool has")
 
 

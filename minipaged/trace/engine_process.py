@@ -10,17 +10,27 @@ import os
 import pickle
 import queue
 import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError, TraceError
 from minipaged.trace import codec
 from minipaged.trace.records import StepDelta
-from minipaged.trace.stream import Header, Kind, Record, StreamWriter, note, pieces_record, read_record
+from minipaged.trace.stream import (
+    Header,
+    Kind,
+    Pieces,
+    Record,
+    StreamWriter,
+    header_of,
+    note,
+    pieces_record,
+    read_record,
+)
 
-Status = Callable[[str], None]
 Command = dict[str, Any]
 
 
@@ -63,7 +73,7 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
         writer = StreamWriter(records, Header())
         try:
             factory, arguments = pickle.loads(call)
-            engine = factory(**arguments, status=lambda text: writer.write(note(kind="status", text=text)))
+            engine = factory(**arguments, progress=Progress(writer))
         except InputError as error:
             writer.write(note(kind="failed", text=str(error), input_error=True))
             return
@@ -95,6 +105,24 @@ def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
     os._exit(0)  # the parent has hung up or died: whatever the engine is doing, nobody waits for it
 
 
+class Progress:
+    """What a factory reports while it loads: a stage, and how much of it is done. Told at most ten times a second."""
+
+    def __init__(self, writer: StreamWriter) -> None:
+        self._writer = writer
+        self._stage = ""
+        self._told = 0.0
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """`stage` is at `done` of `total`; without a total it is only named."""
+        now = time.monotonic()
+        if stage == self._stage and now - self._told < 0.1 and done < total:
+            return
+        self._stage, self._told = stage, now
+        share = f" {100 * done // total} %" if total else ""
+        self._writer.write(note(kind="status", text=f"{stage}…{share}"))
+
+
 class EngineLoop:
     """Commands in, one step a permit, records out."""
 
@@ -104,15 +132,12 @@ class EngineLoop:
         self.inbox = inbox
         self.permits = 0
         self._told_idle = False
-        self._known_pieces: set[int] = set()
-        self._token_bytes: Callable[[int], bytes] | None = getattr(getattr(engine, "codec", None), "token_bytes", None)
+        self._pieces = Pieces(engine)
         engine.trace.subscribe(self._publish)
 
     def run(self) -> None:
         """Until the process ends."""
-        describe = getattr(self.engine, "describe", None)
-        told: Mapping[str, Any] = describe() if callable(describe) else {}
-        header = Header(str(told.get("model", "")), int(told.get("seed", 0)), dict(told.get("engine", {})))
+        header = header_of(self.engine)
         self.writer.write(Record(Kind.HEADER, 0, codec.pack(header.to_json(), {})))
         while True:
             may_step = self.permits > 0 and self.engine.has_work
@@ -169,11 +194,7 @@ class EngineLoop:
         knob(name, value)
 
     def _publish(self, delta: StepDelta) -> None:
-        if self._token_bytes is not None:
-            fresh = {token for patch in delta.sequences for token in patch.token_ids if token >= 0} - self._known_pieces
-            if fresh:
-                self._known_pieces |= fresh
-                self.writer.write(
-                    pieces_record(delta.step, {token: self._token_bytes(token) for token in sorted(fresh)})
-                )
+        fresh = self._pieces.fresh(delta)
+        if fresh:
+            self.writer.write(pieces_record(delta.step, fresh))
         self.writer.delta(delta)

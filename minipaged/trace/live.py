@@ -221,8 +221,9 @@ class LiveSource(RecordSource):
 class EngineProcess:
     """A child process that runs an engine and speaks the record stream.
 
-    factory: a top-level function; called in the child with `arguments` and a `status` callable that takes a word for the screen ("loading
-    weights…"). It returns the engine. The child's output goes to `log_path`, never to the terminal.
+    factory: a top-level function; called in the child with `arguments` and `progress`, a callable that takes (stage,
+    done, total) for the screen to show. It returns the engine. The child's output goes to `log_path`, never to the
+    terminal.
     """
 
     def __init__(

@@ -178,6 +178,7 @@ class Snapshot:
     def _move_host(self, sequence: int, gone: tuple[int, ...], come: tuple[int, ...], block_size: int) -> None:
         """The host pool follows from its tables; a block patch may say more."""
         pool = self.host
+        gone, come = tuple(b for b in gone if b >= 0), tuple(b for b in come if b >= 0)  # -1: an entry released before
         pool.grow(max((*gone, *come), default=-1) + 1)
         for block in gone:
             pool.refs[block] -= 1

@@ -9,10 +9,11 @@ where it is; without them the index is rebuilt by scanning. Knows bytes; knows n
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import IntEnum
 from typing import Any, BinaryIO, NamedTuple
 
@@ -260,6 +261,69 @@ class StreamWriter:
         index = Index.from_rows(self._rows)
         self._out.write(Record(Kind.INDEX, 0, index.encode()).to_bytes() + _TRAILER.pack(self._offset, TRAILER_MAGIC))
         self._out.flush()
+
+
+class Recorder:
+    """Records an engine's steps to a file: a listener of its trace."""
+
+    def __init__(self, path: str | os.PathLike[str], engine: object) -> None:
+        try:
+            self._file = open(path, "wb")  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise TraceError(f"cannot record to {str(path)!r}: {error.strerror}") from None
+        self._writer = StreamWriter(self._file, header_of(engine))
+        self._pieces = Pieces(engine)
+
+    def write(self, delta: StepDelta) -> None:
+        """Record one step."""
+        fresh = self._pieces.fresh(delta)
+        if fresh:
+            self._writer.write(pieces_record(delta.step, fresh))
+        self._writer.delta(delta)
+
+    def shadow(self, shadow: ShadowDelta) -> None:
+        """Record what another system would hold after the last step."""
+        self._writer.shadow(shadow)
+
+    def close(self) -> None:
+        """Write the index and let the file go. Does nothing the second time."""
+        if not self._file.closed:
+            self._writer.finish()
+            self._file.close()
+
+
+def open_recorder(path: str | os.PathLike[str], engine: object) -> Recorder:
+    """A recorder of that engine; subscribe its `write`. TraceError if the file cannot be written."""
+    return Recorder(path, engine)
+
+
+class Pieces:
+    """Which token ids the stream has told the bytes of."""
+
+    def __init__(self, engine: object) -> None:
+        self._known: set[int] = set()
+        self._token_bytes: Callable[[int], bytes] | None = getattr(getattr(engine, "codec", None), "token_bytes", None)
+
+    def fresh(self, delta: StepDelta) -> dict[int, bytes]:
+        """The bytes of the ids that a delta names for the first time."""
+        if self._token_bytes is None:
+            return {}
+        new = {token for patch in delta.sequences for token in patch.token_ids if token >= 0} - self._known
+        self._known |= new
+        return {token: self._token_bytes(token) for token in sorted(new)}
+
+
+def header_of(engine: object) -> Header:
+    """What the trace of this engine is of: its own describe(), else its scheduler's settings."""
+    describe = getattr(engine, "describe", None)
+    if callable(describe):
+        told = describe()
+        return Header(str(told.get("model", "")), int(told.get("seed", 0)), dict(told.get("engine", {})))
+    scheduler = getattr(engine, "scheduler", None)
+    config = getattr(scheduler, "config", None)
+    settings = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else {}
+    settings["block_size"] = getattr(scheduler, "block_size", 0)
+    return Header("", int(settings.get("seed", 0)), settings)
 
 
 @dataclass(frozen=True, slots=True)

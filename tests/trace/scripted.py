@@ -402,12 +402,12 @@ class ScriptedEngine:
             listener(delta)
 
 
-def scripted_engine(status: Callable[[str], None], **arguments: object) -> ScriptedEngine:
+def scripted_engine(progress: Callable[[str, int, int], None], **arguments: object) -> ScriptedEngine:
     """The factory that a child process calls."""
-    status("loading weights…")
+    progress("loading weights", 1, 4)
     return ScriptedEngine(**arguments)  # type: ignore[arg-type]
 
 
-def failing_engine(status: Callable[[str], None]) -> ScriptedEngine:
+def failing_engine(progress: object) -> ScriptedEngine:
     """A factory that cannot."""
     raise RequestError("unknown model 'nothing': try smollm2-135m")

@@ -41,7 +41,7 @@ def test_one_permit_is_one_step() -> None:
         source.submit("hello", PARAMS)
         source.permit(1)
         assert source.wait(lambda: len(source) == 1)
-        assert source.notes[0] == {"kind": "status", "text": "loading weights…"}
+        assert source.notes[0] == {"kind": "status", "text": "loading weights… 25 %"}
         assert source.header.model == "scripted"
         source.permit(2)
         assert source.wait(lambda: len(source) == 3)
