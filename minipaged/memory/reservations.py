@@ -114,6 +114,18 @@ class Reservations:
         del self.rows[key]
         self._leave(key, row)
 
+    def cancel(self, key: int) -> None:
+        """Undo an admission before anything was written, as if it had never been. Raises KeyError if the row is unknown."""
+        row = self.rows[key]
+        if row.tokens:
+            raise InputError(f"row {key} cannot be cancelled: {row.tokens} of its tokens are written")
+        self._prompts -= row.prompt
+        self._needed -= row.prompt + row.output
+        self._reserved -= row.reserved
+        self._chunks -= row.chunk
+        del self.rows[key]
+        self._leave(key, row)
+
     def close(self) -> None:
         """The rows admitted so far start to run: where a batch is static, nobody joins from here on."""
 

@@ -86,6 +86,12 @@ class BatchReservations(Reservations):
         super().grow(key, tokens)
         self.closed = True
 
+    def cancel(self, key: int) -> None:
+        if self.closed:
+            raise InputError(f"row {key} cannot be cancelled: its batch runs")
+        super().cancel(key)
+        self._alive -= 1
+
     def close(self) -> None:
         self.closed = bool(self.rows)
 
@@ -118,6 +124,10 @@ class StaticBatch(BatchReservations):
 
     def _clear(self) -> None:
         self.longest = self._most_new = 0
+
+    def _leave(self, key: int, row: Row) -> None:
+        self.longest = max((other.prompt for other in self.rows.values()), default=0)
+        self._most_new = max((other.max_new for other in self.rows.values()), default=0)
 
     def _place(self, prompt: int, output: int, max_new: int) -> Row | None:
         longest, most_new = max(self.longest, prompt), max(self._most_new, max_new)
@@ -152,11 +162,18 @@ class FasterTransformer(BatchReservations):
         start = len(self.rows) * self.max_len
         if start + self.max_len > self.pool:
             return None
-        self.buffer_rows = max(self.buffer_rows, len(self.rows) + 1)
         return Row(prompt, output, max_new, self.max_len, self.max_len, start)
 
+    def close(self) -> None:
+        super().close()
+        self.buffer_rows = max(self.buffer_rows, len(self.rows))
+
+    def grow(self, key: int, tokens: int) -> None:
+        super().grow(key, tokens)
+        self.close()
+
     def _padding(self) -> int:
-        return self.buffer_rows * self.max_len - self._chunks
+        return max(self.buffer_rows, len(self.rows)) * self.max_len - self._chunks
 
     def _row_pieces(self, key: int, row: Row) -> list[Piece]:
         return [(row.start, self.max_len, "padding", key)] if row.ended else super()._row_pieces(key, row)

@@ -68,6 +68,14 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(InputError, match="cannot grow"):
                 self.pool.grow(key, steps)
 
+    @rule(prompt=st.integers(1, 40), output=st.integers(1, 24), more=st.integers(0, 30))
+    def admit_and_cancel(self, prompt: int, output: int, more: int) -> None:
+        before, picture = self.pool.bands(waiting=True), self.pool.runs(waiting=True)
+        if self.pool.admit(self.next_key, prompt, output, output + more):
+            self.pool.cancel(self.next_key)
+        assert self.pool.bands(waiting=True) == before
+        assert self.pool.runs(waiting=True) == picture
+
     @precondition(lambda self: self.live())
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
