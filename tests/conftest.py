@@ -1,0 +1,19 @@
+"""Hypothesis profiles and the spec's options. HYPOTHESIS_PROFILE chooses: ci (fixed examples, the default), quick (for mutants), long."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, Verbosity, settings
+
+from tests.spec_options import pytest_addoption, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_configure"]
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("ci", max_examples=60, stateful_step_count=40, derandomize=True, database=None, **_COMMON)
+settings.register_profile("quick", max_examples=25, stateful_step_count=40, derandomize=True, database=None, **_COMMON)
+settings.register_profile(
+    "long", max_examples=3000, stateful_step_count=60, print_blob=True, verbosity=Verbosity.normal, **_COMMON
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
