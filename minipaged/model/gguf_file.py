@@ -57,7 +57,7 @@ class GGUFFile:
         rows: list[tuple[str, tuple[int, ...], int, int]] = []
         for _ in range(num_tensors):
             cursor.where = "the table of tensors"
-            name = cursor.string()
+            name = cursor.name()
             cursor.where = f"the entry of tensor {name}"
             num_dimensions = cursor.scalar("I")
             if not 1 <= num_dimensions <= MAX_DIMENSIONS:
@@ -168,6 +168,12 @@ class _Cursor:
         except UnicodeDecodeError:
             raise ModelError(f"{self.path}: {self.where} holds text that is not UTF-8; the file is damaged") from None
 
+    def name(self) -> str:
+        text = self.string()
+        if not text.isprintable():
+            raise ModelError(f"{self.path}: {self.where} holds the name {text!r:.80}; the file is damaged")
+        return text
+
     def value(self, kind: int) -> Any:
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
@@ -203,7 +209,7 @@ def _read_metadata(cursor: _Cursor) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for _ in range(cursor.scalar("Q")):
         cursor.where = "the metadata"
-        key = cursor.string()
+        key = cursor.name()
         cursor.where = f"metadata {key}"
         if key in metadata:
             raise ModelError(f"{cursor.path}: metadata {key} appears twice; the file is damaged")

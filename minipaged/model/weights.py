@@ -58,6 +58,11 @@ def load_model(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, progress: Progress | None = None
 ) -> Llama:
     """Build the network and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen tensor."""
+    last = f"model.layers.{checkpoint.config.num_layers - 1}.input_layernorm.weight"
+    if last not in checkpoint.shapes():  # asked first, since a damaged count of layers could be in the billions
+        raise ModelError(
+            f"{checkpoint.path}: {checkpoint.config.num_layers} layers are promised, but {last} is missing"
+        )
     model = Llama(checkpoint.config, dtype=dtype, device="meta")
     check_shapes(checkpoint, {name: tuple(slot.shape) for name, slot in model.slots().items()})
     model = Llama(checkpoint.config, dtype=dtype, device=device)
