@@ -13,7 +13,7 @@ import numpy as np
 from minipaged.config import ModelConfig, check_int
 from minipaged.execution.hardware import GPU
 from minipaged.execution.roofline import FEMTO, Roofline, roofline
-from minipaged.scheduling.plan import IntArray, PromptLogprobs, StepPlan, StepTokens
+from minipaged.scheduling.plan import IntArray, PromptLogprobs, PromptQuery, StepPlan, StepTokens
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's odd constant: spreads (step, slot) over the vocabulary
 
@@ -79,7 +79,7 @@ class SimulatedRunner:
         for d, banned in enumerate(plan.banned_tokens):
             while int(drawn[d]) in banned:
                 drawn[d] = (drawn[d] + 1) % self._vocab_size
-        if plan.top_logprobs < 0 and not plan.prompt_logprob_rows:
+        if plan.top_logprobs < 0 and not plan.prompt_queries:
             return Done(StepTokens(drawn), elapsed)
         return Done(self._with_logprobs(plan, drawn), elapsed)
 
@@ -112,7 +112,7 @@ class SimulatedRunner:
         ranks = np.arange(max(k, 1), dtype=np.int64)
         values = (-1.0 - spread * (ranks + 1)).astype(np.float32)
         ids = ((drawn.astype(np.int64)[:, None] + ranks) % self._vocab_size).astype(np.int32)
-        prompt = {row: self._prompt_logprobs(plan, row, k) for row in plan.prompt_logprob_rows}
+        prompt = {query.row: self._prompt_logprobs(plan, query) for query in plan.prompt_queries}
         return StepTokens(
             drawn,
             logprobs=values[:, 0],
@@ -122,11 +122,10 @@ class SimulatedRunner:
             prompt_logprobs=prompt or None,
         )
 
-    def _prompt_logprobs(self, plan: StepPlan, row: int, k: int) -> PromptLogprobs:
-        n = int(plan.lengths[row])
-        chosen = np.full(n, -1.0, np.float32)
-        first = int(plan.lengths[:row].sum())
-        followers = np.append(plan.token_ids[first + 1 : first + n], np.int32(0)).astype(np.int64)
-        ids = ((followers[:, None] + np.arange(k)) % self._vocab_size).astype(np.int32)
+    def _prompt_logprobs(self, start: int, query: PromptQuery) -> PromptLogprobs:
+        """Every target is the likeliest token of its place; those that follow it in the vocabulary come next."""
+        n, k = len(query.targets), query.top
+        targets = np.array(query.targets, np.int64)
+        ids = ((targets[:, None] + np.arange(k)) % self._vocab_size).astype(np.int32)
         values = np.broadcast_to(-1.0 - 0.1 * np.arange(k, dtype=np.float32), (n, k)).copy()
-        return PromptLogprobs(int(plan.starts[row]), chosen, np.ones(n, np.int32), ids, values)
+        return PromptLogprobs(start, np.full(n, -1.0, np.float32), np.ones(n, np.int32), ids, values)
