@@ -34,9 +34,7 @@ def same(a: Result, b: Result) -> None:
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize(("workload", "rate"), [("sharegpt", 0.9), ("alpaca", 20.0)])
 def test_jumping_to_the_next_event_equals_stepping_on_1000_requests(system: str, workload: str, rate: float) -> None:
-    count = (
-        1000 if system != "webui" or workload == "alpaca" else 300
-    )  # one request at a time takes 340,000 steps a thousand
+    load = make_workload(workload, rate=rate, count=1000)
     same(simulate(system, load, SERVER), simulate(system, load, SERVER, jump=False))
 
 

@@ -14,7 +14,7 @@ from minipaged.errors import InputError
 from minipaged.execution.hardware import GPUS, find_gpu
 from minipaged.execution.roofline import FEMTO, roofline
 from minipaged.execution.simulated_runner import SimulatedRunner
-from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.plan import PromptQuery, StepPlan
 
 SHAPE = ModelConfig("llama-7b", 32000, 4096, 11008, 32, 32, 32, 128, 4096)
 
@@ -90,6 +90,15 @@ def test_logprobs_are_sorted_and_start_with_the_drawn_token() -> None:
     assert (drawn.top_ids[:, 0] == drawn.token_ids).all()
     assert (np.diff(drawn.top_logprobs, axis=1) < 0).all()
     assert (drawn.top_logprobs[:, 0] == drawn.logprobs).all()
+
+
+def test_prompt_logprobs_answer_every_query() -> None:
+    plan = dataclasses.replace(plan_of([0, 4], [3, 1]), prompt_queries=(PromptQuery(0, (7, 8), 2),))
+    found = runner().launch(plan).tokens().prompt_logprobs
+    assert found is not None
+    assert list(found) == [0]
+    assert found[0].top_ids.tolist() == [[7, 8], [8, 9]]
+    assert found[0].chosen.tolist() == found[0].top_values[:, 0].tolist() == [-1.0, -1.0]
 
 
 def test_banned_tokens_are_not_drawn() -> None:
