@@ -112,7 +112,7 @@ class SimulatedRunner:
         ranks = np.arange(max(k, 1), dtype=np.int64)
         values = (-1.0 - spread * (ranks + 1)).astype(np.float32)
         ids = ((drawn.astype(np.int64)[:, None] + ranks) % self._vocab_size).astype(np.int32)
-        prompt = {query.row: self._prompt_logprobs(plan, query) for query in plan.prompt_queries}
+        prompt = {query.row: self._prompt_logprobs(int(plan.starts[query.row]), query) for query in plan.prompt_queries}
         return StepTokens(
             drawn,
             logprobs=values[:, 0],
