@@ -55,7 +55,10 @@ def header_line(view: View, width: int) -> Line:
     used = usable - stats.free_blocks
     right: Line = []
     if usable:
-        right = [(f"{used}/{usable} blocks {used / usable:.0%}", "text"), (f" · waste {waste(view):.1%} ", "text")]
+        right = [
+            (f"{used}/{usable} blocks {used / usable:.{0 if used * 10 >= usable else 1}%}", "text"),
+            (f" · waste {waste(view):.1%} ", "text"),
+        ]
         if width >= 110:
             right.append((f"· {tokens_per_second(view)} {sparkline(view, 8)} ", "dim"))
     if width_of(words) + width_of(right) > width:

@@ -73,8 +73,9 @@ class BlockMap(ScrollView, can_focus=True):
             self.refresh(*(Region(0, row, self.size.width, 1) for row in rows))
 
     def _lay_out(self) -> None:
-        self.model.resize(self.size.width, self.size.height)
-        self.virtual_size = Size(self.size.width, self.model.num_rows)
+        size = self.scrollable_content_region.size
+        self.model.resize(size.width, size.height)
+        self.virtual_size = Size(size.width, self.model.num_rows)
 
     def on_resize(self, _: events.Resize) -> None:
         """New room."""
@@ -92,8 +93,9 @@ class BlockMap(ScrollView, can_focus=True):
         if base != self.model.base:
             self.model.base = base
             self.model.set_zoom(self.model.zoom)
-        width = self.size.width
-        return Strip(self.model.row(y + self.scroll_offset.y)).adjust_cell_length(width, base)
+        if self.scrollable_content_region.width != self.model.width:
+            self._lay_out()  # a scroll bar came or went
+        return Strip(self.model.row(y + self.scroll_offset.y)).adjust_cell_length(self.model.width, base)
 
     def set_zoom(self, zoom: int) -> None:
         """Zoom, keeping the cursor in sight."""

@@ -39,7 +39,7 @@ def waste_lines(view: View, width: int) -> list[Line]:
     if len(rows) > 1:
         lines.append([(fit("shadows: accounting on the same requests, not speed", width), "faint")])
         return lines
-    held = stats.total_blocks - 1 - stats.free_blocks
+    held = max(0, stats.total_blocks - 1 - stats.free_blocks)
     lines += [
         [(fit("slots in held blocks that hold no token:", width), "dim")],
         [(f"{stats.tail_slots} of {slots} slots in {held} blocks", "dim")],

@@ -6,7 +6,7 @@ from rich.cells import cell_len
 
 from minipaged.trace.snapshot import SequenceState
 from tui.pane import Pane
-from tui.safe import clean_bytes
+from tui.safe import clean_bytes, tail
 from tui.view import Line, View
 
 ENDS = {"finished": "✓", "aborted": "x", "refused": "!", "waiting": "…", "swapped": "▽"}
@@ -51,6 +51,8 @@ def text_lines(view: View, state: SequenceState, width: int, most: int) -> list[
 
 def wrap_tail(prompt: str, answer: str, width: int, most: int) -> list[Line]:
     """The last `most` rows of prompt and answer, wrapped by cells; what is left out before shows as …."""
+    if most == 1:
+        return [_one_row(prompt, answer, width)]
     need = width * most
     answer_tail = answer[-need:]
     prompt_tail = prompt[-need:] if len(answer_tail) == len(answer) else ""
@@ -75,3 +77,10 @@ def wrap_tail(prompt: str, answer: str, width: int, most: int) -> list[Line]:
         text, role = rows[0][0]
         rows[0][0] = ("…" + text[1:], role)
     return rows
+
+
+def _one_row(prompt: str, answer: str, width: int) -> Line:
+    """The last `width` cells of both."""
+    if cell_len(answer) >= width:
+        return [(tail(answer, width), "text")]
+    return [(tail(prompt, width - cell_len(answer)), "dim"), (answer, "text")]

@@ -132,6 +132,7 @@ class EngineLoop:
         self.inbox = inbox
         self.permits = 0
         self._told_idle = False
+        self._submitted = 0  # prompts heard, refused ones included
         self._pieces = Pieces(engine)
         engine.trace.subscribe(self._publish)
 
@@ -152,7 +153,7 @@ class EngineLoop:
     def _tell_idle(self) -> None:
         if not self.engine.has_work and not self._told_idle:
             self._told_idle = True
-            self.writer.write(note(idle=True))
+            self.writer.write(note(idle=self._submitted))
 
     def _drain(self, *, wait: bool) -> None:
         """Obey all commands that are there; wait for one first if there is nothing else to do."""
@@ -184,7 +185,6 @@ class EngineLoop:
             name: tuple(value) if isinstance(value, list) else value for name, value in told["params"].items()
         }
         request = self.engine.submit(str(told["prompt"]), SamplingParams(**given))
-        self._told_idle = False
         self.writer.write(note(kind="submitted", request=request, text=""))
 
     def _turn(self, name: str, value: object) -> None:

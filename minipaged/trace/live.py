@@ -52,6 +52,7 @@ class LiveSource(RecordSource):
         self._eof = ""
         self._lock = threading.Lock()
         self._running = False
+        self._submitted = 0
         self._outstanding = 0  # permits sent and not yet answered by a delta
         self._recording = Path(recording) if recording is not None else None
         self._writer: StreamWriter | None = None
@@ -111,6 +112,7 @@ class LiveSource(RecordSource):
     def submit(self, prompt: str, params: SamplingParams) -> None:
         """Ask for an answer. A bad request comes back as a note of kind "refused"."""
         with self._lock:
+            self._submitted, self.idle = self._submitted + 1, False
             self._send(command("submit", prompt=prompt, params=asdict(params)))
 
     def abort(self, request: int) -> None:
@@ -184,8 +186,8 @@ class LiveSource(RecordSource):
                 self._writer.write(record, occupied, marks)
 
     def _take_note(self, note: Note) -> None:
-        if "idle" in note:
-            self.idle = bool(note["idle"])
+        if "idle" in note:  # true once the engine has heard all that was asked of it
+            self.idle = note["idle"] == self._submitted
         else:
             self.notes.append(note)
 
