@@ -229,8 +229,8 @@ def _decode_kernel(
             UPCAST,
         )
 
-    lse = top + tl.log2(total)  # -inf where nothing was seen
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)  # an empty row's output is 0, its top stays -inf
+    inverse = 1.0 / total
     if GROUP == 1:
         result = (accumulated * inverse)[None, :]
     else:
@@ -242,7 +242,8 @@ def _decode_kernel(
     else:
         first = index.to(tl.int64) * (KV_HEADS * GROUP)
         tl.store(partial_ptr + (first + head)[:, None] * HEAD_DIM + dim[None, :], result, mask=in_head)
-        tl.store(partial_lse_ptr + first + head, lse + tl.zeros([GROUP_ROWS], tl.float32), mask=group_row < GROUP)
+        lse = top + tl.log2(total) + tl.zeros([GROUP_ROWS], tl.float32)
+        tl.store(partial_lse_ptr + first + head, lse, mask=group_row < GROUP)
 
 
 @triton.jit(do_not_specialize=["num_rows", "window", "target"])

@@ -1,0 +1,151 @@
+"""The Triton kernels against their twins, in Triton's interpreter (float32 and float16; it has no bfloat16 arithmetic)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+from kernels.decode import paged_decode_torch
+from kernels.launch_table import DecodeLaunch, PrefillLaunch
+from kernels.prefill import paged_prefill_torch
+from tests.kernels.paged_cases import PagedCase, assert_close, examples, make_case, paged_cases
+
+pytestmark = pytest.mark.usefixtures("interpreted", "unset_choice")
+
+BLOCK_SIZES = st.sampled_from([1, 2, 4, 8, 16, 32, 64, 256])
+DTYPES = (torch.float32, torch.float16)
+DECODE_CASES = paged_cases(prefill=False, block_sizes=BLOCK_SIZES, dtypes=DTYPES)
+PREFILL_CASES = paged_cases(prefill=True, block_sizes=BLOCK_SIZES, dtypes=DTYPES, most_rows=3)
+# Small tiles and chunks, so that short rows are split and cross many tiles.
+DECODE_LAUNCHES = st.sampled_from(
+    [None, DecodeLaunch(16, 1, 1, min_chunk=16, programs_per_multiprocessor=12, enough_waves=1000)]
+)
+PREFILL_LAUNCHES = st.sampled_from([None, PrefillLaunch(128, 64, 1, 1), PrefillLaunch(32, 16, 1, 1)])
+
+
+@examples(150)
+@given(DECODE_CASES, DECODE_LAUNCHES)
+def test_L64_decode_equals_twin(case: PagedCase, launch: DecodeLaunch | None) -> None:
+    from kernels.decode_triton import paged_decode_triton
+
+    out = paged_decode_triton(*case.decode(), window=case.window, launch=launch)
+    assert_close(out, paged_decode_torch(*case.decode(), window=case.window))
+
+
+@examples(120)
+@given(PREFILL_CASES, PREFILL_LAUNCHES)
+def test_L64_prefill_equals_twin(case: PagedCase, launch: PrefillLaunch | None) -> None:
+    from kernels.prefill_triton import paged_prefill_triton
+
+    out = paged_prefill_triton(*case.prefill(), window=case.window, launch=launch)
+    assert_close(out, paged_prefill_torch(*case.prefill(), window=case.window))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 16, 100])
+@pytest.mark.parametrize("lengths", [[700], [0, 1, 700, 16, 17, 15], [64, 64, 64]])
+def test_L64_split_decode_equals_twin(programs: int, lengths: list[int]) -> None:
+    from kernels.decode_triton import paged_decode_triton
+
+    launch = DecodeLaunch(16, 1, 1, min_chunk=16, programs_per_multiprocessor=programs, enough_waves=1000)
+    case = make_case(lengths, [1] * len(lengths), kv_heads=1, group=3, head_dim=32, block_size=8)
+    assert_close(paged_decode_triton(*case.decode(), launch=launch), paged_decode_torch(*case.decode()))
+
+
+@examples(30)
+@given(DECODE_CASES, DECODE_LAUNCHES, st.integers(0, 9))
+def test_L63_decode_sees_neither_physical_ids_nor_unused_slots(
+    case: PagedCase, launch: DecodeLaunch | None, seed: int
+) -> None:
+    from kernels.decode_triton import paged_decode_triton
+
+    out = paged_decode_triton(*case.decode(), window=case.window, launch=launch)
+    for other in (case.permuted(seed), case.filled(1e30 if case.query.dtype == torch.float32 else 6e4)):
+        assert torch.equal(out, paged_decode_triton(*other.decode(), window=case.window, launch=launch))
+
+
+@examples(30)
+@given(PREFILL_CASES, st.integers(0, 9))
+def test_L63_prefill_sees_neither_physical_ids_nor_unused_slots(case: PagedCase, seed: int) -> None:
+    from kernels.prefill_triton import paged_prefill_triton
+
+    out = paged_prefill_triton(*case.prefill(), window=case.window)
+    for other in (case.permuted(seed), case.filled(1e30 if case.query.dtype == torch.float32 else 6e4)):
+        assert torch.equal(out, paged_prefill_triton(*other.prefill(), window=case.window))
+
+
+@examples(20)
+@given(st.data(), BLOCK_SIZES, st.integers(1, 4), st.integers(1, 9), st.sampled_from([32, 80, 256]), st.booleans())
+def test_L64_write_kv_equals_twin(
+    data: st.DataObject, block_size: int, num_blocks: int, kv_heads: int, head_dim: int, interleaved: bool
+) -> None:
+    from kernels.cache_write import write_kv_torch
+    from kernels.cache_write_triton import write_kv_triton
+
+    slots = data.draw(st.lists(st.integers(0, block_size * num_blocks - 1), unique=True, max_size=10))
+    mapping = torch.tensor([s for slot in slots for s in (slot, -1)], dtype=torch.int64)
+    shape = (num_blocks, 2, block_size, kv_heads, head_dim)
+    written, expected = (torch.full(shape, math.nan, dtype=torch.float16) for _ in range(2))
+    if not interleaved:
+        written, expected = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (written, expected))
+    key, value = torch.randn(len(mapping), 2 * kv_heads, head_dim, dtype=torch.float16).split(kv_heads, 1)
+    write_kv_triton(key, value, written[:, 0], written[:, 1], mapping)
+    write_kv_torch(key, value, expected[:, 0], expected[:, 1], mapping)
+    assert torch.equal(written.view(torch.int16), expected.view(torch.int16))
+
+
+@examples(20)
+@given(st.permutations(range(1, 9)), st.integers(0, 4))
+def test_L64_copy_blocks_equals_twin(order: list[int], copies: int) -> None:
+    from kernels.block_copy import copy_blocks_torch
+    from kernels.block_copy_triton import copy_blocks_triton
+
+    pairs = torch.tensor([*zip(order, order[4:], strict=False)], dtype=torch.int64).view(-1, 2)[:copies]
+    pairs = torch.cat([pairs, torch.zeros(2, 2, dtype=torch.int64)])  # padding: the null block onto itself
+    copied = [
+        torch.randn(9, 4, 2, 80),
+        torch.randn(9, 4, 2, 80),
+        torch.randint(0, 99, (9, 5), dtype=torch.int8),
+        torch.randn(9, 2, 7)[:, 1],
+        torch.randn(9, 3).to(torch.bfloat16),
+    ]
+    expected = [cache.clone() for cache in copied]
+    copy_blocks_triton(copied, pairs)
+    copy_blocks_torch(expected, pairs)
+    for one, other in zip(copied, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_bfloat16_is_computed_in_float32_under_the_interpreter(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
+    case = make_case([70, 9], [70, 3], kv_heads=1, group=group, head_dim=32, block_size=16, dtype=torch.bfloat16)
+    decode = (case.query[:2], *case.decode()[1:])
+    assert_close(kernels.paged_decode(*decode), paged_decode_torch(*decode))
+    assert_close(kernels.paged_prefill(*case.prefill()), paged_prefill_torch(*case.prefill()))
+
+
+def test_nothing_to_do_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
+    case = make_case([], [], kv_heads=1, group=2, head_dim=32, block_size=4)
+    assert kernels.paged_decode(*case.decode()).shape == (0, 2, 32)
+    assert kernels.paged_prefill(*case.prefill()).shape == (0, 2, 32)
+    none = torch.empty(0, 1, 32)
+    kernels.write_kv(none, none, case.key_cache, case.value_cache, torch.empty(0, dtype=torch.int64))
+    kernels.copy_blocks([case.key_cache], torch.empty(0, 2, dtype=torch.int64))
+
+
+def test_block_sizes_that_are_no_powers_of_two_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
+    case = make_case([7], [7], kv_heads=1, group=1, head_dim=32, block_size=3)
+    new = torch.zeros(1, 1, 32)
+    with pytest.raises(ValueError, match="block_size is 3"):
+        kernels.paged_prefill(*case.prefill())
+    with pytest.raises(ValueError, match="block_size is 3"):
+        kernels.paged_decode(case.query[:1], *case.decode()[1:])
+    with pytest.raises(ValueError, match="block_size is 3"):
+        kernels.write_kv(new, new, case.key_cache, case.value_cache, torch.zeros(1, dtype=torch.int64))
