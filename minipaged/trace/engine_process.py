@@ -181,8 +181,11 @@ class EngineLoop:
             self.writer.write(note(kind="refused", text=str(error)))
 
     def _submit(self, told: Command) -> None:
+        self._submitted += 1
+        self._told_idle = False
+        params = told["params"]
         given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in told["params"].items()
+            name: tuple(value) if isinstance(value, list) else value for name, value in params.items()
         }
         request = self.engine.submit(str(told["prompt"]), SamplingParams(**given))
         self.writer.write(note(kind="submitted", request=request, text=""))
