@@ -82,9 +82,22 @@ def _kernels() -> Finding:
         return Finding("kernels", "not found", f"{sys.executable} -m pip install -e {expected.parent.parent}")
     if Path(spec.origin).resolve() != expected and not (Path(spec.origin).parent / "dispatch.py").exists():
         return Finding("kernels", f"another package of that name shadows ours: {spec.origin}", "pip uninstall kernels")
-    import kernels
+    return Finding("kernels", _kernel_choice())
 
-    return Finding("kernels", kernels.describe())
+
+def _kernel_choice() -> str:
+    """Which kernels a run on this machine takes, and how they run."""
+    if importlib.util.find_spec("torch") is None:
+        return "ours; they need torch"
+    from kernels import dispatch
+
+    asked = os.environ.get("MINIPAGED_KERNELS")
+    if asked:
+        return f"{asked} on every device (MINIPAGED_KERNELS={asked})"
+    if not dispatch.triton_installed():
+        return "torch on every device (triton is not installed)"
+    how = "interpreted (TRITON_INTERPRET is set)" if dispatch.triton_interpreted() else "compiled"
+    return f"torch on the CPU, triton on a GPU, {how}"
 
 
 def _package(name: str) -> Finding:

@@ -76,7 +76,7 @@ def describe(kind: str, sequence: int, block: int, other: int, amount: int) -> s
     """One event in plain words."""
     words = {
         "fork": f"sequence {sequence} shares the blocks of sequence {other}",
-        "copy": f"sequence {sequence} writes a shared block: {other} → copied to {block}",
+        "copy": f"sequence {sequence} writes the shared block {block}: copied to {other}",
         "cache_hit": f"sequence {sequence} finds block {block} in the prefix cache",
         "preempt": f"sequence {sequence} makes way ({amount} tokens computed)",
         "evict": f"cached block {block} is handed out again",

@@ -111,13 +111,20 @@ class Batch:
         self.seq_id[slot] = -1
         self._free.append(slot)
 
-    def set_table(self, slot: int, table: tuple[int, ...], start: int = 0) -> None:
-        """From entry `start` on, the slot's block table is table[start:]."""
-        if len(table) > self.tables.shape[1]:
-            width = max(len(table), 2 * self.tables.shape[1])
+    def set_table(self, slot: int, table: tuple[int, ...]) -> None:
+        """The slot's block table is this one."""
+        self.table_len[slot] = 0
+        self.extend_table(slot, table)
+
+    def extend_table(self, slot: int, blocks: tuple[int, ...]) -> None:
+        """Blocks follow at the end of the slot's table."""
+        start = int(self.table_len[slot])
+        end = start + len(blocks)
+        if end > self.tables.shape[1]:
+            width = max(end, 2 * self.tables.shape[1])
             self.tables = np.pad(self.tables, ((0, 0), (0, width - self.tables.shape[1])))
-        self.tables[slot, start : len(table)] = table[start:]
-        self.table_len[slot] = len(table)
+        self.tables[slot, start:end] = blocks
+        self.table_len[slot] = end
 
     def table_rows(self, slots: npt.NDArray[np.int64] | IntArray) -> IntArray:
         """A copy of the slots' block tables, [rows, widest], 0 past each end."""

@@ -254,14 +254,11 @@ class Scheduler:
         return True
 
     def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
-        table = self.manager.table(sequence.seq_id)
-        start = len(table) - len(allocation.new_blocks)
         if allocation.copies:
             draft.copies[sequence.seq_id] = draft.copies.get(sequence.seq_id, ()) + allocation.copies
-            start = 0
-        if self.batch.table_len[sequence.slot] < start:
-            start = int(self.batch.table_len[sequence.slot])
-        self.batch.set_table(sequence.slot, table, start)
+            self.batch.set_table(sequence.slot, self.manager.table(sequence.seq_id))
+        elif allocation.new_blocks:
+            self.batch.extend_table(sequence.slot, allocation.new_blocks)
 
     # ---- leaving and coming back
 
