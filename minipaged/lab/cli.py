@@ -1,17 +1,36 @@
 """`minipaged lab ...`: the commands of the lab. Each is a few lines: read the flags, compute, print a table.
 
-Knows flags; knows nothing of how anything is computed.
+Knows flags; knows nothing of how anything is computed. The imports of a command are inside it, so that help is instant.
 """
 
 from __future__ import annotations
 
-import typer
-from rich.console import Console
-from rich.table import Table
+from functools import partial
+from pathlib import Path
+from typing import Annotated
 
-from minipaged.execution.hardware import GIB, GPUS
+import typer
+
+from minipaged.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+ModelName = Annotated[str, typer.Option(help="A known shape (llama-13b), or the path of a config.json.")]
+GPUName = Annotated[str, typer.Option("--gpu", help="A known GPU; `minipaged lab gpus` lists them.")]
+Traffic = Annotated[
+    str,
+    typer.Option(
+        help="sharegpt, alpaca, alpaca-n4, alpaca-beam4, prefix-341, chatbot, uniform, or a .csv/.jsonl file."
+    ),
+]
+Rate = Annotated[float, typer.Option(help="Requests a second (Poisson); inf: all at once.")]
+Requests = Annotated[int, typer.Option(help="How many requests.")]
+Seed = Annotated[int, typer.Option(help="Makes another draw of the same traffic.")]
+BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
+TensorParallel = Annotated[int, typer.Option("--tp", help="GPUs that share every layer.")]
+Slots = Annotated[int | None, typer.Option(help="KV slots of the pool; computed from the GPU's memory if left out.")]
+Systems = Annotated[str, typer.Option(help="Names with commas between them, or all.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
 
 @app.callback()
@@ -22,10 +41,109 @@ def lab() -> None:
 @app.command()
 def gpus() -> None:
     """The GPUs that can be simulated, with their published figures."""
-    table = Table(title="GPUs")
-    for name in ("name", "memory GiB", "GB/s", "16-bit TFLOP/s", "link GB/s", "host GB/s"):
-        table.add_column(name, justify="left" if name == "name" else "right")
-    for gpu in GPUS.values():
-        rates = (gpu.bandwidth_bytes / 1e9, gpu.peak_flops / 1e12, gpu.link_bytes / 1e9, gpu.host_bytes / 1e9)
-        table.add_row(gpu.name, f"{gpu.memory_bytes / GIB:.0f}", *(f"{rate:,.4g}" for rate in rates))
-    Console().print(table)
+    from minipaged.execution.hardware import GIB, GPUS
+    from minipaged.lab.tables import table
+
+    rows = [
+        (
+            gpu.name,
+            f"{gpu.memory_bytes / GIB:.0f}",
+            *(f"{rate / 1e9:,.0f}" for rate in (gpu.bandwidth_bytes, gpu.link_bytes, gpu.host_bytes)),
+            f"{gpu.peak_flops / 1e12:,.4g}",
+        )
+        for gpu in GPUS.values()
+    ]
+    table("GPUs", ("name", "memory GiB", "GB/s", "link GB/s", "host GB/s", "16-bit TFLOP/s"), rows)
+
+
+@app.command()
+def simulate(
+    system: Systems = "vllm",
+    model: ModelName = "llama-13b",
+    gpu: GPUName = "a100-40",
+    tp: TensorParallel = 1,
+    trace: Traffic = "sharegpt",
+    rate: Rate = 2.0,
+    requests: Requests = 2000,
+    seed: Seed = 0,
+    block_size: BlockSize = 16,
+    slots: Slots = None,
+    efficiency: Annotated[
+        float | None, typer.Option(help="Share of the data sheet's rates; fitted for A100, else 1.")
+    ] = None,
+    overhead_ms: Annotated[float, typer.Option(help="The host's part of each step, milliseconds.")] = 0.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Run one or more systems over a workload on a virtual clock: throughput, batch, latency and waste."""
+    from minipaged.commands.progress import status_line
+    from minipaged.lab.report import print_results, result_dict
+    from minipaged.lab.servers import make_server
+    from minipaged.lab.simulate import parse_systems
+    from minipaged.lab.simulate import simulate as run
+    from minipaged.lab.tables import write_json
+    from minipaged.lab.trace_files import load_workload
+
+    names = parse_systems(system)
+    server = make_server(
+        model,
+        gpu,
+        tp=tp,
+        slots=slots,
+        efficiency=efficiency,
+        overhead_seconds=_not_negative("overhead-ms", overhead_ms) / 1e3,
+    )
+    load = load_workload(trace, rate=rate, count=requests, seed=seed)
+    with status_line() as say:
+        results = [run(n, load, server, block_size=block_size, progress=partial(say, n, total=requests)) for n in names]
+    print_results(results)
+    if json_file is not None:
+        write_json(json_file, [result_dict(r) for r in results])
+
+
+@app.command()
+def plan(
+    model: ModelName = "llama-13b",
+    gpu: GPUName = "a100-40",
+    tp: TensorParallel = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of activations and weights: bfloat16, float16, float32.")] = "bfloat16",
+    kv_dtype: Annotated[
+        str, typer.Option(help="Of the cache: bfloat16, float16, float32, int8, float8_e4m3fn.")
+    ] = "bfloat16",
+    weight_bits: Annotated[float, typer.Option(help="Bits a weight: 16, or 4.5 for 4-bit blocks with scales.")] = 16.0,
+    prompt: Annotated[int, typer.Option(help="Mean prompt tokens.")] = 161,
+    output: Annotated[int, typer.Option(help="Mean answer tokens.")] = 338,
+    rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars an hour for one GPU.")] = None,
+    block_size: BlockSize = 16,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences that run side by side.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Calculator: KV bytes a token, weights, pool, sequences that fit, bounds on speed, GPUs and cost for a load."""
+    from minipaged.execution.hardware import find_gpu
+    from minipaged.lab import calculators
+    from minipaged.lab.report import print_plan
+    from minipaged.lab.tables import write_json
+
+    deployment = calculators.Deployment(
+        calculators.find_model(model), find_gpu(gpu), tp, pp, dtype, kv_dtype, weight_bits
+    )
+    if price is not None and rate is None:
+        raise InputError("--price needs --rate: a cost is for a load")
+    if max_num_seqs is not None and max_num_seqs < 1:
+        raise InputError(f"max-num-seqs must be at least 1, not {max_num_seqs}")
+    load = calculators.Load(prompt, output, rate)
+    fits = calculators.capacity(deployment, load, block_size=block_size, max_rows=max_num_seqs)
+    fleet = None if rate is None else calculators.fleet(deployment, load, fits, price=price)
+    print_plan(deployment, load, fits, fleet)
+    if json_file is not None:
+        write_json(
+            json_file,
+            {"capacity": fits, "fleet": fleet, "kv_bytes": deployment.kv_bytes, "weights": deployment.weights},
+        )
+
+
+def _not_negative(name: str, value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{name} must be a finite number, at least 0, not {value:g}")
+    return value

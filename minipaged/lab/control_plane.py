@@ -1,4 +1,6 @@
-"""What the control plane costs: schedule and commit at many running decodes, and the block manager's primitives. No model, no device."""
+"""What the control plane costs: schedule and commit at many running decodes, and the block manager's primitives. No
+model, no device.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,95 @@
+"""The lab's simulation results and plans as tables and as plain values. Knows results; computes nothing new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minipaged.lab.calculators import Capacity, Deployment, Fleet, Load
+from minipaged.lab.simulate import Result
+from minipaged.lab.tables import percent, seconds, size, table
+from minipaged.trace.records import PoolBands
+
+
+def result_dict(result: Result) -> dict[str, Any]:
+    """One result as JSON can hold it."""
+    outcome = result.outcome
+    return {
+        "system": result.system,
+        "workload": result.workload.name,
+        "server": result.server.describe(),
+        "requests": len(result.workload),
+        "refused": outcome.refused,
+        "preemptions": outcome.preemptions,
+        "steps": outcome.steps,
+        "makespan_s": outcome.makespan,
+        "requests_per_s": result.requests_per_second,
+        "tokens_per_s": result.tokens_per_second,
+        "mean_batch": result.mean_batch,
+        "normalized_latency_s": result.normalized_latency,
+        "first_token_p50_s": result.first_token(50),
+        "first_token_p99_s": result.first_token(99),
+        "per_token_p50_s": result.per_token(50),
+        "per_token_p99_s": result.per_token(99),
+        "pool_shares": result.shares,
+        "blocks_saved_share": outcome.tally.steady.saving,
+        "timeline": [
+            {"s": sample.seconds, "requests": sample.requests, **sample.bands._asdict()} for sample in outcome.samples
+        ],
+    }
+
+
+def print_results(results: list[Result]) -> None:
+    """Speed first, then what the pool held."""
+    first = results[0]
+    load = first.workload
+    speed = [
+        (
+            r.system,
+            f"{r.tokens_per_second:,.0f}",
+            f"{r.requests_per_second:,.2f}",
+            f"{r.mean_batch:,.2f}",
+            seconds(r.normalized_latency),
+            f"{seconds(r.first_token(50))} / {seconds(r.first_token(99))}",
+            f"{seconds(r.per_token(50))} / {seconds(r.per_token(99))}",
+            str(r.outcome.preemptions),
+            str(r.outcome.refused),
+        )
+        for r in results
+    ]
+    title = f"{load.name}, {len(load):,} requests: {first.server.describe()}"
+    columns = (
+        "system", "tok/s", "req/s", "batch", "latency a token", "first token p50 / p99", "next tokens p50 / p99",
+        "preempted", "refused",
+    )  # fmt: skip
+    table(title, columns, speed)
+    waste = [(r.system, *(percent(r.shares[band]) for band in PoolBands._fields)) for r in results]
+    note = "Averages over the time in which requests waited (or, if none ever did, over the run after its first tenth)."
+    table("percent of the pool", ("system", *PoolBands._fields), waste, notes=(note,))
+
+
+def print_plan(deployment: Deployment, load: Load, fits: Capacity, fleet: Fleet | None) -> None:
+    """The calculator's answers, each with the sum it came from."""
+    model, gpus = deployment.model, deployment.gpus
+    groups = f"{model.num_layers} layers x {model.num_kv_heads} KV heads x {model.head_dim} x 2"
+    rows = [
+        ("KV of a token", size(deployment.kv_bytes), f"{deployment.kv_bytes:,} B = {groups} x {deployment.kv_dtype}"),
+        ("weights", size(deployment.weights), f"{model.num_parameters():,} parameters at {deployment.weight_bits:g} bits"),
+        ("memory", size(gpus * deployment.gpu.memory_bytes), f"{gpus} x {deployment.gpu.name}, {100 * deployment.utilization:g} % used"),
+        ("pool", f"{fits.slots:,} tokens", "what is left, over the KV of a token"),
+        ("sequences, full", f"{fits.full_sequences:,}", f"each holding {load.prompt} + {load.output} tokens"),
+        ("sequences, on average", f"{fits.mean_sequences:,}", f"each holding {load.prompt} + {load.output}/2 tokens and half a block"),
+        ("next token", seconds(fits.seconds_per_token), f"at {fits.rows:,} rows, bound by {fits.bound_by}"),
+        ("first token", seconds(fits.first_token_seconds), f"of a lone prompt of {load.prompt} tokens"),
+        ("answers", f"{fits.tokens_per_second:,.0f} tok/s", f"{fits.requests_per_second:,.2f} requests a second at most"),
+    ]  # fmt: skip
+    if fleet is not None:
+        rows.append(("copies", f"{fleet.copies:,}", f"{fleet.gpus:,} GPUs for {load.rate:g} requests a second"))
+        if fleet.dollars_per_hour is not None and fleet.dollars_per_million_tokens is not None:
+            cost = f"${fleet.dollars_per_million_tokens:,.2f} per million answer tokens at that load"
+            rows.append(("cost", f"${fleet.dollars_per_hour:,.2f} an hour", cost))
+    table(
+        f"{model.name} on {gpus} x {deployment.gpu.name} (tp {deployment.tp}, pp {deployment.pp})",
+        ("what", "value", "how"),
+        rows,
+        notes=("Speeds are rooflines of the data sheet: nothing real is faster.",),
+    )

@@ -1,0 +1,78 @@
+"""Prints the lab's results as rich tables. Knows how numbers read; knows nothing of how they came about."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.errors import InputError
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = (), words: int = 1
+) -> None:
+    """One table. The first `words` columns hold words and are left-aligned, the others numbers; so is a last column that
+    is called `how` or `why`. Notes follow, a line each.
+    """
+    console = Console()
+    grid = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        left = i < words or name in ("how", "why")
+        grid.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)
+    for note in notes:
+        console.print(note, highlight=False)
+
+
+def seconds(value: float) -> str:
+    """Seconds in the unit that reads best."""
+    if math.isnan(value):
+        return "-"
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * scale >= 1 or unit == "us":
+            return f"{value * scale:,.3g} {unit}" if value * scale < 1000 else f"{value * scale:,.0f} {unit}"
+    return "-"
+
+
+def size(value: float) -> str:
+    """Bytes in the binary unit that reads best."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:,.4g} {unit}"
+        value /= 1024
+    return f"{value:,.4g} TiB"
+
+
+def percent(share: float) -> str:
+    """A share as percent with one digit."""
+    return f"{100 * share:.1f}"
+
+
+def plain(value: Any) -> Any:
+    """A result as JSON can hold it: dataclasses as objects, nan as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a result. Raises InputError where the file cannot be written."""
+    try:
+        path.write_text(json.dumps(plain(value), indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
