@@ -94,7 +94,7 @@ def simulate(
     )
     load = load_workload(trace, rate=rate, count=requests, seed=seed)
     with status_line() as say:
-        results = [run(n, load, server, block_size=block_size, progress=partial(say, n, total=requests)) for n in names]
+        results = [run(n, load, server, block_size=block_size, progress=partial(say, n)) for n in names]
     print_results(results)
     if json_file is not None:
         write_json(json_file, [result_dict(r) for r in results])

@@ -62,7 +62,9 @@ class Prefill:
 
 
 class EventLoop:
-    """Made for one run. `progress`, if given, is called with the number of requests that are done, now and then."""
+    """Made for one run. `progress`, if given, is called now and then with how many requests are done, and how many
+    there are.
+    """
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class EventLoop:
         manner: Manner,
         *,
         jump: bool = True,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.store, self.clock, self.manner, self.progress = store, clock, manner, progress
         self.jump = jump and store.regular
@@ -352,7 +354,7 @@ class EventLoop:
         bands = self.store.bands(self.written, waiting=self.waiting)
         self.samples.append(Sample(self.now / FEMTO, len(self.end_of), self.rows, bands))
         if self.progress is not None:
-            self.progress(self.done)
+            self.progress(self.done, self.count)
 
 
 def _seconds(times: list[int]) -> FloatColumn:

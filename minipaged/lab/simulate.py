@@ -102,7 +102,7 @@ def simulate(
     block_size: int = 16,
     max_rows: int = 256,
     jump: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Run it. `jump` False takes every step by itself, with the same outcome."""
     store = make_store(system, server, load, block_size=block_size)

@@ -18,8 +18,8 @@ from minipaged.errors import InputError
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = (), words: int = 1
 ) -> None:
-    """One table. The first `words` columns hold words and are left-aligned, the others numbers; so is a last column that
-    is called `how` or `why`. Notes follow, a line each.
+    """One table. The first `words` columns hold words and are left-aligned, the others numbers; so is a last column
+    that is called `how` or `why`. Notes follow, a line each.
     """
     console = Console()
     grid = Table(title=title, title_justify="left")
