@@ -49,11 +49,13 @@ class SimulatedRunner:
         kv_dtype: str | None = None,
         efficiency: float = 1.0,
         overhead_seconds: float = 0.0,
+        clock: Roofline | None = None,
     ) -> None:
+        """`clock` takes the place of the roofline that the other settings would make."""
         self._num_blocks = check_int("num_blocks", num_blocks, 2)
         self._block_size = check_int("block_size", block_size, 1)
         self._vocab_size = config.vocab_size
-        self.clock: Roofline = roofline(
+        self.clock: Roofline = clock or roofline(
             config, gpu, tp=tp, dtype=dtype, kv_dtype=kv_dtype, efficiency=efficiency, overhead_seconds=overhead_seconds
         )
         self.now_fs = 0

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from minipaged.errors import InputError
+from minipaged.lab.engine_run import run_engine
 from minipaged.lab.event_loop import EventLoop, Manner, Outcome
 from minipaged.lab.servers import Server
 from minipaged.lab.stores import BeamStore, PagedStore, ReservingStore, Store
 from minipaged.lab.workloads import Workload
 from minipaged.memory.systems import SYSTEMS, reservations
 
+ENGINE = "engine"
 _MANNERS: dict[str, dict[str, bool]] = {
     "webui": {"copies_each_step": True},
     "static": {"padded": True, "ended_rows_run": True},
@@ -104,7 +106,12 @@ def simulate(
     jump: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Run it. `jump` False takes every step by itself, with the same outcome."""
+    """Run it. `jump` False takes every step by itself, with the same outcome. The system `engine` is this project's own
+    scheduler and block manager, run in full; `vllm` is the short account of the same.
+    """
+    if system == ENGINE:
+        outcome = run_engine(load, server, block_size=block_size, max_rows=max_rows, progress=progress)
+        return Result(system, load, server, outcome)
     store = make_store(system, server, load, block_size=block_size)
     manner = Manner(max_rows=max(max_rows, load.samples), max_len=server.max_len, **_MANNERS.get(system, {}))
     loop = EventLoop(load, store, server.clock, manner, jump=jump, progress=progress)
@@ -117,8 +124,8 @@ def parse_systems(text: str) -> tuple[str, ...]:
         return SYSTEMS
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        if name not in SYSTEMS:
-            raise InputError(f"unknown system {name!r}; known: {', '.join(SYSTEMS)}, or all")
+        if name not in (*SYSTEMS, ENGINE):
+            raise InputError(f"unknown system {name!r}; known: {', '.join(SYSTEMS)}, {ENGINE}, or all")
     if not names:
         raise InputError(f"no system given; known: {', '.join(SYSTEMS)}, or all")
     return names

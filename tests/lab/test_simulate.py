@@ -72,6 +72,25 @@ def test_p4_the_head_blocks_the_line_and_every_request_ends(
     assert min(whole.bands) >= 0
 
 
+@pytest.mark.parametrize(("workload", "rate", "count"), [("sharegpt", 2.0, 250), ("alpaca", 30.0, 300)])
+def test_the_short_account_of_paging_equals_the_engine_itself(workload: str, rate: float, count: int) -> None:
+    """The event loop's `vllm` and the real scheduler and block manager finish every request at the same femtosecond."""
+    load = make_workload(workload, rate=rate, count=count)
+    short, full = simulate("vllm", load, SERVER).outcome, simulate("engine", load, SERVER).outcome
+    np.testing.assert_array_equal(short.first_token, full.first_token)
+    np.testing.assert_array_equal(short.finish, full.finish)
+    assert (short.steps, short.preemptions) == (full.steps, full.preemptions)
+    if workload == "sharegpt":
+        assert full.preemptions > 50
+
+
+def test_sharing_among_samples_is_the_engines_within_a_point() -> None:
+    load = make_workload("alpaca-n4", rate=math.inf, count=100)
+    short, full = simulate("vllm", load, SERVER).outcome, simulate("engine", load, SERVER).outcome
+    assert short.tally.whole.saving == pytest.approx(full.tally.whole.saving, abs=0.01)
+    assert short.makespan == pytest.approx(full.makespan, rel=0.01)
+
+
 def test_one_request_takes_its_own_steps() -> None:
     load = Workload("one", np.array([1.0]), np.array([100]), np.array([11]), 11)
     result = simulate("vllm", load, SERVER)

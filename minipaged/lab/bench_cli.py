@@ -1,0 +1,93 @@
+"""`minipaged bench ...`: what things cost here. Prints a table; --json keeps the rows with device, versions, date
+and command.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.config import check_choice
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")]
+
+
+@app.callback()
+def bench() -> None:
+    """Benchmarks of this machine."""
+
+
+@app.command("control-plane")
+def control_plane(json_file: JsonFile = None) -> None:
+    """Schedule + commit at many running decodes, and the block manager's primitives; no model, no device."""
+    from minipaged.lab.control_plane import measure
+
+    rows = measure()
+    table = Table("what", "measured", "unit", "goal", title="Control plane")
+    for row in rows:
+        table.add_row(row.what, f"{row.value:.3f}", row.unit, "" if row.goal is None else f"≤ {row.goal:g}")
+    Console().print(table)
+    _keep(json_file, [row._asdict() for row in rows])
+
+
+@app.command()
+def kernels(
+    against: Annotated[str, typer.Option(help="Peers beside ours, separated by commas: sdpa, fa3.")] = "sdpa",
+    json_file: JsonFile = None,
+) -> None:
+    """Paged attention beside the copy ceiling and its peers; needs a GPU."""
+    peers = tuple(filter(None, against.split(",")))
+    for peer in peers:
+        check_choice("against", peer, ("sdpa", "fa3"))
+    from minipaged.lab.bench_kernels import measure
+
+    table = Table("kernel", "shape", "contender", "us", "", "of the copy ceiling", title="Kernels")
+    rows = []
+    ceiling = 0.0
+    for row in measure(peers):
+        ceiling = row.value if row.kernel == "copy" else ceiling
+        share = f"{100 * row.value / ceiling:.0f} %" if row.unit == "GB/s" else ""
+        table.add_row(
+            row.kernel, row.shape, row.contender, f"{row.microseconds:.1f}", f"{row.value:,.0f} {row.unit}", share
+        )
+        rows.append(vars(row))
+    Console(width=120).print(table)
+    _keep(json_file, rows)
+
+
+def _keep(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write the rows with all that is needed to measure them again."""
+    if path is None:
+        return
+    document = {
+        "command": " ".join(["minipaged", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": _device(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "numpy", "minipaged")},
+        "python": platform.python_version(),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
