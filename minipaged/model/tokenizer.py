@@ -123,7 +123,7 @@ class ByteTokenizer(Tokenizer):
             return bytes((token_id,))
         if token_id == 256:
             return b"" if skip_special else b"<end>"
-        return f"<{token_id}>".encode() if token_id < self.vocab_size else b""
+        return f"<{token_id}>".encode() if 256 < token_id < self.vocab_size else b""
 
 
 def check_text(text: object) -> None:

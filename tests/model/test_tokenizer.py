@@ -1,0 +1,273 @@
+"""Tokenizers of every kind, made small here: byte-level and SentencePiece, from folders and from GGUF metadata, and bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from minipaged.errors import ModelError, RequestError
+from minipaged.model.gguf_tokenizer import build_tokenizer
+from minipaged.model.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
+from tests.model.tiny import CONFIGS, make_model
+from tests.model.tiny_gguf import byte_letters, write_gguf
+
+CORPUS = ["the cat sat on the mat and the hat", "hello world, hello there", "übung macht den meister", "1 2 3 go"] * 5
+SOURCE = Path("somewhere.gguf")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A byte-level tokenizer that puts a BOS before a text, as Llama 3's does."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=["<s>", "</s>", "<unk>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens(["<think>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_folder(folder: Path) -> None:
+    tokenizer = folder_tokenizer(folder)
+    text = "the übung, hello 🙂 " * 3
+    tokens = tokenizer.encode(text)
+    assert tokens[0] == tokenizer.bos_token_id == 0
+    assert tokens[1:] == tokenizer.encode(text, add_special=False)
+    assert len(tokens) > 4, "a truncation kept in the file is not for prompts"
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.decode(tokens, skip_special=False) == "<s>" + text
+    assert tokenizer.eos_token_ids == (1,)
+    assert folder_tokenizer(folder, (7, 8)).eos_token_ids == (7, 8)
+
+
+def test_special_and_added_tokens(folder: Path) -> None:
+    tokenizer = folder_tokenizer(folder)
+    think = tokenizer.encode("<think>", add_special=False)
+    assert len(think) == 1
+    assert tokenizer.token_bytes(think[0]) == b"<think>", "an added token that is not special is text"
+    assert tokenizer.encode("a</s>", add_special=False)[-1] == 1
+    assert 1 not in tokenizer.encode("a</s>", add_special=False, parse_special=False)
+
+
+def test_chat_template_from_each_place(folder: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    assert folder_tokenizer(folder).chat(messages) == "<user>Hi<bot>"
+    assert folder_tokenizer(folder).chat(messages, add_generation_prompt=False) == "<user>Hi"
+    edit_config(folder, chat_template=[{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}])
+    assert folder_tokenizer(folder).chat(messages) == "D"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}")
+    assert folder_tokenizer(folder).chat(messages) == "<s>Hi</s>"
+
+
+def test_no_chat_template(folder: Path) -> None:
+    edit_config(folder, chat_template=None)
+    with pytest.raises(ModelError, match="no chat template"):
+        folder_tokenizer(folder).chat([{"role": "user", "content": "Hi"}])
+
+
+def test_templates_may_use_what_published_ones_use(folder: Path) -> None:
+    source = (
+        "{%- for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
+        "    {%- generation %}{{ m | tojson }}{% endgeneration %}\n{% endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    edit_config(folder, chat_template=source)
+    messages = [{"role": "user", "content": "<é>"}] * 3
+    one = '{"role": "user", "content": "<é>"}'
+    assert folder_tokenizer(folder).chat(messages) == f"{one}{one}4"
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), chat_template=source
+    )
+    assert reference.apply_chat_template(messages, tokenize=False) == f"{one}{one}4"
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[9].content.upper() }}", "messages"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ messages.append(1) }}", "append"),
+        ("{{ ''.__class__.__mro__ }}", "__class__"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(folder: Path, source: str, word: str) -> None:
+    edit_config(folder, chat_template=source)
+    with pytest.raises(RequestError, match="chat template") as caught:
+        folder_tokenizer(folder).chat([{"role": "user", "content": "Hi"}])
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_does_not_compile(folder: Path) -> None:
+    edit_config(folder, chat_template="{% for %}")
+    with pytest.raises(ModelError, match="does not compile"):
+        folder_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], "Hi", None, [1], [{}], [{"role": "user"}], [{"role": "user", "content": None}], [{"role": 1, "content": "x"}]],
+    ids=repr,
+)
+def test_messages_that_are_none(folder: Path, messages: Any) -> None:
+    with pytest.raises(RequestError, match="messages"):
+        folder_tokenizer(folder).chat(messages)
+
+
+def test_folders_without_a_tokenizer_that_can_be_read(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer"):
+        folder_tokenizer(folder)
+    values = json.loads(whole) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"WordPiece.*ByteLevel"):
+        folder_tokenizer(folder)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        folder_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", [None, b"bytes", 5, "half \ud83d of a pair"], ids=repr)
+def test_prompts_that_are_no_text(folder: Path, text: Any) -> None:
+    for tokenizer in (folder_tokenizer(folder), ByteTokenizer()):
+        with pytest.raises(RequestError, match="prompt"):
+            tokenizer.encode(text)
+
+
+def sentencepiece_metadata() -> dict[str, Any]:
+    """A vocabulary like Llama 2's: unknown, BOS, EOS, 256 bytes, then pieces with falling scores."""
+    words = {piece for text in CORPUS for word in text.split() for piece in pieces_of("▁" + word)}
+    letters = sorted({letter for text in CORPUS for letter in text.replace(" ", "▁")})
+    longer = sorted(words - set(letters), key=lambda piece: (len(piece), piece))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *longer, *letters]
+    scores = [0.0] * 259 + [-float(rank) for rank in range(len(longer) + len(letters))]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(longer) + len(letters))]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def pieces_of(word: str) -> list[str]:
+    return [word[:end] for end in range(2, len(word) + 1)] + [word[start:] for start in range(1, len(word) - 1)]
+
+
+def test_sentencepiece_equals_transformers(tmp_path: Path) -> None:
+    metadata = sentencepiece_metadata()
+    config = type(CONFIGS["gqa"])(**(CONFIGS["gqa"].to_dict() | {"vocab_size": len(metadata["tokenizer.ggml.tokens"])}))
+    write_gguf(tmp_path / "spm.gguf", make_model(config), metadata=metadata, drop=("tokenizer.ggml.merges",))
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="spm.gguf")
+    tokenizer = gguf_tokenizer(metadata, SOURCE)
+    rng = random.Random(0)
+    words = sorted({word for text in CORPUS for word in text.split()})
+    texts = [
+        " ".join(rng.choice([*words, "zebra", "🙂", "über", ""]) for _ in range(rng.randint(1, 8))) for _ in range(100)
+    ]
+    for text in (*CORPUS[:4], "hello", " hello", "the  cat\n", *texts):
+        tokens = tokenizer.encode(text)
+        assert tokens == reference(text)["input_ids"], text
+        assert tokenizer.decode(tokens) == reference.decode(tokens, skip_special_tokens=True)
+
+
+def test_sentencepiece_bytes() -> None:
+    tokenizer = gguf_tokenizer(sentencepiece_metadata(), SOURCE)
+    tokens = tokenizer.encode("hello 🙂 the", add_special=False)
+    assert b"".join(map(tokenizer.token_bytes, tokens)) == " hello 🙂 the".encode()
+    assert tokenizer.decode(tokens) == "hello 🙂 the"
+    assert tokenizer.encode("hello")[0] == tokenizer.bos_token_id == 1
+
+
+def byte_level_metadata(pre: str) -> dict[str, Any]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [*byte_letters(), "12", "123", "1234", "Ġ1", "<|end|>", "<tool>"],
+        "tokenizer.ggml.token_type": [1] * 260 + [3, 4],
+        "tokenizer.ggml.merges": ["1 2", "12 3", "123 4", "Ġ 1"],
+        "tokenizer.ggml.eos_token_id": 260,
+    }
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["1234", "5", "Ġ", "12"]),
+        ("llama-bpe", ["123", "4", "5", "Ġ", "12"]),
+        ("qwen2", ["1", "2", "3", "4", "5", "Ġ", "1", "2"]),
+        ("smollm", ["1", "2", "3", "4", "5", "Ġ", "1", "2"]),
+    ],
+)
+def test_pre_tokenizers_cut_digits_each_in_its_way(pre: str, pieces: list[str]) -> None:
+    metadata = byte_level_metadata(pre)
+    vocab = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    assert gguf_tokenizer(metadata, SOURCE).encode("12345 12") == [vocab[piece] for piece in pieces]
+
+
+def test_control_tokens_are_special_and_user_defined_ones_are_text() -> None:
+    tokenizer = gguf_tokenizer(byte_level_metadata("smollm"), SOURCE)
+    assert tokenizer.encode("a<|end|><tool>")[1:] == [260, 261]
+    assert tokenizer.token_bytes(260) == b""
+    assert tokenizer.token_bytes(261) == b"<tool>"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, r"'bert'.*gpt2.*llama"),
+        ({"tokenizer.ggml.model": None}, r"None.*gpt2"),
+        ({"tokenizer.ggml.pre": "chatglm-bpe"}, r"'chatglm-bpe'.*smollm"),
+        ({"tokenizer.ggml.tokens": None}, r"tokenizer\.ggml\.tokens"),
+        ({"tokenizer.ggml.merges": []}, r"tokenizer\.ggml\.merges"),
+        ({"tokenizer.ggml.merges": ["1 nowhere"]}, r"merges do not fit"),
+        ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.scores"),
+        ({"tokenizer.ggml.add_bos_token": True}, r"bos_token_id is missing"),
+        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 999}, r"bos_token_id.*999"),
+    ],
+)
+def test_gguf_tokenizers_that_cannot_be_built(change: dict[str, Any], words: str) -> None:
+    metadata = {key: value for key, value in (byte_level_metadata("smollm") | change).items() if value is not None}
+    with pytest.raises(ModelError, match=words):
+        build_tokenizer(metadata, SOURCE)
+
+
+def test_bytes() -> None:
+    tokenizer: Tokenizer = ByteTokenizer(300)
+    for text in ("", "plain", "äöü 🙂 中文\x00"):
+        tokens = tokenizer.encode(text)
+        assert tokens == list(text.encode())
+        assert tokenizer.decode(tokens) == text
+    assert tokenizer.decode([104, 105, 256]) == "hi"
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer.decode([299]) == "<299>"
+    assert tokenizer.token_bytes(300) == tokenizer.token_bytes(-1) == b""
+    with pytest.raises(ModelError, match="257"):
+        ByteTokenizer(100)
