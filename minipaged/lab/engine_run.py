@@ -19,7 +19,7 @@ from minipaged.execution.simulated_runner import SimulatedRunner
 from minipaged.lab.event_loop import Outcome
 from minipaged.lab.servers import Server
 from minipaged.lab.tally import Sample, Tally
-from minipaged.lab.workloads import Workload
+from minipaged.lab.workloads import FloatColumn, Workload
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.request import RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
@@ -107,15 +107,11 @@ class _EngineRun:
             if outputs and progress is not None:
                 progress(done, count)
             if len(samples) * count < done * 400:
-                samples.append(Sample(runner.now, self._running(), len(self.stats_running()), self._bands()))
+                samples.append(Sample(runner.now, self._running(), self._rows(), self._bands()))
         preemptions = self.scheduler.counters.preemptions
         return Outcome(first, finish, refused, preemptions, steps, runner.now, self.tally, tuple(samples))
 
-    def stats_running(self) -> list[int]:
-        """Ids of the sequences that run."""
-        return [s.seq_id for request in self.scheduler.running for s in request.alive]
-
-    def _note(self, output: RequestOutput, index: int, first: np.ndarray, finish: np.ndarray) -> bool:  # type: ignore[type-arg]
+    def _note(self, output: RequestOutput, index: int, first: FloatColumn, finish: FloatColumn) -> bool:
         now = self.runner.now
         if math.isnan(first[index]) and output.request.sequences[0].num_output:
             first[index] = now
@@ -127,22 +123,18 @@ class _EngineRun:
     def _running(self) -> int:
         return len(self.scheduler.running)
 
+    def _rows(self) -> int:
+        return sum(len(request.alive) for request in self.scheduler.running)
+
     def _bands(self) -> PoolBands:
-        stats, size = self.stats, self.stats.block_size
-        pool = self.server.pool
+        stats, pool = self.stats, self.server.pool
+        rest = pool - stats.token_slots - stats.tail_slots
         waiting = len(self.scheduler.waiting) > 0
-        used = stats.token_slots + stats.tail_slots
-        return (
-            PoolBands(
-                stats.token_slots, 0, stats.tail_slots, pool - used if waiting else 0, 0, 0 if waiting else pool - used
-            )
-            if size
-            else PoolBands(0, 0, 0, 0, 0, pool)
-        )
+        return PoolBands(stats.token_slots, 0, stats.tail_slots, rest if waiting else 0, 0, 0 if waiting else rest)
 
     def _account(self, done: int, elapsed: int) -> None:
         waiting = len(self.scheduler.waiting) > 0
         used = self.stats.total_blocks - 1 - self.stats.free_blocks
         self.tally.span(done, waiting).add(
-            elapsed, self._running(), len(self.stats_running()), self._bands(), (used, self.stats.shared_saved_blocks)
+            elapsed, self._running(), self._rows(), self._bands(), (used, self.stats.shared_saved_blocks)
         )
