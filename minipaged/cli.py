@@ -11,6 +11,7 @@ import typer
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
+from minipaged.lab.bench_cli import app as bench_app
 from minipaged.lab.cli import app as lab_app
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(lab_app, name="lab", help="Other systems, figures and calculators, simulated.")
+app.add_typer(bench_app, name="bench", help="What things cost on this machine.")
 
 Model = Annotated[
     str, typer.Option(help="A zoo name, a Hugging Face folder, a .gguf file, hf:org/name or random:SHAPE.")

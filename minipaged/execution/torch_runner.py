@@ -26,7 +26,7 @@ class StepInputs:
         positions = np.arange(plan.num_tokens) - np.repeat(ends - lengths - starts, lengths)
         blocks = plan.tables[row_of, positions // block_size].astype(np.int64)
 
-        def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[type-arg]
+        def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
         self.token_ids = tensor(plan.token_ids, torch.int64)
@@ -53,10 +53,10 @@ class TorchPending:
     def tokens(self) -> StepTokens:
         """Wait for the step and bring what it drew to the host."""
 
-        def ints(tensor: torch.Tensor | None) -> np.ndarray | None:  # type: ignore[type-arg]
+        def ints(tensor: torch.Tensor | None) -> np.ndarray | None:
             return None if tensor is None else tensor.cpu().numpy().astype(np.int32)
 
-        def floats(tensor: torch.Tensor | None) -> np.ndarray | None:  # type: ignore[type-arg]
+        def floats(tensor: torch.Tensor | None) -> np.ndarray | None:
             return None if tensor is None else tensor.float().cpu().numpy()
 
         return StepTokens(

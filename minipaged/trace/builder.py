@@ -352,7 +352,7 @@ class _PoolView:
             table = tables.get(seq_id, ())
             dirty.update(block for block in table[start // size : (start + length - 1) // size + 1] if block)
 
-    def _columns(self, ids: np.ndarray) -> BlockPatch:  # type: ignore[type-arg]
+    def _columns(self, ids: np.ndarray) -> BlockPatch:
         n = len(ids)
         owner, refs = np.full(n, -1, np.int32), np.zeros(n, np.int32)
         fill, flags = np.zeros(n, np.int32), np.zeros(n, np.uint8)
