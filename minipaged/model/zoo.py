@@ -70,7 +70,7 @@ def find(name: str, progress: Progress | None = None) -> Path:
     if name.startswith("hf:"):
         return _from_hub(name.removeprefix("hf:"))
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     raise ModelError(
         f"no model is called {name!r}; there are {', '.join((*SOURCES, 'toy'))}, a folder (config.json, *.safetensors), "

@@ -1,0 +1,187 @@
+"""Names of models: what each form gives, and what is said of the ones that are none."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from minipaged.errors import InputError, ModelError
+from minipaged.model import zoo
+from minipaged.model.progress import terminal_progress
+from minipaged.model.shapes import SHAPES, SIMULATED_ONLY, shape
+from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, save_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole tiny model with a tokenizer of 90 letters."""
+    save_folder(CONFIGS["gqa"], tmp_path)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:90]
+    backend = Backend(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_toy_is_the_same_everywhere_and_says_words() -> None:
+    first, again = zoo.load("toy", device="cpu"), zoo.load("toy", device="cpu")
+    tokens = first.tokenizer.encode("once upon a time")
+    assert torch.equal(dense_logits(first.model, tokens), dense_logits(again.model, tokens))
+    for _ in range(60):
+        tokens.append(int(dense_logits(first.model, tokens)[-1].argmax()))
+    said = first.tokenizer.decode(tokens[16:])
+    assert set(said) <= set("abcdefghijklmnopqrstuvwxyz ")
+    assert len(set(said)) > 6
+    assert dense_logits(first.model, tokens).std() > 0.1
+
+
+def test_toy_attends_to_everything_before() -> None:
+    """A change of the first token is seen in what comes long after: so a wrong page anywhere shows in the text."""
+    model = zoo.load("toy", device="cpu").model
+    tokens = drawn_tokens(200, 256)
+    changed = [(tokens[0] + 1) % 256, *tokens[1:]]
+    assert (dense_logits(model, tokens)[-1] - dense_logits(model, changed)[-1]).abs().max() > 1e-3
+
+
+def test_random_shapes_by_seed() -> None:
+    tokens = drawn_tokens(4, 200)
+    first, again, other = (zoo.load("random:toy", device="cpu", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(dense_logits(first.model, tokens), dense_logits(again.model, tokens))
+    assert not torch.equal(dense_logits(first.model, tokens), dense_logits(other.model, tokens))
+    assert first.config == shape("toy")
+
+
+def test_a_folder(folder: Path) -> None:
+    stages: list[tuple[str, int, int]] = []
+    loaded = zoo.load(str(folder), device="cpu", dtype="float32", progress=lambda *stage: stages.append(stage))
+    tokens = loaded.tokenizer.encode("AB!")
+    assert loaded.tokenizer.decode(tokens) == "AB!"
+    assert dense_logits(loaded.model, tokens).shape == (3, 97)
+    assert stages[-1][1] == stages[-1][2] > 0
+    half = zoo.load(str(folder), device="cpu", dtype=torch.bfloat16).model
+    assert half.dtype == torch.bfloat16
+    assert dense_logits(half, tokens).dtype == torch.float32
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    backend = Backend(models.BPE(vocab={f"t{index}": index for index in range(98)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"98 tokens.*only 97"):
+        zoo.load(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["gpt-5", "", "random", "nowhere/model.gguf"])
+def test_unknown_names_list_the_known_ones(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        zoo.load(name, device="cpu")
+    message = str(caught.value)
+    for word in (repr(name), "smollm2-135m", "toy", ".gguf", "hf:org/name", "random:SHAPE", "llama-7b"):
+        assert word in message
+    assert "opt-13b" not in message
+    assert "\n" not in message
+
+
+def test_unknown_and_simulated_shapes() -> None:
+    with pytest.raises(ModelError, match=r"'random:gpt-5'.*llama-7b"):
+        zoo.load("random:gpt-5", device="cpu")
+    with pytest.raises(ModelError, match="simulator only"):
+        zoo.load("random:opt-13b", device="cpu")
+    assert shape("random:LLaMA-7B") == shape("llama-7b")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "half", "", torch.float64, 16], ids=repr)
+def test_unknown_dtypes(dtype: Any) -> None:
+    with pytest.raises(InputError, match="dtype must be auto, float32, float16, bfloat16"):
+        zoo.load("toy", device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "meta", "cpu:x", "cuda:99", None], ids=repr)
+def test_unknown_devices(device: Any) -> None:
+    with pytest.raises(InputError, match="device"):
+        zoo.load("toy", device=device)
+
+
+def test_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = types.ModuleType("huggingface_hub")
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns))
+        if repository == "org/gone":
+            raise OSError("We couldn't connect\nto the hub")
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download, raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert zoo.load("hf:org/tiny", device="cpu").config.vocab_size == 97
+    assert asked[0][0] == "org/tiny"
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked[0][1])
+    with pytest.raises(ModelError, match=r"hf:org/gone.*couldn't connect to the hub"):
+        zoo.load("hf:org/gone", device="cpu")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModelError, match="pip install huggingface_hub"):
+        zoo.load("hf:org/tiny", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("smollm2-135m", 0.1345),
+        ("llama-7b", 6.738),
+        ("llama-13b", 13.016),
+        ("llama-33b", 32.53),
+        ("llama-65b", 65.29),
+        ("llama-70b", 68.98),
+        ("llama-3-8b", 8.03),
+        ("llama-3.2-1b", 1.236),
+        ("mistral-7b", 7.248),
+        ("qwen2.5-7b", 7.616),
+        ("qwen3-0.6b", 0.596),
+        ("qwen3-8b", 8.19),
+        ("opt-13b", 12.85),
+        ("opt-66b", 65.7),
+        ("opt-175b", 175.0),
+        ("falcon-40b", 41.3),
+    ],
+)
+def test_shapes_hold_the_published_number_of_parameters(name: str, billions: float) -> None:
+    assert shape(name).num_parameters() / 1e9 == pytest.approx(billions, rel=5e-3)
+
+
+def test_shapes_need_no_torch() -> None:
+    code = "import sys, minipaged.model.shapes as s; s.shape('opt-13b'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(zoo.__file__).parents[2], check=False).returncode == 0
+
+
+def test_every_shape_is_listed_under_its_own_name() -> None:
+    assert all(config.name == name for name, config in SHAPES.items())
+    assert set(SHAPES) > SIMULATED_ONLY
+
+
+def test_progress_on_a_terminal_and_in_a_log() -> None:
+    for is_terminal in (True, False):
+        written = io.StringIO()
+        with terminal_progress(Console(file=written, force_terminal=is_terminal, width=80)) as report:
+            for done in range(0, 5_000_000, 1_000_000):
+                report("downloading", done, 4_000_000)
+            report("waiting for another pull", 0, 0)
+        assert "downloading" in written.getvalue()
+        if not is_terminal:
+            assert written.getvalue() == "downloading\nwaiting for another pull\n"
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        zoo.load(str(tmp_path), device="cpu")
