@@ -29,7 +29,8 @@ class Pane(Widget, can_focus=True):
     def show(self, view: View) -> None:
         """Show this view."""
         self.view = view
-        if not self.is_mounted or not self.size.width:
+        if not self.is_mounted or not self.display or not self.size.width:
+            self._lines = None
             return
         old, old_key = self._lines, self._key
         self._compute()

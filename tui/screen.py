@@ -124,7 +124,7 @@ class ScreenApp(App[int]):
         session = self.session
         change = session.tick(time.monotonic())
         if session.failed and not session.ready:
-            self.exit(2 if session.input_error else 1, message=session.failed)
+            self.exit(2 if session.input_error else 1)
         elif change.moved or self._painted_word != session.word:
             self.paint(change)
 
@@ -154,8 +154,7 @@ class ScreenApp(App[int]):
     def _show_all(self, view: View, ids: Any, *, everything: bool) -> None:
         base = self.screen_stack[0]
         for pane in base.query(Pane):
-            if pane.display:
-                pane.show(view)
+            pane.show(view)
         block_map = base.query_one("#map", BlockMap)
         block_map.show(view, ids if not everything else None)
         blocks = base.query_one("#blocks")

@@ -71,6 +71,7 @@ class Session:
         self.bookmarks: set[int] = set()
         self.query = ""
         self._player: Player | None = None
+        self._loading = False  # whether `message` says how loading goes
         self._all = True  # the next change concerns every block
         self._owed = 0  # single steps asked of the engine and not yet seen
         self._due = 0.0
@@ -132,10 +133,12 @@ class Session:
         passed = 0.0 if self._last is None else max(0.0, now - self._last)
         self._last = now
         applied: list[StepDelta] = []
+        if self.live is not None and self.playing and not math.isinf(self.speed):
+            self._pace(self.live, passed)
         player = self._player
         if player is not None:
             if self.live is not None:
-                applied = self._tick_live(player, self.live, passed)
+                applied = self._tick_live(player)
             elif self.playing:
                 player.speed = self.speed
                 applied = player.tick(now)
@@ -156,11 +159,13 @@ class Session:
 
     def _listen(self) -> bool:
         live = self.live
-        if live is None or (live.ended and not live.notes):
+        if live is None or (live.ended and not live.notes and (self._player is not None or not len(live))):
             return False
         came = live.poll() > 0
         if self._player is None and len(live):
             self._player = Player(live)
+        if self._loading and live.ready:
+            self._loading, self.message = False, ""
         while live.notes:
             came = True
             self._hear(live.notes.popleft())
@@ -176,11 +181,10 @@ class Session:
             self.failed, self.input_error = text, bool(note.get("input_error"))
         if kind != "submitted":
             self.message = text
+            self._loading = kind == "status"
 
-    def _tick_live(self, player: Player, live: LiveSource, passed: float) -> list[StepDelta]:
+    def _tick_live(self, player: Player) -> list[StepDelta]:
         if self.playing:
-            if not math.isinf(self.speed):
-                self._pace(live, passed)
             return player.advance(player.behind)
         if self._owed and player.behind:
             count = min(self._owed, player.behind)

@@ -37,7 +37,7 @@ def waste_lines(view: View, width: int) -> list[Line]:
             ]
         )
     if len(rows) > 1:
-        lines.append([(fit("shadows: accounting on the same requests, not speed", width), "faint")])
+        lines.append([(fit("shadows: same requests; accounting, not speed", width), "faint")])
         return lines
     held = max(0, stats.total_blocks - 1 - stats.free_blocks)
     lines += [

@@ -19,7 +19,7 @@ class TextPane(Pane):
         """Living sequences, then the latest that ended."""
         states = ordered(view)
         if not states:
-            return [[(view.message or "waiting for the first prompt: press a to add one", "dim")]]
+            return [[("no text yet: a adds a prompt", "dim")]]
         each = max(1, height // len(states))
         lines: list[Line] = []
         for state in states[:height]:

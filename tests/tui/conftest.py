@@ -1,0 +1,8 @@
+"""The screen's tests use the scripted scene of the trace's tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trace"))

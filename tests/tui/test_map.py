@@ -1,0 +1,154 @@
+"""The block map without an app: what a row reads, where a block lies, what is painted again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import Scene, sharing_scene
+
+from minipaged.trace.records import FLAG_CACHED
+from minipaged.trace.snapshot import Snapshot, fold
+from tui.mapmodel import MapModel, Zoom
+from tui.palette import ASCII, LETTERS
+from tui.view import View
+
+
+def view_at(position: int, **words: object) -> View:
+    deltas = sharing_scene().deltas
+    view = View(fold(deltas[:position]), deltas[position - 1] if position else None, **words)  # type: ignore[arg-type]
+    view.pieces = {code: bytes([code]) for code in range(128)}
+    return view
+
+
+def row(model: MapModel, number: int) -> str:
+    return "".join(segment.text for segment in model.row(number))
+
+
+def big_snapshot(num_blocks: int, seed: int = 0) -> Snapshot:
+    """A pool of random states owned by a dozen sequences."""
+    scene = Scene(num_blocks=2)
+    for _ in range(12):
+        scene.add("x")
+    scene.step()
+    snapshot = fold(scene.deltas)
+    rng = np.random.default_rng(seed)
+    pool = snapshot.device
+    pool.grow(num_blocks)
+    pool.refs[:] = rng.choice([0, 0, 1, 1, 1, 2, 3], num_blocks)
+    pool.owner[:] = np.where(pool.refs > 0, rng.integers(0, 12, num_blocks), -1)
+    pool.fill[:] = np.where(pool.refs > 0, rng.integers(1, 5, num_blocks), 0)
+    pool.flags[:] = np.where(pool.refs == 0, rng.choice([0, FLAG_CACHED], num_blocks), 0)
+    return snapshot
+
+
+def test_states_are_glyphs() -> None:
+    """Each beat of copy-on-write, cell by cell."""
+    readings = [row(MapModel(view_at(position)), 0)[3:12] for position in (1, 2, 3, 4, 5)]
+    assert readings == ["○········", "○AA▄·····", "○222·····", "○22▄◆····", "○22▆B····"]
+
+
+def test_ascii_states() -> None:
+    readings = [row(MapModel(view_at(position, glyphs=ASCII)), 0)[3:12] for position in (1, 2, 3, 4, 9)]
+    assert readings == ["0........", "0AA+.....", "0222.....", "022+*....", "0AAAcCCCC"]
+
+
+def test_shares_are_reversed_without_colour() -> None:
+    model = MapModel(view_at(3, mode="plain"))
+    shared = [segment for segment in model.row(0) if segment.text == "222"]
+    assert shared[0].style is not None
+    assert shared[0].style.reverse
+    assert all(segment.style is None or segment.style.color is None for segment in model.row(0))
+
+
+def test_four_cells_and_slots() -> None:
+    model = MapModel(view_at(5))
+    model.set_zoom(Zoom.FOUR)
+    assert "A2█ " in row(model, 0)
+    assert "A1▆ " in row(model, 0)
+    model.resize(80, 10)
+    model.set_zoom(Zoom.SLOTS)
+    first = row(model, 0)
+    assert " 1AThe␣" in first
+    assert " 3Ae␣i·" in first
+    assert " 4Be␣sp" in first
+
+
+def test_half_blocks_and_heat_show_the_whole_pool() -> None:
+    view = View(big_snapshot(1000))
+    model = MapModel(view)
+    model.resize(44, 10)
+    for zoom, most in ((Zoom.HALF, 13), (Zoom.HEAT, 10)):
+        model.set_zoom(zoom)
+        assert model.num_rows <= most
+        assert all(row(model, number).strip() for number in range(model.num_rows))
+
+
+@given(st.integers(2, 3000), st.integers(20, 160), st.integers(3, 40), st.sampled_from(list(Zoom)))
+def test_a_block_is_found_where_it_is_drawn(num_blocks: int, width: int, height: int, zoom: Zoom) -> None:
+    """block_at inverts the layout, at each zoom and size; rows never exceed the width."""
+    snapshot = Snapshot(num_blocks=num_blocks)
+    snapshot.stats = snapshot.stats._replace(block_size=4)
+    model = MapModel(View(snapshot))
+    model.resize(width, height)
+    model.set_zoom(zoom)
+    found: set[int] = set()
+    for number in range(model.num_rows):
+        assert sum(len(segment.text) for segment in model.row(number)) <= max(width, model._slot_cells)
+        found |= {model.block_at(x, number) for x in range(width)} - {-1}
+    shown = {block for block in range(num_blocks) if block % max(1, model.per_cell if zoom == Zoom.HEAT else 1) == 0}
+    if zoom == Zoom.HALF:  # the lower half of a cell belongs to the cell above it
+        shown = {block for block in shown if block % model.per_row < model.per_row // 2}
+    assert shown <= found
+    for block in list(found)[:50]:
+        assert any(model.block_at(x, model.row_of(block)) == block for x in range(width))
+
+
+@given(st.integers(0, 1000))
+def test_painting_what_changed_equals_painting_all(seed: int) -> None:
+    before, after = big_snapshot(500, 1), big_snapshot(500, 1)
+    rng = np.random.default_rng(seed)
+    ids = np.unique(rng.integers(0, 500, 20)).astype(np.int32)
+    after.device.refs[ids] = rng.integers(0, 3, len(ids))
+    model = MapModel(View(before))
+    rows = [row(model, number) for number in range(model.num_rows)]
+    dirty = model.update(View(after), ids)
+    fresh = MapModel(View(after))
+    assert dirty is not None
+    for number in range(model.num_rows):
+        assert row(model, number) == row(fresh, number)
+        if number not in dirty:
+            assert rows[number] == row(fresh, number)
+
+
+def test_dimming_all_but_one() -> None:
+    model = MapModel(view_at(8, only=0))
+    styles = {segment.text[0]: segment.style for segment in model.row(0)}
+    assert styles["B"] == model.view.style("faint")
+    assert styles["A"] == model.view.style("hue0")
+
+
+def test_the_cursor_is_seen() -> None:
+    model = MapModel(view_at(5, block=4))
+    marked = [segment for segment in model.row(0) if segment.style == model.view.style("select")]
+    assert [segment.text for segment in marked] == ["B"]
+
+
+def test_letters_repeat_past_the_alphabet() -> None:
+    scene = Scene(num_blocks=200)
+    for _ in range(len(LETTERS) + 2):
+        scene.admit(scene.add("abcd"))
+    scene.step()
+    model = MapModel(View(fold(scene.deltas)))
+    cells = "".join(row(model, number)[4:] for number in range(model.num_rows))
+    assert cells[1 : len(LETTERS) + 3] == LETTERS + LETTERS[:2]
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1])
+def test_no_pool_yet(num_blocks: int) -> None:
+    model = MapModel(View(Snapshot(num_blocks=num_blocks)))
+    for zoom in Zoom:
+        model.set_zoom(zoom)
+        for number in range(model.num_rows):
+            model.row(number)

@@ -1,0 +1,254 @@
+"""The other panes without an app: tables, queues, text, timeline, header, sentences, inspector."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from scripted import Scene, sharing_scene
+
+from minipaged.trace.player import Player
+from minipaged.trace.records import PoolBands, ShadowDelta, StepDelta
+from minipaged.trace.snapshot import fold
+from minipaged.trace.sources import ListSource
+from tui.bars import header_line, host_line, keys_line, legend_lines
+from tui.history import History
+from tui.inspector import block_lines, journey_lines, past_lines
+from tui.safe import clean, clean_bytes, fit, tail, to_ascii
+from tui.sentences import sentence, sentences
+from tui.sidepanes import tree_lines, waste_lines
+from tui.tables import TablesPane, queue_lines, table_lines
+from tui.textpane import text_lines, wrap_tail
+from tui.timeline import scale, timeline_lines
+from tui.view import Line, View, width_of
+
+
+def view_at(position: int, deltas: list[StepDelta] | None = None, **words: object) -> View:
+    deltas = sharing_scene().deltas if deltas is None else deltas
+    source = ListSource(deltas)
+    player = Player(source, position)
+    view = View(player.snapshot, player.delta, position=position, length=len(deltas), **words)  # type: ignore[arg-type]
+    view.occupied, view.marks = source.occupied, source.marks
+    view.pieces = {code: bytes([code]) for code in range(128)}
+    return view
+
+
+def read(line: Line) -> str:
+    return "".join(text for text, _ in line)
+
+
+def read_all(lines: list[Line]) -> list[str]:
+    return [read(line).rstrip() for line in lines]
+
+
+def test_copy_on_write_in_tables() -> None:
+    """The five beats, as a newcomer reads them in the tables pane."""
+    assert read_all(table_lines(view_at(2), 40, 8)) == ["A 0→1 1→2 2→3▄"]
+    assert read_all(table_lines(view_at(3), 40, 8)) == ["A 0→1 1→2 2→3▄", "B 0→1 1→2 2→3▄"]
+    assert read_all(table_lines(view_at(4), 40, 8)) == ["A 0→1 1→2 2→3▄", "B 0→1 1→2 2→◆4▆  was 3"]
+    assert read_all(table_lines(view_at(5), 40, 8)) == ["A 0→1 1→2 2→3▆", "B 0→1 1→2 2→4"]
+
+
+def test_shared_entries_look_shared() -> None:
+    line = table_lines(view_at(3), 40, 8)[0]
+    assert dict(line)["1"] == "shared0"
+    assert dict(table_lines(view_at(2), 40, 8)[0])["1"] == "hue0"
+
+
+def test_swapped_and_queues() -> None:
+    view = view_at(8)
+    assert read_all(table_lines(view, 40, 8))[2] == "C ▽ on CPU: 4 blocks"
+    assert read_all(queue_lines(view, 40)) == ["run A B", "swapped C · copies 1 · saved 2"]
+    assert read_all(queue_lines(view_at(6), 40))[0] == "run A B · wait C"
+    assert read(host_line(view, 40)) == "CPU ▽▽▽▽···· 4 of 8 blocks"
+
+
+def test_the_pane_keeps_queues_at_its_foot() -> None:
+    lines = TablesPane(view_at(8)).lines(view_at(8), 30, 8)
+    assert len(lines) == 8
+    assert read(lines[-2]).startswith("run A B")
+
+
+@pytest.mark.parametrize(
+    ("position", "said"),
+    [
+        (0, "the start: every block is free"),
+        (2, "A starts: 3 blocks for 10 tokens"),
+        (3, "B forks from A: the same 3 blocks, no memory copied"),
+        (4, "B writes shared block 3 → copied to 4; blocks 1, 2 stay shared"),
+        (8, "C moves to CPU memory: 4 blocks"),
+        (9, "C comes back from CPU memory: 4 blocks · B is done (it said stop); 4 blocks given back"),
+        (10, "the pool is full: C gives its blocks back and will recompute later"),
+    ],
+)
+def test_sentences(position: int, said: str) -> None:
+    assert sentence(view_at(position)).startswith(said)
+
+
+def test_every_kind_of_event_has_words() -> None:
+    from minipaged.trace.records import Event
+
+    view = view_at(8)
+    assert view.delta is not None
+    for kind in (
+        "refuse",
+        "preempt",
+        "copy",
+        "fork",
+        "abort",
+        "prune",
+        "finish",
+        "admit",
+        "evict",
+        "release",
+        "knob",
+        "append",
+        "swap_in",
+    ):
+        one = Event(0, kind, -1, 0, 3, 4, 1)
+        view.delta = StepDelta(1, 0, (one,), view.delta.blocks, (), (), view.delta.queues, view.delta.stats)
+        assert sentences(view)[0].strip(), kind
+        assert "{" not in sentences(view)[0]
+
+
+def test_timeline_of_ten_steps() -> None:
+    lines = timeline_lines(view_at(4), 60)
+    assert read(lines[1]).startswith(" +f▲3")
+    assert "◆" not in read(lines[0])
+    assert len(read(lines[0])) == 10
+    assert read(lines[2]).startswith("B writes shared block 3")
+
+
+@given(st.integers(0, 100_000), st.integers(16, 300))
+def test_the_timeline_fits_any_length(length: int, width: int) -> None:
+    view = View(position=length // 2, length=length, word="PAUSED")
+    view.occupied, view.marks = np.full(length, 5000, np.uint16), np.full(length, 3, np.uint16)
+    for line in timeline_lines(view, width)[:2]:
+        assert width_of(line) <= width
+    per_column = scale(length, width)
+    assert -(-length // per_column) <= width
+    assert per_column == 1 or -(-length // (per_column // 2)) > width
+
+
+def test_header_says_where_and_how_full() -> None:
+    live = view_at(8, word="PAUSED", speed="full speed")
+    live.length = 20
+    line = read(header_line(live, 100))
+    assert line.startswith(" ‖ PAUSED · step 7 · 12 behind live")
+    assert line.endswith("7/31 blocks 23% · waste 3.6% ")
+    assert width_of(header_line(live, 80)) <= 80
+    assert "live" not in read(header_line(view_at(8, word="REPLAY"), 80))
+
+
+def test_waste_is_tail_slots_over_held_slots() -> None:
+    scene = Scene()
+    scene.admit(scene.add("abcde"))  # two blocks of four: three slots hold nothing
+    scene.step()
+    assert "waste 37.5%" in read(header_line(view_at(1, scene.deltas), 80))
+
+
+def test_text_shows_prompt_and_answer() -> None:
+    view = view_at(8)
+    line = text_lines(view, view.snapshot.sequences[1], 40, 1)[0]
+    assert read(line) == "B │The cache split"
+    assert ("The cache ", "dim") in line
+    assert ("split", "text") in line
+
+
+@given(st.text("ab字\u200b", max_size=200), st.text("xy漢", max_size=200), st.integers(2, 30), st.integers(1, 5))
+def test_wrapped_text_fits_and_ends_with_the_newest(prompt: str, answer: str, width: int, most: int) -> None:
+    rows = wrap_tail(clean(prompt), clean(answer), width, most)
+    assert len(rows) <= most
+    assert all(width_of(row) <= width for row in rows)
+    everything = clean(prompt) + clean(answer)
+    shown = "".join(read(row) for row in rows)
+    assert everything.endswith(shown.lstrip("…")) or not shown.strip("…")
+
+
+@given(st.text(max_size=80), st.integers(0, 40))
+def test_unsafe_text_is_made_safe(text: str, width: int) -> None:
+    """Nothing that a terminal would obey is left, and every character takes the cells that it is counted for."""
+    safe = clean(text)
+    assert all(c.isprintable() for c in safe)
+    assert not any(c in safe for c in "\x1b\x07\r\n\t\u202e\u2066\u200b\u200d\ufeff")
+    assert all(cell_len(c) >= 1 for c in safe)
+    assert all(ord(c) < 0x10000 for c in safe)
+    assert cell_len(fit(safe, width)) <= width
+    assert cell_len(tail(safe, width)) <= width
+    assert to_ascii(safe).isascii()
+    assert cell_len(to_ascii(safe)) == cell_len(safe)
+
+
+def test_what_escape_sequences_become() -> None:
+    assert clean("a\x1b[31mred\x1b]0;title\x07") == "a�[31mred�]0;title�"
+    assert clean("line\nbreak") == "line↵break"
+    assert clean("a\u202eb") == "a�b"
+    assert clean("👩‍💻!") == "□�□!"
+    assert clean_bytes("é€".encode()[:-1]) == "é", "a character of which bytes are missing waits"
+    assert clean_bytes(b"\xff\xfe") == "��"
+
+
+def test_inspector_tells_owners_text_and_past() -> None:
+    deltas = sharing_scene().deltas
+    source = ListSource(deltas)
+    view = view_at(5, deltas, block=4)
+    view.past = tuple(History().of(source, 4, 5))
+    assert read_all(block_lines(view, 40))[0] == "block 4  ref 1  4/4 slots"
+    assert "owner B[2]" in read_all(block_lines(view, 40))[2]
+    assert read_all(block_lines(view, 40))[3] == "“e sp”"
+    assert read_all(past_lines(view, 40, 5, 0)) == ["its past", "   3 copied from 3 for B"]
+    null = view_at(5, deltas, block=0)
+    assert "null block" in read_all(block_lines(null, 60))[1]
+
+
+def test_history_goes_back_and_forth() -> None:
+    source, history = ListSource(sharing_scene().deltas), History()
+    late = history.of(source, 3, 10)
+    assert [past.event.kind for past in late] == ["alloc", "copy", "free"]
+    assert [past.event.kind for past in history.of(source, 3, 4)] == ["alloc", "copy"]
+    assert history.of(source, 3, 10) == late
+
+
+def test_a_tokens_journey() -> None:
+    lines = read_all(journey_lines(view_at(5), 1, 9, 60))
+    assert lines[0].startswith("token 9 of B")
+    assert "logical block 2, slot 1" in lines[1]
+    assert "physical block 4" in lines[2]
+    assert "4 × 4 + 1 = 17" in lines[3]
+
+
+def test_waste_beside_shadows() -> None:
+    view = view_at(8)
+    view.snapshot.apply_shadow(ShadowDelta(7, "orca-max", (), PoolBands(22, 66, 0, 12, 0, 0)))
+    rows = read_all(waste_lines(view, 50))
+    assert rows[0].startswith("orca-max")
+    assert rows[0].endswith("78%")
+    assert "not speed" in rows[-1]
+
+
+def test_the_tree_of_forks() -> None:
+    rows = read_all(tree_lines(view_at(8), 40, 10))
+    assert rows[0].startswith("A ")
+    assert rows[1].startswith("└─B ")
+
+
+def test_keys_and_legend_fit_80_columns() -> None:
+    view = view_at(5)
+    assert width_of(keys_line(view, 80)) <= 80
+    assert "? help" in read(keys_line(view, 80))
+    assert all(width_of(line) <= 46 for line in legend_lines(view, 44))
+
+
+def test_many_sequences_do_not_overflow() -> None:
+    scene = Scene(num_blocks=400)
+    for _ in range(50):
+        scene.admit(scene.add("some longer prompt text"))
+    scene.step()
+    view = view_at(1, scene.deltas)
+    lines = TablesPane(view).lines(view, 30, 9)
+    assert len(lines) == 9
+    assert any("more" in read(line) for line in lines)
+    assert all(width_of(line) <= 31 for line in lines)
+    assert fold(scene.deltas) == view.snapshot
