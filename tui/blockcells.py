@@ -32,7 +32,7 @@ STYLE_BITS = 64
 
 
 class Looks:
-    """The look of every block of a pool, kept up to date by ids."""
+    """From a block's columns to its look."""
 
     def __init__(self, glyphs: Glyphs) -> None:
         heat = glyphs.heat
@@ -48,22 +48,14 @@ class Looks:
         self.heat = self._letters + len(LETTERS)
         self.num_heat = len(heat)
         self.upper, self.lower, self.full = (self.heat + len(heat) + n for n in range(3))
-        self.code: npt.NDArray[np.int32] = np.zeros(0, np.int32)
-        self.labels: Ints = np.zeros(0, np.int32)  # the owner's label; -1: nobody
 
-    def update(
-        self, pool: Pool, snapshot: Snapshot, ids: Ints | None = None, *, only: int = -1, swapped: bool = False
-    ) -> None:
-        """Look at these blocks again, or at all. swapped: a host pool, where a held block is a swapped one."""
-        if ids is None or len(self.code) != len(pool):
-            self.code = np.zeros(len(pool), np.int32)
-            self.labels = np.full(len(pool), -1, np.int32)
-            ids = np.arange(len(pool), dtype=np.int32)
-        if not len(ids):
-            return
-        owner, refs, fill, flags = pool.owner[ids], pool.refs[ids], pool.fill[ids], pool.flags[ids]
-        label = _labels(owner, snapshot)
-        size = max(1, snapshot.stats.block_size)
+    def codes(
+        self, pool: Pool, part: slice, labels: Labels, block_size: int, *, only: int = -1, swapped: bool = False
+    ) -> Ints:
+        """The looks of some consecutive blocks. swapped: a host pool, where a held block is a swapped one."""
+        owner, refs, fill, flags = pool.owner[part], pool.refs[part], pool.fill[part], pool.flags[part]
+        label = labels.of(owner)
+        size = max(1, block_size)
         held, full, shared = refs > 0, fill >= size, refs > 1
         level = np.minimum(self._num_fills - 1, fill * self._num_fills // size)
         glyph = np.where(full, self._letters + label % len(LETTERS), self._fills + level)
@@ -81,16 +73,22 @@ class Looks:
         null = (flags & FLAG_NULL) != 0
         glyph = np.where(copied, self._copied, np.where(null, self._null, glyph))
         style = np.where(copied, COPIED, np.where(null, NULL, style))
-        self.code[ids] = glyph * STYLE_BITS + style
-        self.labels[ids] = np.where(held, label, -1)
+        return (glyph * STYLE_BITS + style).astype(np.int32)
 
 
-def _labels(owner: Ints, snapshot: Snapshot) -> Ints:
-    """The label of each owner; 0 where nobody, or nobody known, owns."""
-    known, where = np.unique(owner, return_inverse=True)
-    sequences = snapshot.sequences
-    table = np.array([sequences[seq].label if seq in sequences else 0 for seq in known.tolist()], np.int32)
-    return table[where].astype(np.int32)
+class Labels:
+    """Sequence -> label, as an array operation."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        known = snapshot.sequences
+        self._first = min(known, default=0)
+        self._table: Ints = np.zeros(max(known, default=0) - self._first + 1 if known else 1, np.int32)
+        for sequence, state in known.items():
+            self._table[sequence - self._first] = state.label
+
+    def of(self, owner: Ints) -> Ints:
+        """The label of each owner; 0 where nobody, or nobody known, owns."""
+        return self._table.take(owner - self._first, mode="clip")
 
 
 def runs(codes: Ints) -> list[tuple[int, int]]:
@@ -103,18 +101,15 @@ def runs(codes: Ints) -> list[tuple[int, int]]:
     return list(zip(codes[starts].tolist(), lengths.tolist(), strict=True))
 
 
-def heat_codes(looks: Looks, pool: Pool, per_cell: int) -> Ints:
+def heat_codes(looks: Looks, pool: Pool, labels: Labels, per_cell: int) -> Ints:
     """One cell for `per_cell` consecutive blocks: height is the share in use, hue the owner of most of them."""
-    held = pool.refs > 0
     cells = -(-len(pool) // per_cell)
-    padded = np.zeros(cells * per_cell, bool)
-    padded[: len(pool)] = held
-    used = padded.reshape(cells, per_cell).sum(axis=1)
+    held = np.flatnonzero(pool.refs)
+    cell = held // per_cell
+    used = np.bincount(cell, minlength=cells)
+    hue = labels.of(pool.owner[held]) % NUM_HUES
+    counts = np.bincount(cell * NUM_HUES + hue, minlength=cells * NUM_HUES).reshape(cells, NUM_HUES)
     level = np.where(used == 0, 0, np.maximum(1, used * (looks.num_heat - 1) // per_cell))
-    labels = np.full(cells * per_cell, -1, np.int32)
-    labels[: len(pool)] = looks.labels
-    hues = np.where(labels >= 0, labels % NUM_HUES, -1).reshape(cells, per_cell)
-    counts = np.stack([(hues == hue).sum(axis=1) for hue in range(NUM_HUES)])
-    style = np.where(used > 0, counts.argmax(axis=0), FREE)
+    style = np.where(used > 0, counts.argmax(axis=1), FREE)
     glyph = np.where(used > 0, looks.heat + level, 0)  # 0: the free glyph
     return (glyph * STYLE_BITS + style).astype(np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.geometry import Region, Size
@@ -49,6 +50,7 @@ class BlockMap(ScrollView, can_focus=True):
     def __init__(self, view: View, *, host: bool = False, id: str | None = None) -> None:
         super().__init__(id=id)
         self.model = MapModel(view, host=host)
+        self._base: Style | None = None  # what the style sheet says, asked once
 
     @property
     def zoom_title(self) -> str:
@@ -85,17 +87,16 @@ class BlockMap(ScrollView, can_focus=True):
     def notify_style_update(self) -> None:
         """Colours changed."""
         super().notify_style_update()
-        self.model.set_zoom(self.model.zoom)
+        self._base = None
 
     def render_line(self, y: int) -> Strip:
         """One row of the pool."""
-        base = self.rich_style
-        if base != self.model.base:
-            self.model.base = base
+        if self._base is None:
+            self._base = self.model.base = self.rich_style
             self.model.set_zoom(self.model.zoom)
         if self.scrollable_content_region.width != self.model.width:
             self._lay_out()  # a scroll bar came or went
-        return Strip(self.model.row(y + self.scroll_offset.y)).adjust_cell_length(self.model.width, base)
+        return Strip(self.model.row(y + self.scroll_offset.y)).adjust_cell_length(self.model.width, self._base)
 
     def set_zoom(self, zoom: int) -> None:
         """Zoom, keeping the cursor in sight."""

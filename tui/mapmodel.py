@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from minipaged.trace.snapshot import Pool
-from tui.blockcells import FREE, STYLE_BITS, STYLES, Ints, Looks, heat_codes, runs
+from tui.blockcells import FREE, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
 from tui.safe import clean_bytes, to_ascii
 from tui.view import View
 
@@ -43,6 +43,7 @@ class MapModel:
         self.zoom = Zoom.CELL
         self.width, self.height = 40, 10
         self.looks = Looks(view.glyphs)
+        self._labels = Labels(view.snapshot)
         self.base = Style()
         self._segments: dict[tuple[int, int], Segment] = {}
         self._rows: dict[int, list[Segment]] = {}
@@ -166,9 +167,8 @@ class MapModel:
         if key != old:
             ids = None
             self._segments.clear()
-            if self.looks.alphabet != Looks(view.glyphs).alphabet:
-                self.looks = Looks(view.glyphs)
-        self.looks.update(self.pool, view.snapshot, ids, only=view.only, swapped=self.host)
+            self.looks = Looks(view.glyphs)
+        self._labels = Labels(view.snapshot)
         self._heat = None
         if ids is None or self.zoom in (Zoom.HEAT, Zoom.SLOTS):
             self._rows.clear()
@@ -201,24 +201,29 @@ class MapModel:
             return self._slots_row(row)
         first = row * self.per_row
         number = Segment(f"{first:>{self.gutter - 1}} ", self.base + self.view.style("faint"))
-        ids = np.arange(first, min(first + self.per_row, self.num_blocks), dtype=np.int32)
-        if self.zoom == Zoom.FOUR:
-            return [number, *self._four(ids)]
-        if self.zoom == Zoom.HALF:
-            return [number, *self._half(ids)]
         if self.zoom == Zoom.HEAT:
             if self._heat is None:
-                self._heat = heat_codes(self.looks, self.pool, self.per_cell)
+                self._heat = heat_codes(self.looks, self.pool, self._labels, self.per_cell)
             cells = self.per_row // self.per_cell
             codes = self._heat[row * cells : (row + 1) * cells]
             marked = (self.view.block - first) // self.per_cell
         else:
-            codes = self.looks.code[ids]
+            codes = self._codes(first, first + self.per_row)
             marked = self.view.block - first
+            if self.zoom == Zoom.FOUR:
+                return [number, *self._four(first, codes)]
+            if self.zoom == Zoom.HALF:
+                return [number, *self._half(first, codes)]
         if not self.host and 0 <= marked < len(codes) and self.view.block >= 0:
             codes = codes.copy()
             codes[marked] = codes[marked] // STYLE_BITS * STYLE_BITS + SELECT
         return [number, *(self._segment(code, length) for code, length in runs(codes))]
+
+    def _codes(self, first: int, end: int) -> Ints:
+        """The looks of blocks [first, end)."""
+        view = self.view
+        size = view.snapshot.stats.block_size
+        return self.looks.codes(self.pool, slice(first, end), self._labels, size, only=view.only, swapped=self.host)
 
     def _segment(self, code: int, length: int) -> Segment:
         found = self._segments.get((code, length))
@@ -229,11 +234,11 @@ class MapModel:
             )
         return found
 
-    def _four(self, ids: Ints) -> list[Segment]:
+    def _four(self, first: int, codes: Ints) -> list[Segment]:
         view, pool, glyphs = self.view, self.pool, self.view.glyphs
         made = []
-        for block in ids.tolist():
-            code, refs, fill = int(self.looks.code[block]), int(pool.refs[block]), int(pool.fill[block])
+        for block, code in enumerate(codes.tolist(), start=first):
+            refs, fill = int(pool.refs[block]), int(pool.fill[block])
             state = self.looks.alphabet[code // STYLE_BITS]
             if refs:
                 size = max(1, view.snapshot.stats.block_size)
@@ -247,13 +252,13 @@ class MapModel:
             made.append(Segment(" ", self.base))
         return made
 
-    def _half(self, ids: Ints) -> list[Segment]:
+    def _half(self, first: int, codes: Ints) -> list[Segment]:
         half = self.per_row // 2
-        codes = np.full(self.per_row, STYLE_BITS * 0 + FREE, np.int32)
-        codes[: len(ids)] = self.looks.code[ids]
-        if not self.host and ids[0] <= self.view.block <= ids[-1]:
-            codes[self.view.block - ids[0]] = SELECT
-        top, bottom = codes[:half] % STYLE_BITS, codes[half:] % STYLE_BITS
+        styles = np.full(self.per_row, FREE, np.int32)
+        styles[: len(codes)] = codes % STYLE_BITS
+        if not self.host and first <= self.view.block < first + len(codes):
+            styles[self.view.block - first] = SELECT
+        top, bottom = styles[:half], styles[half:]
         made = []
         for code, length in runs(top * STYLE_BITS + bottom):
             upper, lower = divmod(code, STYLE_BITS)
@@ -288,7 +293,7 @@ class MapModel:
     def _slots(self, block: int, part: int, lines: int) -> list[Segment]:
         view, pool = self.view, self.pool
         size = max(1, view.snapshot.stats.block_size)
-        code = int(self.looks.code[block])
+        code = int(self._codes(block, block + 1)[0])
         role = NAMES[code % STYLE_BITS]
         head = f"{block:>{self.gutter - 1}}" if part == 0 else " " * (self.gutter - 1)
         owner = view.letter(int(pool.owner[block])) if pool.refs[block] else self.looks.alphabet[code // STYLE_BITS]
@@ -310,7 +315,7 @@ class MapModel:
         view, pool = self.view, self.pool
         free = view.glyphs.free
         if not pool.refs[block]:
-            return [self.looks.alphabet[int(self.looks.code[block]) // STYLE_BITS]] * size
+            return [self.looks.alphabet[int(self._codes(block, block + 1)[0]) // STYLE_BITS]] * size
         owner, index = self._place(block)
         state = view.snapshot.sequences.get(owner)
         fill = int(pool.fill[block])
