@@ -32,6 +32,8 @@ Slots = Annotated[int | None, typer.Option(help="KV slots of the pool; computed 
 Systems = Annotated[str, typer.Option(help="Names with commas between them, or all.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
+HtmlFile = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page to this file.")]
+
 
 @app.callback()
 def lab() -> None:
@@ -141,6 +143,78 @@ def plan(
             json_file,
             {"capacity": fits, "fleet": fleet, "kv_bytes": deployment.kv_bytes, "weights": deployment.weights},
         )
+
+
+@app.command()
+def compare(
+    systems: Systems = "all",
+    trace: Traffic = "sharegpt",
+    model: ModelName = "llama-13b",
+    gpu: GPUName = "a100-40",
+    tp: TensorParallel = 1,
+    rate: Rate = 2.0,
+    rates: Annotated[str, typer.Option(help="Further rates, with commas between them, for latency against rate.")] = "",
+    requests: Requests = 2000,
+    seed: Seed = 0,
+    block_size: BlockSize = 16,
+    slots: Slots = None,
+    json_file: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """Systems side by side on the same traffic: tables, JSON, and one self-contained HTML page with plots."""
+    from minipaged.commands.progress import status_line
+    from minipaged.lab import compare as comparing
+    from minipaged.lab.report import print_results
+    from minipaged.lab.servers import make_server
+    from minipaged.lab.simulate import parse_systems
+    from minipaged.lab.tables import table, write_json
+
+    names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=slots)
+    others = [_number("rates", text) for text in rates.split(",") if text.strip()]
+    with status_line() as say:
+        found = comparing.compare(
+            names, trace, server,
+            rate=rate, count=requests, seed=seed, block_size=block_size, rates=others, say=say,
+        )  # fmt: skip
+    print_results(found.results)
+    if found.sweep:
+        curves = comparing.latency_curves(found)
+        columns = ("latency a token", *(f"{x:g}/s" for x, _ in curves[0].points))
+        table("seconds a token against rate", columns, [(c.name, *(f"{y:.3g}" for _, y in c.points)) for c in curves])
+    if json_file is not None:
+        write_json(json_file, comparing.comparison_dict(found))
+    if html is not None:
+        comparing.comparison_page(found).write(html)
+
+
+@app.command()
+def figures(
+    only: Annotated[str, typer.Option(help="Figure numbers with commas between them, or all.")] = "all",
+    json_file: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """The PagedAttention paper's figures, simulated, each number beside the published one. All of them take minutes."""
+    from minipaged.commands.progress import status_line
+    from minipaged.lab.figures import FIGURES, parse_figures
+    from minipaged.lab.report import FIGURE_COLUMNS, figure_page, figure_rows
+    from minipaged.lab.tables import table, write_json
+
+    names = parse_figures(only)
+    with status_line() as say:
+        found = [FIGURES[name](say) for name in names]
+    for figure in found:
+        table(f"Fig. {figure.name}: {figure.title}", FIGURE_COLUMNS, figure_rows(figure), notes=figure.notes)
+    if json_file is not None:
+        write_json(json_file, found)
+    if html is not None:
+        figure_page(found).write(html)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{name} must be numbers with commas between them, not {text.strip()!r}") from None
 
 
 def _not_negative(name: str, value: float) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from minipaged.lab.calculators import Capacity, Deployment, Fleet, Load
+from minipaged.lab.figure_types import Figure
+from minipaged.lab.html import Page
 from minipaged.lab.simulate import Result
+from minipaged.lab.svg import line_chart
 from minipaged.lab.tables import percent, seconds, size, table
 from minipaged.trace.records import PoolBands
 
@@ -38,33 +42,41 @@ def result_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def print_results(results: list[Result]) -> None:
+SPEED_COLUMNS = (
+    "system", "tok/s", "req/s", "batch", "latency a token", "first token p50 / p99", "next tokens p50 / p99",
+    "preempted", "refused",
+)  # fmt: skip
+WASTE_COLUMNS = ("system", *PoolBands._fields)
+
+
+def speed_row(result: Result) -> tuple[str, ...]:
+    """How fast it was."""
+    return (
+        result.system,
+        f"{result.tokens_per_second:,.0f}",
+        f"{result.requests_per_second:,.2f}",
+        f"{result.mean_batch:,.2f}",
+        seconds(result.normalized_latency),
+        f"{seconds(result.first_token(50))} / {seconds(result.first_token(99))}",
+        f"{seconds(result.per_token(50))} / {seconds(result.per_token(99))}",
+        f"{result.outcome.preemptions:,}",
+        f"{result.outcome.refused:,}",
+    )
+
+
+def waste_row(result: Result) -> tuple[str, ...]:
+    """What the pool held, percent."""
+    return (result.system, *(percent(result.shares[band]) for band in PoolBands._fields))
+
+
+def print_results(results: Sequence[Result]) -> None:
     """Speed first, then what the pool held."""
     first = results[0]
     load = first.workload
-    speed = [
-        (
-            r.system,
-            f"{r.tokens_per_second:,.0f}",
-            f"{r.requests_per_second:,.2f}",
-            f"{r.mean_batch:,.2f}",
-            seconds(r.normalized_latency),
-            f"{seconds(r.first_token(50))} / {seconds(r.first_token(99))}",
-            f"{seconds(r.per_token(50))} / {seconds(r.per_token(99))}",
-            str(r.outcome.preemptions),
-            str(r.outcome.refused),
-        )
-        for r in results
-    ]
     title = f"{load.name}, {len(load):,} requests: {first.server.describe()}"
-    columns = (
-        "system", "tok/s", "req/s", "batch", "latency a token", "first token p50 / p99", "next tokens p50 / p99",
-        "preempted", "refused",
-    )  # fmt: skip
-    table(title, columns, speed)
-    waste = [(r.system, *(percent(r.shares[band]) for band in PoolBands._fields)) for r in results]
+    table(title, SPEED_COLUMNS, [speed_row(r) for r in results])
     note = "Averages over the time in which requests waited (or, if none ever did, over the run after its first tenth)."
-    table("percent of the pool", ("system", *PoolBands._fields), waste, notes=(note,))
+    table("percent of the pool", WASTE_COLUMNS, [waste_row(r) for r in results], notes=(note,))
 
 
 def print_plan(deployment: Deployment, load: Load, fits: Capacity, fleet: Fleet | None) -> None:
@@ -93,3 +105,23 @@ def print_plan(deployment: Deployment, load: Load, fits: Capacity, fleet: Fleet 
         rows,
         notes=("Speeds are rooflines of the data sheet: nothing real is faster.",),
     )
+
+
+FIGURE_COLUMNS = ("what", "paper", "here", "unit", "difference")
+
+
+def figure_rows(figure: Figure) -> list[tuple[str, ...]]:
+    """The paper's number, ours and the difference."""
+    return [(r.what, r.paper_text, f"{r.ours:,.3g}", r.unit, r.difference) for r in figure.rows]
+
+
+def figure_page(figures: Sequence[Figure]) -> Page:
+    """All figures on one page."""
+    page = Page("The figures of the PagedAttention paper, simulated")
+    for figure in figures:
+        page.heading(f"Fig. {figure.name}: {figure.title}")
+        page.table(FIGURE_COLUMNS, figure_rows(figure))
+        page.notes(figure.notes)
+        if figure.curves:
+            page.svg(line_chart(f"Fig. {figure.name}", figure.curves, figure.x_label, figure.y_label))
+    return page
