@@ -1,0 +1,97 @@
+"""Runs one lesson's tests in a process of its own: python -m minipaged.lessons.runner FILE
+
+A test is a function test_N_...: it belongs to task N. Tests run in the order they stand in the file; a task whose test fails
+ends the run, since what follows builds on it. Each result is a line of JSON on standard output that starts with MARK, so that
+what the lesson itself prints can stand beside it. Knows files and functions; knows nothing of progress or hints.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MARK = "\x1eminipaged "
+_TEST = re.compile(r"test_(\d+)_\w+")
+
+
+def load(path: Path) -> ModuleType:
+    """Import a lesson's file; its name may begin with a digit."""
+    spec = importlib.util.spec_from_file_location(f"lesson_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tests(module: ModuleType) -> list[tuple[int, str, Callable[[], object]]]:
+    """(task, name, function) of a lesson's tests, as they stand in the file."""
+    found = ((re.fullmatch(_TEST, name), value) for name, value in vars(module).items())
+    return [(int(match[1]), match[0], value) for match, value in found if match is not None]
+
+
+def run(path: Path) -> Iterator[dict[str, Any]]:
+    """Results as they come: {"test", "task", "passed", "message", "where"}; the first failure is the last."""
+    try:
+        module = load(path)
+    except Exception as error:
+        yield {"test": "", "task": 0, "passed": False, **_describe(error, path)}
+        return
+    for task, name, function in tests(module):
+        told: dict[str, Any] = {"test": name, "task": task, "passed": True}
+        try:
+            function()
+        except Exception as error:
+            told.update(passed=False, **_describe(error, path))
+        yield told
+        if not told["passed"]:
+            return
+
+
+def _describe(error: Exception, path: Path) -> dict[str, str]:
+    """What went wrong in a few lines, and the last line of the lesson's file that it passed through."""
+    where = ""
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        where = f"line {error.lineno}"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename) == path:
+            where = f"line {frame.lineno}: {frame.line}"
+    stub = _stub_in(error)
+    notes = "\n".join(getattr(error, "__notes__", ()))
+    message = str(error) or type(error).__name__
+    if not isinstance(error, AssertionError | NotImplementedError):
+        message = f"{type(error).__name__}: {message}"
+    return {"message": stub or "\n".join(filter(None, (message, notes))), "where": where, "stub": stub}
+
+
+def _stub_in(error: BaseException | None) -> str:
+    """The name of the unsolved task behind an error, through whatever wrapped it (Hypothesis and Triton's interpreter do)."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        match = re.search(r"lesson \d+, task \d+: [^'\"]+", str(error))
+        if match and "NotImplementedError" in f"{type(error).__name__} {error}":
+            return match[0]
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def main(path: Path) -> int:
+    """Run and print; 0 if every test passed."""
+    passed = True
+    for told in run(path.resolve()):
+        print(MARK + json.dumps(told), flush=True)
+        passed = told["passed"]
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
