@@ -210,6 +210,62 @@ def figures(
         figure_page(found).write(html)
 
 
+@app.command()
+def claims(json_file: JsonFile = None) -> None:
+    """Claims that circulate about paged attention, each recomputed."""
+    from minipaged.commands.progress import status_line
+    from minipaged.lab.claims import all_claims
+    from minipaged.lab.tables import table, write_json
+
+    with status_line() as say:
+        found = all_claims(say)
+    table("Claims", ("claim", "verdict", "why"), [(c.claim, c.verdict, c.evidence) for c in found], words=2, lines=True)
+    if json_file is not None:
+        write_json(json_file, found)
+
+
+@app.command()
+def advise(
+    model: ModelName = "llama-13b",
+    gpu: GPUName = "a100-40",
+    tp: Annotated[
+        int | None, typer.Option("--tp", help="GPUs that share every layer; the fewest that hold it if left out.")
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="Mean prompt tokens; asked for if left out.")] = None,
+    output: Annotated[int | None, typer.Option(help="Mean answer tokens; asked for if left out.")] = None,
+    users: Annotated[int | None, typer.Option(help="Requests at any time; asked for if left out.")] = None,
+    shared: Annotated[int, typer.Option(help="Leading prompt tokens that requests share.")] = 0,
+    samples: Annotated[int, typer.Option(help="Samples or beams a request.")] = 1,
+    latency_ms: Annotated[float | None, typer.Option(help="Goal between two tokens, milliseconds.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Which techniques help a given use and which do not, each with the figure that says so."""
+    from minipaged.execution.hardware import find_gpu
+    from minipaged.lab import advice
+    from minipaged.lab.calculators import find_model, smallest_tp
+    from minipaged.lab.tables import table, write_json
+
+    shape, device = find_model(model), find_gpu(gpu)
+    prompt = prompt if prompt is not None else typer.prompt("Mean prompt tokens", type=int, default=161)
+    output = output if output is not None else typer.prompt("Mean answer tokens", type=int, default=338)
+    users = users if users is not None else typer.prompt("Requests at any time", type=int, default=32)
+    ranks = tp if tp is not None else smallest_tp(shape, gpu)
+    goal = None if latency_ms is None else latency_ms / 1e3
+    use = advice.Use(shape, device, ranks, prompt, output, users, shared, samples, goal)
+    found = advice.advise(use)
+    title = f"{shape.name} on {ranks} x {device.name}: {use.prompt} tokens in, {use.output} out, {use.users} requests at a time"
+    rows = [(a.technique, "helps" if a.helps else "does not", a.why) for a in found]
+    table(
+        title,
+        ("technique", "verdict", "why"),
+        rows,
+        words=2,
+        notes=("Computed from rooflines and simulation for this very use.",),
+    )
+    if json_file is not None:
+        write_json(json_file, found)
+
+
 def _number(name: str, text: str) -> float:
     try:
         return float(text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from minipaged.config import MAX_BLOCK_SIZE, check_int
 from minipaged.lab.beams import BeamTree, beam_tree
 from minipaged.lab.workloads import Workload
 from minipaged.memory.reservations import Reservations
@@ -134,7 +135,7 @@ class PagedStore:
     regular = True
 
     def __init__(self, pool: int, load: Workload, *, block_size: int = 16, watermark: float = 0.01) -> None:
-        self.pool, self.block_size = pool, block_size
+        self.pool, self.block_size = pool, check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
         self.total = pool // block_size
         self._reserve = int(watermark * self.total)
         self._prompts: list[int] = load.prompts.tolist()

@@ -16,13 +16,19 @@ from minipaged.errors import InputError
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = (), words: int = 1
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    notes: Sequence[str] = (),
+    words: int = 1,
+    lines: bool = False,
 ) -> None:
     """One table. The first `words` columns hold words and are left-aligned, the others numbers; so is a last column
-    that is called `how` or `why`. Notes follow, a line each.
+    that is called `how` or `why`. Notes follow, a line each. `lines` draws one between rows.
     """
     console = Console()
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=title, title_justify="left", show_lines=lines)
     for i, name in enumerate(columns):
         left = i < words or name in ("how", "why")
         grid.add_column(name, justify="left" if left else "right", overflow="fold")

@@ -1,0 +1,266 @@
+"""Which techniques help a given use, each with the number that says so.
+
+Knows the calculators and the simulator; knows no rules of thumb: a technique is only judged by a figure computed for
+this very use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from minipaged.config import ModelConfig, check_int, check_real
+from minipaged.errors import InputError
+from minipaged.execution.hardware import GPU
+from minipaged.execution.roofline import FEMTO, roofline
+from minipaged.lab.calculators import Deployment, Load, capacity
+from minipaged.lab.figures_costs import COPY_SECONDS
+from minipaged.lab.servers import Server
+from minipaged.lab.simulate import simulate
+from minipaged.lab.tables import seconds
+from minipaged.lab.workloads import Lengths, Workload
+
+WORTHWHILE = 1.05  # a gain below this is called none
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What the model is for. Lengths in tokens, latency in seconds between two tokens."""
+
+    model: ModelConfig
+    gpu: GPU
+    tp: int
+    prompt: int
+    output: int
+    users: int  # requests that wait or run at any time
+    shared: int = 0  # leading prompt tokens that requests have in common
+    samples: int = 1
+    latency: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "prompt", "output", "users", "samples"):
+            check_int(name, getattr(self, name), 1)
+        check_int("shared", self.shared, 0)
+        if self.shared >= self.prompt:
+            raise InputError(
+                f"shared ({self.shared}) must be less than prompt ({self.prompt}): each request has tokens of its own"
+            )
+        if self.prompt + self.output > self.model.max_position:
+            raise InputError(
+                f"prompt ({self.prompt}) and output ({self.output}) exceed the context of {self.model.name} ({self.model.max_position})"
+            )
+        if self.latency is not None:
+            check_real("latency", self.latency, 0.0, open_low=True)
+
+    def deployment(self, **changes: object) -> Deployment:
+        """As it stands, or with something changed."""
+        return replace(Deployment(self.model, self.gpu, self.tp), **changes)  # type: ignore[arg-type]
+
+    def load(self) -> Load:
+        """Mean lengths."""
+        return Load(self.prompt, self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A technique and whether it helps here."""
+
+    technique: str
+    helps: bool
+    why: str
+
+
+def paging(use: Use) -> Advice:
+    """Batch on the same memory, paged against reserved to the limit and against reserved by an oracle."""
+    load, server = _traffic(use), _server(use)
+    rows = use.users * use.samples
+    runs = {s: simulate(s, load, server, max_rows=rows) for s in ("orca-max", "orca-oracle", "vllm")}
+    batch = {name: run.mean_batch for name, run in runs.items()}
+    gain = runs["vllm"].tokens_per_second / runs["orca-oracle"].tokens_per_second
+    return Advice(
+        "paging",
+        gain >= WORTHWHILE,
+        f"simulated with {use.users} requests: {batch['vllm']:.0f} run at once; {batch['orca-max']:.0f} if each reserved the limit, "
+        f"{batch['orca-oracle']:.0f} even with lengths known beforehand; throughput over the latter {gain:.2f}x",
+    )
+
+
+def prefix_caching(use: Use) -> Advice:
+    """Prompt work and memory that a shared prefix saves."""
+    if not use.shared:
+        return Advice("prefix caching", False, "0 shared prompt tokens: 0 hits")
+    blocks = use.shared // 16
+    full, cut = (use.deployment().prefill_seconds(n) for n in (use.prompt, use.prompt - blocks * 16))
+    first = _rate(use, use.prompt, held=use.prompt)
+    then = _rate(use, use.prompt - blocks * 16, held=use.prompt - blocks * 16)
+    return Advice(
+        "prefix caching",
+        blocks > 0 and (then / first >= WORTHWHILE or full / cut >= WORTHWHILE),
+        f"{16 * blocks} of {use.prompt} prompt tokens hit: first token {seconds(full)} -> {seconds(cut)}, "
+        f"throughput bound {then / first:.2f}x",
+    )
+
+
+def sharing_samples(use: Use) -> Advice:
+    """Blocks saved by forking samples."""
+    if use.samples == 1:
+        return Advice("copy-on-write sharing", False, "1 sample a request: nothing to share")
+    own = -(-(use.prompt + use.output) // 16)
+    shared = use.prompt // 16
+    saving = (use.samples - 1) * shared / (use.samples * own)
+    return Advice(
+        "copy-on-write sharing",
+        saving >= 1 - 1 / WORTHWHILE,
+        f"{use.samples} samples share {shared} of {own} blocks each: {100 * saving:.0f} % of the blocks saved",
+    )
+
+
+def chunked_prefill(use: Use) -> Advice:
+    """How long a whole prompt would hold up the others' next tokens."""
+    step, prompt = _step_seconds(use), use.deployment().prefill_seconds(use.prompt)
+    chunk = use.deployment().prefill_seconds(min(512, use.prompt))
+    limit = use.latency or 2 * step
+    return Advice(
+        "chunked prefill",
+        use.users > 1 and prompt > limit and chunk < prompt,
+        f"a prompt of {use.prompt} takes {seconds(prompt)} in one pass, a decode step {seconds(step)}; "
+        f"in chunks of 512 the others wait {seconds(chunk)} (limit {seconds(limit)})",
+    )
+
+
+def quantized_weights(use: Use) -> Advice:
+    """4-bit weights: less to read, more room."""
+    return _against("4-bit weights", use, use.deployment(weight_bits=4.5))
+
+
+def quantized_kv(use: Use) -> Advice:
+    """8-bit KV: twice the slots, half the reading."""
+    return _against("8-bit KV", use, use.deployment(kv_dtype="int8"))
+
+
+def tensor_parallel(use: Use) -> Advice:
+    """Twice the GPUs: time a token, and throughput a GPU."""
+    now, twice = use.deployment(), use.deployment(tp=2 * use.tp)
+    try:
+        rows = _rows(use, now)
+    except InputError as error:
+        return Advice(f"tensor parallel ({2 * use.tp})", True, f"needed: {error}")
+    mean = use.prompt + use.output / 2
+    before, after = now.decode_seconds(rows, mean), twice.decode_seconds(rows, mean)
+    per_gpu = _throughput(use, twice) / _throughput(use, now) / 2
+    meets = use.latency is not None and after <= use.latency < before
+    return Advice(
+        f"tensor parallel ({2 * use.tp})",
+        meets or per_gpu >= WORTHWHILE,
+        f"next token {seconds(before)} -> {seconds(after)} at {rows} rows; throughput bound a GPU {per_gpu:.2f}x"
+        + (
+            f"; the goal of {seconds(use.latency)} is {'met' if after <= use.latency else 'not met'}"
+            if use.latency
+            else ""
+        ),
+    )
+
+
+def swap_or_recompute(use: Use) -> Advice:
+    """The cheaper way back for a preempted request at half its answer."""
+    tokens = use.prompt + use.output // 2
+    clock = roofline(use.model, use.gpu, tp=use.tp)
+    again = clock.step(tokens, 1, tokens, tokens * (tokens + 1) // 2) / FEMTO
+    copies = 2 * -(-tokens // 16) * use.model.num_layers * 2
+    swap = 2 * tokens * clock.swap_fs / FEMTO + copies * COPY_SECONDS
+    return Advice(
+        "swap to host",
+        swap * WORTHWHILE < again,
+        f"bringing back {tokens} tokens: swap out and in {seconds(swap)}, recompute {seconds(again)}",
+    )
+
+
+def bigger_batch(use: Use) -> Advice:
+    """Whether more requests at once would still raise throughput, or arithmetic is the limit already."""
+    now, rows = use.deployment(), _rows(use, use.deployment())
+    mean = use.prompt + use.output / 2
+    gain = 2 * now.decode_seconds(rows, mean) / now.decode_seconds(2 * rows, mean)
+    return Advice(
+        "a larger batch",
+        gain >= WORTHWHILE and use.users > rows,
+        f"{rows} rows run (of {use.users} users); twice as many would decode {gain:.2f}x the tokens a second",
+    )
+
+
+TECHNIQUES: tuple[Callable[[Use], Advice], ...] = (
+    paging,
+    prefix_caching,
+    sharing_samples,
+    chunked_prefill,
+    bigger_batch,
+    quantized_weights,
+    quantized_kv,
+    tensor_parallel,
+    swap_or_recompute,
+)
+
+
+def advise(use: Use) -> list[Advice]:
+    """Every technique judged for this use. Raises InputError where not even one request fits."""
+    capacity(use.deployment(), use.load())
+    return [technique(use) for technique in TECHNIQUES]
+
+
+def _rows(use: Use, deployment: Deployment) -> int:
+    return min(use.users * use.samples, capacity(deployment, use.load()).mean_sequences)
+
+
+def _step_seconds(use: Use) -> float:
+    deployment = use.deployment()
+    return deployment.decode_seconds(_rows(use, deployment), use.prompt + use.output / 2)
+
+
+def _throughput(use: Use, deployment: Deployment) -> float:
+    return capacity(deployment, use.load(), max_rows=use.users * use.samples).tokens_per_second
+
+
+def _rate(use: Use, computed: int, *, held: int) -> float:
+    """Requests a second when prompts of `computed` tokens are run and `held` tokens are held beside the answer."""
+    deployment = use.deployment()
+    rows = min(use.users, int(deployment.slots() / (held + use.output / 2 + 8)))
+    step = deployment.decode_seconds(rows, use.prompt + use.output / 2)
+    clock = deployment.stage()
+    prefill = (clock.token_fs * computed + clock.pair_fs * computed * use.prompt) / FEMTO
+    return rows / (use.output * step + rows * prefill)
+
+
+def _against(name: str, use: Use, other: Deployment) -> Advice:
+    """Throughput and time a token, changed against as it stands."""
+    now = use.deployment()
+    before, after = _throughput(use, now), _throughput(use, other)
+    rows, mean = _rows(use, now), use.prompt + use.output / 2
+    slow, fast = now.decode_seconds(rows, mean), other.decode_seconds(rows, mean)
+    return Advice(
+        name,
+        max(after / before, slow / fast) >= WORTHWHILE,
+        f"pool {now.slots():,} -> {other.slots():,} tokens; throughput bound {after / before:.2f}x; "
+        f"next token {seconds(slow)} -> {seconds(fast)} at {rows} rows",
+    )
+
+
+def _server(use: Use) -> Server:
+    clock = roofline(use.model, use.gpu, tp=use.tp)
+    limit = min(use.model.max_position, max(2048, 2 * (use.prompt + use.output)))
+    return Server(use.model, use.gpu, use.tp, use.deployment().slots(), limit, clock)
+
+
+def _traffic(use: Use) -> Workload:
+    """Log-normal lengths around the means (sigma 0.8), all waiting from the start."""
+    count = max(300, min(2000, 4 * use.users))
+    columns = [
+        Lengths(mean, 0.8, 1, 3 * mean + 8).draw(np.random.default_rng([7, i]), count)
+        if mean > 1
+        else np.ones(count, np.int64)
+        for i, mean in enumerate((use.prompt, use.output))
+    ]
+    limit = min(use.model.max_position, max(2048, 2 * (use.prompt + use.output)))
+    prompts = np.minimum(columns[0], limit - 1)
+    outputs = np.minimum(columns[1], limit - prompts)
+    return Workload("use", np.zeros(count), prompts, outputs, int(outputs.max()), use.samples)
