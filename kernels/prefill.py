@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kernels.checks import check_attention, check_integers
-from kernels.decode import gather_pages
+from kernels.decode import gather_pages, paged_decode_torch
 from kernels.dispatch import use_triton
 
 # Queries that the twin attends at a time: enough to keep the processor busy, few enough that causality saves work.
@@ -82,15 +82,32 @@ def paged_prefill_torch(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The twin of paged_prefill_triton: each row's pages gathered once, then dense attention by tiles of queries."""
+    """The twin of paged_prefill_triton: each row's pages gathered once, then dense attention by tiles of queries.
+
+    Rows of one query go to the decode twin together.
+    """
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     _, block_size, kv_heads, head_dim = key_cache.shape
     group = query.shape[1] // kv_heads
     device = query.device
     starts: list[int] = query_starts.tolist()
-    for row, length in enumerate(context_lens.tolist()):
+    lengths: list[int] = context_lens.tolist()
+    single = [row for row in range(len(lengths)) if starts[row + 1] - starts[row] == 1]
+    if single:  # decodes among the chunks: many rows at once
+        rows = torch.tensor(single, device=device)
+        tokens = query_starts.index_select(0, rows)
+        out[tokens] = paged_decode_torch(
+            query.index_select(0, tokens),
+            key_cache,
+            value_cache,
+            block_tables.index_select(0, rows),
+            context_lens.index_select(0, rows),
+            scale,
+            window=window,
+        )
+    for row, length in enumerate(lengths):
         start, num_queries = starts[row], starts[row + 1] - starts[row]
-        if num_queries == 0:
+        if num_queries < 2:
             continue
         offset = length - num_queries  # position of the row's first query
         first_page = max(0, offset - window + 1) // block_size if window else 0
@@ -106,7 +123,7 @@ def paged_prefill_torch(
             seen_from = max(0, low - window + 1) if window else 0
             causal_only = seen_from == low == 0 and (window is None or window >= high)
             mask = None
-            if not causal_only and (high - low > 1):
+            if not causal_only:
                 positions, queries = (
                     torch.arange(seen_from, high, device=device),
                     torch.arange(low, high, device=device),

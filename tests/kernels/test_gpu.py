@@ -185,6 +185,51 @@ def test_L64_writes_and_copies_on_the_gpu(dtype: torch.dtype, head_dim: int, kv_
         assert torch.equal(one.cpu(), other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "inner"), [(9, 3, 64, 1536), (32, 32, 128, 11008), (5, 1, 80, 7)]
+)
+def test_L64_fusions_on_the_gpu(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tokens, size, block_size = 37, heads * head_dim, 16
+    x, residual, weight = normal(tokens, size), normal(tokens, size), normal(size)
+    assert_close(kernels.rms_norm(x.cuda(), weight.cuda(), 1e-5).cpu(), kernels.rms_norm(x, weight, 1e-5))
+    normed, total = kernels.add_rms_norm(x.cuda(), residual.cuda(), weight.cuda(), 1e-5)
+    expected_normed, expected_total = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total.cpu(), expected_total)
+    assert_close(normed.cpu(), expected_normed)
+    gate_up = normal(tokens, 2 * inner)
+    assert_close(kernels.silu_mul(gate_up.cuda()).cpu(), kernels.silu_mul(gate_up))
+
+    merged = normal(tokens, heads + 2 * kv_heads, head_dim)
+    head_weight = normal(head_dim)
+    assert_close(
+        kernels.rms_norm(merged.cuda()[:, :heads], head_weight.cuda(), 1e-5).cpu(),
+        kernels.rms_norm(merged[:, :heads], head_weight, 1e-5),
+    )
+    positions = torch.randint(0, 5000, (tokens,), generator=generator)
+    angle = torch.arange(5000)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
+    slots = torch.randperm(tokens * 2, generator=generator)[:tokens]
+    slots[::5] = -1
+    caches = torch.zeros(2, tokens * 2 // block_size + 1, block_size, kv_heads, head_dim, dtype=dtype)
+    results = []
+    for device in ("cuda", "cpu"):
+        query, key, value = merged.clone().to(device).split([heads, kv_heads, kv_heads], 1)
+        key_cache, value_cache = caches.clone().to(device)
+        kernels.rope_write_kv(
+            query, key, value, positions.to(device), cos_sin.to(device), key_cache, value_cache, slots.to(device)
+        )
+        results.append([x.cpu() for x in (query, key_cache, value_cache)])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+    assert torch.equal(results[0][2], results[1][2])
+
+
 def captured_step(case: PagedCase, out: torch.Tensor, slots: torch.Tensor) -> torch.cuda.CUDAGraph:
     """A graph of one cache write and one decode."""
 

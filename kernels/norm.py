@@ -1,0 +1,82 @@
+"""RMS norm, alone and with the residual sum before it.
+
+Knows rows of hidden states; knows nothing of layers. The Triton kernels are in norm_triton.py.
+Source: Zhang and Sennrich, 2019. Rounding is that of transformers' Llama: the mean and the quotient in float32, rounded to x's dtype
+before the weight multiplies them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from kernels.checks import FLOAT_DTYPES, shape_of
+from kernels.dispatch import use_triton
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    x: [T, size], or [T, heads, size] for a norm per head; its last dimension contiguous. weight: [size], of x's dtype. Returns a
+    contiguous tensor of x's shape. Moves x in and out once. Raises ValueError on shapes, dtypes or devices that do not fit.
+    """
+    check_norm(x, weight, eps)
+    if use_triton(x):
+        from kernels.norm_triton import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps)
+    return rms_norm_torch(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype before it is normalised.
+
+    x, residual: [T, size]. Both results are new tensors. Moves x and residual in, the sum and its norm out: four passes where the
+    separate operations need six. Raises ValueError on shapes, dtypes or devices that do not fit.
+    """
+    check_norm(x, weight, eps)
+    if x.dim() != 2 or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"x is {x.dtype} {shape_of(x)} on {x.device}, residual {residual.dtype} {shape_of(residual)} on "
+            f"{residual.device}; both must be alike, [tokens, size]"
+        )
+    if residual.stride(-1) != 1:
+        raise ValueError(f"residual has strides {residual.stride()}; its last dimension must be contiguous")
+    if use_triton(x):
+        from kernels.norm_triton import add_rms_norm_triton
+
+        return add_rms_norm_triton(x, residual, weight, eps)
+    return add_rms_norm_torch(x, residual, weight, eps)
+
+
+def check_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    """The arguments of a norm fit each other."""
+    if x.dim() not in (2, 3) or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"x has shape {shape_of(x)} and weight {shape_of(weight)}; they must be [tokens, size] or [tokens, heads, size], and [size]"
+        )
+    if x.dtype not in FLOAT_DTYPES or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}; both must be one of float32, float16, "
+            "bfloat16 on one device"
+        )
+    if x.stride(-1) != 1 or weight.stride(-1) != 1:
+        raise ValueError(f"x has strides {x.stride()} and weight {weight.stride()}; last dimensions must be contiguous")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; it must be at least 0")
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The twin of rms_norm_triton."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The twin of add_rms_norm_triton."""
+    total = x + residual
+    return rms_norm_torch(total, weight, eps), total
