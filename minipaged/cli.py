@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from minipaged.commands.learn import app as learn_app
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.lab.bench_cli import app as bench_app
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(lab_app, name="lab", help="Other systems, figures and calculators, simulated.")
+app.add_typer(learn_app, name="learn", help="Build it yourself: twelve lessons.")
 app.add_typer(bench_app, name="bench", help="What things cost on this machine.")
 
 Model = Annotated[

@@ -51,9 +51,14 @@ class Engine:
             raise RequestError(output.error)
         return output.request_id
 
-    def ask(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> RequestOutput:
-        """As submit, but returns the output that will grow; a request that can never be served has its `error` set and nothing else."""
-        text = prompt if isinstance(prompt, str) else None
+    def ask(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, text: str | None = None
+    ) -> RequestOutput:
+        """As submit, but returns the output that will grow; a request that can never be served has its `error` set and nothing else.
+
+        text: what a prompt of token ids reads, for those who show it.
+        """
+        text = prompt if isinstance(prompt, str) else text
         request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids, text)
         try:
             request.prompt_token_ids = tuple(self._encode(prompt))

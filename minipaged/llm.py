@@ -10,7 +10,7 @@ from minipaged.engine import Engine
 from minipaged.errors import RequestError
 from minipaged.scheduling.request import RequestOutput
 
-Prompt = str | Mapping[str, Sequence[int]]
+Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]} with the text beside it or not
 Message = Mapping[str, str]
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -119,11 +119,12 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written out by the model's chat template."""
-        return self.generate([self.render_chat(c) for c in _conversations(messages)], params)
+        return self.generate([self.chat_prompt(c) for c in _conversations(messages)], params)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt that the model's chat template makes of a conversation."""
-        return self.tokenizer.chat([dict(message) for message in messages])
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt that the model's chat template makes of a conversation. The template writes the special tokens itself."""
+        text = self.tokenizer.chat([dict(message) for message in messages])
+        return {"prompt_token_ids": self.tokenizer.encode(text, add_special=False), "prompt": text}
 
     def _submit_all(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -140,7 +141,7 @@ class LLM:
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" not in prompt:
                 raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {dict(prompt)!r}")
-            return self.engine.ask(prompt["prompt_token_ids"], params)
+            return self.engine.ask(prompt["prompt_token_ids"], params, text=prompt.get("prompt"))
         if not isinstance(prompt, str):
             raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {prompt!r}")
         return self.engine.ask(prompt, params)

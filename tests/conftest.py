@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: two workers with two threads each would fight over two cores
+
 from hypothesis import HealthCheck, Verbosity, settings
 
 from tests.spec_options import pytest_addoption, pytest_configure

@@ -18,7 +18,7 @@ def chat(model: str, params: SamplingParams, settings: dict[str, Any], system: s
     """Read questions until the end of input; ctrl+c ends an answer, and at the prompt the conversation."""
     llm = load(model, settings)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    llm.render_chat([*messages, {"role": "user", "content": "hello"}])  # a model without a template is refused here
+    llm.chat_prompt([*messages, {"role": "user", "content": "hello"}])  # a model without a template is refused here
     notes = Console(stderr=True, highlight=False)
     notes.print("An empty line or ctrl+d ends the conversation.", style="dim")
     while True:
@@ -41,7 +41,7 @@ def chat(model: str, params: SamplingParams, settings: dict[str, Any], system: s
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> Any:
-    prompt = llm.render_chat(messages)
+    prompt = llm.chat_prompt(messages)
     written, text, output = 0, "", None
     try:
         for output in llm.stream(prompt, params):

@@ -13,7 +13,7 @@ from minipaged.commands.progress import status_line
 from minipaged.commands.safe_text import printable
 from minipaged.config import SamplingParams, check_int
 from minipaged.errors import RequestError
-from minipaged.llm import LLM
+from minipaged.llm import LLM, Prompt
 from minipaged.scheduling.request import RequestOutput
 
 
@@ -33,7 +33,7 @@ def generate(
             raise RequestError("the prompt is empty: give some text")
     llm = load(model, settings)
     templated = not raw and llm.tokenizer.chat_template is not None
-    prompts = [llm.render_chat([{"role": "user", "content": t}]) if templated else t for t in texts]
+    prompts: list[Prompt] = [llm.chat_prompt([{"role": "user", "content": t}]) if templated else t for t in texts]
     meter = Meter(llm)
     if as_json:
         outputs = meter.run(lambda: llm.generate(prompts, params))
@@ -47,7 +47,7 @@ def generate(
     return 2 if any(output.error for output in outputs) else 0
 
 
-def _stream(llm: LLM, texts: list[str], prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
+def _stream(llm: LLM, texts: list[str], prompts: list[Prompt], params: SamplingParams) -> list[RequestOutput]:
     """Print answers as they grow: the first unfinished answer streams, the others follow whole as their turn comes."""
     ids: dict[int, RequestOutput] = {}
     printer = _Printer(texts, params.n)

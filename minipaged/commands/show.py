@@ -12,6 +12,9 @@ from minipaged.config import SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 
+# A pool that a screen can show whole, and prompts read in chunks, so that later ones find the beginnings of earlier ones in the cache.
+DEMO_SETTINGS: dict[str, Any] = {"num_blocks": 160, "max_num_batched_tokens": 64}
+
 Asked = tuple[tuple[str, SamplingParams], ...]
 
 
@@ -29,7 +32,9 @@ def show(
     settings: dict[str, Any] | None = None,
 ) -> int:
     """Show a run; every argument is checked before anything is started. Returns the exit code."""
-    chosen = settings or {}
+    chosen = dict(settings or {})
+    if prompts is None and chosen.get("num_blocks") is None:
+        chosen |= DEMO_SETTINGS
     if steps is not None:
         check_int("steps", steps, 1)
     check_int("block_size", chosen.get("block_size", 16), 1, 256)

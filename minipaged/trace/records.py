@@ -1,4 +1,4 @@
-"""The trace's vocabulary: what changed in one step, as plain values that the screen, the recorder, the tests, the lessons and the lab all read.
+"""The trace's vocabulary: what changed in one step, as plain values that screen, recorder, tests, lessons and lab all read.
 
 Knows nothing of engines, files or screens.
 """

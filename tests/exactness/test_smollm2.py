@@ -29,7 +29,6 @@ GREEDY = SamplingParams(max_tokens=MAX_TOKENS)
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    torch.set_num_threads(2)
     return zoo.load("smollm2-135m", device="cpu", dtype=torch.float32)
 
 
