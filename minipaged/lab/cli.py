@@ -211,6 +211,38 @@ def figures(
 
 
 @app.command()
+def shadow(
+    trace: Annotated[Path, typer.Argument(help="A recorded trace.")],
+    systems: Annotated[str, typer.Option(help="Names with commas between them, or all that reserve ahead.")] = "all",
+    max_len: Annotated[int, typer.Option(help="The context: what a system that reserves the limit takes.")] = 2048,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the trace again with the shadows in it, for the screen.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """What other systems would have held on a recorded trace's traffic: accounting, not speed."""
+    from minipaged.lab import shadows
+    from minipaged.lab.report import WASTE_COLUMNS
+    from minipaged.lab.shadow_files import read_deltas, write_with_shadows
+    from minipaged.lab.tables import percent, table, write_json
+
+    names = shadows.DEFAULT_SYSTEMS if systems == "all" else tuple(n.strip() for n in systems.split(",") if n.strip())
+    deltas = read_deltas(trace)
+    found = shadows.summarise(deltas, names, max_len=max_len)
+    rows = [
+        (s.system, f"{s.running:.2f}", f"{s.waiting:.2f}", str(s.refused), *(percent(b) for b in s.bands.values()))
+        for s in found
+    ]
+    columns = ("system", "would run", "would wait", "never fit", *WASTE_COLUMNS[1:])
+    note = "Mean over the steps of the trace; bands in percent of the pool. Rows grow as the engine's did: accounting, not speed."
+    table(f"{trace.name}: {len(deltas):,} steps", columns, rows, notes=(note,))
+    if out is not None:
+        write_with_shadows(trace, out, names, max_len=max_len)
+    if json_file is not None:
+        write_json(json_file, found)
+
+
+@app.command()
 def claims(json_file: JsonFile = None) -> None:
     """Claims that circulate about paged attention, each recomputed."""
     from minipaged.commands.progress import status_line
