@@ -137,15 +137,19 @@ class Keys(Pane, can_focus=False):
 
 def keys_line(view: View, width: int) -> Line:
     """`␣ run  [ ] step  …`."""
-    line: Line = [(" ", "text")]
     ascii_names = {"␣": "space", "⏎": "enter"}
-    for key, word in (*KEYS[:-1], *(MORE_KEYS if width > 100 else ()), KEYS[-1]):
+
+    def entry(key: str, word: str) -> Line:
         shown = ascii_names.get(key, key) if view.glyphs.ascii else key
         word = "pause" if word == "run" and view.word in ("LIVE", "PLAYING") else word
-        entry: Line = [(shown, "strong"), (f" {word}  ", "dim")]
-        if width_of(line) + width_of(entry) <= width + 2:
-            line += entry
-    return line
+        return [(shown, "strong"), (f" {word}  ", "dim")]
+
+    line: Line = [(" ", "text")]
+    last = entry(*KEYS[-1])
+    for key, word in (*KEYS[:-1], *(MORE_KEYS if width > 100 else ())):
+        if width_of(line) + width_of(entry(key, word)) + width_of(last) <= width + 2:
+            line += entry(key, word)
+    return [*line, *last]
 
 
 class HostStrip(Pane, can_focus=False):

@@ -76,7 +76,7 @@ def listing(items: list[str], most: int = 4) -> str:
 
 
 def sentences(view: View) -> list[str]:
-    """One sentence for each kind of thing that happened in the step that led here, the most telling first."""
+    """A sentence for each of the two most telling kinds of thing that happened in the step that led here, in their order."""
     if view.delta is None:
         return []
     grouped: Grouped = defaultdict(list)
@@ -84,16 +84,25 @@ def sentences(view: View) -> list[str]:
         if event.kind == "fork" and event.other < 0:
             continue  # a copy that was given up: its source stands in the table again
         grouped[event.kind].append(event)
-    made = [_TELL[kind](view, grouped) for kind in ORDER if grouped.get(kind)]
-    return [text for text in made if text]
+    told = [(kind, _TELL[kind](view, grouped)) for kind in ORDER if grouped.get(kind)]
+    telling = [(kind, text) for kind, text in told if text]
+    if len(telling) > 1:  # plain writing goes without saying where more happened
+        telling = [(kind, text) for kind, text in telling if kind != "append"]
+    return [text for _, text in sorted(telling[:2], key=lambda pair: grouped[pair[0]][0].id)]
 
 
 def sentence(view: View) -> str:
     """The step in one line."""
     told = sentences(view)
     if not told:
-        return "nothing changed in this step" if view.delta is not None else "the start: every block is free"
-    return told[0] if len(told) == 1 else f"{told[0]} · {told[1]}"
+        if view.delta is not None:
+            return "nothing changed in this step"
+        return (
+            "the model reads the prompts: its first step is under way"
+            if view.word == "LIVE"
+            else "the start: every block is free"
+        )
+    return " · ".join(told)
 
 
 def _names(view: View, events: list[Event]) -> str:
@@ -132,15 +141,21 @@ def _fork(view: View, grouped: Grouped) -> str:
 
 
 def _admit(view: View, grouped: Grouped) -> str:
-    first = grouped["admit"][0]
-    state = view.snapshot.sequences.get(first.sequence)
-    table = view.snapshot.tables.get((first.sequence, 0), ())
-    hits = [event for event in grouped.get("cache_hit", []) if event.sequence == first.sequence]
-    names = _names(view, grouped["admit"])
-    if len(grouped["admit"]) > 1:
+    back = {event.sequence for event in grouped.get("swap_in", [])}
+    admitted = [event for event in grouped["admit"] if event.sequence not in back]
+    if not admitted:
+        return ""
+    sequence = admitted[0].sequence
+    state = view.snapshot.sequences.get(sequence)
+    table = view.snapshot.tables.get((sequence, 0), ())
+    hits = [event for event in grouped.get("cache_hit", []) if event.sequence == sequence]
+    names = _names(view, admitted)
+    if len(admitted) > 1:
         found = len(grouped.get("cache_hit", []))
         return f"{names} start" + (f"; {plural(found, 'block')} found in the prefix cache" if found else "")
-    text = f"{names} starts: {plural(len(table), 'block')} for {plural(len(state.token_ids) if state else 0, 'token')}"
+    again = state is not None and len(state.token_ids) > state.num_prompt + 1
+    length = state.num_computed if state is not None else 0
+    text = f"{names} starts{' again' if again else ''}: {plural(len(table), 'block')} for {plural(length, 'token')}"
     return text + (f"; {plural(len(hits), 'block')} found in the prefix cache, not computed again" if hits else "")
 
 

@@ -196,13 +196,14 @@ class Snapshot:
             parent = self.sequences.get(patch.parent)
             state.prompt_bytes = min(len(patch.text), parent.prompt_bytes) if parent is not None else len(patch.text)
             self.sequences[patch.sequence] = state
-        was_alive = state.alive
+        elif not state.alive and patch.status in DEAD:
+            return  # the dead do not change
         state.request, state.parent, state.status = patch.request, patch.parent, patch.status
         state.num_computed, state.num_cached, state.num_prompt = patch.num_computed, patch.num_cached, patch.num_prompt
         state.token_ids.extend(patch.token_ids)
         state.text.extend(patch.text)
         state.score, state.finish_reason = patch.score, patch.finish_reason
-        if was_alive and not state.alive:
+        if not state.alive:
             self._forget_oldest_dead(patch.sequence)
 
     def _free_label(self) -> int:

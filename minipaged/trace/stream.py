@@ -266,12 +266,12 @@ class StreamWriter:
 class Recorder:
     """Records an engine's steps to a file: a listener of its trace."""
 
-    def __init__(self, path: str | os.PathLike[str], engine: object) -> None:
+    def __init__(self, path: str | os.PathLike[str], engine: object, header: Header) -> None:
         try:
             self._file = open(path, "wb")  # noqa: SIM115  closed by close()
         except OSError as error:
             raise TraceError(f"cannot record to {str(path)!r}: {error.strerror}") from None
-        self._writer = StreamWriter(self._file, header_of(engine))
+        self._writer = StreamWriter(self._file, header)
         self._pieces = Pieces(engine)
 
     def write(self, delta: StepDelta) -> None:
@@ -292,9 +292,9 @@ class Recorder:
             self._file.close()
 
 
-def open_recorder(path: str | os.PathLike[str], engine: object) -> Recorder:
+def open_recorder(path: str | os.PathLike[str], engine: object, header: Header | None = None) -> Recorder:
     """A recorder of that engine; subscribe its `write`. TraceError if the file cannot be written."""
-    return Recorder(path, engine)
+    return Recorder(path, engine, header if header is not None else header_of(engine))
 
 
 class Pieces:

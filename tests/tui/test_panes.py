@@ -79,7 +79,7 @@ def test_the_pane_keeps_queues_at_its_foot() -> None:
         (3, "B forks from A: the same 3 blocks, no memory copied"),
         (4, "B writes shared block 3 → copied to 4; blocks 1, 2 stay shared"),
         (8, "C moves to CPU memory: 4 blocks"),
-        (9, "C comes back from CPU memory: 4 blocks · B is done (it said stop); 4 blocks given back"),
+        (9, "B is done (it said stop); 4 blocks given back · C comes back from CPU memory: 4 blocks"),
         (10, "the pool is full: C gives its blocks back and will recompute later"),
     ],
 )

@@ -80,4 +80,6 @@ if __name__ == "__main__":
     for case in CASES:
         num_blocks, changes, zoom, limit = case.values
         times = [1000 * t for t in frame_times(num_blocks, changes, zoom)]  # type: ignore[arg-type]
-        print(f"{case.id}: median {statistics.median(times):.1f} ms, most {max(times):.1f} ms (limit {1000 * limit:.0f})")  # type: ignore[operator]
+        print(
+            f"{case.id}: median {statistics.median(times):.1f} ms, most {max(times):.1f} ms (limit {1000 * limit:.0f})"
+        )  # type: ignore[operator]
