@@ -1,10 +1,18 @@
-"""The classes under the spec, as fixtures."""
+"""The classes under the spec, and the state machine's verdict on a law, as fixtures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from hypothesis import settings
 
 from tests import spec_options
+from tests.spec.model import BrokenLawError
+from tests.spec.run import run_machine
+
+SHARED_EXAMPLES = 20  # times the profile's, for the one run in which all laws are watched together
+FEW = 3  # laws asked for: each then has a run of its own
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +25,53 @@ def block_manager_class() -> type:
 def scheduler_class() -> type:
     """What --scheduler names."""
     return spec_options.scheduler_class()
+
+
+class SharedRun:
+    """One long run with every law watched; made when first asked for."""
+
+    def __init__(self, make: type) -> None:
+        self._make = make
+        self._done = False
+        self._error: Exception | None = None
+
+    def error(self) -> Exception | None:
+        """What ended the run, or None."""
+        if not self._done:
+            self._done = True
+            try:
+                run_machine(
+                    self._make,
+                    replay=spec_options.replay_dir() / "all_laws.trace",
+                    max_examples=SHARED_EXAMPLES * settings().max_examples,
+                )
+            except Exception as error:
+                self._error = error
+        return self._error
+
+
+@pytest.fixture(scope="session")
+def shared_run(request: pytest.FixtureRequest, block_manager_class: type) -> SharedRun | None:
+    """The long run, if more than a few laws are asked for."""
+    asking = sum("obeys" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    return SharedRun(block_manager_class) if asking > FEW else None
+
+
+@pytest.fixture
+def obeys(block_manager_class: type, shared_run: SharedRun | None) -> Callable[[str], None]:
+    """A function that raises unless the state machine finds the law obeyed.
+
+    The long run's verdict stands for all laws if it found nothing, and for the law that it found broken. The others then
+    have a run in which they alone are watched.
+    """
+
+    def check(law: str) -> None:
+        error = shared_run.error() if shared_run is not None else None
+        if shared_run is not None and error is None:
+            return
+        if error is not None and (not isinstance(error, BrokenLawError) or error.law == law):
+            raise error
+        replay = spec_options.replay_dir() / f"{law}.trace"
+        run_machine(block_manager_class, frozenset({law}), replay=replay)
+
+    return check
