@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.config import check_choice
+from minipaged.config import check_choice, check_int
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")]
@@ -38,6 +38,28 @@ def control_plane(json_file: JsonFile = None) -> None:
         table.add_row(row.what, f"{row.value:.3f}", row.unit, "" if row.goal is None else f"≤ {row.goal:g}")
     Console().print(table)
     _keep(json_file, [row._asdict() for row in rows])
+
+
+@app.command()
+def soak(
+    requests: Annotated[int, typer.Option(help="Simulated requests.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Forks, aborts, swaps and priorities in a pool that is too small, with the invariants checked; no model."""
+    check_int("requests", requests, 1)
+    from rich.progress import Progress
+
+    from minipaged.lab.soak import soak as run
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("requests", total=requests)
+        report = run(requests, seed=seed, progress=lambda done: bar.advance(task, done))
+    table = Table("what", "seen", title="Soak: nothing was lost")
+    for name, value in report.rows():
+        table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value}")
+    Console().print(table)
+    _keep(json_file, [dict(report.rows())])
 
 
 @app.command()
