@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from tui.pane import Pane
 from tui.sentences import plural
 from tui.view import Line, Run, View, bar, spread, width_of
@@ -40,8 +42,9 @@ class Header(Pane, can_focus=False):
 
 def header_line(view: View, width: int) -> Line:
     """Where we are, at the left; how full, at the right."""
-    stats = view.snapshot.stats
     running = view.word in ("LIVE", "PLAYING")
+    if view.caption:
+        return spread([(" ", "text"), (view.word, "strong")], _fullness(view, width), width)
     mark: Run = ("▶ " if running else "‖ ", "good" if running else "strong")
     words: Line = [(" ", "text"), mark, (view.word, "strong")]
     replay = view.word in ("REPLAY", "PLAYING")
@@ -51,6 +54,14 @@ def header_line(view: View, width: int) -> Line:
         words.append((f" · {view.length - view.position} behind live", "alert"))
     if view.speed:
         words.append((f" · {view.speed}", "dim"))
+    right = _fullness(view, width)
+    if width_of(words) + width_of(right) > width:
+        words = words[:-1] if view.speed else words
+    return spread(words, right, width)
+
+
+def _fullness(view: View, width: int) -> Line:
+    stats = view.snapshot.stats
     usable = max(0, stats.total_blocks - 1)
     used = usable - stats.free_blocks
     right: Line = []
@@ -61,9 +72,7 @@ def header_line(view: View, width: int) -> Line:
         ]
         if width >= 110:
             right.append((f"· {tokens_per_second(view)} {sparkline(view, 8)} ", "dim"))
-    if width_of(words) + width_of(right) > width:
-        words = words[:-1] if view.speed else words
-    return spread(words, right, width)
+    return right
 
 
 def waste(view: View) -> float:
@@ -150,6 +159,23 @@ def keys_line(view: View, width: int) -> Line:
         if width_of(line) + width_of(entry(key, word)) + width_of(last) <= width + 2:
             line += entry(key, word)
     return [*line, *last]
+
+
+class Caption(Pane, can_focus=False):
+    """A lesson's words, wrapped."""
+
+    DEFAULT_CSS = "Caption { height: auto; }"
+
+    def lines(self, view: View, width: int, height: int) -> list[Line]:
+        """As many lines as there are."""
+        return caption_lines(view, width)[:height]
+
+
+def caption_lines(view: View, width: int) -> list[Line]:
+    """The caption, then how to go on."""
+    role = "alert" if view.caption.endswith("?") or "press space" in view.caption else "strong"
+    lines: list[Line] = [[(text, role)] for text in textwrap.wrap(view.caption, max(10, width))]
+    return [*lines, [(view.message or "space: on · [ back · escape: leave the lesson", "dim")]]
 
 
 class HostStrip(Pane, can_focus=False):

@@ -9,7 +9,8 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Grid, Vertical, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Button, Input, Label, Static
+from textual.widgets import Button, Input, Label, OptionList, Static
+from textual.widgets.option_list import Option
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
@@ -104,6 +105,25 @@ class Ask(Window):
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Enter answers."""
         self.dismiss(event.value)
+
+
+class Choose(Window):
+    """One of a few words."""
+
+    def __init__(self, title: str, options: list[str]) -> None:
+        super().__init__()
+        self._title, self._options = title, options
+
+    def compose(self) -> ComposeResult:
+        """A list."""
+        with Vertical(classes="window small"):
+            yield Label(self._title, classes="title")
+            yield OptionList(*(Option(option, id=str(at)) for at, option in enumerate(self._options)))
+            yield Label("enter: choose · escape: leave", classes="hint")
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Enter chooses."""
+        self.dismiss(self._options[event.option_index])
 
 
 class Reading(Window):

@@ -15,12 +15,14 @@ from textual.containers import Horizontal, Vertical
 from textual.theme import Theme
 from textual.widget import Widget
 
-from tui.bars import Header, HostStrip, Keys, Legend
+from tui.bars import Caption, Header, HostStrip, Keys, Legend
 from tui.blockmap import BlockMap
-from tui.dialogs import AddPrompt, Ask, Overlay, Reading
+from tui.dialogs import AddPrompt, Ask, Choose, Overlay, Reading
 from tui.helptext import help_text
 from tui.history import History
 from tui.inspector import Inspector
+from tui.lessons import LESSONS
+from tui.lessonsession import LessonSession
 from tui.palette import ASCII, UNICODE, Mode
 from tui.pane import Pane
 from tui.session import Change, Session
@@ -71,6 +73,8 @@ class ScreenApp(App[int]):
         Binding("plus,equals_sign", "zoom(1)", "zoom in", id="zoom.in"),
         Binding("minus", "zoom(-1)", "zoom out", id="zoom.out"),
         Binding("0", "fit", "fit", id="zoom.fit"),
+        Binding("L", "lessons", "lessons", id="lessons"),
+        Binding("escape", "leave_lesson", "leave the lesson", show=False, id="lesson.leave"),
         Binding("question_mark,f1", "help", "help", id="help"),
         *(
             Binding(str(n + 1), f"pane('{name}')", name, show=False, id=f"pane.{name}")
@@ -85,6 +89,7 @@ class ScreenApp(App[int]):
         self.view = View(glyphs=ASCII if ascii else UNICODE, mode=mode)
         self._history = History()
         self._painted_word = ""
+        self._outer: Session | None = None  # what a lesson stands in front of
         for theme in THEMES:
             self.register_theme(theme)
         if mode != "plain":
@@ -106,6 +111,7 @@ class ScreenApp(App[int]):
             yield _titled(TextPane(view, id="text", classes="pane"), "3 Text")
             yield _titled(WastePane(view, id="waste", classes="pane"), "6 Waste")
             yield _titled(TreePane(view, id="tree", classes="pane"), "7 Tree")
+        yield _titled(Caption(view, id="caption"), "Lesson")
         ticks = "+ start  h cache hit  f fork  c copy  p preempt  ▽△ swap  ✓ done"
         yield _titled(Timeline(view, id="timeline", classes="pane"), f"4 Timeline   {shown(ticks, view)}")
         yield Keys(view, id="keys")
@@ -146,6 +152,7 @@ class ScreenApp(App[int]):
             speed=session.speed_text,
             message=session.message,
             bookmarks=tuple(session.bookmarks),
+            caption=session.caption,
         )
         if view.block >= 0 and self._inspecting():
             view.past = tuple(self._history.of(session.source, view.block, session.position))
@@ -163,6 +170,9 @@ class ScreenApp(App[int]):
         blocks.border_title = shown(
             f"1 Blocks {block_map.zoom_title}" + (f" · {usable} × {size} tokens" if size else ""), view
         )
+        caption = base.query_one("#caption", Caption)
+        caption.set_class(bool(view.caption), "shown")
+        base.set_class(bool(view.caption), "-lesson")
         base.query_one("#host").set_class(len(view.snapshot.host) > 0, "shown")
         if isinstance(self.screen, Overlay):
             self.screen.pane.show(view)
@@ -322,6 +332,32 @@ class ScreenApp(App[int]):
     def action_fit(self) -> None:
         """Show the whole pool."""
         self.screen_stack[0].query_one("#map", BlockMap).action_fit()
+
+    def action_lessons(self) -> None:
+        """Choose a lesson."""
+
+        def chosen(answer: object) -> None:
+            if isinstance(answer, str):
+                self.start_lesson(answer)
+
+        self.push_screen(Choose("Lessons: what happens in the blocks, beat by beat", list(LESSONS)), chosen)
+
+    def start_lesson(self, name: str) -> None:
+        """Put a lesson in place of the session, which pauses."""
+        if self._outer is None:
+            self._outer = self.session
+            self.session.pause()
+        self.session = LessonSession(LESSONS[name]())
+        self.view = replace(self.view, block=-1, only=-1)
+        self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
+        self.paint()
+
+    def action_leave_lesson(self) -> None:
+        """Back to where the lesson was opened."""
+        if self._outer is not None:
+            self.session, self._outer = self._outer, None
+            self.session.refresh()
+            self.paint()
 
     def action_help(self) -> None:
         """The help."""

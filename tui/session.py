@@ -82,6 +82,11 @@ class Session:
     # What there is.
 
     @property
+    def caption(self) -> str:
+        """What to see here, where somebody explains; "" elsewhere."""
+        return ""
+
+    @property
     def ready(self) -> bool:
         """Whether there is a state to show."""
         return self._player is not None
@@ -271,6 +276,10 @@ class Session:
             except TraceError as error:
                 self.message = str(error)
             self._all = True
+
+    def refresh(self) -> None:
+        """The next change concerns every block: another trace stood on the screen."""
+        self._all = True
 
     def change_speed(self, by: int) -> None:
         """Faster or slower."""

@@ -43,6 +43,7 @@ class View:
     word: str = ""  # LIVE, PAUSED, REPLAY, IDLE, LOADING, ENDED
     speed: str = ""
     message: str = ""  # the last word from the engine or the program, shown in place of the sentence
+    caption: str = ""  # of a lesson's beat
     block: int = -1  # the cursor's block; -1: none
     only: int = -1  # the sequence that is not dimmed; -1: all are equal
     bookmarks: tuple[int, ...] = ()
