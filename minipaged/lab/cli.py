@@ -158,10 +158,20 @@ def compare(
     seed: Seed = 0,
     block_size: BlockSize = 16,
     slots: Slots = None,
+    device: Annotated[
+        str | None, typer.Option(help="Run for real on this device (auto, cpu, cuda) instead of simulating.")
+    ] = None,
     json_file: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
-    """Systems side by side on the same traffic: tables, JSON, and one self-contained HTML page with plots."""
+    """Systems side by side on the same traffic: tables, JSON, and one self-contained HTML page with plots.
+
+    With --device they run for real, all requests waiting from the start: the model is a zoo name or random:SHAPE,
+    the pool what the device holds unless --slots says less, and --trace may also be `nano` or `bN`.
+    """
+    if device is not None:
+        _compare_on_device(systems, trace, model, device, requests, seed, block_size, slots, json_file)
+        return
     from minipaged.commands.progress import status_line
     from minipaged.lab import compare as comparing
     from minipaged.lab.report import print_results
@@ -185,6 +195,47 @@ def compare(
         write_json(json_file, comparing.comparison_dict(found))
     if html is not None:
         comparing.comparison_page(found).write(html)
+
+
+def _compare_on_device(
+    systems: str,
+    trace: str,
+    model: str,
+    device: str,
+    requests: int,
+    seed: int,
+    block_size: int,
+    slots: int | None,
+    json_file: Path | None,
+) -> None:
+    from minipaged.commands.progress import status_line
+    from minipaged.lab.device_run import draws_of, run_systems
+    from minipaged.lab.report import DEVICE_COLUMNS, device_row
+    from minipaged.lab.simulate import parse_systems
+    from minipaged.lab.tables import table, write_json
+    from minipaged.lab.trace_files import load_workload
+    from minipaged.lab.workloads import engine_draws
+
+    names = parse_systems(systems)
+    if trace == "nano" or (trace[:1] == "b" and trace[1:].isdecimal()):
+        draws = engine_draws(trace)[:requests]
+    else:
+        draws = draws_of(load_workload(trace, rate=float("inf"), count=requests, seed=seed), 250, seed=seed)
+    with status_line() as say:
+        found = run_systems(
+            names, draws,
+            model=model, device=device, block_size=block_size,
+            num_blocks=None if slots is None else slots // block_size + 1, say=say,
+        )  # fmt: skip
+    notes = ("One model, pool, scheduler and set of kernels; only what is held and who may enter differs.",)
+    table(
+        f"{trace} on this device, {len(draws)} requests, {model}",
+        DEVICE_COLUMNS,
+        [device_row(r) for r in found],
+        notes=notes,
+    )
+    if json_file is not None:
+        write_json(json_file, found)
 
 
 @app.command()
