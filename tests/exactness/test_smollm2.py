@@ -97,3 +97,38 @@ def test_seeded_samples_differ_and_repeat(loaded: LoadedModel, prompts: list[lis
         assert_pool_is_empty(engine)
     assert runs[0] == runs[1]
     assert len({tuple(tokens) for tokens in runs[0][:4]}) == 4
+
+
+@pytest.mark.slow
+def test_L55_sixteen_requests_under_every_schedule(loaded: LoadedModel) -> None:
+    """The same 16 requests alone, batched, chunked, preempted by recompute and by swap, with the cache on and off: identical text."""
+    texts = [
+        f"{beginning} {ending}" for beginning in PROMPTS[:4] for ending in ("First,", "Then", "However,", "In the end,")
+    ]
+    prompts = [loaded.tokenizer.encode(text) for text in texts]
+    asked = [
+        SamplingParams(max_tokens=32) if i % 2 else SamplingParams(max_tokens=32, temperature=0.8, top_p=0.9, seed=i)
+        for i in range(len(prompts))
+    ]
+
+    def drawn(**arrangement: Any) -> list[list[int]]:
+        engine = engine_on(loaded, **arrangement)
+        outputs = [engine.ask(prompt, params) for prompt, params in zip(prompts, asked, strict=True)]
+        while engine.has_work:
+            engine.step()
+        assert_pool_is_empty(engine)
+        if arrangement.get("blocks", 400) < 100:
+            assert engine.scheduler.counters.preemptions > 0
+        return [output.outputs[0].token_ids for output in outputs]
+
+    alone = []
+    for prompt, params in zip(prompts, asked, strict=True):
+        alone.append(run(engine_on(loaded), [prompt], params)[0].outputs[0].token_ids)
+    assert drawn() == alone
+    assert drawn(max_num_batched_tokens=7) == alone
+    assert drawn(blocks=60, block_size=4, preemption="recompute") == alone
+    assert drawn(blocks=60, block_size=4, preemption="swap", num_host_blocks=300) == alone
+    assert drawn(blocks=24, block_size=4, max_num_batched_tokens=16) == alone
+    assert drawn(enable_prefix_caching=False) == alone
+    assert drawn(max_num_seqs=3, block_size=1, blocks=600) == alone
+    assert drawn(depth=1) == alone
