@@ -1,0 +1,85 @@
+"""Laws of the memory that are shown best by themselves (properties.py, properties_steps.py). Each docstring is the law in one sentence."""
+
+from __future__ import annotations
+
+from tests.spec import properties, properties_steps
+
+
+def test_L05_eviction_follows_the_recorded_order(block_manager_class: type) -> None:
+    """The free list's order is the recorded one under any mix of push, pop and remove."""
+    properties.eviction_follows_the_recorded_order(block_manager_class)
+
+
+def test_L05_leaving_the_middle_takes_constant_time(block_manager_class: type) -> None:
+    """Removal from the middle of the free list is O(1)."""
+    properties.leaving_the_middle_takes_constant_time(block_manager_class)
+
+
+def test_L08_an_idle_pool_takes_what_fits(block_manager_class: type) -> None:
+    """The capacity check counts hit blocks that are themselves evictable exactly once."""
+    properties.idle_pool_takes_what_fits(block_manager_class)
+
+
+def test_L16_given_up_copies_read_the_original(block_manager_class: type) -> None:
+    """A fork of a block whose copy is pending copies from the original."""
+    properties.given_up_copies_read_the_original(block_manager_class)
+
+
+def test_L17_n_sharers_copy_n_minus_1_times(block_manager_class: type) -> None:
+    """n sharers of a partial tail cost at most n - 1 copies; a prompt that fills its blocks costs none."""
+    properties.sharers_copy_once_less(block_manager_class)
+
+
+def test_L18_beams_fork_before_losers_are_freed(block_manager_class: type) -> None:
+    """A beam step forks the winners before it frees the losers; blocks that reach 0 come back."""
+    properties.beams_share_what_they_can(block_manager_class)
+
+
+def test_L26_chosen_tokens_do_not_collide(block_manager_class: type) -> None:
+    """A digest collision is harmless: the key is cryptographic, never the built-in hash."""
+    properties.keys_survive_chosen_tokens(block_manager_class)
+
+
+def test_L30_the_tail_leaves_first(block_manager_class: type) -> None:
+    """Blocks are freed tail first, so that the deepest go first on a tie."""
+    properties.tail_leaves_first(block_manager_class)
+
+
+def test_L33_the_first_of_two_equals_is_found(block_manager_class: type) -> None:
+    """Duplicate contents: the first published keeps the key, and no table is rewritten."""
+    properties.duplicates_keep_the_first(block_manager_class)
+
+
+def test_L47_out_then_in_is_the_identity(block_manager_class: type) -> None:
+    """A swap moves each shared block once and keeps the sharing; out then in is the identity on contents."""
+    properties_steps.swapping_is_the_identity(block_manager_class)
+
+
+def test_L47_what_others_hold_stays(block_manager_class: type) -> None:
+    """A block that others hold is copied out and stays."""
+    properties_steps.what_others_hold_stays(block_manager_class)
+
+
+def test_L49_swap_in_leaves_room_for_the_next_step(block_manager_class: type) -> None:
+    """Swap-in needs its blocks plus those of its next step, plus the watermark."""
+    properties_steps.swap_in_leaves_room_for_the_next_step(block_manager_class)
+
+
+def test_L49_an_idle_pool_has_no_watermark(block_manager_class: type) -> None:
+    """The watermark does not keep a swapped request out while nothing runs."""
+    properties_steps.swap_in_ignores_the_watermark_when_idle(block_manager_class)
+
+
+def test_L52_sources_wait_for_the_next_step(block_manager_class: type) -> None:
+    """A block that a step copies or swaps from is not handed out again within that step."""
+    properties_steps.sources_wait_for_the_next_step(block_manager_class)
+
+
+def test_L53_an_abort_between_fork_and_write(block_manager_class: type) -> None:
+    """An abort in any state, between fork and write too, returns everything."""
+    properties_steps.aborts_return_everything(block_manager_class)
+
+
+def test_L56_windows_stay_small(block_manager_class: type) -> None:
+    """Blocks wholly outside the window go back once; live blocks are at most ceil((W - 1) / B) + 1 beyond the chunk."""
+    properties_steps.windows_stay_small(block_manager_class)
