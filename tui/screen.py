@@ -17,6 +17,7 @@ from textual.widget import Widget
 
 from tui.bars import Caption, Header, HostStrip, Keys, Legend
 from tui.blockmap import BlockMap
+from tui.compare import ComparePane
 from tui.dialogs import AddPrompt, Ask, Choose, Overlay, Reading
 from tui.helptext import help_text
 from tui.history import History
@@ -73,6 +74,7 @@ class ScreenApp(App[int]):
         Binding("plus,equals_sign", "zoom(1)", "zoom in", id="zoom.in"),
         Binding("minus", "zoom(-1)", "zoom out", id="zoom.out"),
         Binding("0", "fit", "fit", id="zoom.fit"),
+        Binding("c", "compare", "compare", id="compare"),
         Binding("L", "lessons", "lessons", id="lessons"),
         Binding("escape", "leave_lesson", "leave the lesson", show=False, id="lesson.leave"),
         Binding("question_mark,f1", "help", "help", id="help"),
@@ -105,6 +107,7 @@ class ScreenApp(App[int]):
                 yield BlockMap(view, id="map")
                 yield HostStrip(view, id="host")
                 yield Legend(view, id="legend")
+            yield _titled(ComparePane(view, id="compare", classes="pane"), "Compare: the same requests elsewhere")
             yield _titled(TablesPane(view, id="tables", classes="pane"), shown("2 Tables: logical→physical", view))
             yield _titled(Inspector(view, id="inspector"), "5 Inspector")
         with Horizontal(id="middle"):
@@ -153,6 +156,8 @@ class ScreenApp(App[int]):
             message=session.message,
             bookmarks=tuple(session.bookmarks),
             caption=session.caption,
+            shadows=session.shadows(),
+            hindsight=session.live is None,
         )
         if view.block >= 0 and self._inspecting():
             view.past = tuple(self._history.of(session.source, view.block, session.position))
@@ -332,6 +337,14 @@ class ScreenApp(App[int]):
     def action_fit(self) -> None:
         """Show the whole pool."""
         self.screen_stack[0].query_one("#map", BlockMap).action_fit()
+
+    def action_compare(self) -> None:
+        """Other systems in the place of the map and the tables, or these again."""
+        base = self.screen_stack[0]
+        base.toggle_class("-compare")
+        if base.has_class("-compare"):
+            self.session.compare()
+        self.call_after_refresh(self.paint)
 
     def action_lessons(self) -> None:
         """Choose a lesson."""

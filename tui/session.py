@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,12 @@ from minipaged.config import SamplingParams
 from minipaged.errors import TraceError
 from minipaged.trace.live import LiveSource
 from minipaged.trace.player import SPEEDS, Player
-from minipaged.trace.records import TIER_DEVICE, Event, StepDelta
+from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 from minipaged.trace.stream import MARKS
 from tui.palette import LETTERS
+from tui.shadowfeed import ShadowFeed
 
 MOST_READ = 20_000  # deltas that one search reads
 WORDS = {
@@ -70,6 +71,8 @@ class Session:
         self.input_error = False  # whether that was the user's input
         self.bookmarks: set[int] = set()
         self.query = ""
+        self.feed: ShadowFeed | None = None  # other systems on the same requests, once somebody has asked
+        self._limits: dict[int, int] = {}  # request -> most new tokens
         self._player: Player | None = None
         self._loading = False  # whether `message` says how loading goes
         self._all = True  # the next change concerns every block
@@ -130,6 +133,21 @@ class Session:
         """The speed in words."""
         return "full speed" if math.isinf(self.speed) else f"{self.speed:g} steps/s"
 
+    # Other systems.
+
+    def compare(self) -> None:
+        """Follow what other systems would hold, from the trace's start on."""
+        if self.feed is None:
+            self.feed = ShadowFeed(self.source, self._limits)
+
+    def shadows(self) -> Mapping[str, ShadowDelta]:
+        """What other systems would hold here: the trace's own shadows, else those that are followed."""
+        told = self.snapshot.shadows
+        if told or self.feed is None:
+            return told
+        self.feed.follow()
+        return self.feed.at(self.position)
+
     # Time.
 
     def tick(self, now: float) -> Change:
@@ -184,7 +202,13 @@ class Session:
         kind, text = note.get("kind"), str(note.get("text", ""))
         if kind == "failed":
             self.failed, self.input_error = text, bool(note.get("input_error"))
-        if kind != "submitted":
+        if kind == "submitted":
+            request, most = note.get("request"), note.get("max_tokens")
+            if isinstance(request, int) and isinstance(most, int):
+                self._limits[request] = most
+                if self.feed is not None:
+                    self.feed.limit(request, most)
+        else:
             self.message = text
             self._loading = kind == "status"
 

@@ -21,7 +21,7 @@ def waste_lines(view: View, width: int) -> list[Line]:
     """Shadow systems where the trace has them, then this engine's own blocks."""
     stats = view.snapshot.stats
     rows: list[tuple[str, float, str]] = []
-    for name, shadow in view.snapshot.shadows.items():
+    for name, shadow in view.shadows.items():
         rows.append((name, wasted(shadow.stats), "dim"))
     slots = stats.token_slots + stats.tail_slots
     rows.append(("paged (real)" if rows else "paged", stats.tail_slots / slots if slots else 0.0, "hue2"))

@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.strip import Strip
 
-from minipaged.trace.records import StepDelta
+from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.stream import Header
 from tui import palette
@@ -43,6 +43,8 @@ class View:
     word: str = ""  # LIVE, PAUSED, REPLAY, IDLE, LOADING, ENDED
     speed: str = ""
     message: str = ""  # the last word from the engine or the program, shown in place of the sentence
+    shadows: Mapping[str, ShadowDelta] = field(default_factory=dict)  # what other systems would hold here
+    hindsight: bool = True  # whether they know the answers' true lengths
     caption: str = ""  # of a lesson's beat
     block: int = -1  # the cursor's block; -1: none
     only: int = -1  # the sequence that is not dimmed; -1: all are equal

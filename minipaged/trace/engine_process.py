@@ -187,8 +187,9 @@ class EngineLoop:
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in params.items()
         }
-        request = self.engine.submit(str(told["prompt"]), SamplingParams(**given))
-        self.writer.write(note(kind="submitted", request=request, text=""))
+        asked = SamplingParams(**given)
+        request = self.engine.submit(str(told["prompt"]), asked)
+        self.writer.write(note(kind="submitted", request=request, max_tokens=asked.max_tokens, text=""))
 
     def _turn(self, name: str, value: object) -> None:
         knob = getattr(self.engine, "knob", None)

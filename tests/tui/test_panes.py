@@ -221,7 +221,7 @@ def test_a_tokens_journey() -> None:
 
 def test_waste_beside_shadows() -> None:
     view = view_at(8)
-    view.snapshot.apply_shadow(ShadowDelta(7, "orca-max", (), PoolBands(22, 66, 0, 12, 0, 0)))
+    view.shadows = {"orca-max": ShadowDelta(7, "orca-max", (), PoolBands(22, 66, 0, 12, 0, 0))}
     rows = read_all(waste_lines(view, 50))
     assert rows[0].startswith("orca-max")
     assert rows[0].endswith("78%")
