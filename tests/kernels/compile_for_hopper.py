@@ -1,0 +1,92 @@
+"""Compile every Triton kernel for an H100 without one: what its compiler refuses, the interpreter accepts.
+
+Run by test_compiles.py in a process of its own, for Triton here must not interpret. Prints a line per compiled kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernels import launch_table
+from kernels.activation_triton import silu_mul_triton
+from kernels.block_copy_triton import copy_blocks_triton
+from kernels.cache_write_triton import write_kv_triton
+from kernels.decode_triton import paged_decode_triton
+from kernels.norm_triton import add_rms_norm_triton, rms_norm_triton
+from kernels.prefill_triton import paged_prefill_triton
+from kernels.rope_write_triton import rope_write_kv_triton
+from tests.kernels.paged_cases import make_case
+from tests.kernels.test_gpu import DTYPES, SHAPES, names
+
+SHARED_MEMORY = 227 << 10
+
+
+class HopperDriver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+launch = JITFunction.run
+
+
+def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    """Instead of a launch."""
+    compiled = launch(self, *arguments, grid=grid, warmup=True, **options)
+    shared = compiled.metadata.shared
+    print(self.fn.__name__, "shared memory", shared)
+    if shared > SHARED_MEMORY:
+        raise SystemExit(f"{self.fn.__name__} needs {shared} bytes of shared memory")
+    return compiled
+
+
+def main() -> None:
+    driver.set_active(HopperDriver())
+    JITFunction.run = compile_only
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
+        print(triton.__version__, names(shape), dtype)
+        head_dim, kv_heads, group, block_size, window, per_head = shape
+        case = make_case(
+            [5, 2],
+            [1, 1],
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=dtype,
+            window=window,
+            table_per_head=per_head,
+        )
+        paged_prefill_triton(*case.prefill(), window=window)
+        for enough_waves in (0, 1000):  # without and with splitting
+            settings = launch_table.decode_launch(head_dim, dtype.itemsize, torch.device("cpu"))
+            settings = replace(settings, enough_waves=enough_waves, min_chunk=1)
+            paged_decode_triton(*case.decode(), window=window, launch=settings)
+        new, slots = case.query[:, :kv_heads], torch.zeros(2, dtype=torch.int64)
+        write_kv_triton(new, new, case.key_cache, case.value_cache, slots)
+        angles = torch.zeros(4, head_dim)
+        rope_write_kv_triton(case.query, new, new, slots, angles, case.key_cache, case.value_cache, slots)
+        rms_norm_triton(case.query, angles[0].to(dtype), 1e-5)
+        flat = case.query.flatten(1)
+        add_rms_norm_triton(flat, flat, flat[0], 1e-5)
+        silu_mul_triton(flat)
+        copy_blocks_triton([case.key_cache, torch.zeros(2, 3, dtype=torch.int8)], torch.zeros(1, 2, dtype=torch.int64))
+
+
+if __name__ == "__main__":
+    main()
