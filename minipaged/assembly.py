@@ -65,8 +65,14 @@ def assemble(
     num_blocks: int | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
+    overlap: int | None = None,
+    graphs: bool = True,
 ) -> Parts:
-    """Load the model and build an engine around it. cache.num_blocks is replaced by what fits if `num_blocks` is None."""
+    """Load the model and build an engine around it.
+
+    Replaced: cache.num_blocks by what fits if `num_blocks` is None, config.max_model_len by the model's context if `max_model_len` is
+    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None.
+    """
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
@@ -77,15 +83,22 @@ def assemble(
             f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
         )
     cache = replace(cache, num_blocks=num_blocks or choose_num_blocks(shape, cache.block_size, kind, chosen))
-    config = replace(config, max_model_len=max_model_len or shape.max_position)
-    engine = build_engine(loaded, cache, config, device=chosen, dtype=kind)
+    depth = overlap if overlap is not None else int(chosen.type == "cuda")
+    config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
+    engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
 
 
 def build_engine(
-    loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, *, device: torch.device, dtype: str
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    dtype: str,
+    graphs: bool = True,
 ) -> Engine:
-    """An engine with a KV pool of its own around a model that is loaded already."""
+    """An engine with a KV pool of its own around a model that is loaded already. graphs: replay CUDA graphs where there is a GPU."""
     store = KVStore(
         loaded.config,
         cache.num_blocks,
@@ -102,5 +115,9 @@ def build_engine(
         watermark=cache.watermark,
     )
     scheduler = Scheduler(config, manager, cache.block_size)
-    runner = TorchRunner(loaded.model, store, config.max_num_seqs)
+    runner: TorchRunner = TorchRunner(loaded.model, store, config.max_num_seqs)
+    if graphs and device.type == "cuda":
+        from minipaged.execution.graph_runner import GraphRunner
+
+        runner = GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len)
     return Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=loaded.config.eos_token_ids)

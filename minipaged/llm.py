@@ -20,8 +20,9 @@ class LLM:
 
     model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
     float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
-    `num_host_blocks` blocks of host memory); policy: fcfs or priority; overlap: auto, or steps in flight. Raises InputError naming the
-    value that does not work.
+    `num_host_blocks` blocks of host memory); policy: fcfs or priority; overlap: steps in flight beside the one being committed, auto is
+    1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that
+    does not work.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class LLM:
         preemption: Literal["auto", "recompute", "swap"] = "auto",
         policy: Literal["fcfs", "priority"] = "fcfs",
         overlap: Literal["auto"] | int = "auto",
+        graphs: bool = True,
         seed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
@@ -59,7 +61,6 @@ class LLM:
             max_model_len=max_model_len or 1,
             policy=policy,
             preemption=preemption,
-            depth=0 if overlap == "auto" else overlap,
             seed=seed,
         )
         from minipaged.assembly import assemble  # torch is imported only once the arguments are known to be good
@@ -73,6 +74,8 @@ class LLM:
             num_blocks=num_blocks,
             max_model_len=max_model_len,
             progress=progress,
+            overlap=None if overlap == "auto" else overlap,
+            graphs=graphs,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer

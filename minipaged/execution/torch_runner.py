@@ -11,6 +11,7 @@ import torch
 
 import kernels
 from minipaged.execution.kv_store import KVStore
+from minipaged.execution.runner import Pending
 from minipaged.generation import sampler
 from minipaged.model.llama import Llama
 from minipaged.scheduling.plan import IN_FLIGHT, PromptLogprobs, StepPlan, StepTokens
@@ -87,7 +88,7 @@ class TorchRunner:
         return self.store.num_blocks
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> TorchPending:
+    def launch(self, plan: StepPlan) -> Pending:
         """Run the step: swap-outs, swap-ins, copies, then KV writes, attention and draws."""
         self.store.swap_out(plan.swap_outs)
         self.store.swap_in(plan.swap_ins)

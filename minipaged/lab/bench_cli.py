@@ -87,6 +87,41 @@ def kernels(
     _keep(json_file, rows)
 
 
+@app.command()
+def engine(
+    model: Annotated[str, typer.Option(help="random:SHAPE, or any model.")] = "random:llama-7b",
+    workload: Annotated[
+        str, typer.Option(help="nano, sharegpt and batch:N, separated by commas.")
+    ] = "batch:1,batch:8,batch:32,sharegpt",
+    repeats: Annotated[int, typer.Option(help="Passes after the warm one; the median counts.")] = 3,
+    plain: Annotated[bool, typer.Option("--plain", help="Without graphs, fusions and overlap as well.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Output tokens per second of the whole engine on this device."""
+    check_int("repeats", repeats, 1)
+    names = [name for name in workload.split(",") if name]
+    from minipaged.lab.bench_engine import make_llm, measure, requests_of
+
+    for name in names:
+        requests_of(name)
+    table = Table("contender", "workload", "tokens", "seconds", "tok/s", title=f"Engine, {model}")
+    rows = []
+    contenders: list[tuple[str, dict[str, Any]]] = [("minipaged", {})]
+    if plain:
+        contenders.append(("minipaged, plain path", {"graphs": False, "overlap": 0}))
+    for contender, settings in contenders:
+        llm = make_llm(model, **settings)
+        for name in names:
+            row = measure(llm, model, name, repeats=repeats, contender=contender)
+            table.add_row(
+                contender, name, f"{row.output_tokens:,}", f"{row.seconds:.2f}", f"{row.tokens_per_second:,.1f}"
+            )
+            rows.append(vars(row))
+        del llm
+    Console(width=110).print(table)
+    _keep(json_file, rows)
+
+
 def _keep(path: Path | None, rows: list[dict[str, Any]]) -> None:
     """Write the rows with all that is needed to measure them again."""
     if path is None:

@@ -55,7 +55,7 @@ def graph_us(work: Callable[[], Any], calls: int, replays: int = 20) -> float:
     """Microseconds a call of `work`, which makes `calls` calls: captured once, the median of the replays."""
     work()
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()

@@ -1,0 +1,193 @@
+"""Steps of plain decoding as CUDA graphs, whole: embedding, layers, LM head and sampler in one launch.
+
+A graph is captured once for each number of rows (rounded up to a bucket) and replayed from then on, so everything that changes between
+steps lies in buffers on the device: token ids, positions, slots, block tables, lengths. Padded rows have length 0, slot -1 and a drawing
+place of their own. Sampled ids stay on the device, where the next step reads them, and are copied to the host behind the launch. Steps that
+are not plain decoding take the path of TorchRunner, which is also the oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from minipaged.execution.kv_store import KVStore
+from minipaged.execution.runner import Pending
+from minipaged.execution.torch_runner import TorchRunner
+from minipaged.generation import sampler
+from minipaged.model.fused import angle_table, fused_forward
+from minipaged.model.llama import Llama
+from minipaged.scheduling.plan import SamplingColumns, StepPlan, StepTokens
+
+NUM_STAGES = 4  # steps whose host buffers may be in use at once: more than any flight's depth needs
+COLUMNS = 5  # token id, position, slot, length, drawing place
+
+
+def bucket_of(rows: int) -> int:
+    """Rows that a graph for `rows` sequences has: 1, 2, 4, 8, then multiples of 8 to 64, of 16 to 256, of 32 beyond."""
+    for step, limit in ((8, 64), (16, 256), (32, 1 << 30)):
+        if rows <= limit:
+            return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // step) * step
+    raise ValueError(f"no bucket holds {rows} rows")
+
+
+@dataclass(slots=True)
+class Stage:
+    """Host buffers of one step, pinned so that copies run beside the computation."""
+
+    inputs: Tensor  # int32 [COLUMNS * bucket + rows * table width, at most]
+    chances: Tensor  # float64 [2, bucket]: temperature and uniform number of each row
+    drawn: Tensor  # int64 [rows]
+    done: torch.cuda.Event
+
+
+class GraphPending:
+    """A replayed step: its tokens are on their way to the host."""
+
+    __slots__ = ("_rows", "_stage")
+
+    def __init__(self, stage: Stage, rows: int) -> None:
+        self._stage = stage
+        self._rows = rows
+
+    def tokens(self) -> StepTokens:
+        """Wait for the copy and read it."""
+        self._stage.done.synchronize()
+        return StepTokens(self._stage.drawn[: self._rows].numpy().astype(np.int32))
+
+
+class GraphRunner(TorchRunner):
+    """A TorchRunner that replays graphs wherever a step is plain decoding; CUDA only.
+
+    max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with.
+    """
+
+    def __init__(self, model: Llama, store: KVStore, max_num_seqs: int, max_model_len: int) -> None:
+        super().__init__(model, store, max_num_seqs)
+        if self.device.type != "cuda":
+            raise ValueError(f"graphs need a CUDA device, not {self.device}")
+        rows, device = bucket_of(max_num_seqs), self.device
+        self._parking = max_num_seqs  # where padded rows draw into
+        self._drawn = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self._width = -(-max_model_len // store.block_size)
+        self._columns = torch.zeros(COLUMNS, rows, dtype=torch.int32, device=device)
+        self._tables = torch.zeros(rows, self._width, dtype=torch.int32, device=device)
+        self._chances = torch.zeros(2, rows, dtype=torch.float64, device=device)
+        self._angles = angle_table(model, max_model_len)
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stages = [self._new_stage(rows) for _ in range(NUM_STAGES)]
+        self._turn = 0
+
+    def _new_stage(self, rows: int) -> Stage:
+        return Stage(
+            torch.zeros((COLUMNS + self._width) * rows, dtype=torch.int32, pin_memory=True),
+            torch.zeros(2, rows, dtype=torch.float64, pin_memory=True),
+            torch.zeros(rows, dtype=torch.int64, pin_memory=True),
+            torch.cuda.Event(),  # type: ignore[no-untyped-call]
+        )
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Pending:
+        """Replay a graph where the step is plain decoding; else as TorchRunner."""
+        if not is_plain_decode(plan):
+            return super().launch(plan)
+        self.store.swap_out(plan.swap_outs)
+        self.store.swap_in(plan.swap_ins)
+        self.store.copy(plan.copies)
+        rows = len(plan.seq_ids)
+        bucket, sampled = bucket_of(rows), plan.sampling is not None
+        stage = self._stages[self._turn]
+        self._turn = (self._turn + 1) % NUM_STAGES
+        stage.done.synchronize()  # its last copy was made long ago
+        self._fill(plan, stage, bucket)
+        graph, drawn = self._graphs.get((bucket, sampled)) or self._capture(bucket, sampled)
+        graph.replay()
+        stage.drawn[:rows].copy_(drawn[:rows], non_blocking=True)
+        stage.done.record()
+        return GraphPending(stage, rows)
+
+    def _fill(self, plan: StepPlan, stage: Stage, bucket: int) -> None:
+        """Bring the step's rows to the device: one copy for all integers, one more if anything is sampled."""
+        rows, width = plan.tables.shape
+        size, host = self.store.block_size, stage.inputs.numpy()
+        columns = host[: COLUMNS * bucket].reshape(COLUMNS, bucket)
+        columns[:, rows:] = np.array([0, 0, -1, 0, self._parking], np.int32)[:, None]
+        columns[0, :rows] = plan.token_ids
+        columns[1, :rows] = plan.starts
+        blocks = plan.tables[np.arange(rows), plan.starts // size]
+        columns[2, :rows] = blocks * size + plan.starts % size
+        columns[3, :rows] = plan.starts + 1
+        columns[4, :rows] = plan.slots
+        end = COLUMNS * bucket + rows * width
+        host[COLUMNS * bucket : end].reshape(rows, width)[:] = plan.tables
+        arrived = stage.inputs[:end].to(self.device, non_blocking=True)
+        self._columns[:, :bucket].copy_(arrived[: COLUMNS * bucket].view(COLUMNS, bucket))
+        self._tables[:rows, :width].copy_(arrived[COLUMNS * bucket :].view(rows, width))
+        if plan.sampling is not None:
+            chances = stage.chances.numpy()
+            chances[0, :rows], chances[1, :rows] = plan.sampling.temperature, plan.sampling.uniform
+            self._chances[:, :rows].copy_(stage.chances[:, :rows], non_blocking=True)
+
+    def _step(self, bucket: int, sampled: bool) -> Tensor:
+        """What a graph does: one decode step of the first `bucket` rows of the buffers. Returns the drawn ids, [bucket]."""
+        ids, positions, slots, lengths, places = self._columns[:, :bucket].unbind(0)
+        places = places.long()
+        known = ids.long()
+        token_ids = torch.where(known < 0, self._drawn.index_select(0, places), known)
+        positions, slots = positions.long(), slots.long()
+        tables = self._tables[:bucket]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self.store.layers[layer]
+            kernels.rope_write_kv(query, key, value, positions, self._angles, keys, values, slots)
+            return kernels.paged_decode(query, keys, values, tables, lengths, self._scale)
+
+        logits = self.model.logits(fused_forward(self.model, token_ids, attend))
+        drawn = logits.argmax(dim=-1)
+        if sampled:
+            temperature, uniform = self._chances[:, :bucket].unbind(0)
+            warm = temperature > 0
+            scaled = logits / torch.where(warm, temperature, 1.0).float()[:, None]
+            drawn = torch.where(warm, sampler.draw(scaled, uniform), drawn)
+        self._drawn.index_copy_(0, places, drawn)
+        return drawn
+
+    def _capture(self, bucket: int, sampled: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Capture the graph of a bucket. Warming up runs the step, which must not be seen: what it draws is put back."""
+        kept = self._drawn.clone()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(bucket, sampled)
+            self._drawn.copy_(kept)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            drawn = self._step(bucket, sampled)
+        self._graphs[bucket, sampled] = graph, drawn
+        return graph, drawn
+
+
+def is_plain_decode(plan: StepPlan) -> bool:
+    """Whether every row computes one token and draws one, greedily or by temperature alone."""
+    rows = len(plan.seq_ids)
+    if (
+        not rows
+        or plan.num_tokens != rows
+        or len(plan.draw_rows) != rows
+        or not np.array_equal(plan.draw_slots, plan.slots)
+    ):
+        return False
+    if plan.top_logprobs >= 0 or plan.prompt_queries or plan.penalty_tokens or plan.banned_tokens:
+        return False
+    return plan.sampling is None or not is_truncated(plan.sampling)
+
+
+def is_truncated(columns: SamplingColumns) -> bool:
+    """Whether any draw asks for top-k, top-p or min-p."""
+    return bool(((columns.top_k > 0) | (columns.top_p < 1.0) | (columns.min_p > 0.0)).any())

@@ -1,0 +1,128 @@
+"""Graphs, overlap and fusion against the plain path on a GPU: the same greedy text in float32, and each known hazard of frozen inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from minipaged.assembly import build_engine
+from minipaged.config import CacheConfig, EngineConfig, SamplingParams
+from minipaged.engine import Engine
+from minipaged.model import zoo
+from minipaged.model.zoo import LoadedModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return zoo.load("random:smollm2-135m", device="cuda", dtype=torch.float32)
+
+
+def engine_on(loaded: LoadedModel, *, graphs: bool, depth: int, blocks: int = 600, **limits: Any) -> Engine:
+    config = EngineConfig(max_model_len=512, depth=depth, max_num_seqs=limits.pop("max_num_seqs", 32), **limits)
+    cache = CacheConfig(num_blocks=blocks, block_size=16, num_host_blocks=64)
+    return build_engine(loaded, cache, config, device=torch.device("cuda"), dtype="float32", graphs=graphs)
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(5, 4000, (5 + 7 * i % 90,), generator=generator).tolist() for i in range(count)]
+
+
+def params(i: int) -> SamplingParams:
+    common: dict[str, Any] = {"max_tokens": 12 + 5 * (i % 7), "ignore_eos": i % 3 > 0}
+    if i % 5 == 1:
+        return SamplingParams(temperature=0.7, seed=i, **common)
+    if i % 5 == 2:
+        return SamplingParams(n=3, temperature=1.0, seed=i, **common)
+    if i % 5 == 3:
+        return SamplingParams(beam_width=2, **common)
+    if i % 5 == 4:
+        return SamplingParams(temperature=0.9, top_p=0.8, top_k=20, seed=i, **common)
+    return SamplingParams(**common)
+
+
+def texts(engine: Engine, count: int = 20, aborted: tuple[int, ...] = ()) -> list[list[list[int]]]:
+    outputs = [engine.ask(prompt, params(i)) for i, prompt in enumerate(prompts(count))]
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
+        if steps == 6:
+            for i in aborted:
+                engine.abort(outputs[i].request_id)
+    usage = engine.scheduler.manager.usage()
+    assert usage.referenced == 0
+    assert usage.host_free == usage.host_total
+    return [[o.token_ids for o in output.outputs] for i, output in enumerate(outputs) if i not in aborted]
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: LoadedModel) -> list[list[list[int]]]:
+    return texts(engine_on(loaded, graphs=False, depth=0))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_same_text(loaded: LoadedModel, expected: list[list[list[int]]], graphs: bool, depth: int) -> None:
+    assert texts(engine_on(loaded, graphs=graphs, depth=depth)) == expected
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_preemption_in_flight(loaded: LoadedModel, expected: list[list[list[int]]], preemption: str) -> None:
+    engine = engine_on(loaded, graphs=True, depth=1, blocks=40, preemption=preemption)
+    assert texts(engine) == expected
+    assert engine.scheduler.counters.preemptions > 0
+
+
+def test_abort_in_flight(loaded: LoadedModel, expected: list[list[list[int]]]) -> None:
+    aborted = (0, 2, 7, 13)
+    kept = [answer for i, answer in enumerate(expected) if i not in aborted]
+    assert texts(engine_on(loaded, graphs=True, depth=1), aborted=aborted) == kept
+
+
+def test_batches_of_every_size_use_fresh_inputs(loaded: LoadedModel) -> None:
+    """Sequences leave one by one, so every bucket is replayed with rows that shrink and padding that grows."""
+    asked = [SamplingParams(max_tokens=3 + i, ignore_eos=True) for i in range(20)]
+    answers = []
+    for graphs in (False, True):
+        engine = engine_on(loaded, graphs=graphs, depth=int(graphs))
+        outputs = [engine.ask(p, a) for p, a in zip(prompts(20), asked, strict=True)]
+        while engine.has_work:
+            engine.step()
+        answers.append([o.outputs[0].token_ids for o in outputs])
+    assert answers[0] == answers[1]
+    assert [len(a) for a in answers[1]] == [3 + i for i in range(20)]
+
+
+def test_bfloat16_logits_are_close(loaded: LoadedModel) -> None:
+    """The fused forward in bfloat16 stays within rounding of the plain one."""
+    from minipaged.model.fused import angle_table, fused_forward
+
+    model = zoo.load("random:smollm2-135m", device="cuda", dtype=torch.bfloat16).model
+    tokens = torch.tensor(prompts(12)[11], device="cuda")
+    positions = torch.arange(len(tokens), device="cuda")
+    import kernels
+
+    shape = (16, 16, model.config.num_kv_heads, model.config.head_dim)
+    keys, values = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    n, scale = len(tokens), model.config.head_dim**-0.5
+    tables = torch.arange(1, 16, device="cuda", dtype=torch.int32)[None]
+    lengths, starts = (torch.tensor(x, device="cuda", dtype=torch.int32) for x in ([n], [0, n]))
+    angles = angle_table(model, 512)
+
+    def plain(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        kernels.write_kv(key, value, keys, values, positions + 16)
+        return kernels.paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
+
+    def fused(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        kernels.rope_write_kv(query, key, value, positions, angles, keys, values, positions + 16)
+        return kernels.paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
+
+    with torch.inference_mode():
+        expected = model.logits(model(tokens, positions, plain))
+        found = model.logits(fused_forward(model, tokens, fused))
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
