@@ -13,7 +13,8 @@ from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.trace.live import EngineProcess
 from minipaged.trace.sources import FileSource, Source
-from tui.screen import ScreenApp
+from tui.keys import load_keys
+from tui.screen import ScreenApp, binding_ids
 from tui.session import Session
 
 Factory = Callable[..., Any]
@@ -80,7 +81,7 @@ def _show(
     screenshot: str | Path | None,
     size: tuple[int, int] | None,
 ) -> int:
-    app = ScreenApp(session, ascii=ascii, light=light)
+    app = ScreenApp(session, ascii=ascii, light=light, keymap=load_keys(binding_ids()))
     if headless:
         return asyncio.run(_headless(app, steps, screenshot, size or (80, 24)))
     code = app.run()

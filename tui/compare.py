@@ -54,7 +54,8 @@ def system_lines(view: View, name: str, width: int, rows: int) -> list[Line]:
     bands = shadow.stats if shadow is not None else real_bands(view)
     running = _running(view, shadow)
     alive = sum(state.alive for state in view.snapshot.sequences.values())
-    head: Line = [(name, "strong"), (f" · runs {running} · waits {max(0, alive - running)}", "dim")]
+    none = " · not one request fits" if alive and not running else ""
+    head: Line = [(name, "strong"), (f" · runs {running} · waits {max(0, alive - running)}{none}", "dim")]
     shares: Line = [(fit(share_text(bands), width), "text")]
     if width >= width_of(head) + width_of(shares) + 2:
         lines: list[Line] = [[*head, ("  ", "text"), *shares]]
@@ -97,7 +98,8 @@ def real_bands(view: View) -> PoolBands:
 def shadow_cells(view: View, shadow: ShadowDelta, cells: int) -> list[Run]:
     """One cell for an equal share of the pool's slots: what most of them hold."""
     total = sum(shadow.stats)
-    if not total or not cells:
+    cells = min(cells, total)
+    if not cells:
         return []
     weight: list[dict[tuple[str, int], int]] = [{} for _ in range(cells)]
     for run in shadow.runs:
@@ -123,6 +125,7 @@ def real_cells(view: View, cells: int) -> list[Run]:
     """The engine's pool at the same scale, block by block."""
     pool = view.snapshot.device
     blocks = len(pool) - 1
+    cells = min(cells, blocks * view.snapshot.stats.block_size)
     if blocks < 1 or not cells:
         return []
     owners, refs = pool.owner.tolist(), pool.refs.tolist()

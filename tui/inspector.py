@@ -11,7 +11,7 @@ from textual.message import Message
 from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
 from tui.history import Past
 from tui.pane import Pane
-from tui.safe import clean_bytes, fit, to_ascii
+from tui.safe import clean_bytes, fit, tail, to_ascii
 from tui.sentences import listing, plural
 from tui.view import Line, View
 
@@ -187,3 +187,65 @@ def journey_lines(view: View, sequence: int, position: int, width: int) -> list[
     if isinstance(per_token, int):
         lines.append([(f"{per_token:,} bytes of keys and values over all layers", "dim")])
     return [[(to_ascii(text) if view.glyphs.ascii else text, role) for text, role in line] for line in lines]
+
+
+class Journey(Pane):
+    """One token's way from its position to its slot. left and right go along the text, up and down to another sequence."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,h", "along(-1)", "token before", show=False, id="journey.left"),
+        Binding("right,l", "along(1)", "next token", show=False, id="journey.right"),
+        Binding("up,k", "sequence(-1)", "sequence before", show=False, id="journey.up"),
+        Binding("down,j", "sequence(1)", "next sequence", show=False, id="journey.down"),
+    ]
+
+    def __init__(self, view: View, *, id: str | None = None) -> None:
+        super().__init__(view, id=id)
+        owners = view.snapshot.owners(view.block) if view.block > 0 else []
+        alive = [state for state in view.snapshot.sequences.values() if state.alive] or list(
+            view.snapshot.sequences.values()
+        )
+        self.sequence, index = owners[0] if owners else (alive[0].sequence if alive else -1, -1)
+        size = max(1, view.snapshot.stats.block_size)
+        state = view.snapshot.sequences.get(self.sequence)
+        newest = len(state.token_ids) - 1 if state is not None else 0
+        self.position = min(newest, (index + 1) * size - 1) if index >= 0 else newest
+
+    def lines(self, view: View, width: int, height: int) -> list[Line]:
+        """The words around the token, then its way."""
+        return [
+            *around_lines(view, self.sequence, self.position, width),
+            [],
+            *journey_lines(view, self.sequence, self.position, width),
+        ]
+
+    def action_along(self, by: int) -> None:
+        """Another token."""
+        state = self.view.snapshot.sequences.get(self.sequence)
+        last = len(state.token_ids) - 1 if state is not None else 0
+        self.position = max(0, min(last, self.position + by))
+        self.show(self.view)
+
+    def action_sequence(self, by: int) -> None:
+        """Another sequence."""
+        known = list(self.view.snapshot.sequences)
+        if known:
+            at = known.index(self.sequence) if self.sequence in known else 0
+            self.sequence = known[(at + by) % len(known)]
+            self.action_along(0)
+
+
+def around_lines(view: View, sequence: int, position: int, width: int) -> list[Line]:
+    """The token among its neighbours."""
+    state = view.snapshot.sequences.get(sequence)
+    if state is None or not view.pieces:
+        return []
+
+    def words(tokens: list[int]) -> str:
+        return clean_bytes(b"".join(view.pieces.get(token, b"?") for token in tokens))
+
+    token = words(state.token_ids[position : position + 1])
+    room = max(4, (width - len(token)) // 2)
+    before = tail(words(state.token_ids[max(0, position - 40) : position]), room)
+    after = fit(words(state.token_ids[position + 1 : position + 40]), room)
+    return [[(before, "dim"), (token or "∅", "mark"), (after, "dim")]]

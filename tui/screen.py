@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from textual import events
-from textual.app import App, ComposeResult
+from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
 from textual.theme import Theme
 from textual.widget import Widget
 
@@ -21,7 +23,7 @@ from tui.compare import ComparePane
 from tui.dialogs import AddPrompt, Ask, Choose, Overlay, Reading
 from tui.helptext import help_text
 from tui.history import History
-from tui.inspector import Inspector
+from tui.inspector import Inspector, Journey
 from tui.lessons import LESSONS
 from tui.lessonsession import LessonSession
 from tui.palette import ASCII, UNICODE, Mode
@@ -74,6 +76,7 @@ class ScreenApp(App[int]):
         Binding("plus,equals_sign", "zoom(1)", "zoom in", id="zoom.in"),
         Binding("minus", "zoom(-1)", "zoom out", id="zoom.out"),
         Binding("0", "fit", "fit", id="zoom.fit"),
+        Binding("t", "journey", "a token's journey", id="journey"),
         Binding("c", "compare", "compare", id="compare"),
         Binding("L", "lessons", "lessons", id="lessons"),
         Binding("escape", "leave_lesson", "leave the lesson", show=False, id="lesson.leave"),
@@ -84,12 +87,15 @@ class ScreenApp(App[int]):
         ),
     ]
 
-    def __init__(self, session: Session, *, ascii: bool = False, light: bool = False) -> None:
+    def __init__(
+        self, session: Session, *, ascii: bool = False, light: bool = False, keymap: Mapping[str, str] | None = None
+    ) -> None:
         mode: Mode = "plain" if "NO_COLOR" in os.environ else "light" if light else "dark"
         super().__init__(ansi_color=True if mode == "plain" else None)
         self.session = session
         self.view = View(glyphs=ASCII if ascii else UNICODE, mode=mode)
         self._history = History()
+        self._keymap = dict(keymap or {})
         self._painted_word = ""
         self._outer: Session | None = None  # what a lesson stands in front of
         for theme in THEMES:
@@ -122,9 +128,20 @@ class ScreenApp(App[int]):
     def on_mount(self) -> None:
         """Start painting."""
         self.screen.set_class(self.view.glyphs.ascii, "-ascii")
+        self.set_keymap(self._keymap)
         self.query_one("#inspector").add_class("pane")
         self.query_one("#map").focus()
         self.set_interval(FRAME_SECONDS, self.frame)
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """The command palette: every key's action by name, the lessons, and Textual's own."""
+        yield from super().get_system_commands(screen)
+        for binding in self.BINDINGS:
+            if isinstance(binding, Binding) and binding.id not in ("quit.now", "lesson.leave"):
+                action = partial(self.run_action, binding.action)
+                yield SystemCommand(binding.description.capitalize(), f"key {binding.key.split(',')[0]}", action)
+        for name in LESSONS:
+            yield SystemCommand(f"Lesson: {name}", "beat by beat", partial(self.start_lesson, name))
 
     # Painting.
 
@@ -338,6 +355,12 @@ class ScreenApp(App[int]):
         """Show the whole pool."""
         self.screen_stack[0].query_one("#map", BlockMap).action_fit()
 
+    def action_journey(self) -> None:
+        """One token from its position to its slot."""
+        overlay = Overlay("A token's journey: arrows choose the token", Journey(self.view))
+        self.push_screen(overlay)
+        self.call_after_refresh(self._fill_overlay, overlay)
+
     def action_compare(self) -> None:
         """Other systems in the place of the map and the tables, or these again."""
         base = self.screen_stack[0]
@@ -361,7 +384,7 @@ class ScreenApp(App[int]):
             self._outer = self.session
             self.session.pause()
         self.session = LessonSession(LESSONS[name]())
-        self.view = replace(self.view, block=-1, only=-1)
+        self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
         self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
         self.paint()
 
@@ -369,6 +392,7 @@ class ScreenApp(App[int]):
         """Back to where the lesson was opened."""
         if self._outer is not None:
             self.session, self._outer = self._outer, None
+            self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
             self.session.refresh()
             self.paint()
 
@@ -404,3 +428,9 @@ class ScreenApp(App[int]):
 def _titled(pane: Pane, title: str) -> Pane:
     pane.border_title = title
     return pane
+
+
+def binding_ids() -> set[str]:
+    """The ids by which keys can be remapped."""
+    bindings = [binding for owner in (ScreenApp, BlockMap, Inspector, Journey) for binding in owner.BINDINGS]
+    return {binding.id for binding in bindings if isinstance(binding, Binding) and binding.id}

@@ -198,6 +198,13 @@ def _blocks(kind: str, text: str) -> Callable[[View, Grouped], str]:
     return tell
 
 
+def _prune(view: View, grouped: Grouped) -> str:
+    names = _names(view, grouped["prune"])
+    if len(grouped["prune"]) == 1:
+        return f"beam {names} is dropped; what only it held is free again"
+    return f"beams {names} are dropped; what only they held is free again"
+
+
 def _alloc(view: View, grouped: Grouped) -> str:
     started = {event.sequence for event in grouped.get("admit", [])}
     events = [event for event in grouped["alloc"] if event.sequence not in started]
@@ -225,7 +232,7 @@ _TELL: dict[str, Callable[[View, Grouped], str]] = {
     "copy": _copy,
     "fork": _fork,
     "abort": lambda view, grouped: f"{_names(view, grouped['abort'])} aborted",
-    "prune": lambda view, grouped: f"beam {_names(view, grouped['prune'])} is dropped; what only it held is free again",
+    "prune": _prune,
     "finish": _finish,
     "admit": _admit,
     "evict": _blocks("evict", "cached {noun} {blocks} forgotten: the room is needed"),

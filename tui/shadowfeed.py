@@ -12,7 +12,7 @@ from minipaged.lab.shadows import ShadowListener, answer_lengths
 from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.sources import Source
 
-SYSTEMS = ("orca-max", "orca-pow2", "tgi-paged")
+SYSTEMS = ("orca-max", "orca-pow2", "orca-oracle")
 MOST_STEPS = 20_000  # of a recording; a longer one is followed to here
 A_FRAME = 400  # steps followed in one frame
 MAX_LEN = 2048

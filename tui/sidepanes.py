@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from minipaged.trace.records import PoolBands
 from minipaged.trace.snapshot import SequenceState
 from tui.pane import Pane
@@ -22,7 +24,7 @@ def waste_lines(view: View, width: int) -> list[Line]:
     stats = view.snapshot.stats
     rows: list[tuple[str, float, str]] = []
     for name, shadow in view.shadows.items():
-        rows.append((name, wasted(shadow.stats), "dim"))
+        rows.append((name, wasted(shadow.stats) if sum(shadow.stats) != shadow.stats.idle else math.nan, "dim"))
     slots = stats.token_slots + stats.tail_slots
     rows.append(("paged (real)" if rows else "paged", stats.tail_slots / slots if slots else 0.0, "hue2"))
     name_width = max(len(name) for name, _, _ in rows) + 1
@@ -79,7 +81,9 @@ def tree_lines(view: View, width: int, height: int) -> list[Line]:
         score = f" {state.score:.2f}" if state.score == state.score else ""
         head = f"{lead}{joint}"
         name = f"{view.letter(state.sequence)}{mark}{score} "
-        words = tail(clean_bytes(state.text[state.prompt_bytes :][-4 * width :]), max(0, width - len(head) - len(name)))
+        words = tail(
+            clean_bytes(state.text[view.prompt_bytes(state) :][-4 * width :]), max(0, width - len(head) - len(name))
+        )
         lines.append([(head, "faint"), (name, view.role(state.sequence)), (words, "dim")])
         below = sorted(children.get(state.sequence, []), key=lambda child: child.sequence)
         for at, child in enumerate(below):

@@ -121,8 +121,9 @@ def queue_lines(view: View, width: int) -> list[Line]:
         (stats.copies, "copies"),
         (stats.shared_saved_blocks, "saved"),
     ):
-        if count:
-            second += [(" · " if second else "", "dim"), (f"{word} {count}", "dim")]
+        entry: Run = (f"{' · ' if second else ''}{word} {count}", "dim")
+        if count and width_of([*second, entry]) <= width:
+            second.append(entry)
     if second:
         lines.append(second)
     return lines
