@@ -45,7 +45,9 @@ def _chunks_of_rows(
         span = tl.minimum(span, window)
     chunk = (tl.sum(span, 0) + target - 1) // target
     chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
-    count = tl.maximum((span + chunk - 1) // chunk, 1)
+    count = tl.maximum(
+        (span + chunk // 2) // chunk, 1
+    )  # rounded: a row a little over one chunk is not worth a reduction
     count = tl.where(row < num_rows, count, 0)
     return count, tl.cumsum(count, 0)
 
