@@ -83,11 +83,14 @@ def _show(
 ) -> int:
     app = ScreenApp(session, ascii=ascii, light=light, keymap=load_keys(binding_ids()))
     if headless:
-        return asyncio.run(_headless(app, steps, screenshot, size or (80, 24)))
-    code = app.run()
+        code = asyncio.run(_headless(app, steps, screenshot, size or (80, 24)))
+        if code:
+            print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
+        return code
+    found = app.run()
     if session.failed and not session.ready:
         print(f"minipaged: {session.failed}", file=sys.stderr)
-    return code if code is not None else 0
+    return found if found is not None else 0
 
 
 async def _headless(app: ScreenApp, steps: int | None, screenshot: str | Path | None, size: tuple[int, int]) -> int:
@@ -98,7 +101,6 @@ async def _headless(app: ScreenApp, steps: int | None, screenshot: str | Path | 
     async with app.run_test(size=size) as pilot:
         code = await _go(session, steps)
         if code:
-            print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
             return code
         session.go(len(session.source) if steps is None else min(steps, len(session.source)))
         app.frame()

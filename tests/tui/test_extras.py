@@ -1,0 +1,197 @@
+"""Compare, the journey, the gallery, a user's keys, the headless run, the light and the plain look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from screens import SIZES, drive, replay, text, until
+from scripted import failing_engine, scripted_engine, sharing_scene
+from textual.pilot import Pilot
+
+from minipaged.config import SamplingParams
+from minipaged.errors import InputError
+from minipaged.trace.player import Player
+from minipaged.trace.records import PoolBands, Run, ShadowDelta
+from minipaged.trace.sources import FileSource, ListSource
+from tui.app import run_screen
+from tui.compare import compare_lines, real_bands, share_text
+from tui.dialogs import Overlay
+from tui.gallery import SCENARIOS, scenario_path
+from tui.inspector import Journey
+from tui.keys import load_keys
+from tui.screen import binding_ids
+from tui.view import View, width_of
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_compare_and_journey_keys(size: tuple[int, int]) -> None:
+    app = replay(at=7)
+
+    async def script(pilot: Pilot[int]) -> None:
+        await pilot.press("c")
+        await until(pilot, lambda: "paged (real)" in text(app) and "orca-pow2" in text(app))
+        assert "accounting, not speed" in text(app) or size[0] < 100
+        await pilot.press("right_square_bracket")
+        assert app.session.position == 8
+        await pilot.press("c")
+        await until(pilot, lambda: "1 Blocks" in text(app))
+        await pilot.press("t")
+        await until(pilot, lambda: isinstance(app.screen, Overlay) and "slot number" in text(app))
+        journey = app.screen.query_one(Journey)
+        before = journey.position
+        await pilot.press("left")
+        assert journey.position == before - 1
+        await pilot.press("down", "up", "right", "escape")
+
+    drive(app, size, script)
+
+
+def test_shadows_of_the_trace_itself_are_shown() -> None:
+    deltas = sharing_scene().deltas
+    shadows = [
+        ShadowDelta(
+            d.step, "contiguous", (Run(0, 64, "token", 0), Run(64, 60, "reserved", 0)), PoolBands(64, 60, 0, 0, 0, 0)
+        )
+        for d in deltas
+    ]
+    app = replay(source=ListSource(deltas, shadows=shadows), at=7)
+
+    async def script(pilot: Pilot[int]) -> None:
+        await pilot.press("c")
+        await until(pilot, lambda: "contiguous" in text(app))
+        assert "tokens 52% reserved 48%" in text(app)
+        assert "orca" not in text(app)
+
+    drive(app, (120, 40), script)
+
+
+def test_the_real_bands_fill_the_pool() -> None:
+    deltas = sharing_scene().deltas
+    for position in range(1, len(deltas) + 1):
+        view = View(Player(ListSource(deltas), position).snapshot)
+        assert sum(real_bands(view)) == 31 * 4
+    assert share_text(PoolBands(1, 2, 0, 1, 0, 0)) == "tokens 25% reserved 50% fragments 25%"
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+@pytest.mark.parametrize("height", [6, 20])
+def test_compare_fits(width: int, height: int) -> None:
+    deltas = sharing_scene().deltas
+    view = View(Player(ListSource(deltas), 7).snapshot)
+    bands = PoolBands(30, 30, 30, 20, 4, 10)
+    runs = (Run(0, 30, "token", 0), Run(30, 60, "internal", 0), Run(90, 34, "external", -1))
+    view.shadows = {name: ShadowDelta(6, name, runs, bands) for name in ("a", "b")}
+    lines = compare_lines(view, width, height)
+    assert len(lines) <= height
+    assert all(width_of(line) <= width for line in lines)
+
+
+@pytest.mark.parametrize("name", list(SCENARIOS))
+def test_the_gallery_shows_what_it_says(name: str) -> None:
+    path = scenario_path(name)
+    assert path.stat().st_size < 200_000
+    source = FileSource(path)
+    assert not source.damage
+    assert source.header.extra["about"] == SCENARIOS[name]
+    wanted = {
+        "cow": "copy",
+        "prefix": "cache_hit",
+        "beam": "prune",
+        "preempt": "preempt",
+        "swap": "swap_in",
+        "evict": "evict",
+        "orca": "admit",
+    }
+    kinds = {event.kind for at in range(len(source)) for event in source.delta(at).events}
+    assert wanted[name] in kinds
+    player = Player(source, len(source))
+    assert player.position == len(source)
+    assert all(state.text for state in player.snapshot.sequences.values())
+    source.close()
+
+
+def test_an_unknown_scenario_is_named() -> None:
+    with pytest.raises(InputError, match="moon"):
+        scenario_path("moon")
+
+
+def test_a_users_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text('step = "s"\nevent.next = "e"\n')
+    assert load_keys(binding_ids(), path) == {"step": "s", "event.next": "e"}
+    assert load_keys(binding_ids(), tmp_path / "none.toml") == {}
+    for bad, word in (("dance = 's'", "dance"), ("step = 3", "step must be a key"), ("step", "TOML")):
+        path.write_text(bad)
+        with pytest.raises(InputError, match=word):
+            load_keys(binding_ids(), path)
+
+
+def test_headless_over_a_live_engine(tmp_path: Path) -> None:
+    shot, record = tmp_path / "shot.svg", tmp_path / "run.mpt"
+    prompts = ["The cache is split", ("Once upon", SamplingParams(max_tokens=5)), ""]
+    code = run_screen(
+        (scripted_engine, {"num_blocks": 64}),
+        prompts=prompts,
+        headless=True,
+        steps=7,
+        screenshot=shot,
+        record=record,
+        size=(120, 40),
+    )
+    assert code == 0
+    svg = shot.read_text()
+    assert "PAUSED" in svg
+    assert "Blocks" in svg
+    assert len(FileSource(record)) == 7, "exactly the steps that were asked for"
+    again = tmp_path / "again.svg"
+    assert run_screen(record, headless=True, steps=5, screenshot=again, ascii=True, light=True) == 0
+    assert "REPLAY" in again.read_text()
+
+
+def test_headless_to_the_end(tmp_path: Path) -> None:
+    record = tmp_path / "run.mpt"
+    assert run_screen(scripted_engine, prompts=["hello"], headless=True, record=record) == 0
+    source = FileSource(record)
+    assert Player(source, len(source)).snapshot.sequences[0].status == "finished"
+
+
+def test_headless_errors_are_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_screen(failing_engine, headless=True) == 2
+    assert "unknown model" in capsys.readouterr().err
+    assert run_screen((scripted_engine, {"die_at": 2}), prompts=["hello world"], headless=True) == 1
+    assert "die here" in capsys.readouterr().err
+    with pytest.raises(InputError, match="nowhere"):
+        run_screen(tmp_path / "nowhere.mpt", headless=True)
+    with pytest.raises(InputError, match="screenshot"):
+        run_screen(scripted_engine, prompts=["x"], headless=True, steps=1, screenshot=tmp_path / "no" / "such.svg")
+
+
+@pytest.fixture
+def hostile() -> list[str]:
+    return ["\x1b]0;owned\x07\x1b[2J", "\u202e\u2066abc\u200b\u200d", "𝕏👩‍💻\U000e0041", "a\r\nb\tc\x00\x9b31m"]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_hostile_text_never_reaches_the_terminal(
+    hostile: list[str], plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, tokens and a recording full of what a terminal would obey."""
+    if plain:
+        monkeypatch.setenv("NO_COLOR", "1")
+    record = tmp_path / "t.mpt"
+    assert run_screen(scripted_engine, prompts=hostile, headless=True, record=record, steps=4) == 0
+    for size in ((80, 24), (200, 60)):
+        app = replay(source=FileSource(record))
+
+        async def script(pilot: Pilot[int], app: object = app) -> str:
+            seen = ""
+            for keys in (["G"], ["right", "right", "enter"], ["escape", "plus", "plus"], ["t"]):
+                await pilot.press(*keys)
+                await pilot.pause()
+                seen += text(pilot.app)  # type: ignore[arg-type]
+            return seen
+
+        shown = drive(app, size, script)
+        assert not set("\x1b\x07\r\t\x00\x9b\u202e\u2066\u200b\u200d") & set(shown)
+        assert max(map(ord, shown)) < 0x10000
