@@ -42,9 +42,9 @@ def requests_of(workload: str) -> tuple[list[Draw], float]:
 
 
 def make_llm(model: str, **settings: Any) -> LLM:
-    """The engine as the benchmark runs it: contexts up to 2,560 tokens, no prefix cache, as many sequences as the peers may run."""
+    """The engine as the benchmark runs it: contexts up to 2,048 tokens, no prefix cache, as many sequences as the peers may run."""
     chosen = {
-        "max_model_len": 2560,
+        "max_model_len": 2048,
         "enable_prefix_caching": False,
         "max_num_seqs": 256,
         "max_num_batched_tokens": 8192,
