@@ -5,17 +5,18 @@
 #
 # ## Why
 #
-# A language model writes one token at a time. To choose the next token it looks back at all the tokens before it. For each of
-# those it needs a **key** and a **value**, in every layer. They never change once computed, so every serving system keeps them:
-# that store is the **KV cache**. (Lesson 2 builds one.)
+# A language model writes one token at a time. To choose the next token it looks back at all the tokens before
+# it. For each of those it needs a **key** and a **value**, in every layer. They never change once computed,
+# so every serving system keeps them: that store is the **KV cache**. (Lesson 2 builds one.)
 #
-# For this lesson you need only one fact about it: **each token takes one slot**, and slots are scarce. GPU memory holds the
-# model first, and the KV cache gets what is left. When the slots are used up, no further request can run, however idle the
-# arithmetic units are. So the question that decides how many people a GPU can serve is: *what share of the slots holds a token?*
+# For this lesson you need only one fact about it: **each token takes one slot**, and slots are scarce. GPU
+# memory holds the model first, and the KV cache gets what is left. When the slots are used up, no further
+# request can run, however idle the arithmetic units are. So the question that decides how many people a GPU
+# can serve is: *what share of the slots holds a token?*
 #
-# The old answer to "how many slots should a request get?" was: as many as it could ever need. Nobody knows how long an answer
-# will be, attention kernels wanted one unbroken stretch of memory, and so each request got a stretch as long as the longest
-# text that the model allows.
+# The old answer to "how many slots should a request get?" was: as many as it could ever need. Nobody knows
+# how long an answer will be, attention kernels wanted one unbroken stretch of memory, and so each request got
+# a stretch as long as the longest text that the model allows.
 #
 # ```
 #  one request, in the middle of its answer
@@ -27,13 +28,13 @@
 #  and outside of every reservation: holes too short for the next one, and whatever the allocator rounded up.   external
 # ```
 #
-# The four words are those of the PagedAttention paper (section 3.1). Learn them now: minipaged's screen, its lab and these
-# lessons all use them.
+# The four words are those of the PagedAttention paper (section 3.1). Learn them now: minipaged's screen, its
+# lab and these lessons all use them.
 #
 # ## The pain
 #
-# Below is a small server in a loop: a pool of slots, a queue that is never empty, and requests whose lengths look like
-# those of people chatting. Run the cell and see how many of them run side by side.
+# Below is a small server in a loop: a pool of slots, a queue that is never empty, and requests whose lengths
+# look like those of people chatting. Run the cell and see how many of them run side by side.
 
 # %%
 from __future__ import annotations
@@ -142,8 +143,8 @@ if __name__ == "__main__":
 #
 # Take one request in the middle of its work and say what each of its reserved slots is for.
 #
-# First see the test fail. This is how every lesson goes: a command that must fail, then your code, then the same command
-# again.
+# First see the test fail. This is how every lesson goes: a command that must fail, then your code, then the
+# same command again.
 #
 # ```console
 # $ python 01_the_waste.py
@@ -184,8 +185,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `waste`
 #
-# Now predict what the simulation above measured, without running it. You are to return the share of the pool that holds **no**
-# token, averaged over time, when each request reserves `max_len` slots and the queue is never empty.
+# Now predict what the simulation above measured, without running it. You are to return the share of the pool
+# that holds **no** token, averaged over time, when each request reserves `max_len` slots and the queue is
+# never empty.
 #
 # Think of the pool as a few rows of `max_len` slots:
 #
@@ -197,10 +199,10 @@ if __name__ == "__main__":
 #  rest   ·······                                          too short for a row
 # ```
 #
-# How many rows are there? Each is always busy. A request of `answer` tokens keeps its row for `answer` steps, and in its
-# k-th step the row holds `prompt + k` tokens. Add up what a row holds over the whole life of every request, divide by the
-# number of steps those lives take together, and you have the average of one row. Long answers stay longer, so they weigh
-# more: the average over *requests* would be too small.
+# How many rows are there? Each is always busy. A request of `answer` tokens keeps its row for `answer` steps,
+# and in its k-th step the row holds `prompt + k` tokens. Add up what a row holds over the whole life of every
+# request, divide by the number of steps those lives take together, and you have the average of one row. Long
+# answers stay longer, so they weigh more: the average over *requests* would be too small.
 
 
 # %%
@@ -241,17 +243,18 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What was won
 #
-# Nothing yet: you have only learned how bad it is. So let us see what better guesses would bring. Three reservations, and
-# one that is not a reservation at all:
+# Nothing yet: you have only learned how bad it is. So let us see what better guesses would bring. Three
+# reservations, and one that is not a reservation at all:
 #
 # - **max**: the longest text allowed, as above;
 # - **pow2**: the prompt, plus the answer rounded up to a power of two (a good guesser, generously treated);
 # - **oracle**: exactly what the request will need, as if the server could see the future;
-# - **paged**: small blocks, handed out when they are needed and not before. They need not lie side by side, so there are no
-#   holes. Only the unfilled part of a request's last block is lost. You will build this from lesson 3 on.
+# - **paged**: small blocks, handed out when they are needed and not before. They need not lie side by side,
+#   so there are no holes. Only the unfilled part of a request's last block is lost. You will build this from
+#   lesson 3 on.
 #
-# The columns are the words from the picture. They are measured when you run this cell; beside them stands what the paper's
-# authors measured on real systems, for the share that holds tokens.
+# The columns are the words from the picture. They are measured when you run this cell; beside them stands
+# what the paper's authors measured on real systems, for the share that holds tokens.
 
 # %%
 PAPER_TOKEN_SHARE = {"max": 0.204, "pow2": 0.268, "oracle": 0.382, "paged": 0.963}  # arXiv 2309.06180, Fig. 2
@@ -314,26 +317,30 @@ if __name__ == "__main__":
     what_was_won()
 
 # %% [markdown]
-# Compare the *batch* column first. A decoding step reads all the weights of the model once, whether for one request or for
-# thirty. So the batch is, to a good approximation, the throughput.
+# Compare the *batch* column first. A decoding step reads all the weights of the model once, whether for one
+# request or for thirty. So the batch is, to a good approximation, the throughput.
 #
-# Then compare oracle with paged. Even perfect knowledge of the future loses to small blocks: a reservation stands empty before
-# it is filled, and stretches of unequal length must be rounded up or leave holes. Paging needs no prophet.
+# Then compare oracle with paged. Even perfect knowledge of the future loses to small blocks: a reservation
+# stands empty before it is filled, and stretches of unequal length must be rounded up or leave holes. Paging
+# needs no prophet.
 #
 # ## What real engines do
 #
-# - **FasterTransformer** and most servers of its time reserved the maximum for every row of a batch. **Orca** reserved per request;
-#   the paper's "Orca (Max)", "(Pow2)" and "(Oracle)" are the rows above, with a buddy allocator underneath (Kwon et al. 2023,
-#   [arXiv 2309.06180](https://arxiv.org/abs/2309.06180), sections 3.1 and 6.1).
-# - **Hugging Face transformers** still offers the old way on purpose: a `StaticCache` of a fixed length, because a shape
-#   that never changes is what a compiler likes ([cache strategies](https://huggingface.co/docs/transformers/kv_cache)).
+# - **FasterTransformer** and most servers of its time reserved the maximum for every row of a batch. **Orca**
+#   reserved per request; the paper's "Orca (Max)", "(Pow2)" and "(Oracle)" are the rows above, with a buddy
+#   allocator underneath (Kwon et al. 2023, [arXiv 2309.06180](https://arxiv.org/abs/2309.06180), sections 3.1
+#   and 6.1).
+# - **Hugging Face transformers** still offers the old way on purpose: a `StaticCache` of a fixed length,
+#   because a shape that never changes is what a compiler likes ([cache
+#   strategies](https://huggingface.co/docs/transformers/kv_cache)).
 # - **vLLM**, **TensorRT-LLM**, **TGI** and **SGLang** all page.
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/reservations.py`: `Reservations` counts these four kinds (and padding and idleness) for any system that
-#   reserves.
+# - `minipaged/memory/reservations.py`: `Reservations` counts these four kinds (and padding and idleness) for
+#   any system that reserves.
 # - `minipaged/memory/buddy.py`: `BuddyAllocator`, what Orca's reservations were cut from.
 # - `minipaged/memory/systems.py`: each system of the paper as a few lines on top.
 #
-# Check your work with `minipaged learn check 1`, and look at a pool of blocks at work with `minipaged learn show 1`.
+# Check your work with `minipaged learn check 1`, and look at a pool of blocks at work with `minipaged learn
+# show 1`.

@@ -5,9 +5,10 @@
 #
 # ## Why
 #
-# Lesson 1 ended with a riddle: even a server that knows the future wastes much of its memory. One reason was holes. Stretches of unequal
-# length come and go, and what is free ends up in pieces that are each too short. Operating systems had this problem in the 1960s,
-# and their answer was **paging**: cut memory into pieces of one size. Then every piece fits every need.
+# Lesson 1 ended with a riddle: even a server that knows the future wastes much of its memory. One reason was
+# holes. Stretches of unequal length come and go, and what is free ends up in pieces that are each too short.
+# Operating systems had this problem in the 1960s, and their answer was **paging**: cut memory into pieces of
+# one size. Then every piece fits every need.
 #
 # ```
 #  stretches   AAAAAAA···BBBBBB····CCC····DDDDDDD··     12 tokens for E? 13 slots are free, but never 12 in a row
@@ -16,12 +17,13 @@
 #                A A B E C D E A B E D ·
 # ```
 #
-# A block holds the keys and values of a fixed number of tokens, often 16. What keeps track of the blocks is the **block pool**: a list
-# of free blocks, and no more. It knows nothing of sequences, tokens or tensors. It must only never lie. A block that is lost
-# makes the server smaller until somebody restarts it. A block that is handed out twice makes one user read another user's text.
+# A block holds the keys and values of a fixed number of tokens, often 16. What keeps track of the blocks is
+# the **block pool**: a list of free blocks, and no more. It knows nothing of sequences, tokens or tensors. It
+# must only never lie. A block that is lost makes the server smaller until somebody restarts it. A block that
+# is handed out twice makes one user read another user's text.
 #
-# One convention before you start: **block 0 is never handed out**. It is the *null block*. Tables are padded with zeros, and a zero
-# must point at something harmless.
+# One convention before you start: **block 0 is never handed out**. It is the *null block*. Tables are padded
+# with zeros, and a zero must point at something harmless.
 #
 # ## The pain
 #
@@ -57,8 +59,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 1: `BlockPool.allocate`
 #
-# Take a block from the front of `free_blocks`, note it in `held`, return its number. If there is none, raise `OutOfBlocks`
-# and change nothing.
+# Take a block from the front of `free_blocks`, note it in `held`, return its number. If there is none, raise
+# `OutOfBlocks` and change nothing.
 #
 # ```console
 # $ python 03_blocks.py
@@ -67,8 +69,9 @@ if __name__ == "__main__":
 #
 # ## Task 2: `BlockPool.free`
 #
-# Put a block back at the end of `free_blocks`. If it is not held (it is free already, or never existed), raise `ValueError`. Do not be
-# kind: a double free that is quietly ignored hides a bug somewhere else, and the next one will not be so lucky.
+# Put a block back at the end of `free_blocks`. If it is not held (it is free already, or never existed),
+# raise `ValueError`. Do not be kind: a double free that is quietly ignored hides a bug somewhere else, and
+# the next one will not be so lucky.
 #
 # Both must cost the same however large the pool is, so no searching through the list.
 
@@ -168,23 +171,25 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 3: `law`
 #
-# The tests above are examples: five calls that somebody thought of. The bugs in allocators live in the sequences that nobody
-# thought of. So now you write down what must *always* be true, and let a machine search for a sequence that breaks it.
+# The tests above are examples: five calls that somebody thought of. The bugs in allocators live in the
+# sequences that nobody thought of. So now you write down what must *always* be true, and let a machine search
+# for a sequence that breaks it.
 #
-# The machine is Hypothesis. It makes up lists of operations and calls your `law` with a new pool for each list. An operation is either
-# `"allocate"`, or a number: the block to free. That number may be a held block, a free one, the null block, or one that
-# does not exist; whoever calls a pool may be mistaken.
+# The machine is Hypothesis. It makes up lists of operations and calls your `law` with a new pool for each
+# list. An operation is either `"allocate"`, or a number: the block to free. That number may be a held block,
+# a free one, the null block, or one that does not exist; whoever calls a pool may be mistaken.
 #
-# Your `law` performs the operations one after another and raises `AssertionError` as soon as the pool lies. To know that it lies, keep
-# your own record of what is held. In words:
+# Your `law` performs the operations one after another and raises `AssertionError` as soon as the pool lies.
+# To know that it lies, keep your own record of what is held. In words:
 #
 # - nothing handed out twice: a new block is not held already;
 # - nothing invented: it is a block of this pool, and not the null block;
-# - nothing lost: at any moment, free and held together are all blocks, and the pool refuses only when all are held;
+# - nothing lost: at any moment, free and held together are all blocks, and the pool refuses only when all are
+#   held;
 # - nothing forgiven: freeing raises `ValueError` exactly when the block is not held.
 #
-# How good is your law? Below it stand nine pools, each with one bug. The test counts how many of them your law finds. You pass
-# with six; nine is possible in about fifteen lines. **Do not read the bugs yet.**
+# How good is your law? Below it stand nine pools, each with one bug. The test counts how many of them your
+# law finds. You pass with six; nine is possible in about fifteen lines. **Do not read the bugs yet.**
 
 # %%
 Operation = Literal["allocate"] | int
@@ -196,9 +201,9 @@ def law(pool: BlockPool, operations: list[Operation]) -> None:
 
 
 # %% [markdown]
-# The judge. `broken_by` lets Hypothesis search, and returns the shortest list of operations it could find that makes `law` fail,
-# or `None`. Making a failing list shorter and shorter while it still fails is called **shrinking**; it is the reason why one wants
-# such a machine.
+# The judge. `broken_by` lets Hypothesis search, and returns the shortest list of operations it could find
+# that makes `law` fail, or `None`. Making a failing list shorter and shorter while it still fails is called
+# **shrinking**; it is the reason why one wants such a machine.
 
 # %%
 SIZE = 4  # blocks, the null block among them: small pools find bugs fast, since everything happens soon
@@ -251,7 +256,8 @@ def test_3_the_law_finds_bugs() -> None:
 # %% [markdown]
 # ## The nine bugs
 #
-# Each is a few lines around your own pool. Real allocators have had every one of them. Read on only when your law is written.
+# Each is a few lines around your own pool. Real allocators have had every one of them. Read on only when your
+# law is written.
 
 
 # %%
@@ -357,8 +363,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What was won
 #
-# First your law's mark, and the shortest story that Hypothesis could find for each bug. Read a few: each is a bug report that a
-# colleague could act on. Then the price of a block, which must not depend on how many there are; and the holes, which are gone.
+# First your law's mark, and the shortest story that Hypothesis could find for each bug. Read a few: each is a
+# bug report that a colleague could act on. Then the price of a block, which must not depend on how many there
+# are; and the holes, which are gone.
 
 
 # %%
@@ -384,19 +391,20 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What real engines do
 #
-# - **vLLM** keeps its free blocks in a doubly linked list, so that a block in the middle can be taken out in one step when the prefix
-#   cache finds it useful after all ([`FreeKVCacheBlockQueue`](https://github.com/vllm-project/vllm/blob/main/vllm/v1/core/kv_cache_utils.py)).
+# - **vLLM** keeps its free blocks in a doubly linked list, so that a block in the middle can be taken out in
+#   one step when the prefix cache finds it useful after all
+#   ([`FreeKVCacheBlockQueue`](https://github.com/vllm-project/vllm/blob/main/vllm/v1/core/kv_cache_utils.py)).
 #   Lesson 10 will show why one wants that.
 # - **SGLang** hands out single tokens' slots by default, a block of one
 #   ([`allocator.py`](https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/mem_cache/allocator.py)).
 # - **Linux** and every other operating system with paging has the same list, of page frames.
-# - **Hypothesis** shrinks as you saw; its stateful tests (`RuleBasedStateMachine`) are the grown-up form of your list of operations
-#   ([documentation](https://hypothesis.readthedocs.io/en/latest/stateful.html)).
+# - **Hypothesis** shrinks as you saw; its stateful tests (`RuleBasedStateMachine`) are the grown-up form of
+#   your list of operations ([documentation](https://hypothesis.readthedocs.io/en/latest/stateful.html)).
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/block_pool.py`: `BlockPool.take` and `BlockPool.drop` are your two methods, with a count of holders in place
-#   of the set (lesson 8).
+# - `minipaged/memory/block_pool.py`: `BlockPool.take` and `BlockPool.drop` are your two methods, with a count
+#   of holders in place of the set (lesson 8).
 # - `minipaged/memory/free_list.py`: `FreeList`, the list itself.
 # - `minipaged/memory/types.py`: `NULL_BLOCK`.
 # - `minipaged/laws.py`: `LAWS`, what you wrote as a function, written as sentences.

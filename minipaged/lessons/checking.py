@@ -38,7 +38,9 @@ class Result:
 def check(one: Lesson, path: Path, *, limit_seconds: float = LIMIT_SECONDS) -> Result:
     """Run the tests of `path`, a copy of lesson `one`."""
     command = [sys.executable, "-m", "minipaged.lessons.runner", str(path.resolve())]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    here = str(Path(__file__).resolve().parents[2])  # the lesson sees the minipaged that checks it
+    search = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": search}
     timed_out = False
     try:
         done = subprocess.run(

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MARK = "\x1eminipaged "
+MARK = "::lesson:: "
 _TEST = re.compile(r"test_(\d+)_\w+")
 
 

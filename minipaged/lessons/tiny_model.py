@@ -35,6 +35,7 @@ class TinyModel:
         self.out = [random(width, width) for _ in range(layers)]
         self.up = [random(width, 4 * width) for _ in range(layers)]
         self.down = [random(4 * width, width) for _ in range(layers)]
+        self.head = random(width, vocab)
         self.tokens_computed = 0  # counts the work: tokens that went through the layers
 
     def __call__(self, tokens: list[int], first_position: int, attend: Attend) -> Tensor:
@@ -48,7 +49,7 @@ class TinyModel:
             attended = attend(layer, q, k, v)  # each [tokens, heads, head_dim]
             x = x + attended.flatten(1) @ self.out[layer]
             x = x + torch.relu(norm(x) @ self.up[layer]) @ self.down[layer]
-        return norm(x) @ self.token_embedding.T
+        return norm(x) @ self.head
 
 
 def norm(x: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def test_reset_keeps_what_was_written(folder: Path) -> None:
 
 def test_watch_ends_when_the_lesson_is_solved(folder: Path) -> None:
     solve(folder, 1)
-    code, text = learn("watch", 1, "--dir", folder)
+    code, text = learn("watch", 1, "--runs", 1, "--dir", folder)
     assert code == 0
     assert "All done" in text
 

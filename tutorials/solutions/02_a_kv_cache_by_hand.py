@@ -5,8 +5,9 @@
 #
 # ## Why
 #
-# A decoder is causal: a token looks back, never ahead. So the keys and values of a token do not depend on what comes after it.
-# Once computed, they are true for ever. Without a cache we compute them again anyway, at every step, for every token.
+# A decoder is causal: a token looks back, never ahead. So the keys and values of a token do not depend on
+# what comes after it. Once computed, they are true for ever. Without a cache we compute them again anyway, at
+# every step, for every token.
 #
 # ```
 #  step 1   T T T T            → E            computes 4 tokens
@@ -19,11 +20,13 @@
 #  step 3   · · · · · F        → G            computes 1
 # ```
 #
-# The first way computes a number of tokens that grows with the square of the text's length. The second computes each token once.
+# The first way computes a number of tokens that grows with the square of the text's length. The second
+# computes each token once.
 #
-# Open `minipaged/lessons/tiny_model.py` before you go on. It is a whole decoder on one screen, and it has one unusual feature:
-# attention is a function that you pass in. The model computes `q`, `k` and `v`, and calls `attend(layer, q, k, v)`. Where keys and
-# values are kept is that function's business. This lesson and the real engine both live behind that line.
+# Open `minipaged/lessons/tiny_model.py` before you go on. It is a whole decoder on one screen, and it has one
+# unusual feature: attention is a function that you pass in. The model computes `q`, `k` and `v`, and calls
+# `attend(layer, q, k, v)`. Where keys and values are kept is that function's business. This lesson and the
+# real engine both live behind that line.
 #
 # ## The pain
 #
@@ -97,8 +100,9 @@ if __name__ == "__main__":
 #                          lengths[layer]
 # ```
 #
-# `append` writes the new keys and values behind those that are there, and returns all keys and all values so far. Return
-# *views* (slices), so that nothing is copied twice. If they do not fit, raise `ValueError` and change nothing.
+# `append` writes the new keys and values behind those that are there, and returns all keys and all values so
+# far. Return *views* (slices), so that nothing is copied twice. If they do not fit, raise `ValueError` and
+# change nothing.
 #
 # ```console
 # $ python 02_a_kv_cache_by_hand.py
@@ -178,11 +182,12 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `generate`
 #
-# Now generate with it. The prompt goes through the model in one call; after that, each call brings one new token. `dense_attention`
-# already does the right thing when there are more keys than queries: the queries are the *last* tokens.
+# Now generate with it. The prompt goes through the model in one call; after that, each call brings one new
+# token. `dense_attention` already does the right thing when there are more keys than queries: the queries are
+# the *last* tokens.
 #
-# The function that you pass as `attend` has two jobs: put `k` and `v` into the cache, and attend over everything that
-# comes back. Mind `first_position`: the model must know where the new tokens stand.
+# The function that you pass as `attend` has two jobs: put `k` and `v` into the cache, and attend over
+# everything that comes back. Mind `first_position`: the model must know where the new tokens stand.
 
 
 # %%
@@ -241,8 +246,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 3: `kv_bytes_per_token`
 #
-# Time was bought with memory. How much? For each token the cache holds a key and a value, in each layer, for each KV head,
-# `head_dim` numbers each.
+# Time was bought with memory. How much? For each token the cache holds a key and a value, in each layer, for
+# each KV head, `head_dim` numbers each.
 
 
 # %%
@@ -308,19 +313,21 @@ if __name__ == "__main__":
     what_was_won()
 
 # %% [markdown]
-# The last table is why the rest of this course exists. A text of a few pages takes about as much memory as a small model. And
-# our `Cache` makes the mistake of lesson 1: it allocates `longest` slots for a text that may end after ten.
+# The last table is why the rest of this course exists. A text of a few pages takes about as much memory as a
+# small model. And our `Cache` makes the mistake of lesson 1: it allocates `longest` slots for a text that may
+# end after ten.
 #
 # ## What real engines do
 #
-# - **Hugging Face transformers** grows its default `DynamicCache` by concatenation at every step: it never holds more than it needs,
-#   but each step copies all that is there
-#   ([`cache_utils.py`](https://github.com/huggingface/transformers/blob/main/src/transformers/cache_utils.py)). Its `StaticCache` is
-#   what you wrote.
-# - **Fewer KV heads** are the other way to save. In grouped-query attention several query heads share one KV head
-#   (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245)). Look at Llama 3 in the table.
-# - The quadratic and the linear way compute the same numbers, but sum them in another order. So logits agree up to rounding, not bit for
-#   bit; engines are tested with a tolerance, as the last test of task 2 is.
+# - **Hugging Face transformers** grows its default `DynamicCache` by concatenation at every step: it never
+#   holds more than it needs, but each step copies all that is there
+#   ([`cache_utils.py`](https://github.com/huggingface/transformers/blob/main/src/transformers/cache_utils.py)).
+#   Its `StaticCache` is what you wrote.
+# - **Fewer KV heads** are the other way to save. In grouped-query attention several query heads share one KV
+#   head (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245)). Look at Llama 3 in the
+#   table.
+# - The quadratic and the linear way compute the same numbers, but sum them in another order. So logits agree
+#   up to rounding, not bit for bit; engines are tested with a tolerance, as the last test of task 2 is.
 #
 # ## Where this lives in minipaged
 #

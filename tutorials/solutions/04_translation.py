@@ -5,9 +5,9 @@
 #
 # ## Why
 #
-# Lesson 3 hands out blocks in any order. So the tokens of one text lie scattered over the pool, and somebody must know where. That is the
-# **block table**: one short list for each sequence. Entry 0 names the block that holds the first tokens, entry 1 the block with the
-# next ones, and so on.
+# Lesson 3 hands out blocks in any order. So the tokens of one text lie scattered over the pool, and somebody
+# must know where. That is the **block table**: one short list for each sequence. Entry 0 names the block that
+# holds the first tokens, entry 1 the block with the next ones, and so on.
 #
 # ```
 #  position        0   1   2   3 │ 4   5   6   7 │ 8   9
@@ -20,18 +20,19 @@
 #  slots           0..3     …   8..11              …   20..23           28..31
 # ```
 #
-# A position in the text is a **logical** address; a slot in the pool is a **physical** one. Turning the first into the second is what the
-# page table of an operating system does for each memory access. Here it is done once for each token that is written, and once
-# for each block that is read.
+# A position in the text is a **logical** address; a slot in the pool is a **physical** one. Turning the first
+# into the second is what the page table of an operating system does for each memory access. Here it is done
+# once for each token that is written, and once for each block that is read.
 #
-# Nothing else in the engine may know where things lie. The model asks for positions; the pool knows blocks; the table stands in between.
-# That one indirection is the whole idea of PagedAttention. All that follows (sharing, copy-on-write, swapping, prefix
-# caching) is done by editing tables.
+# Nothing else in the engine may know where things lie. The model asks for positions; the pool knows blocks;
+# the table stands in between. That one indirection is the whole idea of PagedAttention. All that follows
+# (sharing, copy-on-write, swapping, prefix caching) is done by editing tables.
 #
 # ## The pain
 #
-# How else could a text grow whose length nobody knows? By moving: when there is no room behind it, it is copied to a larger place. Below,
-# three texts grow side by side. One server copies at every token (concatenation), one doubles the room each time it runs out.
+# How else could a text grow whose length nobody knows? By moving: when there is no room behind it, it is
+# copied to a larger place. Below, three texts grow side by side. One server copies at every token
+# (concatenation), one doubles the room each time it runs out.
 
 # %%
 from __future__ import annotations
@@ -72,15 +73,16 @@ if __name__ == "__main__":
 #
 # ## Task 1: `slot`
 #
-# The heart of it, one line long. The position says which entry of the table, and which place inside the block:
+# The heart of it, one line long. The position says which entry of the table, and which place inside the
+# block:
 #
 # ```
 #  position 6, blocks of 4      entry 6 // 4 = 1        place 6 % 4 = 2
 #                               table[1] = 2            slot 2 * 4 + 2 = 10
 # ```
 #
-# Refuse a position outside the table with `IndexError`. Python will not do all of it for you: `table[-1]` is a perfectly good
-# expression, and it would read the end of the text.
+# Refuse a position outside the table with `IndexError`. Python will not do all of it for you: `table[-1]` is
+# a perfectly good expression, and it would read the end of the text.
 #
 # ```console
 # $ python 04_translation.py
@@ -126,9 +128,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `slot_mapping`
 #
-# An engine never asks for one slot. In one step it computes tokens of many sequences at once: here the one new token of a running answer,
-# there forty tokens of a prompt. The model sees one long row of tokens, and a row of slots beside it that says where the key
-# and value of each must go. That row is called the **slot mapping**.
+# An engine never asks for one slot. In one step it computes tokens of many sequences at once: here the one
+# new token of a running answer, there forty tokens of a prompt. The model sees one long row of tokens, and a
+# row of slots beside it that says where the key and value of each must go. That row is called the **slot
+# mapping**.
 #
 # ```
 #  sequence  A: 1 token from position 9     B: 3 tokens from position 0
@@ -203,8 +206,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 3: `who_lives_at`
 #
-# The way back: a slot is given, who lives there? An engine never needs to know, but people do. The screen's inspector asks this
-# when you point at a block. It is also the proof that the map is injective: only then does the question have one answer.
+# The way back: a slot is given, who lives there? An engine never needs to know, but people do. The screen's
+# inspector asks this when you point at a block. It is also the proof that the map is injective: only then
+# does the question have one answer.
 
 
 # %%
@@ -242,7 +246,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What was won
 #
-# The same three texts, in blocks. And what the translation costs: your Python, and the same in numpy, as engines do it.
+# The same three texts, in blocks. And what the translation costs: your Python, and the same in numpy, as
+# engines do it.
 
 
 # %%
@@ -276,17 +281,19 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## What real engines do
 #
-# - **vLLM** computes the slot mapping on the GPU, in a small kernel that does your line for all tokens at once, because tables live
-#   there too ([`block_table.py`](https://github.com/vllm-project/vllm/blob/main/vllm/v1/worker/block_table.py)).
-# - **FlashInfer** stores the tables of a batch as one long row of pages plus an offset for each sequence: no padding
-#   ([page table layout](https://docs.flashinfer.ai/tutorials/kv_layout.html)).
-# - **CPUs** do the same with each memory access, in hardware, with a cache of recent translations (the TLB). We do not need one: a
-#   kernel translates once for a block and then reads the whole block.
+# - **vLLM** computes the slot mapping on the GPU, in a small kernel that does your line for all tokens at
+#   once, because tables live there too
+#   ([`block_table.py`](https://github.com/vllm-project/vllm/blob/main/vllm/v1/worker/block_table.py)).
+# - **FlashInfer** stores the tables of a batch as one long row of pages plus an offset for each sequence: no
+#   padding ([page table layout](https://docs.flashinfer.ai/tutorials/kv_layout.html)).
+# - **CPUs** do the same with each memory access, in hardware, with a cache of recent translations (the TLB).
+#   We do not need one: a kernel translates once for a block and then reads the whole block.
 # - `who_lives_at` has a real cousin in operating systems: the *reverse map* from page frames to their owners.
 #
 # ## Where this lives in minipaged
 #
 # - `minipaged/execution/torch_runner.py`: `StepInputs` turns a step's plan into a slot mapping.
 # - `kernels/cache_write.py`: `write_kv` takes it.
-# - `minipaged/scheduling/plan.py`: `StepPlan` carries `tables`, `starts` and `lengths`, the arguments of task 2.
+# - `minipaged/scheduling/plan.py`: `StepPlan` carries `tables`, `starts` and `lengths`, the arguments of task
+#   2.
 # - `minipaged/memory/sequence_blocks.py`: `SequenceBlocks` owns one sequence's table.
