@@ -37,6 +37,13 @@ class StepInputs:
         self.context_lens = tensor(starts + lengths, torch.int32)
         self.query_starts = tensor(np.concatenate([[0], ends]), torch.int32)
         self.longest = int(lengths.max(initial=0))
+        ones, longer = np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1)
+        self.mixed = bool(len(ones) and len(longer))  # decodes and prompt chunks in one step: each has its kernel
+        if self.mixed:
+            self.decode_rows, self.decode_tokens = tensor(ones, torch.int64), tensor(ends[ones] - 1, torch.int64)
+            self.prompt_rows = tensor(longer, torch.int64)
+            self.prompt_tokens = tensor(np.flatnonzero(lengths[row_of] > 1), torch.int64)
+            self.prompt_starts = tensor(np.concatenate([[0], np.cumsum(lengths[longer])]), torch.int32)
         self.last_rows = tensor(ends[plan.draw_rows] - 1, torch.int64)
 
 
@@ -165,18 +172,27 @@ class AttentionOverPages:
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
-        inputs = self._inputs
+        inputs, scale = self._inputs, self._scale
         keys, values = self._store.layers[layer]
         kernels.write_kv(key, value, keys, values, inputs.slot_mapping)
+        tables, lens = inputs.tables, inputs.context_lens
         if inputs.longest == 1:
-            return kernels.paged_decode(query, keys, values, inputs.tables, inputs.context_lens, self._scale)
-        return kernels.paged_prefill(
-            query,
+            return kernels.paged_decode(query, keys, values, tables, lens, scale)
+        if not inputs.mixed:
+            return kernels.paged_prefill(query, keys, values, tables, lens, inputs.query_starts, inputs.longest, scale)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        ones, longer = inputs.decode_rows, inputs.prompt_rows
+        out[inputs.decode_tokens] = kernels.paged_decode(
+            query[inputs.decode_tokens], keys, values, tables[ones], lens[ones], scale
+        )
+        out[inputs.prompt_tokens] = kernels.paged_prefill(
+            query[inputs.prompt_tokens],
             keys,
             values,
-            inputs.tables,
-            inputs.context_lens,
-            inputs.query_starts,
+            tables[longer],
+            lens[longer],
+            inputs.prompt_starts,
             inputs.longest,
-            self._scale,
+            scale,
         )
+        return out
