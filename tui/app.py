@@ -6,12 +6,13 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
-from minipaged.trace.live import EngineProcess
+from minipaged.trace.live import EngineProcess, LiveSource
 from minipaged.trace.sources import FileSource, Source
 from tui.keys import load_keys
 from tui.screen import ScreenApp, binding_ids
@@ -43,26 +44,64 @@ def run_screen(
     goes `steps` steps (None: until nothing is left to do), saves `screenshot` (SVG) and returns. size: (columns, rows)
     of a headless screen, 80 by 24 by default.
     """
-    if isinstance(source_or_engine_factory, str | Path):
-        source_or_engine_factory = FileSource(source_or_engine_factory, progress=_say_progress)
-    if isinstance(source_or_engine_factory, tuple):
-        factory, arguments = source_or_engine_factory
-    elif callable(source_or_engine_factory):
-        factory, arguments = source_or_engine_factory, {}
+    look = Look(ascii, light, load_keys(binding_ids()), size or (80, 24))
+    given = source_or_engine_factory
+    if isinstance(given, str | Path):
+        given = FileSource(given, progress=_say_progress)
+    if isinstance(given, tuple):
+        runner = EngineRunner(*given, record=record)
+    elif callable(given):
+        runner = EngineRunner(given, {}, record=record)
     else:
-        session = Session(source_or_engine_factory, speed=speed)
-        return _show(session, ascii, light, headless, steps, screenshot, size)
-    with EngineProcess(factory, arguments, recording=record) as engine:
+        return _show(Session(given, speed=speed), look, None, headless, steps, screenshot)
+    try:
+        session = Session(runner.start(), speed=speed)
         for prompt in prompts:
-            text, params = prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())
-            engine.source.submit(text, params)
-        session = Session(engine.source, speed=speed)
+            session.submit(*(prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())))
         if not headless:
             session.start()
-        code = _show(session, ascii, light, headless, steps, screenshot, size)
-        if code == 1 and (words := engine.last_words()):
-            print(f"minipaged: {words} (log: {engine.log_path})", file=sys.stderr)
+        code = _show(session, look, runner, headless, steps, screenshot)
+        if code == 1 and (words := runner.last_words()):
+            print(f"minipaged: {words}", file=sys.stderr)
         return code
+    finally:
+        runner.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How the screen is to look."""
+
+    ascii: bool
+    light: bool
+    keymap: Mapping[str, str]
+    size: tuple[int, int]  # of a headless screen
+
+
+class EngineRunner:
+    """Starts the engine's process, and another in its place for a branch: two would not fit one device's memory."""
+
+    def __init__(self, factory: Factory, arguments: Mapping[str, Any], *, record: str | Path | None) -> None:
+        self._factory, self._arguments, self._record = factory, arguments, record
+        self._engine: EngineProcess | None = None
+
+    def start(self) -> LiveSource:
+        """A fresh engine. The first one's steps are recorded."""
+        self.close()
+        self._engine = EngineProcess(self._factory, self._arguments, recording=self._record)
+        self._record = None
+        return self._engine.source
+
+    def last_words(self) -> str:
+        """The last line of the engine's log, and where it is."""
+        words = self._engine.last_words() if self._engine is not None else ""
+        return f"{words} (log: {self._engine.log_path})" if words and self._engine is not None else ""
+
+    def close(self) -> None:
+        """End the engine's process."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
 
 def _say_progress(done: int, size: int) -> None:
@@ -74,16 +113,16 @@ def _say_progress(done: int, size: int) -> None:
 
 def _show(
     session: Session,
-    ascii: bool,
-    light: bool,
+    look: Look,
+    runner: EngineRunner | None,
     headless: bool,
     steps: int | None,
     screenshot: str | Path | None,
-    size: tuple[int, int] | None,
 ) -> int:
-    app = ScreenApp(session, ascii=ascii, light=light, keymap=load_keys(binding_ids()))
+    restart = runner.start if runner is not None else None
+    app = ScreenApp(session, ascii=look.ascii, light=look.light, keymap=look.keymap, restart=restart)
     if headless:
-        code = asyncio.run(_headless(app, steps, screenshot, size or (80, 24)))
+        code = asyncio.run(_headless(app, steps, screenshot, look.size))
         if code:
             print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
         return code

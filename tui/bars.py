@@ -46,7 +46,7 @@ def header_line(view: View, width: int) -> Line:
     if view.caption:
         return spread([(" ", "text"), (view.word, "strong")], _fullness(view, width), width)
     mark: Run = ("▶ " if running else "‖ ", "good" if running else "strong")
-    words: Line = [(" ", "text"), mark, (view.word, "strong")]
+    words: Line = [(" ", "text"), mark, (f"BRANCH {view.word}" if view.branched else view.word, "strong")]
     replay = view.word in ("REPLAY", "PLAYING")
     step = f" · step {view.snapshot.step}" if view.position else " · start"
     words.append((step + (f" · {view.position}/{view.length}" if replay else ""), "text"))

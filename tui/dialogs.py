@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -72,6 +72,49 @@ class AddPrompt(Window):
             self.query_one("#problem", Label).update(f"✗ {error}")
             return
         self.dismiss((prompt, params))
+
+
+_KNOBS = (
+    ("max_num_seqs", "most at once"),
+    ("max_num_batched_tokens", "tokens a step"),
+    ("watermark", "watermark"),
+    ("policy", "order"),
+    ("preemption", "preemption"),
+)
+
+
+class Knobs(Window):
+    """The engine's settings that can be turned while it runs; answers with those that were changed."""
+
+    def __init__(self, settings: Mapping[str, object]) -> None:
+        super().__init__()
+        self._settings = {name: str(settings.get(name, "")) for name, _ in _KNOBS}
+
+    def compose(self) -> ComposeResult:
+        """A line a knob."""
+        with Vertical(classes="window small", id="knobs"):
+            yield Label("Knobs: they act from the next step on", classes="title")
+            with Grid(id="fields"):
+                for name, label in _KNOBS:
+                    yield Label(label)
+                    yield Input(value=self._settings[name], id=name, compact=True)
+            yield Label("enter: turn · escape: leave", classes="hint")
+
+    def on_input_submitted(self) -> None:
+        """Enter turns what was changed."""
+        typed = {name: self.query_one(f"#{name}", Input).value.strip() for name in self._settings}
+        changed = {name: _value(text) for name, text in typed.items() if text and text != self._settings[name]}
+        self.dismiss(changed or None)
+
+
+def _value(text: str) -> object:
+    """A number where it is one, else the word."""
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
 
 
 def parse_params(fields: dict[str, str]) -> SamplingParams:

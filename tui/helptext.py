@@ -25,12 +25,13 @@ KEYS = """space     run, pause              ] [       one step on, one back
 } {       next, previous event    / n N     find: cow, preempt, seq B, block 31, 40
 g G       start, newest           < >       slower, faster
 + - 0     zoom in, out, fit       arrows    move the cursor (or h j k l)
-enter     inspect the block       w         why: go to the event that caused this one
+enter     inspect the block       w         why: go to the cause
 f         dim all but one         z         one pane alone (escape: back)
 1 … 7     go to a pane            a         add a prompt
 b         bookmark here           x         abort the request under the cursor
 t         a token's journey       c         compare with other systems
 e         knobs                   L         lessons
+B         branch: run again to here, then otherwise
 ctrl+p    all commands            q         quit
 """
 

@@ -10,22 +10,21 @@ from functools import partial
 from typing import Any, ClassVar
 
 from textual import events
-from textual.app import App, ComposeResult, SystemCommand
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.theme import Theme
-from textual.widget import Widget
 
+from minipaged.trace.live import LiveSource
+from tui.actions import Actions
 from tui.bars import Caption, Header, HostStrip, Keys, Legend
 from tui.blockmap import BlockMap
 from tui.compare import ComparePane
-from tui.dialogs import AddPrompt, Ask, Choose, Overlay, Reading
-from tui.helptext import help_text
+from tui.dialogs import Overlay
 from tui.history import History
 from tui.inspector import Inspector, Journey
 from tui.lessons import LESSONS
-from tui.lessonsession import LessonSession
 from tui.palette import ASCII, UNICODE, Mode
 from tui.pane import Pane
 from tui.session import Change, Session
@@ -45,7 +44,7 @@ THEMES = (
 PANE_IDS = ("blocks", "tables", "text", "timeline", "inspector", "waste", "tree")
 
 
-class ScreenApp(App[int]):
+class ScreenApp(Actions):
     """One trace on a terminal."""
 
     CSS_PATH = "screen.tcss"
@@ -76,6 +75,8 @@ class ScreenApp(App[int]):
         Binding("plus,equals_sign", "zoom(1)", "zoom in", id="zoom.in"),
         Binding("minus", "zoom(-1)", "zoom out", id="zoom.out"),
         Binding("0", "fit", "fit", id="zoom.fit"),
+        Binding("B", "branch", "branch here", id="branch"),
+        Binding("e", "knobs", "knobs", id="knobs"),
         Binding("t", "journey", "a token's journey", id="journey"),
         Binding("c", "compare", "compare", id="compare"),
         Binding("L", "lessons", "lessons", id="lessons"),
@@ -88,14 +89,22 @@ class ScreenApp(App[int]):
     ]
 
     def __init__(
-        self, session: Session, *, ascii: bool = False, light: bool = False, keymap: Mapping[str, str] | None = None
+        self,
+        session: Session,
+        *,
+        ascii: bool = False,
+        light: bool = False,
+        keymap: Mapping[str, str] | None = None,
+        restart: Callable[[], LiveSource] | None = None,
     ) -> None:
+        """restart: ends the engine and starts another like it, for a branch."""
         mode: Mode = "plain" if "NO_COLOR" in os.environ else "light" if light else "dark"
         super().__init__(ansi_color=True if mode == "plain" else None)
         self.session = session
         self.view = View(glyphs=ASCII if ascii else UNICODE, mode=mode)
         self._history = History()
         self._keymap = dict(keymap or {})
+        self._restart = restart
         self._painted_word = ""
         self._outer: Session | None = None  # what a lesson stands in front of
         for theme in THEMES:
@@ -169,6 +178,7 @@ class ScreenApp(App[int]):
             marks=session.source.marks,
             pieces=session.source.pieces,
             word=session.word,
+            branched=session.branched,
             speed=session.speed_text,
             message=session.message,
             bookmarks=tuple(session.bookmarks),
@@ -223,202 +233,6 @@ class ScreenApp(App[int]):
     def on_inspector_sought(self, message: Inspector.Sought) -> None:
         """A line of a block's past."""
         self.session.go(message.position)
-
-    # Keys.
-
-    def action_leave(self) -> None:
-        """Quit."""
-        self.exit(0)
-
-    def action_play(self) -> None:
-        """Run or pause."""
-        self.session.toggle()
-        self.paint()
-
-    def action_step(self) -> None:
-        """One step on."""
-        self.session.step()
-        self.paint()
-
-    def action_step_back(self) -> None:
-        """One step back."""
-        self.session.back()
-        self.paint()
-
-    def action_event(self, direction: int) -> None:
-        """To another event."""
-        self.session.next_event(direction)
-        self.paint()
-
-    def action_find(self) -> None:
-        """Ask what to find."""
-
-        def found(answer: object) -> None:
-            if isinstance(answer, str) and answer.strip():
-                self.session.find(answer)
-                self.paint()
-
-        hint = "cow · fork · hit · preempt · swap · finish · seq B · block 31 · 40 (a step)"
-        self.push_screen(Ask("Find", hint, self.session.query), found)
-
-    def action_again(self, direction: int) -> None:
-        """Find once more."""
-        if self.session.query:
-            self.session.find(self.session.query, direction)
-        else:
-            self.session.message = "nothing to find yet: press /"
-        self.paint()
-
-    def action_go_start(self) -> None:
-        """To the start."""
-        self.session.go(0)
-        self.paint()
-
-    def action_go_edge(self) -> None:
-        """To the newest."""
-        self.session.go(len(self.session.source))
-        self.paint()
-
-    def action_speed(self, by: int) -> None:
-        """Faster or slower."""
-        self.session.change_speed(by)
-        self.paint()
-
-    def action_why(self) -> None:
-        """To the cause of what happened here."""
-        view, delta = self.view, self.session.delta
-        named = [past.event for past in view.past if past.position == self.session.position]
-        candidates = named or [event for event in (delta.events if delta is not None else ()) if event.cause >= 0]
-        if candidates:
-            self.session.why(candidates[-1])
-        else:
-            self.session.message = "nothing here has a cause in the trace"
-        self.paint()
-
-    def action_only(self) -> None:
-        """Dim all but the sequence under the cursor, then the next, then none."""
-        alive = [seq for seq, state in self.session.snapshot.sequences.items() if state.alive]
-        owners = self.session.snapshot.owners(self.view.block) if self.view.block >= 0 else []
-        order = [-1, *([owners[0][0]] if owners and self.view.only == -1 else alive)]
-        at = order.index(self.view.only) if self.view.only in order else 0
-        self.view = replace(self.view, only=order[(at + 1) % len(order)])
-        self.paint()
-
-    def action_maximise(self) -> None:
-        """The focused pane alone, or all again."""
-        if self.screen.maximized is not None:
-            self.screen.minimize()
-            return
-        focused = self.screen.focused
-        if focused is not None:
-            self.screen.maximize(focused)
-
-    def action_add(self) -> None:
-        """Ask for a prompt."""
-        if self.session.live is None or self.session.live.ended:
-            self.session.message = "this is a recording: a prompt needs a live engine"
-            self.paint()
-            return
-
-        def asked(answer: object) -> None:
-            if isinstance(answer, tuple):
-                self.session.submit(*answer)
-                self.paint()
-
-        self.push_screen(AddPrompt(), asked)
-
-    def action_bookmark(self) -> None:
-        """Mark this step."""
-        self.session.bookmark()
-        self.paint()
-
-    def action_abort(self) -> None:
-        """Abort the request of the sequence that is looked at, or that owns the block under the cursor."""
-        snapshot, live = self.session.snapshot, self.session.live
-        owners = snapshot.owners(self.view.block) if self.view.block >= 0 else []
-        sequence = self.view.only if self.view.only >= 0 else owners[0][0] if owners else -1
-        state = snapshot.sequences.get(sequence)
-        if live is None or live.ended:
-            self.session.message = "this is a recording: nothing can be aborted"
-        elif state is None or not state.alive:
-            self.session.message = "put the cursor on a block of the sequence to abort"
-        else:
-            live.abort(state.request)
-            self.session.message = f"asked to abort {self.view.letter(sequence)}: it ends with the next step"
-        self.paint()
-
-    def action_zoom(self, by: int) -> None:
-        """Zoom the map."""
-        self.screen_stack[0].query_one("#map", BlockMap).action_zoom(by)
-
-    def action_fit(self) -> None:
-        """Show the whole pool."""
-        self.screen_stack[0].query_one("#map", BlockMap).action_fit()
-
-    def action_journey(self) -> None:
-        """One token from its position to its slot."""
-        overlay = Overlay("A token's journey: arrows choose the token", Journey(self.view))
-        self.push_screen(overlay)
-        self.call_after_refresh(self._fill_overlay, overlay)
-
-    def action_compare(self) -> None:
-        """Other systems in the place of the map and the tables, or these again."""
-        base = self.screen_stack[0]
-        base.toggle_class("-compare")
-        if base.has_class("-compare"):
-            self.session.compare()
-        self.call_after_refresh(self.paint)
-
-    def action_lessons(self) -> None:
-        """Choose a lesson."""
-
-        def chosen(answer: object) -> None:
-            if isinstance(answer, str):
-                self.start_lesson(answer)
-
-        self.push_screen(Choose("Lessons: what happens in the blocks, beat by beat", list(LESSONS)), chosen)
-
-    def start_lesson(self, name: str) -> None:
-        """Put a lesson in place of the session, which pauses."""
-        if self._outer is None:
-            self._outer = self.session
-            self.session.pause()
-        self.session = LessonSession(LESSONS[name]())
-        self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
-        self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
-        self.paint()
-
-    def action_leave_lesson(self) -> None:
-        """Back to where the lesson was opened."""
-        if self._outer is not None:
-            self.session, self._outer = self._outer, None
-            self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
-            self.session.refresh()
-            self.paint()
-
-    def action_help(self) -> None:
-        """The help."""
-        focused = self.screen.focused
-        name = focused.id if focused is not None and focused.id else "blocks"
-        self.push_screen(Reading("minipaged", help_text("blocks" if name == "map" else name, self.view.glyphs)))
-
-    def action_pane(self, name: str) -> None:
-        """Go to a pane; one that has no room opens over the others."""
-        target = self.query_one("#map" if name == "blocks" else f"#{name}", Widget)
-        if target.display:
-            if target.can_focus:
-                target.focus()
-            return
-        makers: dict[str, Callable[[View], Pane]] = {"inspector": Inspector, "waste": WastePane, "tree": TreePane}
-        title = {"inspector": "5 Inspector", "waste": "6 Waste", "tree": "7 Tree"}[name]
-        overlay = Overlay(title, makers[name](self.view))
-        self.push_screen(overlay)
-        self.call_after_refresh(self._fill_overlay, overlay)
-
-    def _fill_overlay(self, overlay: Overlay) -> None:
-        self.paint()
-        if overlay.pane.can_focus:
-            overlay.pane.focus()
 
     def on_resize(self, _: events.Resize) -> None:
         """Titles depend on the size."""

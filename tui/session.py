@@ -6,8 +6,8 @@ Knows players, sources and the clock that it is given; knows nothing of widgets.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,30 +20,10 @@ from minipaged.trace.player import SPEEDS, Player
 from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
-from minipaged.trace.stream import MARKS
-from tui.palette import LETTERS
+from tui.finding import cause_of, find, next_event
 from tui.shadowfeed import ShadowFeed
 
-MOST_READ = 20_000  # deltas that one search reads
-WORDS = {
-    "cow": "copy",
-    "copy": "copy",
-    "fork": "fork",
-    "preempt": "preempt",
-    "swap": "swap_out",
-    "hit": "cache_hit",
-    "cache": "cache_hit",
-    "finish": "finish",
-    "done": "finish",
-    "admit": "admit",
-    "start": "admit",
-    "evict": "evict",
-    "abort": "abort",
-    "refuse": "refuse",
-    "prune": "prune",
-    "release": "release",
-    "knob": "knob",
-}
+Asked = tuple[str, SamplingParams]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +53,11 @@ class Session:
         self.query = ""
         self.feed: ShadowFeed | None = None  # other systems on the same requests, once somebody has asked
         self._limits: dict[int, int] = {}  # request -> most new tokens
+        self.asked: dict[int, Asked] = {}  # request -> what was asked, as far as the engine took it
+        self._pending: deque[Asked] = deque()  # asked, and not yet taken or refused
+        self._script: deque[tuple[int, Asked]] = deque()  # a branch: what to ask before which step
+        self._until = -1  # a branch: the step to come to first; -1: none
+        self.branched = False
         self._player: Player | None = None
         self._loading = False  # whether `message` says how loading goes
         self._all = True  # the next change concerns every block
@@ -124,6 +109,8 @@ class Session:
             return "ENDED"
         if not live.ready:
             return "LOADING"
+        if self._until >= 0:
+            return "BRANCHING"
         if not self.playing:
             return "PAUSED"
         return "IDLE" if live.idle and self.at_edge else "LIVE"
@@ -156,6 +143,8 @@ class Session:
         passed = 0.0 if self._last is None else max(0.0, now - self._last)
         self._last = now
         applied: list[StepDelta] = []
+        if self.live is not None and self._until >= 0 and self.live.ready:
+            self._walk_script(self.live)
         if self.live is not None and self.playing and not math.isinf(self.speed):
             self._pace(self.live, passed)
         player = self._player
@@ -203,14 +192,19 @@ class Session:
         if kind == "failed":
             self.failed, self.input_error = text, bool(note.get("input_error"))
         if kind == "submitted":
-            request, most = note.get("request"), note.get("max_tokens")
-            if isinstance(request, int) and isinstance(most, int):
-                self._limits[request] = most
-                if self.feed is not None:
-                    self.feed.limit(request, most)
+            self._taken(note.get("request"))
         else:
+            if kind == "refused" and self._pending:
+                self._pending.popleft()
             self.message = text
             self._loading = kind == "status"
+
+    def _taken(self, request: object) -> None:
+        if isinstance(request, int) and self._pending:
+            self.asked[request] = asked = self._pending.popleft()
+            self._limits[request] = asked[1].max_tokens
+            if self.feed is not None:
+                self.feed.limit(request, asked[1].max_tokens)
 
     def _tick_live(self, player: Player) -> list[StepDelta]:
         if self.playing:
@@ -314,24 +308,16 @@ class Session:
 
     # Finding.
 
+    def _arrive(self, found: int | str) -> None:
+        """Go to what was found, or say why nothing was."""
+        if isinstance(found, str):
+            self.message = found
+        else:
+            self.go(found)
+
     def next_event(self, direction: int) -> None:
         """To the next (1) or previous (-1) step in which something but writing happened, or a bookmark stands."""
-        found = np.flatnonzero(self.source.marks) + 1
-        if self.bookmarks:
-            found = np.union1d(found, sorted(self.bookmarks))
-        self._go_among(found, direction, "there is no later event yet", "there is no earlier event")
-
-    def _go_among(self, positions: npt.NDArray[np.int64], direction: int, none_after: str, none_before: str) -> None:
-        if direction > 0:
-            at = int(np.searchsorted(positions, self.position, side="right"))
-            target = int(positions[at]) if at < len(positions) else None
-        else:
-            at = int(np.searchsorted(positions, self.position, side="left"))
-            target = int(positions[at - 1]) if at > 0 else None
-        if target is None:
-            self.message = none_after if direction > 0 else none_before
-        else:
-            self.go(target)
+        self._arrive(next_event(self.source, self.position, direction, self.bookmarks))
 
     def bookmark(self) -> None:
         """Set or take away a bookmark here."""
@@ -340,83 +326,13 @@ class Session:
 
     def find(self, query: str, direction: int = 1) -> None:
         """Go to what is asked: a kind of event (cow, preempt, swap …), `seq B`, `block 31`, `step 40`."""
-        self.query = query = " ".join(query.lower().split()) if not query.lower().startswith("seq ") else query.strip()
-        number = re.fullmatch(r"(?:step )?(\d+)", query)
-        block = re.fullmatch(r"block (\d+)", query)
-        if number:
-            self._go_step(int(number[1]))
-        elif block:
-            self._scan(
-                lambda event: int(block[1]) in (event.block, event.other if event.kind == "copy" else -1),
-                direction,
-                query,
-            )
-        elif query.lower().startswith("seq "):
-            self._find_sequence(query[4:].strip(), direction)
-        elif kind := next((kind for word, kind in WORDS.items() if query and word.startswith(query.rstrip("s"))), None):
-            wanted = np.uint16(MARKS[kind])
-            none = f"no {query} "
-            self._go_among(
-                np.flatnonzero(self.source.marks & wanted) + 1,
-                direction,
-                none + "after this step",
-                none + "before this step",
-            )
-        else:
-            self.message = (
-                f"cannot find {query!r}: try cow, fork, hit, preempt, swap, finish, evict, seq B, block 31, step 40"
-            )
-
-    def _find_sequence(self, name: str, direction: int) -> None:
-        by_letter = {LETTERS[state.label % len(LETTERS)]: seq for seq, state in self.snapshot.sequences.items()}
-        sequence = by_letter.get(name, by_letter.get(name.upper(), int(name) if name.isdigit() else None))
-        if sequence is None:
-            self.message = f"there is no sequence {name!r} here"
-        else:
-            self._scan(
-                lambda event: event.sequence == sequence and event.kind != "append", direction, f"event of {name}"
-            )
-
-    def _go_step(self, step: int) -> None:
-        """Steps number the deltas, which need not start at 0."""
-        first = self.source.delta(0).step if len(self.source) else 0
-        self.go(step - first + 1)
-
-    def _scan(self, wanted: Callable[[Event], bool], direction: int, what: str) -> None:
-        position = self.find_event(wanted, direction)
-        if position is None:
-            self.message = f"no {what} {'after' if direction > 0 else 'before'} this step"
-        else:
-            self.go(position)
-
-    def find_event(self, wanted: Callable[[Event], bool], direction: int) -> int | None:
-        """The position after the nearest delta in that direction with an event for which `wanted(event)` holds."""
-        start = self.position if direction > 0 else self.position - 2
-        end = len(self.source) if direction > 0 else -1
-        for count, at in enumerate(range(start, end, direction)):
-            if count >= MOST_READ:
-                break
-            try:
-                if any(wanted(event) for event in self.source.delta(at).events):
-                    return at + 1
-            except TraceError:
-                break
-        return None
+        self.query = " ".join(query.split())
+        self._arrive(find(self.source, self.snapshot, self.position, self.query, direction))
 
     def why(self, event: Event) -> None:
         """Go to the step of the event that caused this one."""
-        if event.cause < 0:
-            self.message = f"{event.kind} is a first cause: nothing in the trace led to it"
-            return
-        if self.delta is not None and any(other.id == event.cause for other in self.delta.events):
-            cause = next(other for other in self.delta.events if other.id == event.cause)
-            self.message = f"{event.kind} was caused in this same step, by {cause.kind}"
-            return
-        position = self.find_event(lambda other: other.id == event.cause, -1)
-        if position is None:
-            self.message = "the cause lies too far back"
-        else:
-            self.go(position)
+        here = self.delta.events if self.delta is not None else ()
+        self._arrive(cause_of(self.source, self.position, event, here))
 
     # The engine.
 
@@ -425,5 +341,40 @@ class Session:
         if self.live is None or self.live.ended:
             self.message = "this is a recording: a prompt needs a live engine"
             return False
+        self._pending.append((prompt, params))
         self.live.submit(prompt, params)
         return True
+
+    def arrivals(self) -> list[tuple[int, Asked]]:
+        """What was asked before which step, up to here."""
+        found: list[tuple[int, Asked]] = []
+        seen: set[int] = set()
+        for position in range(self.position):
+            for patch in self.source.delta(position).sequences:
+                if patch.request not in seen and patch.request in self.asked:
+                    found.append((position, self.asked[patch.request]))
+                seen.add(patch.request)
+        return found
+
+    def follow_script(self, script: list[tuple[int, Asked]], until: int) -> None:
+        """A branch: ask the same at the same steps, come to `until`, and stand there."""
+        self.playing, self.branched = False, True
+        self._script, self._until = deque(script), until
+
+    def _walk_script(self, live: LiveSource) -> None:
+        here = len(live)
+        while self._script and self._script[0][0] <= here:
+            self.submit(*self._script.popleft()[1])
+        if here >= self._until:
+            self._until = -1
+            self.seek(here)
+            self.message = "a new run from the same prompts and seeds: change something, and press space"
+        elif live.outstanding == 0 and not live.idle:
+            live.permit(min([self._until, *(at for at, _ in self._script)]) - here)
+
+    def knob(self, name: str, value: object) -> None:
+        """Turn a knob of the engine."""
+        if self.live is None or self.live.ended:
+            self.message = "this is a recording: it has no knobs"
+        else:
+            self.live.knob(name, value)

@@ -42,6 +42,7 @@ class View:
     pieces: Mapping[int, bytes] = field(default_factory=dict)
     prompt_ends: dict[int, int] = field(default_factory=dict)  # by sequence; filled as they are asked for
     word: str = ""  # LIVE, PAUSED, REPLAY, IDLE, LOADING, ENDED
+    branched: bool = False  # whether this run repeats another one's beginning
     speed: str = ""
     message: str = ""  # the last word from the engine or the program, shown in place of the sentence
     shadows: Mapping[str, ShadowDelta] = field(default_factory=dict)  # what other systems would hold here

@@ -195,3 +195,75 @@ def test_hostile_text_never_reaches_the_terminal(
         shown = drive(app, size, script)
         assert not set("\x1b\x07\r\t\x00\x9b\u202e\u2066\u200b\u200d") & set(shown)
         assert max(map(ord, shown)) < 0x10000
+
+
+def test_branch_repeats_the_beginning_and_goes_on_otherwise() -> None:
+    """The new run is in the same state after as many steps, though its prompts came at different steps."""
+    from tui.app import EngineRunner
+    from tui.screen import ScreenApp
+    from tui.session import Session
+
+    runner = EngineRunner(scripted_engine, {"num_blocks": 64}, record=None)
+    try:
+        session = Session(runner.start())
+        session.playing = False
+        session.submit("a long prompt that takes a while", SamplingParams(max_tokens=60))
+        app = ScreenApp(session, restart=runner.start)
+
+        async def script(pilot: Pilot[int]) -> None:
+            await until(pilot, lambda: app.session.word == "PAUSED")
+            for _ in range(3):
+                await pilot.press("right_square_bracket")
+            await until(pilot, lambda: app.session.position == 3)
+            app.session.submit("a second one, later", SamplingParams(max_tokens=20))
+            for _ in range(4):
+                await pilot.press("right_square_bracket")
+            await until(pilot, lambda: app.session.position == 7)
+            await pilot.press("left_square_bracket")
+            old = app.session.snapshot.copy()
+            await pilot.press("B")
+            await until(pilot, lambda: "BRANCH PAUSED" in text(app) and app.session.position == 6)
+            new = app.session.snapshot
+            assert new.tables == old.tables
+            assert new.device == old.device
+            assert [bytes(s.text) for s in new.sequences.values()] == [bytes(s.text) for s in old.sequences.values()]
+            await pilot.press("space")
+            await until(pilot, lambda: "IDLE" in text(app))
+            assert len(app.session.asked) == 2
+
+        drive(app, (80, 24), script)
+    finally:
+        runner.close()
+
+
+def test_knobs_of_an_engine_that_has_none() -> None:
+    from textual.widgets import Input
+
+    from minipaged.trace.live import EngineProcess
+    from tui.screen import ScreenApp
+    from tui.session import Session
+
+    with EngineProcess(scripted_engine) as engine:
+        app = ScreenApp(Session(engine.source))
+
+        async def script(pilot: Pilot[int]) -> None:
+            await until(pilot, lambda: engine.source.ready)
+            await pilot.press("e")
+            app.screen.query_one("#watermark", Input).value = "0.1"
+            app.screen.query_one("#watermark", Input).focus()
+            await pilot.press("enter")
+            await until(pilot, lambda: "no knob 'watermark'" in text(app))
+
+        drive(app, (80, 24), script)
+
+
+def test_the_command_palette_names_the_keys() -> None:
+    app = replay()
+
+    async def script(pilot: Pilot[int]) -> None:
+        commands = {command.title: command for command in app.get_system_commands(app.screen)}
+        assert {"One step", "Compare", "Lesson: swap", "Branch here"} <= set(commands)
+        await commands["One step"].callback()
+        assert app.session.position == 1
+
+    drive(app, (80, 24), script)

@@ -41,7 +41,7 @@ def test_the_other_lessons_show_what_they_name() -> None:
     assert found["prefix hit"][-1].tables[(1, 0)][:2] == (1, 2)
     assert [s.stats.free_blocks for s in found["preemption"]][1:3] == [0, 0]
     assert found["preemption"][3].sequences[1].status == "waiting"
-    assert len(found["preemption"][3].sequences[1].token_ids) == 11, "its words are kept"
+    assert len(found["preemption"][3].sequences[1].token_ids) == 12, "its words are kept"
     assert found["swap"][1].host_tables[(1, 0)]
     assert found["swap"][3].tables[(1, 0)] != found["swap"][0].tables[(1, 0)]
     assert found["beam step"][-1].sequences[0].status == "finished"

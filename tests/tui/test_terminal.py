@@ -56,7 +56,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    made = Terminal(f"minipaged-test-{os.getpid()}")
+    made = Terminal(f"minipaged-{os.getpid()}-{time.monotonic_ns()}")
     made.until(lambda shown: "ready>" in shown)
     yield made
     made.tmux("kill-server")

@@ -1,0 +1,261 @@
+"""What each key does: the actions of the screen. They ask the session and open windows; painting is the screen's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from textual.app import App
+from textual.widget import Widget
+
+from minipaged.trace.live import LiveSource
+from tui.blockmap import BlockMap
+from tui.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
+from tui.helptext import help_text
+from tui.inspector import Inspector, Journey
+from tui.lessons import LESSONS
+from tui.lessonsession import LessonSession
+from tui.pane import Pane
+from tui.session import Change, Session
+from tui.sidepanes import TreePane, WastePane
+from tui.view import View
+
+
+class Actions(App[int]):
+    """The screen without its panes."""
+
+    session: Session
+    view: View
+    _outer: Session | None  # what a lesson stands in front of
+    _restart: Callable[[], LiveSource] | None
+
+    def paint(self, change: Change | None = None) -> None:
+        """Show the session's moment."""
+        raise NotImplementedError
+
+    def action_leave(self) -> None:
+        """Quit."""
+        self.exit(0)
+
+    def action_play(self) -> None:
+        """Run or pause."""
+        self.session.toggle()
+        self.paint()
+
+    def action_step(self) -> None:
+        """One step on."""
+        self.session.step()
+        self.paint()
+
+    def action_step_back(self) -> None:
+        """One step back."""
+        self.session.back()
+        self.paint()
+
+    def action_event(self, direction: int) -> None:
+        """To another event."""
+        self.session.next_event(direction)
+        self.paint()
+
+    def action_find(self) -> None:
+        """Ask what to find."""
+
+        def found(answer: object) -> None:
+            if isinstance(answer, str) and answer.strip():
+                self.session.find(answer)
+                self.paint()
+
+        hint = "cow · fork · hit · preempt · swap · finish · seq B · block 31 · 40 (a step)"
+        self.push_screen(Ask("Find", hint, self.session.query), found)
+
+    def action_again(self, direction: int) -> None:
+        """Find once more."""
+        if self.session.query:
+            self.session.find(self.session.query, direction)
+        else:
+            self.session.message = "nothing to find yet: press /"
+        self.paint()
+
+    def action_go_start(self) -> None:
+        """To the start."""
+        self.session.go(0)
+        self.paint()
+
+    def action_go_edge(self) -> None:
+        """To the newest."""
+        self.session.go(len(self.session.source))
+        self.paint()
+
+    def action_speed(self, by: int) -> None:
+        """Faster or slower."""
+        self.session.change_speed(by)
+        self.paint()
+
+    def action_why(self) -> None:
+        """To the cause of what happened here."""
+        view, delta = self.view, self.session.delta
+        named = [past.event for past in view.past if past.position == self.session.position]
+        candidates = named or [event for event in (delta.events if delta is not None else ()) if event.cause >= 0]
+        if candidates:
+            self.session.why(candidates[-1])
+        else:
+            self.session.message = "nothing here has a cause in the trace"
+        self.paint()
+
+    def action_only(self) -> None:
+        """Dim all but the sequence under the cursor, then the next, then none."""
+        alive = [seq for seq, state in self.session.snapshot.sequences.items() if state.alive]
+        owners = self.session.snapshot.owners(self.view.block) if self.view.block >= 0 else []
+        order = [-1, *([owners[0][0]] if owners and self.view.only == -1 else alive)]
+        at = order.index(self.view.only) if self.view.only in order else 0
+        self.view = replace(self.view, only=order[(at + 1) % len(order)])
+        self.paint()
+
+    def action_maximise(self) -> None:
+        """The focused pane alone, or all again."""
+        if self.screen.maximized is not None:
+            self.screen.minimize()
+            return
+        focused = self.screen.focused
+        if focused is not None:
+            self.screen.maximize(focused)
+
+    def action_add(self) -> None:
+        """Ask for a prompt."""
+        if self.session.live is None or self.session.live.ended:
+            self.session.message = "this is a recording: a prompt needs a live engine"
+            self.paint()
+            return
+
+        def asked(answer: object) -> None:
+            if isinstance(answer, tuple):
+                self.session.submit(*answer)
+                self.paint()
+
+        self.push_screen(AddPrompt(), asked)
+
+    def action_bookmark(self) -> None:
+        """Mark this step."""
+        self.session.bookmark()
+        self.paint()
+
+    def action_abort(self) -> None:
+        """Abort the request of the sequence that is looked at, or that owns the block under the cursor."""
+        snapshot, live = self.session.snapshot, self.session.live
+        owners = snapshot.owners(self.view.block) if self.view.block >= 0 else []
+        sequence = self.view.only if self.view.only >= 0 else owners[0][0] if owners else -1
+        state = snapshot.sequences.get(sequence)
+        if live is None or live.ended:
+            self.session.message = "this is a recording: nothing can be aborted"
+        elif state is None or not state.alive:
+            self.session.message = "put the cursor on a block of the sequence to abort"
+        else:
+            live.abort(state.request)
+            self.session.message = f"asked to abort {self.view.letter(sequence)}: it ends with the next step"
+        self.paint()
+
+    def action_zoom(self, by: int) -> None:
+        """Zoom the map."""
+        self.screen_stack[0].query_one("#map", BlockMap).action_zoom(by)
+
+    def action_fit(self) -> None:
+        """Show the whole pool."""
+        self.screen_stack[0].query_one("#map", BlockMap).action_fit()
+
+    def action_branch(self) -> None:
+        """A new run from the same prompts and seeds, up to this step."""
+        session = self.session
+        if session.live is None or self._restart is None or self._outer is not None:
+            session.message = "only a live run can branch"
+        elif not session.asked or not session.position:
+            session.message = "nothing has been asked yet: there is nothing to branch from"
+        else:
+            script, until = session.arrivals(), session.position
+            session.pause()
+            self.session = Session(self._restart(), speed=session.speed)
+            self.session.follow_script(script, until)
+            self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
+        self.paint()
+
+    def action_knobs(self) -> None:
+        """Turn the engine's knobs."""
+        if self.session.live is None or self.session.live.ended:
+            self.session.message = "this is a recording: it has no knobs"
+            self.paint()
+            return
+
+        def turned(answer: object) -> None:
+            if isinstance(answer, dict):
+                for name, value in answer.items():
+                    self.session.knob(name, value)
+                self.session.message = "asked to turn " + ", ".join(
+                    f"{name} to {value}" for name, value in answer.items()
+                )
+                self.paint()
+
+        self.push_screen(Knobs(self.session.source.header.engine), turned)
+
+    def action_journey(self) -> None:
+        """One token from its position to its slot."""
+        overlay = Overlay("A token's journey: arrows choose the token", Journey(self.view))
+        self.push_screen(overlay)
+        self.call_after_refresh(self._fill_overlay, overlay)
+
+    def action_compare(self) -> None:
+        """Other systems in the place of the map and the tables, or these again."""
+        base = self.screen_stack[0]
+        base.toggle_class("-compare")
+        if base.has_class("-compare"):
+            self.session.compare()
+        self.call_after_refresh(self.paint)
+
+    def action_lessons(self) -> None:
+        """Choose a lesson."""
+
+        def chosen(answer: object) -> None:
+            if isinstance(answer, str):
+                self.start_lesson(answer)
+
+        self.push_screen(Choose("Lessons: what happens in the blocks, beat by beat", list(LESSONS)), chosen)
+
+    def start_lesson(self, name: str) -> None:
+        """Put a lesson in place of the session, which pauses."""
+        if self._outer is None:
+            self._outer = self.session
+            self.session.pause()
+        self.session = LessonSession(LESSONS[name]())
+        self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
+        self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
+        self.paint()
+
+    def action_leave_lesson(self) -> None:
+        """Back to where the lesson was opened."""
+        if self._outer is not None:
+            self.session, self._outer = self._outer, None
+            self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
+            self.session.refresh()
+            self.paint()
+
+    def action_help(self) -> None:
+        """The help."""
+        focused = self.screen.focused
+        name = focused.id if focused is not None and focused.id else "blocks"
+        self.push_screen(Reading("minipaged", help_text("blocks" if name == "map" else name, self.view.glyphs)))
+
+    def action_pane(self, name: str) -> None:
+        """Go to a pane; one that has no room opens over the others."""
+        target = self.query_one("#map" if name == "blocks" else f"#{name}", Widget)
+        if target.display:
+            if target.can_focus:
+                target.focus()
+            return
+        makers: dict[str, Callable[[View], Pane]] = {"inspector": Inspector, "waste": WastePane, "tree": TreePane}
+        title = {"inspector": "5 Inspector", "waste": "6 Waste", "tree": "7 Tree"}[name]
+        overlay = Overlay(title, makers[name](self.view))
+        self.push_screen(overlay)
+        self.call_after_refresh(self._fill_overlay, overlay)
+
+    def _fill_overlay(self, overlay: Overlay) -> None:
+        self.paint()
+        if overlay.pane.can_focus:
+            overlay.pane.focus()
