@@ -36,6 +36,8 @@ class SharingMachine(StepMachine):
         watch, parent = self.watch, self._line(pick)
         if parent is None:
             return
+        if parent.room > parent.marked:
+            watch.refused("L12 L09", ValueError, "fork", parent.seq_id, self.next_id)
         self._truncate(parent, parent.written)  # in the planning of a step this gives up its copy
         self._mark(parent, parent.written - parent.marked)
         child = self.next_id

@@ -148,6 +148,36 @@ def given_up_copies_read_the_original(make: Make) -> None:
     check()
 
 
+def the_original_is_kept_for_who_may_come_back(make: Make) -> None:
+    """L16, L20: while a copy can be given up, nobody writes in place over slots that its writer would come back to."""
+
+    @given(SIZE, st.integers(1, 4), st.integers(0, 4), st.booleans())
+    def check(size: int, filled: int, kept: int, give_up: bool) -> None:
+        filled = size + filled % size
+        kept = size + kept % (filled - size + 1)
+        manager, dense = make(16, size), DenseMemory(16, 0, size)
+        lines = {0: [1] * filled, 1: [1] * kept}
+        manager.begin_step()
+        computed(manager, 0, lines[0])
+        for position, value in enumerate(kv_of(lines[0])):
+            dense.write(manager.table(0), position, value)
+        manager.fork(0, 1)
+        manager.truncate(1, kept)  # both hold the tail, the second less of it
+        manager.begin_step()
+        copies = {seq: manager.append(seq, 1).copies for seq in (0, 1)}
+        if give_up:
+            manager.truncate(0, filled)
+            del copies[0]
+        dense.run((), (), [pair for pairs in copies.values() for pair in pairs])
+        for seq in copies:
+            lines[seq].append(7 + seq)
+            dense.write(manager.table(seq), len(lines[seq]) - 1, kv_of(lines[seq])[-1])
+        for seq, tokens in lines.items():
+            assert dense.read(manager.table(seq), 0, len(tokens)) == kv_of(tokens)
+
+    check()
+
+
 def beams_share_what_they_can(make: Make) -> None:
     """L18: winners fork before losers are freed; every beam reads its own history, and blocks that nobody holds come back."""
 

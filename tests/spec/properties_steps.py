@@ -139,6 +139,33 @@ def sources_wait_for_the_next_step(make: Make) -> None:
     check()
 
 
+def host_blocks_serve_one_swap_a_step(make: Make) -> None:
+    """L16, L52: within a step no host block is written by two swaps, nor written after another swap has read it."""
+
+    @given(PROMPT, SIZE, st.booleans())
+    def check(prompt: list[int], size: int, back: bool) -> None:
+        blocks = -(-len(prompt) // size)
+        manager = make(64, size, num_host_blocks=2 * blocks)
+        manager.begin_step()
+        for seq in range(3):
+            computed(manager, seq, prompt, read_cache=False)
+        if back:
+            manager.swap_out([0])
+            manager.begin_step()
+            busy = {host for host, _ in manager.swap_in([0])}
+        else:
+            manager.begin_step()
+            busy = {host for _, host in manager.swap_out([0])}
+            manager.free(0)
+        busy_later = {host for _, host in manager.swap_out([1])}
+        assert not busy & busy_later, f"{busy & busy_later} serve two swaps"
+        assert manager.swap_out([2]) is None, "all host blocks are in use in this step"
+        manager.begin_step()
+        assert manager.swap_out([2]) is not None
+
+    check()
+
+
 def aborts_return_everything(make: Make) -> None:
     """L53: a sequence that is freed between its fork and its write gives back the copy it was promised, and the original stays whole."""
 

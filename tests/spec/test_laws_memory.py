@@ -1,8 +1,8 @@
-"""Laws of the memory that are shown best by themselves (properties.py, properties_steps.py). Each docstring is the law in one sentence."""
+"""Laws of the memory that are shown best by themselves (properties*.py). Each docstring is the law in one sentence."""
 
 from __future__ import annotations
 
-from tests.spec import properties, properties_steps
+from tests.spec import properties, properties_cache, properties_steps
 
 
 def test_L05_eviction_follows_the_recorded_order(block_manager_class: type) -> None:
@@ -15,6 +15,11 @@ def test_L05_leaving_the_middle_takes_constant_time(block_manager_class: type) -
     properties.leaving_the_middle_takes_constant_time(block_manager_class)
 
 
+def test_L07_failing_touches_nothing(block_manager_class: type) -> None:
+    """A failed allocation changes nothing: no touch, no eviction, no leak, whatever part of it had succeeded."""
+    properties_cache.failing_touches_nothing(block_manager_class)
+
+
 def test_L08_an_idle_pool_takes_what_fits(block_manager_class: type) -> None:
     """The capacity check counts hit blocks that are themselves evictable exactly once."""
     properties.idle_pool_takes_what_fits(block_manager_class)
@@ -25,6 +30,11 @@ def test_L16_given_up_copies_read_the_original(block_manager_class: type) -> Non
     properties.given_up_copies_read_the_original(block_manager_class)
 
 
+def test_L16_L20_the_original_is_kept_for_who_may_come_back(block_manager_class: type) -> None:
+    """A block that a pending copy was made from is not written where the copy's writer may come back to."""
+    properties.the_original_is_kept_for_who_may_come_back(block_manager_class)
+
+
 def test_L17_n_sharers_copy_n_minus_1_times(block_manager_class: type) -> None:
     """n sharers of a partial tail cost at most n - 1 copies; a prompt that fills its blocks costs none."""
     properties.sharers_copy_once_less(block_manager_class)
@@ -33,6 +43,31 @@ def test_L17_n_sharers_copy_n_minus_1_times(block_manager_class: type) -> None:
 def test_L18_beams_fork_before_losers_are_freed(block_manager_class: type) -> None:
     """A beam step forks the winners before it frees the losers; blocks that reach 0 come back."""
     properties.beams_share_what_they_can(block_manager_class)
+
+
+def test_L21_L24_L27_L28_full_blocks_and_no_others_are_found(block_manager_class: type) -> None:
+    """Only full blocks of reported tokens are hashed, by requests that do not read the cache too; one token is left to compute."""
+    properties_cache.full_blocks_and_no_others_are_found(block_manager_class)
+
+
+def test_L22_L25_prefixes_and_salts_are_part_of_the_key(block_manager_class: type) -> None:
+    """The same tokens behind another prefix never match, and a salt isolates everything after it."""
+    properties_cache.prefixes_and_salts_are_part_of_the_key(block_manager_class)
+
+
+def test_L23_the_first_miss_ends_a_hit_though_more_is_cached(block_manager_class: type) -> None:
+    """A hit is a prefix: the first miss ends it."""
+    properties_cache.the_first_miss_ends_a_hit(block_manager_class)
+
+
+def test_L29_L32_rewritten_blocks_are_not_found(block_manager_class: type) -> None:
+    """No hit names a block whose content has changed."""
+    properties_cache.rewritten_blocks_are_not_found(block_manager_class)
+
+
+def test_L22_L47_swapped_sequences_go_on_publishing(block_manager_class: type) -> None:
+    """Keys travel with a swapped sequence: what it computes later is found behind what it computed before."""
+    properties_cache.swapped_sequences_go_on_publishing(block_manager_class)
 
 
 def test_L26_chosen_tokens_do_not_collide(block_manager_class: type) -> None:
@@ -73,6 +108,11 @@ def test_L49_an_idle_pool_has_no_watermark(block_manager_class: type) -> None:
 def test_L52_sources_wait_for_the_next_step(block_manager_class: type) -> None:
     """A block that a step copies or swaps from is not handed out again within that step."""
     properties_steps.sources_wait_for_the_next_step(block_manager_class)
+
+
+def test_L16_L52_host_blocks_serve_one_swap_a_step(block_manager_class: type) -> None:
+    """Inside a step's swaps no host block is written twice, or both read and written."""
+    properties_steps.host_blocks_serve_one_swap_a_step(block_manager_class)
 
 
 def test_L53_an_abort_between_fork_and_write(block_manager_class: type) -> None:
