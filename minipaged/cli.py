@@ -162,11 +162,6 @@ def laws(tests: Annotated[Path, typer.Option(help="The tests folder to search.")
     raise typer.Exit(show_laws(tests))
 
 
-def main() -> None:
-    """The console script: input errors are one line and exit code 2; ctrl+c is exit code 130."""
-    sys.exit(run_guarded(app))
-
-
 def run_guarded(command: Callable[..., Any]) -> int:
     """Run a Typer app and turn what users can cause into an exit code."""
     try:
