@@ -24,6 +24,7 @@ from tui.finding import cause_of, find, next_event
 from tui.shadowfeed import ShadowFeed
 
 Asked = tuple[str, SamplingParams]
+REPLAY_SPEED = 10.0  # steps a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class Session:
         self.source = source
         self.live = source if isinstance(source, LiveSource) else None
         self.playing = self.live is not None
-        default = math.inf if self.live is not None else 10.0
+        self._replaying = False  # whether a resting engine's past is played again
+        default = math.inf if self.live is not None else REPLAY_SPEED
         self.speed = default if speed is None else speed
         self.message = ""
         self.failed = ""  # why the engine could not start or go on
@@ -105,6 +107,8 @@ class Session:
         live = self.live
         if live is None:
             return "PLAYING" if self.playing else "REPLAY"
+        if self._replaying:
+            return "PLAYING"
         if live.ended:
             return "ENDED"
         if not live.ready:
@@ -149,13 +153,10 @@ class Session:
             self._pace(self.live, passed)
         player = self._player
         if player is not None:
-            if self.live is not None:
+            if self.live is not None and not self._replaying:
                 applied = self._tick_live(player)
             elif self.playing:
-                player.speed = self.speed
-                applied = player.tick(now)
-                if self.at_edge:
-                    self.playing = False
+                applied = self._tick_recorded(player, now)
         if self.source.damage and self.at_edge:
             self.message = self.source.damage
         return self._change(applied, heard)
@@ -181,7 +182,7 @@ class Session:
         while live.notes:
             came = True
             self._hear(live.notes.popleft())
-        if live.ended:
+        if live.ended and not self._replaying:
             self.playing = False
             self.message = self.failed or f"{live.ended}: what it did can still be looked at"
             return True
@@ -206,6 +207,16 @@ class Session:
             if self.feed is not None:
                 self.feed.limit(request, asked[1].max_tokens)
 
+    def _tick_recorded(self, player: Player, now: float) -> list[StepDelta]:
+        """Play what is known; a live trace goes on living at its end."""
+        player.speed = REPLAY_SPEED if self._replaying and math.isinf(self.speed) else self.speed
+        applied = player.tick(now)
+        if self.at_edge:
+            self._replaying = False
+            self.playing = self.live is not None and not self.live.ended
+            self._let_run()
+        return applied
+
     def _tick_live(self, player: Player) -> list[StepDelta]:
         if self.playing:
             return player.advance(player.behind)
@@ -229,15 +240,21 @@ class Session:
         self.message = ""
         if self.playing:
             self.pause()
+        elif self.live is not None and not self.at_edge and (self.live.idle or self.live.ended):
+            self.playing = self._replaying = True  # the engine rests: what it did is played again
+            self._rest()
         elif self.live is not None and self.live.ended:
             self.message = f"{self.live.ended}: there is nothing to run"
         else:
             if self.live is None and self.at_edge:
                 self.seek(0)
             self.playing = True
-            if self._player is not None:
-                self._player.rest()
+            self._rest()
             self._let_run()
+
+    def _rest(self) -> None:
+        if self._player is not None:
+            self._player.rest()
 
     def _let_run(self) -> None:
         live = self.live
@@ -255,7 +272,7 @@ class Session:
 
     def pause(self) -> None:
         """Stop here; a live engine stops after the step it is in."""
-        self.playing, self._owed = False, 0
+        self.playing, self._replaying, self._owed = False, False, 0
         if self.live is not None:
             self.live.pause()
 

@@ -257,6 +257,16 @@ def test_knobs_of_an_engine_that_has_none() -> None:
         drive(app, (80, 24), script)
 
 
+def test_a_browser_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from tui.web import serve_screen
+
+    monkeypatch.setitem(sys.modules, "textual_serve.server", None)
+    with pytest.raises(InputError, match=r"minipaged\[web\]"):
+        serve_screen(["tui"])
+
+
 def test_the_command_palette_names_the_keys() -> None:
     app = replay()
 

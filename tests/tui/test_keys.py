@@ -303,6 +303,27 @@ def test_pause_step_and_resume_a_live_engine() -> None:
         drive(app, (80, 24), script)
 
 
+def test_a_resting_engines_past_is_played_again() -> None:
+    with EngineProcess(scripted_engine) as engine:
+        engine.source.submit("hello", SamplingParams(max_tokens=4))
+        app = live_app(engine)
+
+        async def script(pilot: Pilot[int]) -> None:
+            await until(pilot, lambda: app.session.word == "IDLE")
+            await pilot.press("g", "space")
+            assert app.session.word == "PLAYING"
+            await until(pilot, lambda: app.session.word == "IDLE")
+            assert app.session.at_edge
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(pilot, lambda: app.session.word == "ENDED")
+            await pilot.press("g", "space")
+            assert app.session.word == "PLAYING"
+            await until(pilot, lambda: app.session.word == "ENDED")
+            assert app.session.at_edge
+
+        drive(app, (80, 24), script)
+
+
 def test_abort_under_the_cursor() -> None:
     with EngineProcess(scripted_engine) as engine:
         engine.source.submit("a long prompt that takes a while", SamplingParams(max_tokens=60))

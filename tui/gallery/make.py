@@ -10,12 +10,12 @@ from typing import Any
 
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
+from minipaged.lab.shadow_files import write_with_shadows
 from minipaged.llm import DEFAULT_MODEL, LLM
 from minipaged.trace.stream import Header, open_recorder
 from tui.gallery import SCENARIOS, scenario_path
 
 SEED = 11
-BLOCK_SIZE = 4  # small blocks, so that a short text shows many
 
 PAGES = "A computer keeps its memory in pages of equal size. A table tells where each page lies."
 
@@ -29,6 +29,22 @@ class Script:
     num_host_blocks: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int = 400
+    block_size: int = 4  # small blocks, so that a short text shows many
+    shadows: tuple[str, ...] = ()  # other systems to follow on the same requests
+
+
+_MIXED = (
+    ("Once upon a time, in a library that never closed,", 100),
+    ("The sun is", 20),
+    ("A recipe for bread with four ingredients:", 60),
+    (PAGES + " The first advantage is", 40),
+    ("Dear neighbour, about the noise last night:", 90),
+    ("The three most useful facts about prime numbers are:", 70),
+    ("The moon is", 16),
+    (PAGES + " A page that two programs read", 50),
+    ("The best thing about the sea is", 80),
+    ("My favourite word is", 30),
+)
 
 
 def plain(max_tokens: int, **words: Any) -> SamplingParams:
@@ -77,6 +93,12 @@ SCRIPTS: dict[str, Script] = {
         num_blocks=16,
         settings={"watermark": 0.0},
     ),
+    "orca": Script(
+        tuple((4 * number, text, plain(length)) for number, (text, length) in enumerate(_MIXED)),
+        num_blocks=385,
+        block_size=16,
+        shadows=("orca-max", "orca-pow2", "orca-oracle"),
+    ),
 }
 
 
@@ -86,14 +108,17 @@ def record(name: str, script: Script, model: str, path: Path) -> int:
         model,
         device="cpu",
         dtype="float32",
-        block_size=BLOCK_SIZE,
+        block_size=script.block_size,
         num_blocks=script.num_blocks,
         num_host_blocks=script.num_host_blocks,
         seed=SEED,
         **script.settings,
     )
     header = Header(
-        model, SEED, {"scenario": name, "block_size": BLOCK_SIZE, **script.settings}, extra={"about": SCENARIOS[name]}
+        model,
+        SEED,
+        {"scenario": name, "block_size": script.block_size, **script.settings},
+        extra={"about": SCENARIOS[name]},
     )
     recorder = open_recorder(path, llm.engine, header)
     leave: Callable[[], object] = llm.engine.trace.subscribe(recorder.write)
@@ -102,6 +127,16 @@ def record(name: str, script: Script, model: str, path: Path) -> int:
     finally:
         leave()
         recorder.close()
+        if script.shadows:
+            add_shadows(path, script.shadows)
+
+
+def add_shadows(path: Path, systems: tuple[str, ...]) -> None:
+    """Write the trace again with what other systems would hold behind each step."""
+    whole = path.with_suffix(".plain")
+    path.rename(whole)
+    write_with_shadows(whole, path, systems, max_len=2048)
+    whole.unlink()
 
 
 def run(engine: Engine, script: Script) -> int:
