@@ -1,0 +1,33 @@
+"""A failing property leaves a trace of the counterexample that the player opens at its last step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minipaged.trace.player import Player
+from minipaged.trace.sources import FileSource
+from tests.mutants.memory_bugs import UncountedFork
+from tests.spec.model import BrokenLawError
+from tests.spec.run import run_machine
+
+
+def test_a_broken_law_leaves_a_replay(tmp_path: Path) -> None:
+    """The message gives the command; the file's last state is the one in which the law broke."""
+    path = tmp_path / "L02.trace"
+    with pytest.raises(BrokenLawError) as caught:
+        run_machine(UncountedFork, frozenset({"L02"}), replay=path, max_examples=200)
+    assert f"minipaged tui --replay {path}" in "".join(caught.value.__notes__)
+    source = FileSource(path)
+    assert not source.damage
+    assert len(source) >= 1
+    player = Player(source)
+    player.seek(len(source))
+    snapshot = player.snapshot
+    assert any(event.kind == "fork" for event in snapshot.events)
+    counts = [0] * len(snapshot.device)
+    for table in snapshot.tables.values():
+        for block in table:
+            counts[block] += block > 0
+    assert counts != snapshot.device.refs.tolist(), "the counterexample shows the wrong counts"
