@@ -11,6 +11,7 @@ from textual.widget import Widget
 from minipaged.trace.live import LiveSource
 from tui.blockmap import BlockMap
 from tui.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
+from tui.finding import arrivals
 from tui.helptext import help_text
 from tui.inspector import Inspector, Journey
 from tui.lessons import LESSONS
@@ -170,7 +171,8 @@ class Actions(App[int]):
         elif not session.asked or not session.position:
             session.message = "nothing has been asked yet: there is nothing to branch from"
         else:
-            script, until = session.arrivals(), session.position
+            until = session.position
+            script = [(at, session.asked[request]) for at, request in arrivals(session.source, until, session.asked)]
             session.pause()
             self.session = Session(self._restart(), speed=session.speed)
             self.session.follow_script(script, until)

@@ -56,7 +56,7 @@ def system_lines(view: View, name: str, width: int, rows: int) -> list[Line]:
     alive = sum(state.alive for state in view.snapshot.sequences.values())
     none = " · not one request fits" if alive and not running else ""
     head: Line = [(name, "strong"), (f" · runs {running} · waits {max(0, alive - running)}{none}", "dim")]
-    shares: Line = [(fit(share_text(bands), width), "text")]
+    shares: Line = [(fit(share_text(bands, real=shadow is None), width), "text")]
     if width >= width_of(head) + width_of(shares) + 2:
         lines: list[Line] = [[*head, ("  ", "text"), *shares]]
     else:
@@ -75,13 +75,13 @@ def _running(view: View, shadow: ShadowDelta | None) -> int:
     return len({run.sequence for run in shadow.runs} & alive)
 
 
-def share_text(bands: PoolBands) -> str:
+def share_text(bands: PoolBands, *, real: bool = False) -> str:
     """`tokens 22% reserved 71% fragments 7%`, zeros left out."""
     total = max(1, sum(bands))
     named = (
         ("tokens", bands.token),
         ("reserved", bands.reserved),
-        ("unused", bands.internal),
+        ("tail" if real else "never used", bands.internal),
         ("fragments", bands.external),
     )
     more = (("padding", bands.padding), ("idle", bands.idle))

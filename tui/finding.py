@@ -110,3 +110,15 @@ def cause_of(source: Source, position: int, event: Event, here: Collection[Event
         return f"{event.kind} was caused in this same step, by {same.kind}"
     found = scan(source, position, lambda other: other.id == event.cause, -1)
     return "the cause lies too far back" if found is None else found
+
+
+def arrivals(source: Source, upto: int, known: Collection[int]) -> list[tuple[int, int]]:
+    """(position, request): before which step each known request was asked, of those in the first `upto` steps."""
+    found: list[tuple[int, int]] = []
+    seen: set[int] = set()
+    for position in range(upto):
+        for patch in source.delta(position).sequences:
+            if patch.request not in seen and patch.request in known:
+                found.append((position, patch.request))
+            seen.add(patch.request)
+    return found

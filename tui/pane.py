@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.style import Style
 from textual import events
 from textual.geometry import Region
 from textual.strip import Strip
@@ -21,6 +22,7 @@ class Pane(Widget, can_focus=True):
         self._lines: list[Line] | None = None
         self._strips: dict[int, Strip] = {}
         self._key: tuple[object, ...] = ()
+        self._base: Style | None = None  # what the style sheet says, asked once
 
     def lines(self, view: View, width: int, height: int) -> list[Line]:
         """The content. Pure, so that it can be tested without an app."""
@@ -60,6 +62,7 @@ class Pane(Widget, can_focus=True):
     def notify_style_update(self) -> None:
         """Colours changed."""
         super().notify_style_update()
+        self._base = None
         self._strips.clear()
 
     def render_line(self, y: int) -> Strip:
@@ -71,5 +74,7 @@ class Pane(Widget, can_focus=True):
         if strip is None:
             lines = self._lines or []
             line = lines[y] if y < len(lines) else []
-            strip = self._strips[y] = strip_of(line, self.content_size.width, self.view, self.rich_style)
+            if self._base is None:
+                self._base = self.rich_style
+            strip = self._strips[y] = strip_of(line, self.content_size.width, self.view, self._base)
         return strip

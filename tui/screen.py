@@ -35,6 +35,8 @@ from tui.timeline import Timeline
 from tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30
+# Of one core, while an engine runs at full speed: the screen's frames become fewer before the engine becomes slower.
+CPU_SHARE = 0.05 * max(1, (os.cpu_count() or 2) - 1)
 THEMES = (
     Theme("minipaged", primary="#56B4E9", background="#101010", surface="#1c1c1c", foreground="#d8d8d8", dark=True),
     Theme(
@@ -106,6 +108,8 @@ class ScreenApp(Actions):
         self._keymap = dict(keymap or {})
         self._restart = restart
         self._painted_word = ""
+        self._rest_until = 0.0
+        self._used = time.process_time()
         self._outer: Session | None = None  # what a lesson stands in front of
         for theme in THEMES:
             self.register_theme(theme)
@@ -156,12 +160,16 @@ class ScreenApp(Actions):
 
     def frame(self) -> None:
         """Take in what is new and paint it."""
-        session = self.session
-        change = session.tick(time.monotonic())
+        session, now = self.session, time.monotonic()
+        if now < self._rest_until and session.at_full_speed:
+            return
+        change = session.tick(now)
         if session.failed and not session.ready:
             self.exit(2 if session.input_error else 1)
         elif change.moved or self._painted_word != session.word:
             self.paint(change)
+            used = time.process_time()
+            self._rest_until, self._used = now + (used - self._used) / CPU_SHARE, used
 
     def paint(self, change: Change | None = None) -> None:
         """Show the session's moment. Without a change only the panes around it are new."""

@@ -102,6 +102,12 @@ class Session:
         return self.position >= len(self.source)
 
     @property
+    def at_full_speed(self) -> bool:
+        """Whether an engine steps as fast as it can."""
+        live = self.live
+        return live is not None and live.running and not live.idle and not live.ended
+
+    @property
     def word(self) -> str:
         """Where we are in one word."""
         live = self.live
@@ -361,17 +367,6 @@ class Session:
         self._pending.append((prompt, params))
         self.live.submit(prompt, params)
         return True
-
-    def arrivals(self) -> list[tuple[int, Asked]]:
-        """What was asked before which step, up to here."""
-        found: list[tuple[int, Asked]] = []
-        seen: set[int] = set()
-        for position in range(self.position):
-            for patch in self.source.delta(position).sequences:
-                if patch.request not in seen and patch.request in self.asked:
-                    found.append((position, self.asked[patch.request]))
-                seen.add(patch.request)
-        return found
 
     def follow_script(self, script: list[tuple[int, Asked]], until: int) -> None:
         """A branch: ask the same at the same steps, come to `until`, and stand there."""

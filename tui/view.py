@@ -104,7 +104,7 @@ def shown(text: str, view: View) -> str:
 
 def width_of(line: Iterable[Run]) -> int:
     """Cells."""
-    return sum(cell_len(text) for text, _ in line)
+    return sum(len(text) if text.isascii() else cell_len(text) for text, _ in line)
 
 
 def strip_of(line: Line, width: int, view: View, base: Style) -> Strip:
