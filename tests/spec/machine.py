@@ -33,7 +33,7 @@ class StepMachine(RuleBasedStateMachine):
     watch: Watch
 
     @initialize(
-        num_blocks=st.sampled_from([3, 5, 7, 9, 12, 16]),
+        num_blocks=st.sampled_from([3, 5, 8, 12, 16, 24]),
         block_size=st.integers(1, 4),
         num_host_blocks=st.sampled_from([0, 2, 8]),
         prefix_caching=st.sampled_from([True, True, True, False]),
@@ -46,7 +46,7 @@ class StepMachine(RuleBasedStateMachine):
         self.watch = cls.last = Watch(cls.make, cls.laws, **settings)
         self.next_id = 0
         self.stems: list[list[int]] = [[]]
-        self._allocate(first or [1, 0, 1, 1, 0], None, 0, True)
+        self._allocate(first or [1, 0, 1, 1, 0], None, 1, True)
 
     # ---- choosing
 
@@ -84,8 +84,9 @@ class StepMachine(RuleBasedStateMachine):
     def allocate(
         self, stem: int, cut: int, tail: list[int], chunk: int, salt: str | None, read_cache: bool, run: bool
     ) -> None:
-        """A new sequence that may begin like an earlier one."""
-        base = self.stems[stem % len(self.stems)]
+        """A new sequence that may begin like an earlier one, or go on like a living one."""
+        bases = [*self.stems, *(line.tokens for line in self.watch.lines.values())]
+        base = bases[stem % len(bases)]
         cut = len(base) if cut > 15 else cut % (len(base) + 1)
         self._allocate(base[:cut] + tail or [0], salt, chunk, read_cache)
         if run:

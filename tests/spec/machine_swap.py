@@ -29,6 +29,7 @@ class FullMachine(SharingMachine):
         watch = self.watch
         arrived = {device for _, device in watch.swap_ins}
         lines = [i for i in watch.lines.values() if not i.swapped and arrived.isdisjoint(watch.view.tables[i.seq_id])]
+        lines = [i for i in lines if i.written] or lines
         if not lines:
             return
         group = list({lines[pick % len(lines)].seq_id: lines[pick % len(lines)] for pick in picks}.values())
