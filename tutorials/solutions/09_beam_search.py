@@ -127,9 +127,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `reorder`
 #
-# Now the memory. `manager` is lesson 8's, finished (`minipaged/lessons/so_far.py`). `beams` are the names of
-# the sequences, `parents` says for each new beam which old one it continues, `names` are the new sequences'
-# names.
+# Now the memory. The manager is lesson 8's, finished; it is in `minipaged/lessons/so_far.py`.
+#
+# `beams` are the names of the sequences. `parents` says for each new beam which old one it continues, and
+# `names` are the names of the new ones.
 #
 # Edit tables, and nothing else: no token may move. Afterwards the new beams exist and the old ones do not. It
 # must work when not a single block is free. It must also work when one beam has all the children, which is

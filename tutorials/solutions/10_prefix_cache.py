@@ -95,9 +95,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 1: `keys`
 #
-# The keys of a text's full blocks. Use a cryptographic hash, `hashlib.sha256` or `blake2b`, of the previous
-# key (32 zero bytes for the first block) and the tokens as bytes. `array("I", tokens).tobytes()` gives each
-# token four bytes, so that `[1, 23]` and `[12, 3]` differ.
+# The keys of a text's full blocks. The first block's key is the digest of 32 zero bytes and its tokens; every
+# other one is the digest of the key before it and its own tokens. `digest` and `as_bytes` are given.
 #
 # Why cryptographic? If two texts had the same key, one user would be answered from another's text. With
 # Python's `hash` an attacker can find such texts on a laptop. It happened (CVE-2025-25183).
@@ -109,13 +108,21 @@ if __name__ == "__main__":
 
 
 # %%
+def digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def as_bytes(tokens: list[int]) -> bytes:
+    """Four bytes a token: with digits, [1, 23] and [12, 3] would look the same."""
+    return array("I", tokens).tobytes()
+
+
 def keys(tokens: list[int], block_size: int) -> list[bytes]:
     """One key for each full block of the text; it covers the block and all that came before."""
     # solution: lesson 10, task 1: keys
     found, parent = [], bytes(32)
     for start in range(0, len(tokens) - block_size + 1, block_size):
-        block = array("I", tokens[start : start + block_size]).tobytes()
-        parent = hashlib.sha256(parent + block).digest()
+        parent = digest(parent + as_bytes(tokens[start : start + block_size]))
         found.append(parent)
     return found
     # end of solution

@@ -1,0 +1,85 @@
+"""What the lessons lean on: the manager so far, the tape, the replays, the runner and the marks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minipaged.lessons import so_far
+from minipaged.lessons.catalog import lesson, lessons
+from minipaged.lessons.replays import SCENES, record
+from minipaged.lessons.runner import load, run, tests_in
+from minipaged.lessons.strip import bodies, strip
+from minipaged.lessons.tape import Tape
+from minipaged.lessons.workspace import PROGRESS
+from minipaged.trace.snapshot import fold
+from minipaged.trace.sources import FileSource
+
+
+def test_the_manager_so_far_is_a_solution_of_lesson_8() -> None:
+    module = load(lesson(8).solution)
+    vars(module).update(Manager=so_far.Manager, OutOfBlocks=so_far.OutOfBlocks)
+    for _, _, function in tests_in(module):
+        function()
+
+
+def test_a_tape_shows_what_was_photographed(tmp_path: Path) -> None:
+    tape = Tape(6, 4)
+    tape.note({"A": [2]}, {"A": 3})
+    tape.note({"A": [2, 4], "B": [5]}, {"A": 6, "B": 1})
+    tape.note({"B": [5]}, {"B": 2})
+    tape.write(tmp_path / "x.trace")
+    source = FileSource(tmp_path / "x.trace")
+    states = [fold([source.delta(i) for i in range(n)]) for n in range(1, 4)]
+    assert states[1].tables == {(0, 0): (2, 4), (1, 0): (5,)}
+    assert states[1].device.fill.tolist() == [0, 0, 4, 0, 2, 1]
+    assert states[1].stats.free_blocks == 2
+    assert states[2].tables == {(1, 0): (5,)}
+    assert states[2].sequences[0].status == "finished"
+    assert [(e.kind, e.block) for e in source.delta(2).events] == [("free", 2), ("free", 4)]
+
+
+def test_a_tape_is_kept_only_in_a_learners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tape = Tape(4, 4)
+    tape.note({"A": [1]}, {"A": 1})
+    assert tape.save("x") is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / PROGRESS).write_text("{}", encoding="utf-8")
+    assert tape.save("x") == Path(".recordings") / "x.trace"
+
+
+@pytest.mark.parametrize(
+    ("number", "kinds"),
+    [(8, {"fork", "copy"}), (9, {"fork", "prune"}), (10, {"cache_hit"}), (11, {"preempt", "swap_out", "swap_in"})],
+)
+def test_a_replay_shows_what_its_lesson_is_about(number: int, kinds: set[str], tmp_path: Path) -> None:
+    record(SCENES[number], tmp_path / "x.trace")
+    source = FileSource(tmp_path / "x.trace")
+    assert kinds <= {event.kind for i in range(len(source)) for event in source.delta(i).events}
+
+
+def test_every_lesson_has_a_replay() -> None:
+    assert {one.number for one in lessons()} - set(SCENES) <= {13}, "lesson 13 records its own"
+
+
+def test_marks_that_do_not_pair_are_refused() -> None:
+    for text in ("# solution: lesson 1, task 1: x\n", "# end of solution\n", "# solution: a\n# solution: b\n"):
+        with pytest.raises(ValueError, match=r"ended|nothing to end|never ends"):
+            strip(text)
+    assert [body.lines for body in bodies("# solution: a\n  x\n# end of solution\n")] == [("  x",)]
+
+
+def test_the_runner_stops_at_the_first_failure_and_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "lesson.py"
+    path.write_text(
+        "def test_1_fine(): pass\n"
+        "def test_2_wrong():\n    assert 1 == 2, 'one is not two'\n"
+        "def test_2_never_reached(): raise SystemExit\n",
+        encoding="utf-8",
+    )
+    first, second = run(path)
+    assert (first["test"], first["passed"]) == ("test_1_fine", True)
+    assert (second["task"], second["passed"], second["message"]) == (2, False, "one is not two")
+    assert second["where"].startswith("line 3: assert 1 == 2")

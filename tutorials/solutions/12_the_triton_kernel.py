@@ -1,0 +1,426 @@
+# %% [markdown]
+# # 12. The Triton kernel
+#
+# *45 minutes. You need lesson 5. No GPU is needed; if you have one, it joins in at the end.*
+#
+# ## Why
+#
+# Lesson 5 walked the pages in a Python loop. That was right, and hopelessly slow: each turn of the loop
+# launches a handful of small operations. On a GPU the whole walk belongs into one **kernel**, a program that
+# runs a thousand times side by side, once for each sequence and head. Its only job is to read keys and values
+# once, as fast as memory delivers them.
+#
+# **Triton** lets you write such a program in Python. What you write is one *program instance*: it asks which
+# one it is (`tl.program_id`), computes the addresses of what it needs, loads whole tiles at once, computes
+# with them as with small arrays, and stores the result.
+#
+# ```
+#  grid:   one program for each (sequence, head)
+#
+#  program (1, 0)    table of sequence 1:  [ 7, 2, 5 ]        length 10, pages of 4
+#
+#     page 7  ────►  tile of keys   [4, head_dim]  ─┐
+#                    tile of values [4, head_dim]  ─┴─►  top, total, weighted     (lesson 5's online softmax, in registers)
+#     page 2  ────►  …                                   top, total, weighted
+#     page 5  ────►  … 2 of 4 slots are ours: mask       top, total, weighted  ─►  out[1, 0]
+# ```
+#
+# ## The interpreter
+#
+# Triton compiles for GPUs. But it can also **interpret** a kernel in plain Python and numpy, instance by
+# instance. That is slow, and it is the best way to write one: `print` works, errors have line numbers, and
+# NaN shows where it comes from. This lesson sets `TRITON_INTERPRET=1` for itself. When all is solved and you
+# have a GPU, run it again with `LESSON_ON_GPU=1`: the same code, compiled.
+
+# %%
+# ruff: noqa: E402, N803
+from __future__ import annotations
+
+import os
+import random
+import time
+
+ON_GPU = os.environ.get("LESSON_ON_GPU") == "1"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+class Batch:
+    """Random sequences in pages, with NaN in every slot that is nobody's."""
+
+    def __init__(
+        self, lengths: list[int], *, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, page: int = 4,
+        dtype: torch.dtype = torch.float32, seed: int = 0, fill: float = float("nan"),
+    ) -> None:  # fmt: skip
+        noise = torch.Generator().manual_seed(seed)
+        self.page, width = page, max(-(-n // page) for n in lengths)
+        blocks = random.Random(seed).sample(range(1, 1 + len(lengths) * width), len(lengths) * width)
+        tables = torch.tensor(blocks, dtype=torch.int32).view(len(lengths), width)
+        shape = (1 + len(blocks), page, kv_heads, head_dim)
+        caches = []
+        for _ in range(2):
+            cache = torch.full(shape, fill)
+            for table, length in zip(tables.tolist(), lengths, strict=True):
+                for position in range(length):
+                    block = table[position // page]
+                    cache[block, position % page] = torch.randn(kv_heads, head_dim, generator=noise)
+            caches.append(cache.to(DEVICE, dtype))
+        self.keys, self.values = caches
+        self.query = torch.randn(len(lengths), heads, head_dim, generator=noise).to(DEVICE, dtype)
+        self.tables, self.lengths = tables.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+
+
+def dense(batch: Batch) -> Tensor:
+    """The twin: gather, then attention in 64 bits. Slow, obvious, right."""
+    rows = []
+    group = batch.query.shape[1] // batch.keys.shape[2]
+    for q, table, length in zip(batch.query.double(), batch.tables.long(), batch.lengths.tolist(), strict=True):
+        k, v = (
+            cache[table].flatten(0, 1)[:length].double().repeat_interleave(group, 1)
+            for cache in (batch.keys, batch.values)
+        )
+        scores = torch.einsum("hd,nhd->hn", q, k) / q.shape[-1] ** 0.5
+        rows.append(torch.einsum("hn,nhd->hd", scores.softmax(1), v))
+    return torch.stack(rows)
+
+
+# %% [markdown]
+# ## The pain
+#
+# The Python loop of lesson 5, for a batch. How many operations does it launch, and how long does one of them
+# take even if it does nothing?
+
+
+# %%
+def the_pain() -> None:
+    lengths, page = [1_000] * 16, 16
+    turns = sum(-(-n // page) for n in lengths)
+    tiny = torch.zeros(1)
+    start = time.perf_counter()
+    for _ in range(10_000):
+        tiny + 1
+    each = (time.perf_counter() - start) / 10_000
+    print(f"16 sequences of 1,000 tokens: {turns:,} turns of the loop, for each layer and each token")
+    print(
+        f"about eight operations a turn, {1e6 * each:.2f} microseconds each at the least: {8e3 * turns * each:.1f} ms a layer\n"
+    )
+
+
+if __name__ == "__main__":
+    the_pain()
+
+# %% [markdown]
+# ## Task 1: `bytes_to_move`
+#
+# Before writing a kernel, compute what it must do at the least. Decoding is limited by memory: there is one
+# multiplication for each number that is read. So the yardstick is bytes: every key and every value of every
+# sequence, once. (The query and the output are small; leave them out.) A kernel that moves these bytes at the
+# rate of a plain copy cannot be improved.
+#
+# Several query heads may share one KV head (lesson 2). A good kernel reads it once for all of them.
+#
+# ```console
+# $ python 12_the_triton_kernel.py
+# NotImplementedError: lesson 12, task 1: bytes_to_move
+# ```
+
+
+# %%
+def bytes_to_move(lengths: list[int], kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
+    """Bytes of keys and values that one decoding step must read in one layer."""
+    # solution: lesson 12, task 1: bytes_to_move
+    return 2 * sum(lengths) * kv_heads * head_dim * bytes_per_number
+    # end of solution
+
+
+# %%
+def test_1_every_key_and_value_once() -> None:
+    assert bytes_to_move([10, 3], kv_heads=2, head_dim=16, bytes_per_number=2) == 2 * 13 * 2 * 16 * 2
+    batch = Batch([8, 8], page=4)
+    held = batch.keys[1:].nbytes + batch.values[1:].nbytes
+    assert bytes_to_move([8, 8], 2, 16, 4) == held, "two texts that fill their pages"
+
+
+if __name__ == "__main__":
+    test_1_every_key_and_value_once()
+
+# %% [markdown]
+# ## Task 2: `load_page`
+#
+# A kernel sees memory as a pointer to the first number, and **strides**: how many numbers further the next
+# block, slot or head begins. The cache is `[num_blocks, page, kv_heads, head_dim]`, so the number at (block,
+# slot, head, d) lies at
+#
+# ```
+#  cache_ptr + block * stride_block + slot * stride_slot + head * stride_head + d
+# ```
+#
+# You want a whole tile, all slots of the page and all d. Write the address once, with `slot` as a column and
+# `d` as a row; they broadcast to a matrix of addresses, as in numpy:
+#
+# ```
+#  slot = tl.arange(0, PAGE)[:, None]         d = tl.arange(0, HEAD_DIM)[None, :]
+# ```
+#
+# `tl.load(addresses, mask=..., other=0.0)` reads where the mask is true and gives 0 elsewhere. Slots at or
+# behind `filled` belong to nobody and hold NaN here: mask them. A weight of zero would not help, since 0 ·
+# NaN is NaN.
+
+
+# %%
+@triton.jit
+def load_page(
+    cache_ptr,
+    block,
+    head,
+    filled,
+    stride_block,
+    stride_slot,
+    stride_head,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """The keys (or values) of one head in one block: [PAGE, HEAD_DIM], zeros in slots at or behind `filled`."""
+    # solution: lesson 12, task 2: load_page
+    slot = tl.arange(0, PAGE)[:, None]
+    d = tl.arange(0, HEAD_DIM)[None, :]
+    addresses = cache_ptr + block * stride_block + slot * stride_slot + head * stride_head + d
+    return tl.load(addresses, mask=slot < filled, other=0.0)
+    # end of solution
+
+
+# %%
+@triton.jit
+def _one_page(out_ptr, cache_ptr, block, head, filled, s0, s1, s2, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    tile = load_page(cache_ptr, block, head, filled, s0, s1, s2, PAGE, HEAD_DIM)
+    at = tl.arange(0, PAGE)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(out_ptr + at, tile)
+
+
+def test_2_reads_one_tile() -> None:
+    batch = Batch([8], page=4, kv_heads=2, head_dim=16)
+    for block in (1, 2):
+        for head in (0, 1):
+            out = torch.empty(4, 16, device=DEVICE)
+            _one_page[(1,)](out, batch.keys, block, head, 4, *batch.keys.stride()[:3], 4, 16)
+            assert torch.equal(out, batch.keys[block, :, head]), f"block {block}, head {head}"
+
+
+def test_2_slots_that_are_nobodys_read_as_zero() -> None:
+    batch = Batch([6], page=4)
+    block = int(batch.tables[0, 1])
+    out = torch.empty(4, 16, device=DEVICE)
+    _one_page[(1,)](out, batch.values, block, 0, 2, *batch.values.stride()[:3], 4, 16)
+    assert torch.equal(out[:2], batch.values[block, :2, 0])
+    assert not out[2:].isnan().any(), "NaN came through: the mask must stop it"
+    assert (out[2:] == 0).all()
+
+
+if __name__ == "__main__":
+    test_2_reads_one_tile()
+    test_2_slots_that_are_nobodys_read_as_zero()
+
+# %% [markdown]
+# ## Task 3: `walk`
+#
+# The page walk. Begin with the three sums of lesson 5, in registers this time:
+#
+# ```
+#  top = tl.full([], float("-inf"), tl.float32)
+#  total = tl.full([], 0.0, tl.float32)
+#  weighted = tl.zeros([HEAD_DIM], tl.float32)
+# ```
+#
+# Then loop over `range(tl.cdiv(length, PAGE))`, the entries of the table. In each turn:
+#
+# 1. `block = tl.load(table_ptr + entry).to(tl.int64)`: which page is next? (64 bits, because `block *
+#    stride_block` outgrows 32 bits on a large GPU. Kernels have crashed over this.)
+# 2. `filled = length - entry * PAGE`: how many tokens of the text are left from here on. It may exceed PAGE;
+#    the mask does not mind.
+# 3. The keys' tile, as float32. The scores: multiply with `query[None, :]`, `tl.sum` over axis 1, times
+#    `scale`.
+# 4. Slots at or behind `filled` must weigh nothing: their score is −∞, by `tl.where(tl.arange(0, PAGE) <
+#    filled, scores, float("-inf"))`.
+# 5. Lesson 5's five lines, with `tl.maximum`, `tl.max(scores, 0)`, `tl.exp` and `tl.sum`, and the values'
+#    tile.
+#
+# At the end return `weighted / total`.
+
+
+# %%
+@triton.jit
+def walk(
+    query, key_ptr, value_ptr, table_ptr, length, head, scale, stride_block, stride_slot, stride_head,
+    PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query [HEAD_DIM] over the pages of one table: [HEAD_DIM] in float32."""
+    # solution: lesson 12, task 3: walk
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    weighted = tl.zeros([HEAD_DIM], tl.float32)
+    for entry in range(tl.cdiv(length, PAGE)):
+        block = tl.load(table_ptr + entry).to(tl.int64)
+        filled = length - entry * PAGE
+        keys = load_page(key_ptr, block, head, filled, stride_block, stride_slot, stride_head, PAGE, HEAD_DIM)
+        scores = tl.sum(query[None, :] * keys.to(tl.float32), 1) * scale
+        scores = tl.where(tl.arange(0, PAGE) < filled, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        shrink = tl.exp(top - new_top)
+        weights = tl.exp(scores - new_top)
+        values = load_page(value_ptr, block, head, filled, stride_block, stride_slot, stride_head, PAGE, HEAD_DIM)
+        total = total * shrink + tl.sum(weights, 0)
+        weighted = weighted * shrink + tl.sum(weights[:, None] * values.to(tl.float32), 0)
+        top = new_top
+    return weighted / total
+    # end of solution
+
+
+# %% [markdown]
+# Around it, given: the kernel proper, which finds out who it is and what to read, and the function that
+# launches the grid.
+
+
+# %%
+@triton.jit
+def _decode(
+    out_ptr, query_ptr, key_ptr, value_ptr, tables_ptr, lengths_ptr, scale, width, stride_block, stride_slot, stride_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    at = (row * HEADS + head) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    out = walk(
+        tl.load(query_ptr + at).to(tl.float32), key_ptr, value_ptr, tables_ptr + row * width, tl.load(lengths_ptr + row),
+        head // GROUP, scale, stride_block, stride_slot, stride_head, PAGE, HEAD_DIM,
+    )  # fmt: skip
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty))
+
+
+def paged_decode(batch: Batch) -> Tensor:
+    """Attention of one new token for each sequence. Sizes of pages and heads must be powers of two, as Triton's tiles are."""
+    rows, heads, head_dim = batch.query.shape
+    out = torch.empty_like(batch.query)
+    _decode[(rows, heads)](
+        out, batch.query, batch.keys, batch.values, batch.tables, batch.lengths, head_dim**-0.5, batch.tables.shape[1],
+        *batch.keys.stride()[:3], heads, heads // batch.keys.shape[2], batch.page, head_dim,
+    )  # fmt: skip
+    return out
+
+
+# %%
+def test_3_equals_the_twin_at_every_boundary() -> None:
+    for page in (1, 4, 16):
+        batch = Batch([1, page, page + 1, 2 * page, 11], page=page, seed=page)
+        torch.testing.assert_close(paged_decode(batch).double(), dense(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_3_any_sharing_of_heads() -> None:
+    for heads, kv_heads in ((2, 2), (4, 1), (4, 2)):
+        batch = Batch([5, 9], heads=heads, kv_heads=kv_heads)
+        torch.testing.assert_close(paged_decode(batch).double(), dense(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_3_sixteen_bits() -> None:
+    batch = Batch([7, 12], dtype=torch.float16)
+    torch.testing.assert_close(paged_decode(batch).double(), dense(batch), rtol=2e-3, atol=2e-3)
+
+
+def test_3_the_numbers_of_the_pages_do_not_matter() -> None:
+    batch = Batch([9, 14])
+    before = paged_decode(batch)
+    shuffled = torch.randperm(len(batch.keys), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    place = torch.argsort(shuffled)
+    batch.keys, batch.values = batch.keys[shuffled].contiguous(), batch.values[shuffled].contiguous()
+    batch.tables = place[batch.tables.long()].to(torch.int32)
+    assert torch.equal(paged_decode(batch), before)
+
+
+if __name__ == "__main__":
+    test_3_equals_the_twin_at_every_boundary()
+    test_3_any_sharing_of_heads()
+    test_3_sixteen_bits()
+    test_3_the_numbers_of_the_pages_do_not_matter()
+
+# %% [markdown]
+# ## What was won
+#
+# On a CPU: the proof that it is right, and what a perfect kernel would need for the bytes of task 1 at the
+# rate of a plain copy on this machine. On a GPU (`LESSON_ON_GPU=1`): your kernel's own rate, beside the
+# copy's.
+
+
+# %%
+def copy_rate(num_bytes: int = 256 * 2**20) -> float:
+    """Bytes a second, read and written, of a plain copy."""
+    source = torch.ones(num_bytes // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        if ON_GPU:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * num_bytes / best
+
+
+def what_was_won() -> None:
+    for page in (4, 16, 64):
+        batch = Batch([37, 64, 5], page=page)
+        error = float((paged_decode(batch).double() - dense(batch)).abs().max())
+        print(f"pages of {page:>2}: largest difference from attention in 64 bits {error:.0e}")
+    rate = copy_rate()
+    print(f"\na plain copy moves {rate / 1e9:,.1f} GB a second here")
+    lengths, kv_heads, head_dim = [4_096] * 64, 8, 128
+    moved = bytes_to_move(lengths, kv_heads, head_dim, 2)
+    print(f"64 sequences of 4,096 tokens, 8 KV heads of 128, 16 bits: {moved / 2**20:,.0f} MiB a layer")
+    print(f"at the rate of the copy: {1e3 * moved / rate:.2f} ms")
+    if not ON_GPU:
+        print("no GPU in use: the interpreter shows that your kernel is right, not how fast it is")
+        return
+    width = lengths[0] // 16
+    batch = Batch([16], heads=32, kv_heads=kv_heads, head_dim=head_dim, page=16, dtype=torch.float16)
+    shape = (1 + 64 * width, 16, kv_heads, head_dim)
+    batch.keys, batch.values = (torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    batch.query = torch.randn(64, 32, head_dim, device=DEVICE, dtype=torch.float16)
+    batch.tables = (1 + torch.randperm(64 * width, device=DEVICE, dtype=torch.int32)).view(64, width)
+    batch.lengths = torch.full((64,), lengths[0], device=DEVICE, dtype=torch.int32)
+    milliseconds = triton.testing.do_bench(lambda: paged_decode(batch))
+    print(f"your kernel: {milliseconds:.2f} ms, {moved / milliseconds / 1e6:,.0f} GB a second")
+
+
+if __name__ == "__main__":
+    what_was_won()
+
+# %% [markdown]
+# On a GPU your kernel will not reach the copy, and you can now say why. Each of the query heads of a group
+# reads the same keys again: let one program serve the whole group, with the heads as rows of a small matrix
+# product. One page is a small tile: load several at once, with a vector of page numbers. The mask costs
+# something in every turn, though only the last page needs it: give that one a turn of its own. And a single
+# long text keeps one program busy while the others are done: cut it into chunks. All four are in minipaged's
+# kernel.
+#
+# ## What real engines do
+#
+# - **vLLM** has Triton kernels of this shape, for devices without a hand-written one
+#   ([`triton_unified_attention.py`](https://github.com/vllm-project/vllm/blob/main/vllm/v1/attention/ops/triton_unified_attention.py)).
+# - **FlashAttention 3** reads pages with the GPU's own copy engines (Shah et al. 2024, [arXiv
+#   2407.08608](https://arxiv.org/abs/2407.08608)); **FlashInfer** generates kernels for each layout (Ye et
+#   al. 2025, [arXiv 2501.01005](https://arxiv.org/abs/2501.01005)).
+# - **Triton** itself: Tillet, Kung and Cox 2019
+#   ([paper](https://www.eecs.harvard.edu/~htk/publication/2019-mapl-tillet-kung-cox.pdf)),
+#   [documentation](https://triton-lang.org/main/index.html).
+#
+# ## Where this lives in minipaged
+#
+# - `kernels/decode_triton.py`: `_attend_tile` is one turn of your loop; `_decode_kernel` has the loop without
+#   masks, and the chunks.
+# - `kernels/triton_tiles.py`: `tile_offsets` and `load_tile` are task 2 for several pages at once.
+# - `kernels/decode.py`: `paged_decode` chooses between the kernel and its twin.
+# - `tests/kernels`: every kernel against its twin, in the interpreter, as you ran it.
