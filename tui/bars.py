@@ -18,6 +18,13 @@ KEYS: tuple[tuple[str, str], ...] = (
     ("c", "compare"),
     ("?", "help"),
 )
+IDLE_KEYS: tuple[tuple[str, str], ...] = (  # all is done: what next
+    ("a", "add a prompt"),
+    ("g ␣", "play it again"),
+    ("L", "lessons"),
+    ("c", "compare"),
+    ("q", "quit"),
+)
 MORE_KEYS: tuple[tuple[str, str], ...] = (
     ("/", "find"),
     ("w", "why"),
@@ -149,13 +156,14 @@ def keys_line(view: View, width: int) -> Line:
     ascii_names = {"␣": "space", "⏎": "enter"}
 
     def entry(key: str, word: str) -> Line:
-        shown = ascii_names.get(key, key) if view.glyphs.ascii else key
+        shown = " ".join(ascii_names.get(part, part) for part in key.split()) if view.glyphs.ascii else key
         word = "pause" if word == "run" and view.word in ("LIVE", "PLAYING") else word
         return [(shown, "strong"), (f" {word}  ", "dim")]
 
     line: Line = [(" ", "text")]
     last = entry(*KEYS[-1])
-    for key, word in (*KEYS[:-1], *(MORE_KEYS if width > 100 else ())):
+    usual = (*KEYS[:-1], *(MORE_KEYS if width > 100 else ()))
+    for key, word in IDLE_KEYS if view.word == "IDLE" else usual:
         if width_of(line) + width_of(entry(key, word)) + width_of(last) <= width + 2:
             line += entry(key, word)
     return [*line, *last]
