@@ -129,6 +129,11 @@ def tui(
     screenshot: Annotated[Path | None, typer.Option(help="Write the screen as SVG to this file at the end.")] = None,
     size: Annotated[str | None, typer.Option(help="Columns x rows without a terminal, such as 120x40.")] = None,
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Letters and signs of ASCII alone.")] = False,
+    light: Annotated[bool, typer.Option("--light", help="For terminals with a light background.")] = False,
+    scenario: Annotated[
+        str | None, typer.Option(help="A recorded scene: cow, prefix, beam, preempt, swap or orca.")
+    ] = None,
+    web: Annotated[bool, typer.Option("--web", help="In a browser on this machine (extra `web`).")] = False,
     device: Device = "auto",
     dtype: DTypeName = "auto",
     block_size: BlockSize = 16,
@@ -149,6 +154,9 @@ def tui(
             screenshot=screenshot,
             size=size,
             ascii_only=ascii_only,
+            light=light,
+            scenario=scenario,
+            web=web,
             settings=settings,
         )
     )

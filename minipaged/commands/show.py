@@ -29,6 +29,9 @@ def show(
     screenshot: Path | None = None,
     size: str | None = None,
     ascii_only: bool = False,
+    light: bool = False,
+    scenario: str | None = None,
+    web: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> int:
     """Show a run; every argument is checked before anything is started. Returns the exit code."""
@@ -44,6 +47,15 @@ def show(
     for target in (record, screenshot):
         if target is not None and not target.resolve().parent.is_dir():
             raise InputError(f"{target}: the folder {target.resolve().parent} does not exist")
+    if scenario is not None:
+        if replay is not None:
+            raise InputError("--scenario and --replay both name a recording: give one of them")
+        replay = find_scenario(scenario)
+    if web:
+        from tui.web import serve_screen
+
+        serve_screen([word for word in sys.argv[1:] if word != "--web"])
+        return 0
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if replay is None and not headless and not terminal:
         from minipaged.commands.plain import run_plain
@@ -61,6 +73,7 @@ def show(
         steps=steps,
         screenshot=screenshot,
         size=cells,
+        light=light,
     )
 
 
@@ -69,6 +82,15 @@ def build_engine(model: str, settings: dict[str, Any], progress: Any = None) -> 
     from minipaged.llm import LLM
 
     return LLM(model, progress=progress, **settings).engine
+
+
+def find_scenario(name: str) -> Path:
+    """The recorded scene of that name. InputError listing those there are."""
+    import tui
+
+    folder = Path(next(iter(tui.__path__))) / "gallery"
+    check_choice("scenario", name, sorted(path.stem for path in folder.glob("*.mpt")))
+    return folder / f"{name}.mpt"
 
 
 def read_prompts(path: Path) -> Asked:
