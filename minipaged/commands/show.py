@@ -50,7 +50,9 @@ def show(
     if scenario is not None:
         if replay is not None:
             raise InputError("--scenario and --replay both name a recording: give one of them")
-        replay = find_scenario(scenario)
+        from tui.gallery import scenario_path
+
+        replay = scenario_path(scenario)
     if web:
         from tui.web import serve_screen
 
@@ -82,15 +84,6 @@ def build_engine(model: str, settings: dict[str, Any], progress: Any = None) -> 
     from minipaged.llm import LLM
 
     return LLM(model, progress=progress, **settings).engine
-
-
-def find_scenario(name: str) -> Path:
-    """The recorded scene of that name. InputError listing those there are."""
-    import tui
-
-    folder = Path(next(iter(tui.__path__))) / "gallery"
-    check_choice("scenario", name, sorted(path.stem for path in folder.glob("*.mpt")))
-    return folder / f"{name}.mpt"
 
 
 def read_prompts(path: Path) -> Asked:

@@ -47,6 +47,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         (["generate", "x", *TOY, "--max-tokens", "100000"], "max_tokens may be at most"),
         (["tui", "--replay", "no-such-file.trace"], "no-such-file.trace"),
         (["tui", "--prompts", "no-such-file.txt"], "no-such-file.txt"),
+        (["tui", "--scenario", "opera"], "orca"),
         (["tui", "--steps", "0"], "steps must be at least 1, not 0"),
         (["tui", "--size", "wide"], "120x40"),
         (["tui", "--record", "no/such/folder/run.trace"], "does not exist"),
