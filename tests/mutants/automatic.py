@@ -32,7 +32,12 @@ from tests.mutants.automatic_operators import Mutant, compiled, count_changes, m
 FOLDERS = ("minipaged/memory", "minipaged/scheduling")
 OTHER_SYSTEMS = {"reservations", "buddy", "systems", "contiguous"}  # what the paged memory is compared with
 MEMORY_TESTS = ["tests/memory", "tests/spec/test_survivors_memory.py", "tests/spec/test_laws_memory.py"]
-SCHEDULING_TESTS = ["tests/scheduling", "tests/spec/test_survivors_scheduling.py", "tests/spec/test_scheduler_laws.py"]
+SCHEDULING_TESTS = [
+    "tests/scheduling",
+    "tests/spec/test_survivors_scheduling.py",
+    "tests/spec/test_survivors_counts.py",
+    "tests/spec/test_scheduler_laws.py",
+]
 MACHINE = ["tests/spec/test_laws_machine.py"]
 TIMED = "not constant_time"  # a clock's verdict on a busy machine is no evidence
 FACTORS = {"quick": 0.5, "ci": 1.0}  # of the profile's examples: a quick child has to end well inside its seconds

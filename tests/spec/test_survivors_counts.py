@@ -1,0 +1,170 @@
+"""What the automatic mutation run found untested in scheduling: counters, ends, limits at their edges, long tables and queues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.errors import RequestError
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.types import BlockEvent
+from minipaged.scheduling.policies import PreemptionCost, wants_swap
+from minipaged.scheduling.request import Request
+from minipaged.scheduling.scheduler import SchedulerEvent
+from tests.spec.test_scheduler_laws import of_kind, ran, tight, workloads
+from tests.spec.test_survivors_scheduling import Drawer, run, scheduler_of
+from tests.spec.token_world import Asked, World
+
+# ---- counters and events
+
+
+@given(workload=workloads(), arrangement=tight, depth=st.sampled_from([0, 1]))
+def test_counters_are_sums_over_the_steps(
+    block_manager_class: type, scheduler_class: type, workload: list[Asked], arrangement: dict[str, Any], depth: int
+) -> None:
+    """Each counter can be had from the plans and events."""
+    world = ran(block_manager_class, scheduler_class, workload, arrangement, depth=depth)
+    counters, plans = world.control.counters, [s.plan for s in world.steps if s.plan is not None]
+    assert counters.computed_tokens == sum(int(p.lengths.sum()) for p in plans)
+    assert counters.generated_tokens == sum(len(p.draw_rows) for p in plans)
+    assert counters.copies == sum(len(p.copies) for p in plans)
+    assert [p.step for p in plans] == list(range(len(plans)))
+    preempted = swapped = fresh = own = asked = 0
+    for step in world.steps:
+        gone = {e.sequence.request.request_id for e in of_kind(step, "preempt") if e.sequence is not None}
+        preempted += len(gone)
+        moved = {e.seq_id for e in step.events if isinstance(e, BlockEvent) and e.kind == "swap_out"}
+        swapped += len(
+            {
+                e.sequence.request.request_id
+                for e in of_kind(step, "preempt")
+                if e.sequence is not None and e.seq_id in moved
+            }
+        )
+        back = {e.seq_id for e in step.events if isinstance(e, BlockEvent) and e.kind == "swap_in"}
+        for event in of_kind(step, "admit"):
+            if event.seq_id in back or event.sequence is None:
+                continue
+            seen = any(
+                e.seq_id == event.seq_id
+                for s in world.steps[: world.steps.index(step)]
+                for e in of_kind(s, "preempt")
+                if e.sequence is not None
+            )
+            if not seen:
+                fresh += event.amount
+                asked += len(event.sequence.request.prompt_token_ids)
+            else:
+                own += event.amount
+    assert counters.preemptions == preempted
+    assert counters.swaps == swapped
+    assert counters.hit_tokens + counters.own_hit_tokens == fresh + own
+    assert counters.hit_tokens >= fresh
+    assert counters.queried_tokens >= asked
+    if not preempted:
+        assert (counters.hit_tokens, counters.own_hit_tokens, counters.queried_tokens) == (fresh, 0, asked)
+
+
+@given(workload=workloads(), arrangement=tight)
+def test_ends_are_told_with_what_was_drawn(
+    block_manager_class: type, scheduler_class: type, workload: list[Asked], arrangement: dict[str, Any]
+) -> None:
+    """Submissions and ends: each sequence once, with its tokens and its reason."""
+    world = ran(block_manager_class, scheduler_class, workload, arrangement)
+    events = [e for s in world.steps for e in s.events if isinstance(e, SchedulerEvent)]
+    ended = [e for e in events if e.kind in ("finish", "prune", "abort")]
+    assert len({e.seq_id for e in ended}) == len(ended)
+    for event in ended:
+        assert event.sequence is not None
+        assert event.kind == {"pruned": "prune"}.get(event.detail, "finish")
+        assert event.amount <= event.sequence.request.params.max_tokens
+        if event.detail == "length":
+            assert event.amount == event.sequence.request.params.max_tokens
+    for event in events:
+        if event.kind == "submit" and event.sequence is not None:
+            assert event.amount == event.sequence.request.num_prompt
+
+
+def test_a_resumed_requests_hits_are_its_own() -> None:
+    """L35: what was preempted finds its own blocks, counted apart and exactly."""
+    scheduler, drawer = scheduler_of(num_blocks=15, preemption="recompute"), Drawer(1)
+    for i in range(2):
+        scheduler.add(Request(i, tuple(range(10 * i, 10 * i + 9)), SamplingParams(max_tokens=24, ignore_eos=True)))
+    events: list[Any] = []
+
+    run(scheduler, drawer, lambda plan: events.extend(scheduler.take_events()))
+    events.extend(scheduler.take_events())
+    told = [e for e in events if isinstance(e, SchedulerEvent)]
+    assert scheduler.counters.preemptions == sum(e.kind == "preempt" for e in told) == 1
+    again = [e for e in told if e.kind == "admit"][2:]
+    assert scheduler.counters.own_hit_tokens == sum(e.amount for e in again) > 0
+    assert scheduler.counters.hit_tokens == 0
+    assert scheduler.counters.queried_tokens == 18
+    assert scheduler.counters.swaps == 0
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("policy", ["auto", "swap", "recompute"])
+def test_the_cost_model_is_its_formula(policy: Any) -> None:
+    config = EngineConfig(preemption=policy)
+    cost = PreemptionCost(seconds_per_block=1.0, seconds_per_token=0.5, seconds_per_transfer=3.0, seconds_per_pass=2.0)
+    for blocks in (0, 1, 5):
+        for tokens in range(0, 40):
+            swap = 2 * (blocks * 1.0 + 3.0) < tokens * 0.5 + 2.0
+            assert wants_swap(config, cost, blocks, tokens) is (swap if policy == "auto" else policy == "swap")
+    assert PreemptionCost(0.0, 0.0, 0.0, 0.0).swap_is_cheaper(1, 1) is False
+
+
+def test_what_just_fits_is_served_and_one_more_is_refused() -> None:
+    """The context's length, the pool, the sequences at once and the tokens a step, each at its edge."""
+    for limits, good, bad in (
+        ({"max_model_len": 20}, (15, SamplingParams(max_tokens=5)), (15, SamplingParams(max_tokens=6))),
+        ({"max_model_len": 20}, (19, SamplingParams(max_tokens=1)), (20, SamplingParams(max_tokens=1))),
+        ({"num_blocks": 6}, (12, SamplingParams(max_tokens=8)), (12, SamplingParams(max_tokens=9))),
+        (
+            {"max_num_seqs": 3},
+            (3, SamplingParams(n=3, temperature=1.0, max_tokens=2)),
+            (3, SamplingParams(n=4, temperature=1.0, max_tokens=2)),
+        ),
+        (
+            {"max_num_batched_tokens": 3},
+            (3, SamplingParams(n=3, temperature=1.0, max_tokens=2)),
+            (3, SamplingParams(n=4, temperature=1.0, max_tokens=2)),
+        ),
+    ):
+        scheduler = scheduler_of(**limits)  # type: ignore[arg-type]
+        with pytest.raises(RequestError):
+            scheduler.add(Request(1, (1,) * bad[0], bad[1]))
+        scheduler.add(Request(1, (1,) * good[0], good[1]))
+        run(scheduler, Drawer())
+        assert scheduler.batch.num_free == scheduler.config.max_num_seqs
+
+
+def test_many_slots_tables_and_removals() -> None:
+    """Tables wider than the batch's first width; a queue that loses most of its members from the middle keeps its order."""
+    world = World(BlockManager, num_blocks=300, block_size=1)
+    outputs = world.run(
+        [Asked((1,) * 30, SamplingParams(max_tokens=30, ignore_eos=True)), Asked((2,), SamplingParams(max_tokens=3))]
+    )
+    assert len(outputs[0].outputs[0].token_ids) == 30
+    scheduler = scheduler_of(max_num_seqs=1)
+    for i in range(200):
+        scheduler.add(Request(i, (1, 2), SamplingParams(max_tokens=1)))
+    for i in range(200):
+        if i % 10:
+            assert scheduler.abort(i)
+    assert len(scheduler.waiting) == 20
+    assert [r.request_id for r in scheduler.waiting] == list(range(0, 200, 10))
+    scheduler.take_ended()
+    order = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        assert plan is not None
+        order += [o.request_id for o in scheduler.commit(plan, Drawer().answer(plan))]
+    assert order == list(range(0, 200, 10))

@@ -1,0 +1,290 @@
+"""What the automatic mutation run found untested in memory: the edges of what is accepted, the words of refusals, each event's fields."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from hashlib import blake2b
+from typing import Any
+
+import pytest
+
+from minipaged.errors import InputError
+from minipaged.memory import Admission, BlockEvent, BlockManager
+from minipaged.memory.accounting import TableUse, paged_bands
+from minipaged.memory.block_pool import BlockPool
+from minipaged.memory.free_list import FreeList
+from minipaged.memory.host_pool import HostPool
+from minipaged.memory.prefix_index import PrefixIndex, next_key, root_key
+
+
+def manager_with(num_tokens: int, num_blocks: int = 12, **settings: Any) -> BlockManager:
+    """Blocks of 4; sequence 0 has computed num_tokens tokens, and nothing of it is left to be told."""
+    manager = BlockManager(num_blocks, 4, **{"num_host_blocks": 8, "watermark": 0.0, **settings})
+    manager.begin_step()
+    tokens = list(range(num_tokens))
+    assert manager.allocate(0, tokens) is not None
+    manager.mark_computed(0, tokens)
+    manager.take_events()
+    return manager
+
+
+# ---- edges
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [("num_blocks", 2**26), ("block_size", 2**16), ("num_host_blocks", 2**26), ("watermark", 1.0)],
+)
+def test_settings_up_to_their_bound(name: str, last: Any) -> None:
+    """One more than the most is refused, the most is not (the largest pool is not made here)."""
+    settings: dict[str, Any] = {"num_blocks": 4, "block_size": 4}
+    over = math.nextafter(last, 9.0) if isinstance(last, float) else last + 1
+    with pytest.raises(InputError, match=name):
+        BlockManager(**{**settings, name: over})
+    if name != "num_blocks":
+        BlockManager(**{**settings, name: last})
+    least = {"num_blocks": 2, "block_size": 1, "num_host_blocks": 0, "watermark": 0.0}[name]
+    BlockManager(**{**settings, name: least})
+
+
+def test_the_defaults() -> None:
+    """No host, a cache, one block in a hundred kept free."""
+    manager = BlockManager(300, 4)
+    assert manager.usage().host_total == 0
+    manager.begin_step()
+    manager.allocate(0, [1, 2, 3, 4, 5])
+    manager.mark_computed(0, [1, 2, 3, 4, 5])
+    assert manager.match_prefix([1, 2, 3, 4, 5]) == 4
+    free = manager.usage().free
+    assert manager.can_admit((free - 3) * 4) is Admission.OK
+    assert manager.can_admit((free - 3) * 4 + 1) is Admission.LATER
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        ([3, 0, -5], "-5"),
+        ([0, 2**32 - 1, 2**32], str(2**32)),
+        ([0, 1, 1.5], "1.5"),
+        ([0, 1, True], "True"),
+        (["x", 1], "'x'"),
+        (7, "not 7"),
+    ],
+)
+def test_the_bad_token_is_named(bad: Any, word: str) -> None:
+    """Not its good neighbours."""
+    manager = manager_with(3)
+    for call in (
+        manager.match_prefix,
+        lambda tokens: manager.allocate(1, tokens),
+        lambda t: manager.mark_computed(0, t),
+    ):
+        with pytest.raises(InputError) as error:
+            call(bad)
+        assert str(error.value).split("not ")[-1] == word.removeprefix("not ")
+    assert manager.match_prefix([0, 2**32 - 1]) == 0
+
+
+def test_sequence_numbers_at_their_edges() -> None:
+    """0 and 2**63 - 1 are numbers of sequences."""
+    manager = BlockManager(6, 4)
+    for seq in (0, 2**63 - 1):
+        assert manager.allocate(seq, [1]) is not None
+        manager.free(seq)
+
+
+# ---- what is told
+
+
+def test_every_event_has_the_fields_of_its_table() -> None:
+    """types.BlockEvent, row by row, on one history; tier and group too."""
+    manager = manager_with(6, num_blocks=4)
+    manager.fork(0, 1)
+    manager.begin_step()
+    copied = manager.append(1, 1)
+    assert copied is not None
+    manager.truncate(1, 6)
+    assert manager.take_events() == (
+        BlockEvent("fork", 1, -1, 0, 2, "device", 0),
+        BlockEvent("copy", 1, 2, 3, 1, "device", 0),
+        BlockEvent("free", 1, 3, -1, 1, "device", 0),
+        BlockEvent("fork", 1, 2, -1, 1, "device", 0),
+    )
+    manager.free(1)
+    manager.pin(1)
+    manager.release(0, [0])
+    manager.unpin(1)
+    assert manager.take_events() == (
+        BlockEvent("free", 1, 2, -1, 1, "device", 0),
+        BlockEvent("free", 1, 1, -1, 0, "device", 0),
+        BlockEvent("pin", -1, 1, -1, -1, "device", 0),
+        BlockEvent("release", 0, 1, -1, 0, "device", 0),
+        BlockEvent("unpin", -1, 1, -1, -1, "device", 0),
+    )
+    manager.begin_step()
+    assert manager.swap_out([0]) == [(2, 0)]
+    manager.begin_step()
+    assert manager.host_table(0) == (-1, 0)
+    assert manager.swap_in([0]) is not None
+    block = manager.table(0)[1]
+    assert manager.take_events() == (
+        BlockEvent("swap_out", 0, 2, 0, 1, "device", 0),
+        BlockEvent("swap_in", 0, block, 0, 1, "device", 0),
+    )
+    manager.begin_step()
+    assert manager.swap_out([0]) is not None
+    manager.take_events()
+    manager.free(0)
+    assert manager.take_events()[-1:] == (BlockEvent("free", 0, 0, -1, 1, "host", 0),)
+    assert manager.reset_prefix_cache()
+    assert manager.take_events() == (BlockEvent("evict", -1, 1, -1, -1, "device", 0),)
+
+
+def test_hits_publications_and_evictions_are_told() -> None:
+    """Of found blocks, of a full block's key, and of a key that goes as its block is written again or handed out."""
+    manager = manager_with(9, num_blocks=4)
+    manager.free(0)
+    manager.take_events()
+    manager.begin_step()
+    got = manager.allocate(5, [0, 1, 2, 3, 9, 9, 9, 9])
+    assert got is not None
+    assert manager.take_events() == (
+        BlockEvent("cache_hit", 5, 1, -1, 0, "device", 0),
+        BlockEvent("alloc", 5, 3, -1, 1, "device", 0),
+    )
+    manager.mark_computed(5, [9, 9, 9, 9])
+    assert manager.take_events() == (BlockEvent("publish", 5, 3, -1, 1, "device", 0),)
+    manager.truncate(5, 6)
+    assert manager.append(5, 1) == (0, (), ())
+    assert manager.take_events() == (BlockEvent("evict", 5, 3, -1, 1, "device", 0),)
+    assert manager.append(5, 2) == (0, (2,), ())
+    assert manager.take_events() == (
+        BlockEvent("evict", 5, 2, -1, -1, "device", 0),
+        BlockEvent("alloc", 5, 2, -1, 2, "device", 0),
+    )
+
+
+def test_keys_are_as_documented() -> None:
+    """BLAKE2b-256 of the parent's key and the tokens; the salt gives the first parent."""
+    tokens = array("I", [1, 2]).tobytes()
+    assert root_key(None) == bytes(32)
+    assert root_key("s") == blake2b(b"s", digest_size=32, person=b"salt").digest()
+    assert next_key(bytes(32), tokens) == blake2b(bytes(32) + tokens, digest_size=32).digest()
+    index = PrefixIndex()
+    assert index.publish(next_key(bytes(32), tokens), 3)
+    assert not index.publish(next_key(bytes(32), tokens), 4)
+    assert not index.publish(b"other", 3)
+    assert (len(index), 3 in index, 4 in index) == (1, True, False)
+    assert index.erase(3)
+    assert not index.erase(3)
+
+
+# ---- the parts
+
+
+def test_pins_are_counted() -> None:
+    """Two pins are undone by two; a pinned block is one, however often it is pinned."""
+    manager = manager_with(5)
+    manager.pin(1)
+    manager.pin(1)
+    assert (manager.ref_count(1), manager.usage().pinned) == (3, 1)
+    manager.free(0)
+    manager.unpin(1)
+    assert (manager.ref_count(1), manager.usage().pinned) == (1, 1)
+    manager.unpin(1)
+    assert (manager.ref_count(1), manager.usage().pinned) == (0, 0)
+    with pytest.raises(InputError, match="not pinned"):
+        manager.unpin(1)
+    manager.pin(1)
+    assert manager.usage().pinned == 1
+
+
+def test_two_readers_guard_a_block_until_both_gave_up() -> None:
+    """And the next step ends all guards; what became free meanwhile returns in its order."""
+    pool = BlockPool(4, PrefixIndex())
+    blocks = [pool.take() for _ in range(3)]
+    assert pool.num_available == 0
+    pool.guard(blocks[0])
+    pool.guard(blocks[0])
+    pool.drop(blocks[0])
+    assert (pool.num_free, pool.num_available, pool.is_available(blocks[0])) == (1, 0, False)
+    pool.unguard(blocks[0])
+    assert pool.num_available == 0
+    pool.unguard(blocks[0])
+    assert (pool.num_available, pool.is_available(blocks[0])) == (1, True)
+    assert pool.take() == blocks[0]
+    for block in blocks:
+        pool.guard(block)
+        pool.drop(block)
+    assert pool.num_available == 0
+    pool.begin_step()
+    assert (pool.num_available, pool.num_free) == (3, 3)
+    assert [pool.take() for _ in range(3)] == blocks[::-1]
+    with pytest.raises(IndexError):
+        pool.take()
+    for block in blocks:
+        pool.drop(block)
+        with pytest.raises(ValueError, match="free already"):
+            pool.drop(block)
+
+
+def test_the_free_lists_order() -> None:
+    """Empty ones last in first out, then fresh ones by number, then cached ones first in first out, the middle removed."""
+    free = FreeList(8)
+    assert len(free) == 7
+    assert [free.pop() for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    for block in (2, 3, 4, 5):
+        free.push_cached(block)
+    free.push_empty(1)
+    free.push_empty(6)
+    assert (len(free), free.num_cached, free.first_cached()) == (7, 4, 2)
+    free.remove_cached(3)
+    free.remove_cached(5)
+    free.push_cached(3)
+    assert (len(free), free.num_cached) == (6, 3)
+    assert [free.pop() for _ in range(6)] == [6, 1, 7, 2, 4, 3]
+    assert (len(free), free.num_cached, free.first_cached()) == (0, 0, 0)
+    with pytest.raises(IndexError):
+        free.pop()
+
+
+def test_the_host_pool() -> None:
+    """Counts, what is free, and what this step has touched."""
+    host = HostPool(2)
+    first, second = host.take(), host.take()
+    assert (first, second, host.num_available, host.num_free) == (0, 1, 0, 0)
+    with pytest.raises(IndexError):
+        host.take()
+    host.share(first)
+    host.share(first)
+    host.drop(first)
+    assert host.num_free == 0
+    host.drop(first)
+    assert (host.num_free, host.num_available) == (1, 0)
+    host.begin_step()
+    assert (host.num_free, host.num_available) == (1, 1)
+    host.share(second)
+    host.touch(second)
+    host.drop(second)
+    assert host.num_available == 1
+    host.begin_step()
+    assert host.num_available == 2
+    assert {host.take(), host.take()} == {0, 1}
+
+
+@pytest.mark.parametrize("bad", [{"num_blocks": 0}, {"block_size": 0}])
+def test_bands_of_no_pool(bad: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        paged_bands([], **{"num_blocks": 3, "block_size": 2, **bad}, waiting=False)
+
+
+def test_bands_of_the_smallest_pools_and_of_released_entries() -> None:
+    """A null entry takes no room; what two holders need differently counts as the most that either needs."""
+    assert sum(paged_bands([], 1, 1, waiting=True)) == 0
+    bands = paged_bands([TableUse([0, 2], 7, 8), TableUse([0, 2], 5, 6)], 5, 4, waiting=False)
+    assert (bands.token, bands.reserved, bands.internal, bands.idle, bands.padding) == (3, 1, 0, 12, 0)
+    bands = paged_bands([TableUse([1], 1, 2)], 5, 4, waiting=True)
+    assert (bands.token, bands.reserved, bands.internal, bands.external, bands.idle) == (1, 1, 2, 12, 0)
+    with pytest.raises(InputError, match="block 5"):
+        paged_bands([TableUse([5], 1, 2)], 5, 4, waiting=True)
