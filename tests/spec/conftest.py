@@ -11,7 +11,7 @@ from tests import spec_options
 from tests.spec.model import BrokenLawError
 from tests.spec.run import run_machine
 
-SHARED_EXAMPLES = 20  # times the profile's, for the one run in which all laws are watched together
+SHARED_EXAMPLES = 15  # times the profile's, for the one run in which all laws are watched together
 FEW = 3  # laws asked for: each then has a run of its own
 
 
