@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minipaged.laws import LAWS, tests_of
+from minipaged import laws
 
 TESTS = Path(__file__).parents[1]
 MEMORY = [f"L{n:02}" for n in (*range(1, 37), 47, 49, 52, 53, 54, 56, 58)]
@@ -14,13 +14,13 @@ MEMORY = [f"L{n:02}" for n in (*range(1, 37), 47, 49, 52, 53, 54, 56, 58)]
 
 def test_the_laws_are_64_in_order() -> None:
     """Ids without a gap, one sentence each."""
-    assert [law.id for law in LAWS] == [f"L{n:02}" for n in range(1, 65)]
-    assert all(law.sentence.endswith(".") and law.group for law in LAWS)
+    assert [law.id for law in laws.LAWS] == [f"L{n:02}" for n in range(1, 65)]
+    assert all(law.sentence.endswith(".") and law.group for law in laws.LAWS)
 
 
 def test_every_law_of_the_memory_is_tested() -> None:
     """A law without a test would be a wish."""
-    found = tests_of(TESTS)
+    found = laws.tests_of(TESTS)
     assert not [law for law in MEMORY if not found[law]]
 
 
@@ -33,7 +33,7 @@ def test_L64(case): ...
 def test_nothing(): ...
 """
     )
-    found = tests_of(tmp_path)
+    found = laws.tests_of(tmp_path)
     assert {law: tests for law, tests in found.items() if tests} == {
         "L01": ["test_a.py::test_L01_L02_both"],
         "L02": ["test_a.py::test_L01_L02_both"],
@@ -41,4 +41,4 @@ def test_nothing(): ...
         "L64": ["test_a.py::test_L64"],
     }
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        tests_of(tmp_path / "nowhere")
+        laws.tests_of(tmp_path / "nowhere")

@@ -12,6 +12,7 @@ from tests.spec.model import BrokenLawError
 from tests.spec.run import run_machine
 
 SHARED_EXAMPLES = 15  # times the profile's, for the one run in which all laws are watched together
+AT_ONCE = 3000  # examples of one run: Hypothesis remembers each of them, so a longer one is several
 FEW = 3  # laws asked for: each then has a run of its own
 
 
@@ -39,12 +40,11 @@ class SharedRun:
         """What ended the run, or None."""
         if not self._done:
             self._done = True
+            replay, left = spec_options.replay_dir() / "all_laws.trace", SHARED_EXAMPLES * settings().max_examples
             try:
-                run_machine(
-                    self._make,
-                    replay=spec_options.replay_dir() / "all_laws.trace",
-                    max_examples=SHARED_EXAMPLES * settings().max_examples,
-                )
+                while left > 0:
+                    run_machine(self._make, replay=replay, max_examples=min(left, AT_ONCE))
+                    left -= AT_ONCE
             except Exception as error:
                 self._error = error
         return self._error
