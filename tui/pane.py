@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from rich.style import Style
 from textual import events
+from textual.binding import Binding, BindingType
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
@@ -78,3 +81,33 @@ class Pane(Widget, can_focus=True):
                 self._base = self.rich_style
             strip = self._strips[y] = strip_of(line, self.content_size.width, self.view, self._base)
         return strip
+
+
+class ListPane(Pane):
+    """A pane of one entry a sequence: up and down leave some of the first ones out."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "scroll_by(-1)", "up", show=False, id="list.up"),
+        Binding("down,j", "scroll_by(1)", "down", show=False, id="list.down"),
+    ]
+
+    def __init__(self, view: View, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(view, id=id, classes=classes)
+        self.first = 0
+
+    def count(self, view: View) -> int:
+        """Entries there are."""
+        raise NotImplementedError
+
+    def action_scroll_by(self, by: int) -> None:
+        """Leave out one entry more, or one less."""
+        self.first = max(0, min(self.count(self.view) - 1, self.first + by))
+        self.show(self.view)
+
+    def on_mouse_scroll_down(self, _: events.MouseScrollDown) -> None:
+        """The wheel does the same."""
+        self.action_scroll_by(1)
+
+    def on_mouse_scroll_up(self, _: events.MouseScrollUp) -> None:
+        """And back."""
+        self.action_scroll_by(-1)

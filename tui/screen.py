@@ -26,7 +26,7 @@ from tui.history import History
 from tui.inspector import Inspector, Journey
 from tui.lessons import LESSONS
 from tui.palette import ASCII, UNICODE, Mode
-from tui.pane import Pane
+from tui.pane import ListPane, Pane
 from tui.session import Change, Session
 from tui.sidepanes import TreePane, WastePane
 from tui.tables import TablesPane
@@ -144,7 +144,14 @@ class ScreenApp(Actions):
         self.set_keymap(self._keymap)
         self.query_one("#inspector").add_class("pane")
         self.query_one("#map").focus()
+        self.theme_changed_signal.subscribe(self, self._follow_theme)
         self.set_interval(FRAME_SECONDS, self.frame)
+
+    def _follow_theme(self, theme: Theme) -> None:
+        """Another theme was chosen: dark hues on dark, light ones on light."""
+        if self.view.mode != "plain":
+            self.view = replace(self.view, mode="dark" if theme.dark else "light")
+            self.paint()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The command palette: every key's action by name, the lessons, and Textual's own."""
@@ -254,5 +261,5 @@ def _titled(pane: Pane, title: str) -> Pane:
 
 def binding_ids() -> set[str]:
     """The ids by which keys can be remapped."""
-    bindings = [binding for owner in (ScreenApp, BlockMap, Inspector, Journey) for binding in owner.BINDINGS]
+    bindings = [binding for owner in (ScreenApp, BlockMap, Inspector, Journey, ListPane) for binding in owner.BINDINGS]
     return {binding.id for binding in bindings if isinstance(binding, Binding) and binding.id}

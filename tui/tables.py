@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from minipaged.trace.snapshot import SequenceState
-from tui.pane import Pane
+from tui.pane import ListPane
 from tui.sentences import plural
 from tui.view import Line, Run, View, width_of
 
 
-class TablesPane(Pane):
+class TablesPane(ListPane):
     """Logical to physical, a line or more a sequence."""
+
+    def count(self, view: View) -> int:
+        """Sequences that have a table."""
+        return len(holders(view))
 
     def lines(self, view: View, width: int, height: int) -> list[Line]:
         """The tables, then the queues at the bottom."""
         foot = queue_lines(view, width)
         room = max(0, height - len(foot))
-        body = table_lines(view, width, room)
+        body = table_lines(view, width, room, self.first)
         blank: list[Line] = [[] for _ in range(max(0, room - len(body)))]
         return [*body[:room], *blank, *foot]
 
 
-def shown_sequences(view: View) -> list[SequenceState]:
-    """Living sequences in order of appearance, then the newest dead that fit nowhere else."""
+def holders(view: View) -> list[SequenceState]:
+    """Living sequences that hold blocks, here or on the host, in order of appearance."""
     states = view.snapshot.sequences.values()
-    return sorted((state for state in states if state.alive), key=lambda state: state.sequence)
+    return sorted((s for s in states if s.alive and s.status != "waiting"), key=lambda state: state.sequence)
 
 
-def table_lines(view: View, width: int, room: int) -> list[Line]:
-    """A line a sequence; more lines each when there is room for all."""
-    states = [s for s in shown_sequences(view) if s.status != "waiting"]
+def table_lines(view: View, width: int, room: int, first: int = 0) -> list[Line]:
+    """A line a sequence, from the `first` on; more lines each when there is room for all."""
+    states = holders(view)
     if not states:
         return [[("no sequence holds a block", "dim")]]
+    states = states[min(first, len(states) - 1) :]
     each = max(1, room // max(1, len(states)))
     lines: list[Line] = []
     for at, state in enumerate(states):

@@ -5,19 +5,24 @@ from __future__ import annotations
 from rich.cells import cell_len
 
 from minipaged.trace.snapshot import SequenceState
-from tui.pane import Pane
+from tui.pane import ListPane
 from tui.safe import clean_bytes, tail
 from tui.view import Line, View
 
 ENDS = {"finished": "✓", "aborted": "x", "refused": "!", "waiting": "…", "swapped": "▽"}
 
 
-class TextPane(Pane):
+class TextPane(ListPane):
     """One sequence a line, or more where there is room."""
+
+    def count(self, view: View) -> int:
+        """Sequences there are."""
+        return len(view.snapshot.sequences)
 
     def lines(self, view: View, width: int, height: int) -> list[Line]:
         """Living sequences, then the latest that ended."""
         states = ordered(view)
+        states = states[min(self.first, max(0, len(states) - 1)) :]
         if not states:
             return [[("no text yet: a adds a prompt", "dim")]]
         each = max(1, height // len(states))

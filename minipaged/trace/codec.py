@@ -234,8 +234,8 @@ def encode_delta(delta: StepDelta) -> bytes:
     return pack({**head, **more}, {**columns, **sequence_columns, **_queue_columns(delta.queues)})
 
 
-def decode_delta(step: int, body: bytes) -> StepDelta:
-    """The StepDelta of a body. Raises TraceError."""
+def decode_delta(step: int, body: bytes, *, events: bool = True) -> StepDelta:
+    """The StepDelta of a body; without its events, where only the state after it is wanted. Raises TraceError."""
     head, columns = unpack(body)
     try:
         ids = columns.get("b.ids", _NO_INT)
@@ -248,7 +248,7 @@ def decode_delta(step: int, body: bytes) -> StepDelta:
         return StepDelta(
             step=step,
             t_ns=int(head["t_ns"]),
-            events=_events(head, columns),
+            events=_events(head, columns) if events else (),
             blocks=BlockPatch(ids, owner, refs, fill, flags, tier, group),
             tables=_tables(columns),
             sequences=_sequences(head, columns),

@@ -40,12 +40,12 @@ class Player:
         """Deltas between here and the newest."""
         return len(self.source) - self.position
 
-    def advance(self, count: int = 1) -> list[StepDelta]:
-        """Go up to `count` deltas forward; returns those applied, fewer at the end or at damage."""
+    def advance(self, count: int = 1, *, events: bool = True) -> list[StepDelta]:
+        """Go up to `count` deltas forward; returns those applied, fewer at the end or at damage. events: as Source.delta."""
         applied: list[StepDelta] = []
         while len(applied) < count and self.position < len(self.source):
             try:
-                delta, shadows = self.source.delta(self.position), self.source.shadows(self.position)
+                delta, shadows = self.source.delta(self.position, events=events), self.source.shadows(self.position)
             except TraceError:
                 break  # the source has ended itself there, and says why
             self.snapshot.apply(delta)
@@ -80,13 +80,23 @@ class Player:
             self._load_before(target)
         while self.position < target:
             here = self.position
-            self.advance(min(target - here, STRIDE - here % STRIDE))
-            if self.position == here:
-                break  # damage: stay where the good part ends
+            stride = min(target - here, STRIDE - here % STRIDE)
+            last = here + stride == target  # the last delta is wanted whole
+            self.advance(stride - last, events=False)
+            self.advance(int(last and self.position == here + stride - 1))
+            if self.position < here + stride:
+                self._stop_at_damage()
+                break
             if self.position % STRIDE == 0 and self.position < target:
                 self._keep()
         if self.position == 0:
             self.delta = None
+
+    def _stop_at_damage(self) -> None:
+        """Stay where the good part ends, and know its last delta whole."""
+        end = self.position
+        self._load_before(end)
+        self.advance(end - self.position)
 
     def _load_before(self, target: int) -> None:
         """Put the latest known state strictly before `target` in place (strictly: so that the last delta is known too)."""

@@ -77,8 +77,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def delta(self, position: int) -> StepDelta:
-        """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there."""
+    def delta(self, position: int, *, events: bool = True) -> StepDelta:
+        """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there.
+
+        events: False may leave them out, where only the state after it is wanted."""
         ...
 
     def shadows(self, position: int) -> list[ShadowDelta]:
@@ -147,7 +149,7 @@ class ListSource:
     def __len__(self) -> int:
         return len(self._deltas)
 
-    def delta(self, position: int) -> StepDelta:
+    def delta(self, position: int, *, events: bool = True) -> StepDelta:
         """The delta that leads from `position` to the next."""
         return self._deltas[position]
 
@@ -227,11 +229,11 @@ class RecordSource:
             column.cut(position)
         self.damage = f"the trace is damaged after {position} steps ({reason}); what comes before is shown"
 
-    def delta(self, position: int) -> StepDelta:
+    def delta(self, position: int, *, events: bool = True) -> StepDelta:
         """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there."""
         try:
             record = self._record(int(self._delta_numbers.view[position]))
-            return codec.decode_delta(record.step, record.body)
+            return codec.decode_delta(record.step, record.body, events=events)
         except TraceError as error:
             self._cut(position, str(error))
             raise

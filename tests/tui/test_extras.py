@@ -277,3 +277,22 @@ def test_the_command_palette_names_the_keys() -> None:
         assert app.session.position == 1
 
     drive(app, (80, 24), script)
+
+
+def test_lists_scroll_and_themes_follow() -> None:
+    app = replay(at=8)
+
+    async def script(pilot: Pilot[int]) -> None:
+        await pilot.press("2", "down")
+        tables = text(app).splitlines()[2]
+        assert "B 0→1" in tables
+        await pilot.press("down", "down", "down", "up", "up", "up", "k")
+        assert "A 0→1" in text(app).splitlines()[2]
+        await pilot.press("3", "j")
+        assert not any(line.startswith("│A") for line in text(app).splitlines())
+        app.theme = "minipaged-light"
+        await until(pilot, lambda: app.view.mode == "light")
+        app.theme = "minipaged"
+        await until(pilot, lambda: app.view.mode == "dark")
+
+    drive(app, (80, 24), script)
