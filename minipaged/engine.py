@@ -62,6 +62,7 @@ class Engine:
         request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids, text)
         try:
             request.prompt_token_ids = tuple(self._encode(prompt))
+            self._check_vocabulary(request.params.stop_token_ids)
             self.scheduler.check(request)
         except InputError as error:
             request.error = str(error)
@@ -74,11 +75,18 @@ class Engine:
             if self.codec is None:
                 raise RequestError("this engine has no tokenizer: give the prompt as token ids")
             return self.codec.encode(prompt)
+        try:
+            tokens = list(prompt)
+        except TypeError:
+            raise RequestError(f"prompt_token_ids must be a sequence of token ids, not {prompt!r}") from None
+        self._check_vocabulary(tokens)
+        return tokens
+
+    def _check_vocabulary(self, tokens: Sequence[int]) -> None:
         size = self.codec.vocab_size if self.codec is not None else 2**31
-        for token in prompt:
+        for token in tokens:
             if isinstance(token, int) and token >= size:
                 raise RequestError(f"token id {token} is outside the vocabulary (0 to {size - 1})")
-        return prompt
 
     def abort(self, request_id: int) -> None:
         """End a request wherever it is, before the next step. Does nothing if it has ended."""
@@ -90,7 +98,18 @@ class Engine:
         return bool(self._inbox or self._in_flight or self.scheduler.has_work)
 
     def step(self) -> list[RequestOutput]:
-        """One step; returns the requests that gained a token or ended. While the flight fills up the list is empty."""
+        """One step; returns the requests that gained a token or ended. While the flight fills up the list is empty.
+
+        If it is cut short (ctrl+c, a device that fails) every request ends with `error`, as the next step reports, and the engine
+        goes on with new ones.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         self.trace.begin()
         self._read_inbox()
         plan = self.scheduler.schedule()
@@ -109,8 +128,20 @@ class Engine:
         self.trace.publish(plan, outputs)
         return outputs
 
+    def _give_up(self) -> None:
+        """After a step that was cut short nobody knows which keys and values were written: nothing goes on from them."""
+        self._in_flight.clear()
+        self.scheduler.give_up()
+
     def drain(self) -> list[RequestOutput]:
-        """Commit all that is in flight, as a pause does."""
+        """Commit all that is in flight, as a pause does. Cut short, it ends every request, as a step does."""
+        try:
+            return self._drain()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _drain(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         while self._in_flight:
             self.trace.begin()

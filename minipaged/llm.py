@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_choice, check_int
@@ -132,22 +132,30 @@ class LLM:
     def _submit_all(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[RequestOutput]:
-        listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        listed: list[Prompt] = (
+            [prompts]
+            if isinstance(prompts, str | Mapping)
+            else _list_of(prompts, "prompts must be one or a list of them")
+        )
         if not listed:
             raise RequestError("there is no prompt: give at least one")
-        each = [params or SamplingParams()] * len(listed) if isinstance(params, SamplingParams | None) else list(params)
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(listed)
+        else:
+            each = _list_of(params, "params must be SamplingParams or a list of them")
         if len(each) != len(listed):
             raise RequestError(f"{len(listed)} prompts need one SamplingParams or {len(listed)}, not {len(each)}")
+        for prompt, p in zip(listed, each, strict=True):  # all of them, before one is queued
+            if not isinstance(prompt, str) and not (isinstance(prompt, Mapping) and "prompt_token_ids" in prompt):
+                raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {prompt!r}")
+            if not isinstance(p, SamplingParams):
+                raise RequestError(f"params must be SamplingParams, one or one a prompt, not {p!r}")
         return [self._submit(prompt, p) for prompt, p in zip(listed, each, strict=True)]
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" not in prompt:
-                raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {dict(prompt)!r}")
-            return self.engine.ask(prompt["prompt_token_ids"], params, text=prompt.get("prompt"))
-        if not isinstance(prompt, str):
-            raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {prompt!r}")
-        return self.engine.ask(prompt, params)
+        if isinstance(prompt, str):
+            return self.engine.ask(prompt, params)
+        return self.engine.ask(prompt["prompt_token_ids"], params, text=prompt.get("prompt"))
 
     def _abandon(self, outputs: list[RequestOutput]) -> None:
         """End what is still running of these, and leave the engine empty of it."""
@@ -160,7 +168,18 @@ class LLM:
 
 
 def _conversations(messages: Any) -> list[Sequence[Message]]:
-    listed = list(messages)
+    listed = _list_of(messages, "messages must be a list of {'role': ..., 'content': ...}")
     if not listed:
         raise RequestError("the conversation is empty: give at least one message")
-    return [listed] if isinstance(listed[0], Mapping) else listed
+    conversations = [listed] if isinstance(listed[0], Mapping) else listed
+    for conversation in conversations:
+        for message in _list_of(conversation, "a conversation must be a list of messages"):
+            if not isinstance(message, Mapping):
+                raise RequestError(f"a message is {{'role': ..., 'content': ...}}, not {message!r}")
+    return conversations
+
+
+def _list_of(values: Any, wanted: str) -> list[Any]:
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise RequestError(f"{wanted}, not {values!r}")
+    return list(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -105,6 +106,7 @@ class Meter:
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
+        self._before = replace(llm.engine.scheduler.counters)  # an engine's counters go on from run to run
         self._peak_blocks = 0
         self._waste: list[float] = []
         self.seconds = 0.0
@@ -129,18 +131,19 @@ class Meter:
 
     def figures(self) -> dict[str, float | int]:
         """The statistics as values."""
-        counters = self._llm.engine.scheduler.counters
+        counters, before = self._llm.engine.scheduler.counters, self._before
+        generated = counters.generated_tokens - before.generated_tokens
         usage = self._llm.engine.scheduler.manager.usage()
         return {
-            "generated_tokens": counters.generated_tokens,
+            "generated_tokens": generated,
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(counters.generated_tokens / self.seconds, 2) if self.seconds else 0.0,
+            "tokens_per_second": round(generated / self.seconds, 2) if self.seconds else 0.0,
             "peak_blocks": self._peak_blocks,
             "total_blocks": usage.total - 1,
             "waste_percent": round(100 * sum(self._waste) / len(self._waste), 1) if self._waste else 0.0,
-            "copies": counters.copies,
-            "hit_tokens": counters.hit_tokens,
-            "preemptions": counters.preemptions,
+            "copies": counters.copies - before.copies,
+            "hit_tokens": counters.hit_tokens - before.hit_tokens,
+            "preemptions": counters.preemptions - before.preemptions,
         }
 
     def line(self) -> str:

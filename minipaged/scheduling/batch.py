@@ -16,6 +16,7 @@ from minipaged.scheduling.plan import IN_FLIGHT, IntArray
 from minipaged.scheduling.request import Request, Sequence
 
 NO_TOKEN = -2  # in `stop`: nothing but the length ends this sequence
+COLDEST = 1e-5  # below this temperature a draw is greedy: logits over it would leave what float32 can hold
 
 
 class Batch:
@@ -83,9 +84,9 @@ class Batch:
             len(stop_ids) > 1 or several or params.logprobs is not None or params.prompt_logprobs is not None
         )
         self.last[slot] = sequence.token_ids[-1]
-        self.temperature[slot] = params.temperature
+        self.temperature[slot] = params.temperature if params.temperature >= COLDEST else 0.0
         self.top_p[slot] = params.top_p
-        self.top_k[slot] = params.top_k
+        self.top_k[slot] = min(params.top_k, 2**31 - 1)
         self.min_p[slot] = params.min_p
         self.repetition_penalty[slot] = params.repetition_penalty
         self.seed[slot] = seed

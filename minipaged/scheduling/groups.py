@@ -198,8 +198,6 @@ def note_prompt_logprobs(scheduler: Scheduler, plan: StepPlan, found: dict[int, 
             continue
         request = sequence.request
         noted, prompt = request.prompt_logprobs, request.prompt_token_ids
-        if not noted:
-            noted.append(None)
         for i in range(len(values.chosen)):
             position = values.start + i + 1  # the prompt token that these values are about
             if position != len(noted) or position >= len(prompt):

@@ -119,7 +119,7 @@ def _top_logprobs(batch: Batch, owners: Index) -> int:
             continue
         request = sequence.request
         if request.beams is not None:
-            most = max(most, request.beams.num_candidates)
+            most = max(most, request.beams.num_candidates, request.params.logprobs or 0)
         elif request.params.logprobs is not None:
             most = max(most, request.params.logprobs)
         elif request.params.best_of is not None:

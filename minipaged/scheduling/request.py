@@ -118,12 +118,15 @@ class Request:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
 
     def check(self) -> None:
-        """Raise RequestError for a prompt that is empty or holds something else than token ids."""
+        """Raise RequestError for a prompt that is empty, or where something else than token ids stands for them."""
         if not self.prompt_token_ids:
             raise RequestError("the prompt is empty: give at least one token")
         for token in self.prompt_token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
                 raise RequestError(f"prompt_token_ids must be whole numbers from 0 to {2**31 - 1}, not {token!r}")
+        for token in self.params.stop_token_ids:
+            if token >= 2**31:
+                raise RequestError(f"stop_token_ids must be from 0 to {2**31 - 1}, not {token}")
 
     @property
     def num_prompt(self) -> int:

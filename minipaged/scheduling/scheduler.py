@@ -120,6 +120,8 @@ class Scheduler:
             request.beams = BeamSearch(
                 params.beam_width, params.max_tokens, request.stop_ids, params.length_penalty, params.early_stopping
             )
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs.append(None)  # nothing comes before the first token
         request.sequences.append(self.new_sequence(request, list(request.prompt_token_ids)))
         self.requests[request.request_id] = request
         self.waiting.push(request)
@@ -129,6 +131,12 @@ class Scheduler:
         """Raise RequestError if the request can never be served by this engine, saying what would."""
         request.check()
         config, params = self.config, request.params
+        if params.beam_width is not None:
+            for name, without in (("stop", ()), ("min_tokens", 0), ("repetition_penalty", 1.0)):
+                if getattr(params, name) != without:
+                    raise RequestError(
+                        f"{name} must keep its default with beam_width: beams are chosen by their scores alone"
+                    )
         width, longest = params.num_sequences, request.num_prompt + params.max_tokens
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id} is in use")
@@ -163,6 +171,15 @@ class Scheduler:
         self._touched.append(request)
         return True
 
+    def give_up(self) -> None:
+        """A step was lost on its way: end every request with `error`, and forget the steps in flight and the prefix cache."""
+        self._flights.clear()
+        for request in list(self.requests.values()):
+            for sequence in request.alive:
+                self.end(sequence, "error")
+            self._touched.append(request)
+        self.manager.reset_prefix_cache()
+
     def take_ended(self) -> list[RequestOutput]:
         """The requests that ended outside a step, each reported once."""
         ended, self._touched = self._touched, []
@@ -187,7 +204,7 @@ class Scheduler:
         self._schedule_running(draft)
         if not draft.preempted:
             self._resume_and_admit(draft)
-        if not draft.slots and not draft.swap_outs:
+        if not draft.slots and not draft.swap_outs and not draft.swap_ins:
             return None
         slots = np.concatenate(draft.slots) if draft.slots else np.zeros(0, np.int64)
         takes = np.concatenate(draft.takes) if draft.takes else np.zeros(0, np.int64)
