@@ -1,6 +1,7 @@
 """The automatic mutation run over minipaged/memory and minipaged/scheduling.
 
     python -m tests.mutants.automatic --sample 400 --seed 1 --seconds 15 --jobs 2 [--json FILE] [--until 14:45]
+    python -m tests.mutants.automatic --sample 400 --seed 1 --again FILE   the survivors of that run, under the tests of today
 
 Small changes are sampled by a seed and put under the quick specs, one after another in forked children: each imports the package anew with
 the one module's code replaced in memory, so nothing is written to the tree. A child has `--seconds` of processor time; one that uses
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=15, help="processor time a mutant")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="leave out the rerun of survivors under the ci profile")
+    parser.add_argument("--again", type=Path, help="only the survivors of this results file")
     parser.add_argument("--only", default="", help="modules whose name contains this")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--until", type=clock, help="begin nothing after this time of day, HH:MM")
@@ -259,6 +261,13 @@ def main() -> None:
 
     check_baseline("quick", chosen.seconds)
     mutants, total = sample(chosen.sample, chosen.seed, chosen.only)
+    if chosen.again:
+        left = {
+            (m["module"], m["number"])
+            for m in json.loads(chosen.again.read_text())["mutants"]
+            if m["state"] == "survived"
+        }
+        mutants = [m for m in mutants if (m.module, m.number) in left]
     head = {"seed": chosen.seed, "changes": total, "sampled": len(mutants), "seconds": chosen.seconds}
     print(f"seed {chosen.seed}: {len(mutants)} mutants of {total} possible changes")
     rows = run_all(mutants, "quick", chosen.seconds, chosen.jobs, chosen.until)

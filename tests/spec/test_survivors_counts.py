@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,9 +14,11 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import RequestError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.types import BlockEvent
+from minipaged.scheduling.plan import IN_FLIGHT
 from minipaged.scheduling.policies import PreemptionCost, wants_swap
+from minipaged.scheduling.queue import RequestQueue
 from minipaged.scheduling.request import Request
-from minipaged.scheduling.scheduler import SchedulerEvent
+from minipaged.scheduling.scheduler import Draft, SchedulerEvent
 from tests.spec.test_scheduler_laws import of_kind, ran, tight, workloads
 from tests.spec.test_survivors_scheduling import Drawer, run, scheduler_of
 from tests.spec.token_world import Asked, World
@@ -121,6 +125,15 @@ def test_the_cost_model_is_its_formula(policy: Any) -> None:
     assert PreemptionCost(0.0, 0.0, 0.0, 0.0).swap_is_cheaper(1, 1) is False
 
 
+def test_the_default_costs_break_even_where_their_comments_say() -> None:
+    """26 us a block and 20 us a transfer, both ways, against 4 us a token and 2 ms a pass."""
+    cost = PreemptionCost()
+    for tokens in (0, 16, 1000, 50_000):
+        even = ((tokens * 4 + 2000) / 2 - 20) / 26
+        assert cost.swap_is_cheaper(math.floor(even - 1e-6), tokens)
+        assert not cost.swap_is_cheaper(math.ceil(even + 1e-6), tokens)
+
+
 def test_what_just_fits_is_served_and_one_more_is_refused() -> None:
     """The context's length, the pool, the sequences at once and the tokens a step, each at its edge."""
     for limits, good, bad in (
@@ -168,3 +181,105 @@ def test_many_slots_tables_and_removals() -> None:
         assert plan is not None
         order += [o.request_id for o in scheduler.commit(plan, Drawer().answer(plan))]
     assert order == list(range(0, 200, 10))
+
+
+def test_a_prompt_that_reads_no_cache_is_admitted_whole_or_not_at_all() -> None:
+    """Its last token counts too, when it is the one that takes another block."""
+    scheduler, drawer = scheduler_of(num_blocks=6, preemption="recompute"), Drawer()
+    scheduler.add(Request(0, (1,) * 13, SamplingParams(max_tokens=3, ignore_eos=True)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, drawer.answer(plan))
+    scheduler.add(Request(1, (2,) * 5, SamplingParams(max_tokens=2, prompt_logprobs=0)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [r.request_id for r in scheduler.running] == [0]
+    assert [r.request_id for r in scheduler.waiting] == [1]
+    assert scheduler.batch.num_free == scheduler.config.max_num_seqs - 1
+    scheduler.commit(plan, drawer.answer(plan))
+    run(scheduler, drawer)
+
+
+def test_a_group_that_returns_is_promised_no_more_than_the_step_can_compute() -> None:
+    """After a recompute its lines share the budget: room for all of what one of them needs would be blocks held idle."""
+    scheduler, drawer = scheduler_of(max_num_batched_tokens=8, preemption="recompute"), Drawer(2)
+    scheduler.add(Request(0, (1,) * 20, SamplingParams(n=2, temperature=1.0, max_tokens=12, ignore_eos=True)))
+    for _ in range(8):
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.commit(plan, drawer.answer(plan))
+    [request] = scheduler.running
+    assert len(request.alive) == 2
+    scheduler.manager.begin_step()
+    scheduler._preempt(Draft(budget=8), request)
+    assert scheduler.manager.reset_prefix_cache()
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.num_tokens <= 8
+    assert sum(len(scheduler.manager.table(s.seq_id)) for s in request.alive) <= 3
+    scheduler.commit(plan, drawer.answer(plan))
+    run(scheduler, drawer)
+
+
+@given(seed=st.integers(0, 10**6), leave=st.sampled_from([0, 40, 90, 130]))
+def test_a_queue_keeps_its_order_when_many_leave(seed: int, leave: int) -> None:
+    """Ranks in no order, most members gone from the middle, and one that comes back under its number."""
+    rng = np.random.default_rng(seed)
+    queue = RequestQueue(lambda request: request.rank)
+    requests = [Request(i, (1,), SamplingParams(priority=int(p))) for i, p in enumerate(rng.integers(-50, 50, 140))]
+    for request in requests:
+        queue.push(request)
+    gone = [requests[i] for i in rng.permutation(140)[:leave]]
+    for request in gone:
+        queue.remove(request)
+        assert request not in queue
+    stay = sorted((r for r in requests if r not in gone), key=lambda r: (r.rank, r.request_id))
+    assert len(queue) == len(stay)
+    assert list(queue) == stay
+    assert [queue.pop() for _ in stay] == stay
+    assert queue.peek() is None
+    queue.push(requests[3])
+    assert queue.peek() is requests[3]
+
+
+@pytest.mark.parametrize(
+    ("params", "ahead"),
+    [
+        (SamplingParams(max_tokens=5), True),
+        (SamplingParams(max_tokens=5, temperature=1.0), True),
+        (SamplingParams(max_tokens=5, logprobs=1), True),
+        (SamplingParams(max_tokens=5, repetition_penalty=1.2), False),
+        (SamplingParams(max_tokens=5, repetition_penalty=1.2, logprobs=0), False),
+        (SamplingParams(max_tokens=5, n=2, temperature=1.0), False),
+        (SamplingParams(max_tokens=5, beam_width=2), False),
+        (SamplingParams(max_tokens=1), False),
+    ],
+)
+def test_who_may_run_ahead_of_its_last_draw(params: SamplingParams, ahead: bool) -> None:
+    """A second step before the first is committed: not where the draw decides how to go on, nor past the last token."""
+    scheduler, drawer = scheduler_of(depth=1), Drawer()
+    scheduler.add(Request(0, (1, 2, 3), params))
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert first is not None
+    assert (second is not None) is ahead
+    scheduler.commit(first, drawer.answer(first))
+    if second is not None:
+        assert second.token_ids.tolist() == [IN_FLIGHT]
+        scheduler.commit(second, drawer.answer(second))
+    run(scheduler, drawer)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 7, 64])
+def test_a_block_is_published_by_the_step_that_fills_it(budget: int) -> None:
+    """No later, and not before: what can be found is every full block of what is computed."""
+    scheduler, drawer = scheduler_of(max_num_batched_tokens=budget), Drawer(budget)
+    request = Request(0, tuple(range(11)), SamplingParams(max_tokens=14, ignore_eos=True))
+    scheduler.add(request)
+    [line] = request.sequences
+    while not request.finished:
+        plan = scheduler.schedule()
+        assert plan is not None
+        computed = int(plan.starts[0] + plan.lengths[0])
+        scheduler.commit(plan, drawer.answer(plan))
+        assert scheduler.manager.match_prefix([*line.token_ids, 0]) == computed // 4 * 4

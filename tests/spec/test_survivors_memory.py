@@ -200,6 +200,33 @@ def test_pins_are_counted() -> None:
     assert manager.usage().pinned == 1
 
 
+def test_after_a_reset_every_block_can_be_had() -> None:
+    """Cached blocks become empty ones; none is lost."""
+    manager = manager_with(40, num_blocks=12)
+    manager.free(0)
+    assert manager.usage().cached == 10
+    assert manager.reset_prefix_cache()
+    assert (manager.usage().free, manager.usage().cached) == (11, 0)
+    got = manager.allocate(1, [7] * 44)
+    assert got is not None
+    assert sorted(got.new_blocks) == list(range(1, 12))
+    assert manager.allocate(2, [7]) is None
+
+
+def test_a_copy_given_up_sets_its_source_free_in_the_same_step() -> None:
+    """Nothing reads it any more, so nothing needs it to wait for the next step."""
+    manager = manager_with(6, num_blocks=4, prefix_caching=False)
+    manager.fork(0, 1)
+    manager.begin_step()
+    copied = manager.append(1, 1)
+    assert copied is not None
+    assert copied.copies == ((2, 3),)
+    manager.truncate(1, 6)
+    manager.free(1)
+    manager.free(0)
+    assert manager.allocate(2, [7] * 12) is not None
+
+
 def test_two_readers_guard_a_block_until_both_gave_up() -> None:
     """And the next step ends all guards; what became free meanwhile returns in its order."""
     pool = BlockPool(4, PrefixIndex())
