@@ -282,7 +282,7 @@ class EngineProcess:
         return lines[-1] if lines else ""
 
     def close(self, grace_seconds: float = 2.0) -> None:
-        """Hang up and see the child out; kill it if it does not go. Leaves no process, and no log unless the child failed."""
+        """Hang up and see the child out; kill it if it does not go. Leaves no process, and no log unless the child failed with words."""
         self.source.close()
         try:
             code = self._process.wait(grace_seconds)
@@ -290,8 +290,9 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
             code = 0  # it was only busy
-        if self._own_log and code == 0:
-            self.log_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._own_log and (code == 0 or not self.log_path.stat().st_size):
+                self.log_path.unlink()
 
     def __enter__(self) -> EngineProcess:
         return self
