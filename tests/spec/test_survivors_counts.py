@@ -19,9 +19,9 @@ from minipaged.scheduling.policies import PreemptionCost, wants_swap
 from minipaged.scheduling.queue import RequestQueue
 from minipaged.scheduling.request import Request
 from minipaged.scheduling.scheduler import Draft, SchedulerEvent
-from tests.spec.test_scheduler_laws import of_kind, ran, tight, workloads
+from tests.spec.test_scheduler_laws import most_blocks, of_kind, ran, tight, workloads
 from tests.spec.test_survivors_scheduling import Drawer, run, scheduler_of
-from tests.spec.token_world import Asked, World
+from tests.spec.token_world import Asked, Step, World
 
 # ---- counters and events
 
@@ -109,6 +109,33 @@ def test_a_resumed_requests_hits_are_its_own() -> None:
     assert scheduler.counters.hit_tokens == 0
     assert scheduler.counters.queried_tokens == 18
     assert scheduler.counters.swaps == 0
+
+
+@given(workload=workloads(), arrangement=tight, depth=st.sampled_from([0, 1]))
+def test_the_columns_agree_with_the_block_tables(
+    block_manager_class: type, scheduler_class: type, workload: list[Asked], arrangement: dict[str, Any], depth: int
+) -> None:
+    """L10 for the scheduler: after every step each running sequence has the table that its promised room needs, and no more."""
+    settings = {**arrangement, "limits": {**arrangement["limits"], "depth": depth}}
+    blocks = 1 + most_blocks(workload, settings["block_size"]) + settings.pop("slack")
+    world = World(block_manager_class, scheduler_class, num_blocks=blocks, **settings)
+    step = world.step
+
+    def watched() -> Step:
+        done = step()
+        batch = world.control.batch
+        for line in world.control.sequences.values():
+            if line.slot < 0:
+                continue
+            table = world.manager.table(line.seq_id)
+            assert tuple(batch.tables[line.slot, : batch.table_len[line.slot]].tolist()) == table
+            assert len(table) == -(-int(batch.room[line.slot]) // world.block_size)
+            assert batch.marked[line.slot] <= batch.computed[line.slot] <= batch.room[line.slot]
+        return done
+
+    world.step = watched  # type: ignore[method-assign]
+    world.run(workload)
+    world.assert_nothing_is_held()
 
 
 # ---- limits
