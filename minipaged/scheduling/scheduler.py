@@ -244,11 +244,14 @@ class Scheduler:
     def _make_room(
         self, draft: Draft, slots: npt.NDArray[np.int64], take: npt.NDArray[np.int64], i: int, end: int
     ) -> None:
-        """Find room for slots[i] up to position `end`; the last of the running make way until there is."""
+        """Find room for slots[i] up to position `end`; the last of the running make way until there is, or will be in the next step."""
         sequence = self.batch.sequences[int(slots[i])]
         if sequence is None:
             return
         while not self._extend(draft, sequence, end):
+            if draft.swap_outs:  # the blocks of whoever left are handed out from the next step on: nobody else need go
+                take[np.isin(slots, [s.slot for s in sequence.request.alive])] = 0
+                return
             victim = next((r for r in reversed(self.running) if not self.batch.busy[r.alive[0].slot]), None)
             if victim is None:
                 take[i] = 0  # all wait for a step in flight

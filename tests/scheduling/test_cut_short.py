@@ -133,3 +133,21 @@ def test_more_logprobs_than_a_beam_search_looks_at() -> None:
 def test_prompt_logprobs_of_a_single_token() -> None:
     prompt = {"prompt_token_ids": [5]}
     assert toy().generate(prompt, SamplingParams(max_tokens=1, prompt_logprobs=2))[0].prompt_logprobs == [None]
+
+
+def test_one_victim_is_enough_where_it_leaves_by_swap() -> None:
+    """Its blocks are handed out from the next step on; until then whoever needs them waits, and nobody else is sent away."""
+    manager = BlockManager(21, 4, num_host_blocks=100, watermark=0.0)
+    scheduler = Scheduler(EngineConfig(max_model_len=200, preemption="swap"), manager, 4)
+    for number in range(4):
+        scheduler.add(Request(number, (number,) * 12, SamplingParams(max_tokens=40)))
+    before = [0, 1, 2, 3]
+    while not scheduler.counters.preemptions:
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.commit(plan, StepTokens(np.zeros(len(plan.draw_rows), np.int32)))
+    assert scheduler.counters.swaps == 1
+    assert [request.request_id for request in scheduler.running] == before[:3]
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.seq_ids.tolist() == before[:3]
