@@ -16,7 +16,6 @@ from minipaged.errors import InputError
 from minipaged.lessons.catalog import Lesson, lesson, lessons, task_of
 from minipaged.lessons.checking import LIMIT_SECONDS, Result
 from minipaged.lessons.checking import check as run_check
-from minipaged.lessons.strip import bodies
 from minipaged.lessons.workspace import Workspace
 
 app = typer.Typer(help="Rebuild PagedAttention in twelve lessons, each one checked.", pretty_exceptions_enable=False)
@@ -128,9 +127,10 @@ def solution(
     chosen = task_of(one, task)
     if not yes:
         typer.confirm(f"Show the answer to lesson {one.number}, task {chosen.number} ({chosen.name})?", abort=True)
-    body = bodies(one.solution.read_text(encoding="utf-8"))[chosen.number - 1]
-    console.print(f"\n[bold]{escape(body.title)}[/bold]\n")
-    console.print(Syntax("\n".join(body.lines), "python", background_color="default"))
+    answers = one.answers(chosen.number)
+    console.print(f"\n[bold]{escape(answers[0].title)}[/bold]")
+    for body in answers:
+        console.print(Syntax("\n".join((*body.head, *body.lines)), "python", background_color="default"))
 
 
 @app.command()

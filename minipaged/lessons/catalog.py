@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from minipaged.errors import InputError
-from minipaged.lessons.strip import bodies
+from minipaged.lessons.strip import Body, bodies
 
 HINT_LEVELS = 3
 
@@ -39,7 +39,11 @@ class Lesson:
 
     def stub(self, task: int) -> str:
         """What the stub of a task raises, as in its solution's mark."""
-        return bodies(self.solution.read_text(encoding="utf-8"))[task - 1].title
+        return self.answers(task)[0].title
+
+    def answers(self, task: int) -> list[Body]:
+        """The solved bodies of a task."""
+        return [body for body in bodies(self.solution.read_text(encoding="utf-8")) if body.task == task]
 
 
 def tutorials_folder() -> Path:

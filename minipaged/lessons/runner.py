@@ -32,7 +32,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def tests_in(module: ModuleType) -> list[tuple[int, str, Callable[[], object]]]:
+def find_tests(module: ModuleType) -> list[tuple[int, str, Callable[[], object]]]:
     """(task, name, function) of a lesson's tests, as they stand in the file."""
     found = ((re.fullmatch(_TEST, name), value) for name, value in vars(module).items())
     return [(int(match[1]), match[0], value) for match, value in found if match is not None]
@@ -45,7 +45,7 @@ def run(path: Path) -> Iterator[dict[str, Any]]:
     except Exception as error:
         yield {"test": "", "task": 0, "passed": False, **_describe(error, path)}
         return
-    for task, name, function in tests_in(module):
+    for task, name, function in find_tests(module):
         told: dict[str, Any] = {"test": name, "task": task, "passed": True}
         try:
             function()

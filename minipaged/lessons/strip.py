@@ -21,28 +21,40 @@ START, END = "# solution: ", "# end of solution"
 
 
 class Body(NamedTuple):
-    """One task's solved lines, as they stand in the file."""
+    """A solved body, as it stands in the file. A task that asks for several functions has several."""
 
     title: str  # "lesson 1, task 1: split"
+    head: tuple[str, ...]  # the function's signature and docstring
     lines: tuple[str, ...]
+
+    @property
+    def task(self) -> int:
+        """The task's number."""
+        return int(self.title.split("task ")[1].split(":")[0])
 
 
 def bodies(solved: str) -> list[Body]:
     """The marked bodies, in order. ValueError where a mark has no partner."""
     found: list[Body] = []
     title: str | None = None
+    head: list[str] = []
     lines: list[str] = []
     for number, line in enumerate(solved.splitlines(), 1):
         text = line.strip()
+        if title is None and text.startswith("def "):
+            head = []
+        if title is None and text != END:
+            head.append(line)
         if text.startswith(START):
             if title is not None:
                 raise ValueError(f"line {number}: {title!r} has not ended")
             title, lines = text.removeprefix(START), []
+            head.pop()
         elif text == END:
             if title is None:
                 raise ValueError(f"line {number}: nothing to end")
-            found.append(Body(title, tuple(lines)))
-            title = None
+            found.append(Body(title, tuple(head), tuple(lines)))
+            title, head = None, []
         elif title is not None:
             lines.append(line)
     if title is not None:

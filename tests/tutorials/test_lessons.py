@@ -36,7 +36,7 @@ def test_unsolved_file_is_the_solution_without_its_bodies(lesson: Lesson) -> Non
 
 @each_lesson
 def test_tasks_marks_and_hints_agree(lesson: Lesson) -> None:
-    titles = [body.title for body in bodies(lesson.solution.read_text(encoding="utf-8"))]
+    titles = list(dict.fromkeys(body.title for body in bodies(lesson.solution.read_text(encoding="utf-8"))))
     assert titles == [f"lesson {lesson.number}, task {task.number}: {task.name}" for task in lesson.tasks]
     for task in lesson.tasks:
         assert f"## Task {task.number}: `{task.name}`" in prose(lesson.path)

@@ -9,7 +9,7 @@ import pytest
 from minipaged.lessons import so_far
 from minipaged.lessons.catalog import lesson, lessons
 from minipaged.lessons.replays import SCENES, record
-from minipaged.lessons.runner import load, run, tests_in
+from minipaged.lessons.runner import load, run, find_tests
 from minipaged.lessons.strip import bodies, strip
 from minipaged.lessons.tape import Tape
 from minipaged.lessons.workspace import PROGRESS
@@ -20,7 +20,7 @@ from minipaged.trace.sources import FileSource
 def test_the_manager_so_far_is_a_solution_of_lesson_8() -> None:
     module = load(lesson(8).solution)
     vars(module).update(Manager=so_far.Manager, OutOfBlocks=so_far.OutOfBlocks)
-    for _, _, function in tests_in(module):
+    for _, _, function in find_tests(module):
         function()
 
 
@@ -68,7 +68,8 @@ def test_marks_that_do_not_pair_are_refused() -> None:
     for text in ("# solution: lesson 1, task 1: x\n", "# end of solution\n", "# solution: a\n# solution: b\n"):
         with pytest.raises(ValueError, match=r"ended|nothing to end|never ends"):
             strip(text)
-    assert [body.lines for body in bodies("# solution: a\n  x\n# end of solution\n")] == [("  x",)]
+    (body,) = bodies("y = 1\ndef f():\n    # solution: lesson 1, task 2: f\n    x\n    # end of solution\n")
+    assert (body.task, body.head, body.lines) == (2, ("def f():",), ("    x",))
 
 
 def test_the_runner_stops_at_the_first_failure_and_says_where(tmp_path: Path) -> None:

@@ -350,5 +350,5 @@ if __name__ == "__main__":
 # - `minipaged/memory/buddy.py`: `BuddyAllocator`, what Orca's reservations were cut from.
 # - `minipaged/memory/systems.py`: each system of the paper as a few lines on top.
 #
-# Check your work with `minipaged learn check 1`, and look at a pool of blocks at work with `minipaged learn
-# show 1`.
+# Check your work with `minipaged learn check 1`, and look at a pool of blocks at work with
+# `minipaged learn show 1`.

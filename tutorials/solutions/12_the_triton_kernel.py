@@ -240,14 +240,14 @@ if __name__ == "__main__":
 #
 # Then loop over `range(tl.cdiv(length, PAGE))`, the entries of the table. In each turn:
 #
-# 1. `block = tl.load(table_ptr + entry).to(tl.int64)`: which page is next? (64 bits, because `block *
-#    stride_block` outgrows 32 bits on a large GPU. Kernels have crashed over this.)
+# 1. `block = tl.load(table_ptr + entry).to(tl.int64)`: which page is next? (64 bits, because
+#    `block * stride_block` outgrows 32 bits on a large GPU. Kernels have crashed over this.)
 # 2. `filled = length - entry * PAGE`: how many tokens of the text are left from here on. It may exceed PAGE;
 #    the mask does not mind.
 # 3. The keys' tile, as float32. The scores: multiply with `query[None, :]`, `tl.sum` over axis 1, times
 #    `scale`.
-# 4. Slots at or behind `filled` must weigh nothing: their score is −∞, by `tl.where(tl.arange(0, PAGE) <
-#    filled, scores, float("-inf"))`.
+# 4. Slots at or behind `filled` must weigh nothing: their score is −∞, by
+#    `tl.where(tl.arange(0, PAGE) < filled, scores, float("-inf"))`.
 # 5. Lesson 5's five lines, with `tl.maximum`, `tl.max(scores, 0)`, `tl.exp` and `tl.sum`, and the values'
 #    tile.
 #
