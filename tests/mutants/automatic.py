@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -185,9 +186,14 @@ def sample(number: int, seed: int, only: str) -> tuple[list[Mutant], int]:
 
 
 def run_all(
-    mutants: list[Mutant], profile: str, seconds: int, jobs: int, until: float | None
+    mutants: list[Mutant],
+    profile: str,
+    seconds: int,
+    jobs: int,
+    until: float | None,
+    keep: Callable[[list[tuple[Mutant, Verdict]]], None] = lambda rows: None,
 ) -> list[tuple[Mutant, Verdict]]:
-    """Put each under its tests, `jobs` at a time; what has not begun at `until` is left out."""
+    """Put each under its tests, `jobs` at a time; what has not begun at `until` is left out. `keep` is told after each."""
     waiting, running, done = list(reversed(mutants)), [], []
     while waiting or running:
         if until is not None and time.time() > until:
@@ -200,6 +206,7 @@ def run_all(
                 continue
             running.remove(one)
             done.append((one.mutant, verdict))
+            keep(done)
             line = f"{len(done):4}/{len(mutants)} {profile:5} {verdict.state:8} {verdict.seconds:5.1f} s  {one.mutant.name}"
             print(f"{line}: {one.mutant.before} -> {one.mutant.after}  [{verdict.test}]", flush=True)
         time.sleep(0.02)
@@ -270,9 +277,12 @@ def main() -> None:
         mutants = [m for m in mutants if (m.module, m.number) in left]
     head = {"seed": chosen.seed, "changes": total, "sampled": len(mutants), "seconds": chosen.seconds}
     print(f"seed {chosen.seed}: {len(mutants)} mutants of {total} possible changes")
-    rows = run_all(mutants, "quick", chosen.seconds, chosen.jobs, chosen.until)
-    if chosen.json:
-        write_json(chosen.json, head, rows)
+
+    def keep(rows: list[tuple[Mutant, Verdict]]) -> None:
+        if chosen.json:
+            write_json(chosen.json, head, rows)
+
+    rows = run_all(mutants, "quick", chosen.seconds, chosen.jobs, chosen.until, keep)
     again = [m for m, v in rows if v.state == "survived"]
     print(f"{len(again)} survivors" + ("" if chosen.quick else ", now under the ci profile"))
     if chosen.quick:

@@ -211,13 +211,14 @@ def test_many_slots_tables_and_removals() -> None:
 
 
 def test_a_prompt_that_reads_no_cache_is_admitted_whole_or_not_at_all() -> None:
-    """Its last token counts too, when it is the one that takes another block."""
-    scheduler, drawer = scheduler_of(num_blocks=6, preemption="recompute"), Drawer()
+    """The last token of its first chunk counts too, when it is the one that takes another block."""
+    scheduler, drawer = scheduler_of(num_blocks=6, max_num_batched_tokens=6, preemption="recompute"), Drawer()
     scheduler.add(Request(0, (1,) * 13, SamplingParams(max_tokens=3, ignore_eos=True)))
-    plan = scheduler.schedule()
-    assert plan is not None
-    scheduler.commit(plan, drawer.answer(plan))
-    scheduler.add(Request(1, (2,) * 5, SamplingParams(max_tokens=2, prompt_logprobs=0)))
+    for _ in range(3):
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.commit(plan, drawer.answer(plan))
+    scheduler.add(Request(1, (2,) * 9, SamplingParams(max_tokens=2, prompt_logprobs=0)))
     plan = scheduler.schedule()
     assert plan is not None
     assert [r.request_id for r in scheduler.running] == [0]
@@ -310,3 +311,25 @@ def test_a_block_is_published_by_the_step_that_fills_it(budget: int) -> None:
         computed = int(plan.starts[0] + plan.lengths[0])
         scheduler.commit(plan, drawer.answer(plan))
         assert scheduler.manager.match_prefix([*line.token_ids, 0]) == computed // 4 * 4
+
+
+def test_tokens_at_their_edges() -> None:
+    """0 and 2**31 - 1 are tokens; their neighbours outside are refused."""
+    scheduler = scheduler_of()
+    scheduler.add(Request(0, (0, 2**31 - 1), SamplingParams(max_tokens=1)))
+    for i, bad in enumerate((-1, 2**31), 1):
+        with pytest.raises(RequestError, match=str(bad)):
+            scheduler.add(Request(i, (0, bad), SamplingParams(max_tokens=1)))
+    run(scheduler, Drawer())
+
+
+def test_a_child_names_its_parent() -> None:
+    """The first sequence of a request has none, -1; samples have the first one."""
+    scheduler = scheduler_of()
+    requests = [Request(i, (1, 2), SamplingParams(n=3, temperature=1.0, max_tokens=3)) for i in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    run(scheduler, Drawer())
+    assert [[s.parent for s in request.sequences] for request in requests] == [[-1, 0, 0], [-1, 1, 1]]
+    assert [[s.index for s in request.sequences] for request in requests] == [[0, 1, 2]] * 2
+    assert sorted(s.seq_id for request in requests for s in request.sequences) == list(range(6))

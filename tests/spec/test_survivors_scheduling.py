@@ -338,6 +338,7 @@ def test_beams_carry_their_scores_and_logprobs(width: int, logged: int | None) -
     by_score = [a.cumulative_logprob / max(1, len(a.token_ids)) ** 1.5 for a in answers]
     assert by_score == sorted(by_score, reverse=True)
     for line in request.sequences:
+        assert line.finish_reason != "pruned"
         assert beam_score(line) == pytest.approx(line.cumulative_logprob / line.num_output**1.5)
     for answer in answers:
         assert answer.finish_reason == ("stop" if answer.token_ids[-1] == 3 else "length")
