@@ -256,8 +256,8 @@ def test_3_the_law_finds_bugs() -> None:
 # %% [markdown]
 # ## The nine bugs
 #
-# Each is a few lines around your own pool. Real allocators have had every one of them. Read on only when your
-# law is written.
+# Each is a few lines around your own pool. Bugs of these kinds have been found in real allocators. Read on
+# only when your law is written.
 
 
 # %%

@@ -189,3 +189,16 @@ def test_every_solution_is_a_pytest_file(lesson: Lesson) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_last_lessons_manager_stands_under_the_specification() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "spec")]
+    command += ["-k", "laws_memory or laws_machine", "--block-manager", "13_your_own:MyBlockManager"]
+    folder = tutorials_folder() / "solutions"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "quick"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=environment, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

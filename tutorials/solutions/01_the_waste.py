@@ -28,8 +28,8 @@
 #  and outside of every reservation: holes too short for the next one, and whatever the allocator rounded up.   external
 # ```
 #
-# The four words are those of the PagedAttention paper (section 3.1). Learn them now: minipaged's screen, its
-# lab and these lessons all use them.
+# Token, reserved, internal, external: these four words are those of the PagedAttention paper (section 3.1).
+# Learn them now: minipaged's screen, its lab and these lessons all use them.
 #
 # ## The pain
 #
@@ -262,7 +262,7 @@ if __name__ == "__main__":
 #   lesson 3 on.
 #
 # The columns are the words from the picture. They are measured when you run this cell; beside them stands
-# what the paper's authors measured on real systems, for the share that holds tokens.
+# what the paper's authors found for the share that holds tokens.
 
 # %%
 PAPER_TOKEN_SHARE = {"max": 0.204, "pow2": 0.268, "oracle": 0.382, "paged": 0.963}  # arXiv 2309.06180, Fig. 2

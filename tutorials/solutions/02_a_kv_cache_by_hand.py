@@ -23,10 +23,10 @@
 # The first way computes a number of tokens that grows with the square of the text's length. The second
 # computes each token once.
 #
-# Open `minipaged/lessons/tiny_model.py` before you go on. It is a whole decoder on one screen, and it has one
-# unusual feature: attention is a function that you pass in. The model computes `q`, `k` and `v`, and calls
-# `attend(layer, q, k, v)`. Where keys and values are kept is that function's business. This lesson and the
-# real engine both live behind that line.
+# Open `minipaged/lessons/tiny_model.py` (in your clone of this repository) before you go on. It is a whole
+# decoder on one screen, and it has one unusual feature: attention is a function that you pass in. The model
+# computes `q`, `k` and `v`, and calls `attend(layer, q, k, v)`. Where keys and values are kept is that
+# function's business. This lesson and the real engine both live behind that line.
 #
 # ## The pain
 #
@@ -271,6 +271,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ## What was won
+#
+# Three tables: what one more token costs, plain and cached; how many tokens went through the model in all;
+# and the price, which is memory. The last one is for models of real shapes.
 
 # %%
 SHAPES = {  # layers, KV heads, head dimension: from the models' published configurations

@@ -23,8 +23,8 @@
 #  what if it can never work?    a request that is larger than the whole pool must be refused when it arrives, not when it is too late
 # ```
 #
-# And one law above all: **the text does not change**. Whoever was preempted, however often, writes what he
-# would have written alone.
+# And one law above all: **the text does not change**. A request that was preempted, however often, writes
+# what it would have written alone.
 #
 # ## A model that notices everything
 #
@@ -86,8 +86,8 @@ def blocks_for(tokens: int) -> int:
 # %% [markdown]
 # ## The engine
 #
-# It is given, and short enough to read. Each step: everybody who runs gets room for the tokens he has not
-# computed yet, in order of arrival; if there is none, somebody is preempted. If nobody was, those who were
+# It is given, and short enough to read. Each step: every running request gets room for the tokens it has not
+# computed yet, one after the other; if there is none, somebody is preempted. If nobody was, those who were
 # swapped out may return, and then newcomers may start. Then the model runs.
 
 
@@ -527,7 +527,7 @@ if __name__ == "__main__":
 #   guide](https://docs.vllm.ai/en/stable/configuration/optimization/)): with the prefix cache, a request that
 #   returns soon finds most of its own blocks still there.
 # - **TGI** and **TensorRT-LLM** can also run without preemption: they admit a request only if there is room
-#   for the longest answer it may give. Safe, simple, and half of lesson 1's waste is back.
+#   for the longest answer it may give. Safe and simple, and some of lesson 1's waste is back.
 # - **Operating systems** swap since the 1960s, and know the failure too: when everybody is swapped out all
 #   the time, nobody gets anything done. It is called thrashing. First come, first served is what protects us
 #   from it.

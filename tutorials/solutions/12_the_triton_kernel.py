@@ -119,10 +119,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 1: `bytes_to_move`
 #
-# Before writing a kernel, compute what it must do at the least. Decoding is limited by memory: there is one
-# multiplication for each number that is read. So the yardstick is bytes: every key and every value of every
-# sequence, once. (The query and the output are small; leave them out.) A kernel that moves these bytes at the
-# rate of a plain copy cannot be improved.
+# Before writing a kernel, compute what it must do at the least. Decoding is limited by memory: there are only
+# a few multiplications for each number that is read. So the yardstick is bytes: every key and every value of
+# every sequence, once. (The query and the output are small; leave them out.) A kernel that moves these bytes
+# at the rate of a plain copy cannot be improved.
 #
 # Several query heads may share one KV head (lesson 2). A good kernel reads it once for all of them.
 #
@@ -399,7 +399,7 @@ if __name__ == "__main__":
     what_was_won()
 
 # %% [markdown]
-# On a GPU your kernel will not reach the copy, and you can now say why. Each of the query heads of a group
+# On a GPU your kernel will hardly reach the copy, and you can now say why. Each of the query heads of a group
 # reads the same keys again: let one program serve the whole group, with the heads as rows of a small matrix
 # product. One page is a small tile: load several at once, with a vector of page numbers. The mask costs
 # something in every turn, though only the last page needs it: give that one a turn of its own. And a single
@@ -410,7 +410,7 @@ if __name__ == "__main__":
 #
 # - **vLLM** has Triton kernels of this shape, for devices without a hand-written one
 #   ([`triton_unified_attention.py`](https://github.com/vllm-project/vllm/blob/main/vllm/v1/attention/ops/triton_unified_attention.py)).
-# - **FlashAttention 3** reads pages with the GPU's own copy engines (Shah et al. 2024, [arXiv
+# - **FlashAttention 3** reads paged keys and values on NVIDIA's Hopper GPUs (Shah et al. 2024, [arXiv
 #   2407.08608](https://arxiv.org/abs/2407.08608)); **FlashInfer** generates kernels for each layout (Ye et
 #   al. 2025, [arXiv 2501.01005](https://arxiv.org/abs/2501.01005)).
 # - **Triton** itself: Tillet, Kung and Cox 2019
