@@ -193,7 +193,7 @@ def test_every_solution_is_a_pytest_file(lesson: Lesson) -> None:
 
 @pytest.mark.slow
 def test_the_last_lessons_manager_stands_under_the_specification() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "spec")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "spec")]
     command += ["-k", "laws_memory or laws_machine", "--block-manager", "13_your_own:MyBlockManager"]
     folder = tutorials_folder() / "solutions"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "quick"}

@@ -9,7 +9,7 @@ import pytest
 from minipaged.lessons import so_far
 from minipaged.lessons.catalog import lesson, lessons
 from minipaged.lessons.replays import SCENES, record
-from minipaged.lessons.runner import load, run, find_tests
+from minipaged.lessons.runner import find_tests, load, run
 from minipaged.lessons.strip import bodies, strip
 from minipaged.lessons.tape import Tape
 from minipaged.lessons.workspace import PROGRESS
