@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -130,7 +131,9 @@ def solution(
     answers = one.answers(chosen.number)
     console.print(f"\n[bold]{escape(answers[0].title)}[/bold]")
     for body in answers:
-        console.print(Syntax("\n".join((*body.head, *body.lines)), "python", background_color="default"))
+        console.print(
+            Syntax("\n".join((*body.head, *body.lines)), "python", background_color="default", word_wrap=True)
+        )
 
 
 @app.command()
@@ -145,10 +148,10 @@ def show(
     from minipaged.commands.show import show as open_screen
     from minipaged.lessons.replays import replay
 
-    path, look_for = replay(one, _folder_or_none(folder))
-    console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}\n")
-    console.print(f"[dim]minipaged tui --replay {escape(str(path))}[/dim]")
-    raise typer.Exit(open_screen("toy", replay=path, headless=headless, screenshot=screenshot))
+    with TemporaryDirectory(prefix="minipaged-") as scratch:
+        path, look_for = replay(one, _folder_or_none(folder), Path(scratch))
+        console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}")
+        raise typer.Exit(open_screen("toy", replay=path, headless=headless, screenshot=screenshot))
 
 
 @app.command()
@@ -179,8 +182,9 @@ def show_list(folder: Path | None) -> None:
         table.add_column(heading, justify="right" if heading in ("", "minutes") else "left")
     for one in lessons():
         done = workspace.solved(one) if workspace is not None else []
-        marks = " ".join(
-            f"[green]✓ {t.name}[/green]" if t.number in done else f"[dim]· {t.name}[/dim]" for t in one.tasks
+        marks = "  ".join(
+            f"[green]✓\u00a0{name}[/green]" if number in done else f"[dim]·\u00a0{name}[/dim]"
+            for number, name in ((t.number, t.name.rpartition(".")[2]) for t in one.tasks)
         )
         table.add_row(str(one.number), one.title, str(one.minutes), marks)
     console.print(table)

@@ -6,7 +6,6 @@ files (lesson 6 its counterexample, lesson 13 the learner's block manager at wor
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,12 +107,12 @@ def recording(folder: Path, one: Lesson) -> Path:
     return folder / RECORDINGS / f"{one.path.stem}.trace"
 
 
-def replay(one: Lesson, folder: Path | None) -> tuple[Path, str]:
-    """The recording to show for a lesson, and what to look for in it."""
+def replay(one: Lesson, folder: Path | None, scratch: Path) -> tuple[Path, str]:
+    """The recording to show for a lesson, and what to look for in it: the learner's own, else one that is made in `scratch`."""
     if folder is not None and recording(folder, one).is_file():
         return recording(folder, one), "What your own run left behind."
     scene = SCENES.get(one.number, SCENES[1])
-    target = Path(tempfile.mkdtemp(prefix="minipaged-")) / f"{one.path.stem}.trace"
+    target = scratch / f"{one.path.stem}.trace"
     record(scene, target)
     return target, scene.look_for
 

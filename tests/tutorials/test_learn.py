@@ -11,6 +11,8 @@ from minipaged.commands.learn import app
 from minipaged.errors import InputError
 from minipaged.lessons.catalog import lesson, lessons
 from minipaged.lessons.checking import check
+from minipaged.lessons.replays import recording
+from minipaged.lessons.tape import Tape
 from minipaged.lessons.workspace import PROGRESS, Workspace
 
 
@@ -50,7 +52,7 @@ def test_list_shows_every_lesson_with_or_without_a_folder(folder: Path) -> None:
     code, text = learn("list", "--dir", folder)
     assert code == 0
     assert all(one.title in text for one in lessons())
-    assert "✓ split" in text
+    assert "✓\u00a0split" in text
     assert "minipaged learn watch 2" in text
     assert "minipaged learn start DIR" in learn()[1]
 
@@ -143,8 +145,18 @@ def test_show_opens_the_lessons_replay(folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "screen.svg"
     code, text = learn("show", 8, "--dir", folder, "--headless", "--screenshot", picture)
     assert code == 0
-    assert "minipaged tui --replay" in text
+    assert "Four samples of one prompt" in text
     assert "<svg" in picture.read_text(encoding="utf-8")
+
+
+def test_show_prefers_what_the_learners_own_run_left(folder: Path, tmp_path: Path) -> None:
+    tape = Tape(6, 4)
+    tape.note({"A": [3]}, {"A": 2})
+    recording(folder, lesson(6)).parent.mkdir()
+    tape.write(recording(folder, lesson(6)))
+    code, text = learn("show", 6, "--dir", folder, "--headless", "--screenshot", tmp_path / "x.svg")
+    assert code == 0
+    assert "What your own run left behind" in text
 
 
 @pytest.mark.parametrize(
