@@ -17,7 +17,7 @@ from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import IN_FLIGHT
 from minipaged.scheduling.policies import PreemptionCost, wants_swap
 from minipaged.scheduling.queue import RequestQueue
-from minipaged.scheduling.request import Request
+from minipaged.scheduling.request import Request, Sequence, beam_score
 from minipaged.scheduling.scheduler import Draft, SchedulerEvent
 from tests.spec.test_scheduler_laws import most_blocks, of_kind, ran, tight, workloads
 from tests.spec.test_survivors_scheduling import Drawer, run, scheduler_of
@@ -333,3 +333,27 @@ def test_a_child_names_its_parent() -> None:
     assert [[s.parent for s in request.sequences] for request in requests] == [[-1, 0, 0], [-1, 1, 1]]
     assert [[s.index for s in request.sequences] for request in requests] == [[0, 1, 2]] * 2
     assert sorted(s.seq_id for request in requests for s in request.sequences) == list(range(6))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 2.0])
+def test_penalized_tokens_are_named_and_nobody_elses(penalty: float) -> None:
+    """Each token once, in the order of the text, whatever the penalty; none is told where nobody asks for one."""
+    scheduler, drawer = scheduler_of(), Drawer()
+    scheduler.add(Request(0, (3, 1, 3), SamplingParams(max_tokens=2, repetition_penalty=penalty)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.penalty_tokens == ((3, 1),)
+    scheduler.add(Request(1, (7,), SamplingParams(max_tokens=2, temperature=1.0)))
+    scheduler.commit(plan, drawer.answer(plan))
+    run(scheduler, drawer)
+    assert drawer.plans[1].penalty_tokens[1] == ()
+    assert drawer.plans[-1].penalty_tokens == ()
+
+
+def test_a_beams_score_at_its_shortest() -> None:
+    """One token divides by one; none (a beam that was aborted) does too."""
+    request = Request(0, (1, 2), SamplingParams(beam_width=2, length_penalty=3.0))
+    for drawn, wanted in (([], -4.0), ([5], -4.0), ([5, 6], -0.5)):
+        line = Sequence(0, request, [1, 2, *drawn])
+        line.cumulative_logprob = -4.0
+        assert beam_score(line) == wanted
