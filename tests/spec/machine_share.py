@@ -44,7 +44,7 @@ class SharingMachine(StepMachine):
         self.next_id += 1
         watch.call("fork", parent.seq_id, child)
         line = Line(child, parent.salt, list(parent.tokens), parent.room, parent.marked, parent.written, parent.seq_id)
-        line.released = parent.released
+        line.before_release = parent.before_release
         watch.lines[child] = line
         before = watch.settle(f"fork({parent.seq_id}, {child})")
         table = watch.view.tables[child]
@@ -135,7 +135,8 @@ class SharingMachine(StepMachine):
         chosen = [i % full for i in which] if full else []
         watch.call("release", line.seq_id, chosen)
         gone = {table[i] for i in chosen} - {0}
-        line.released |= bool(gone)
+        if gone and not line.released:
+            line.before_release = line.marked
         before = watch.settle(f"release({line.seq_id}, {chosen})")
         now = watch.view.tables[line.seq_id]
         expected = tuple(0 if i in chosen else b for i, b in enumerate(table))

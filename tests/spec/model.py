@@ -36,10 +36,15 @@ class Line:
     written: int
     parent: int = -1
     swapped: bool = False
-    released: bool = False
+    before_release: int | None = None  # tokens that were computed when an entry was first released; None: none was
     copied_at: int | None = None  # a copy of this step that can be given up: the room before it
     copy: tuple[int, int] | None = None
     kv: list[int] = field(default_factory=list)
+
+    @property
+    def released(self) -> bool:
+        """Whether any entry was given up."""
+        return self.before_release is not None
 
     def values(self) -> list[int]:
         """The KV of every known token."""
@@ -55,6 +60,8 @@ class Line:
         self.written = min(self.written, num_tokens)
         self.marked = min(self.marked, num_tokens)
         self.room = num_tokens
+        if self.before_release is not None:
+            self.before_release = min(self.before_release, num_tokens)
 
 
 class View(NamedTuple):

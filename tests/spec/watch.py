@@ -179,7 +179,8 @@ class Watch:
         self.hold("L06", block != 0, "the null block was hashed")
         self.hold("L29 L21", end <= line.written, f"{event}: published with {line.written} of its {end} tokens written")
         self.hold("L28 L21", end <= line.marked, f"{event}: published with {line.marked} of its {end} tokens accepted")
-        self.hold("L58", not line.released, f"{event}: published after an eviction")
+        early = line.before_release is None or end <= line.before_release
+        self.hold("L58", early, f"{event}: published, and computed after an eviction")
         self.hold("L32", block not in self.found.key_of, f"{event}: the block has a key already")
         key = (line.salt, tuple(line.tokens[:end]))
         self.hold(
