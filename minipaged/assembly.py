@@ -116,7 +116,7 @@ def build_engine(
     )
     scheduler = Scheduler(config, manager, cache.block_size)
     runner: TorchRunner = TorchRunner(loaded.model, store, config.max_num_seqs)
-    if graphs and device.type == "cuda":
+    if graphs and device.type == "cuda" and config.depth <= 1:  # its host buffers are for one step in flight
         from minipaged.execution.graph_runner import GraphRunner
 
         runner = GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len)

@@ -69,7 +69,7 @@ def generate(
     """Generate text for one or more prompts at once, through paged memory."""
     from minipaged.commands.generate import generate as run
 
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = [read_stdin() if prompt == "-" else prompt for prompt in prompts]
     params = SamplingParams(
         n=n,
         max_tokens=max_tokens,
@@ -168,6 +168,14 @@ def laws(tests: Annotated[Path, typer.Option(help="The tests folder to search.")
     from minipaged.commands.laws import show_laws
 
     raise typer.Exit(show_laws(tests))
+
+
+def read_stdin() -> str:
+    """Standard input as text. InputError where it is none."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is no text: {error}") from None
 
 
 def run_guarded(command: Callable[..., Any]) -> int:

@@ -217,6 +217,9 @@ class SamplingParams:
             self._check_beams()
 
     def _normalise_stops(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name), str | tuple | list):
+                raise InputError(f"{name} must be a list, not {getattr(self, name)!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if any(not isinstance(s, str) or not s for s in stop):
             raise InputError(f"stop must be non-empty strings, not {self.stop!r}")

@@ -91,7 +91,7 @@ def test_streams_are_uniform_and_differ() -> None:
     positions = np.arange(n, dtype=np.int64)
     first = uniform(np.full(n, 1, np.int64), np.zeros(n, np.int64), positions)
     second = uniform(np.full(n, 1, np.int64), np.ones(n, np.int64), positions)
-    assert 0.0 <= first.min()
+    assert first.min() >= 0.0
     assert first.max() < 1.0
     assert abs(first.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
