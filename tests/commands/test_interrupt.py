@@ -50,14 +50,13 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("after_seconds", [0.6, 1.5, 3.0])
+@pytest.mark.parametrize("after_seconds", [0.6, 1.5, 5.0])
 def test_while_loading_or_generating(after_seconds: float) -> None:
     child = start(
-        ["generate", "Count to a million.", "--model", "toy", "--raw", "--max-tokens", "900", "--num-blocks", "100"]
+        ["generate", "Count.", "--model", "random:smollm2-135m", "--raw", "--max-tokens", "1500", "--num-blocks", "100"]
     )
     time.sleep(after_seconds)
-    if child.poll() is not None:
-        pytest.skip("it was done before it could be interrupted")
+    assert child.poll() is None, "it ended by itself"
     interrupt(child)
 
 
