@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a run in the background; its children must hear ctrl+c
+    ctypes.CDLL(None).signal(signal.SIGINT, 0)  # from any thread, unlike signal.signal
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported: two workers with two threads each would fight over two cores
