@@ -16,7 +16,8 @@ from minipaged.scheduling.plan import PromptLogprobs, StepPlan, StepTokens
 from minipaged.scheduling.request import Logprob, Request, Sequence, Status, TokenLogprobs
 
 if TYPE_CHECKING:
-    from minipaged.scheduling.scheduler import Flight, Scheduler
+    from minipaged.scheduling.records import Flight
+    from minipaged.scheduling.scheduler import Scheduler
 
 Counts = npt.NDArray[np.int64]
 

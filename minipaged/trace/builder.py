@@ -14,8 +14,9 @@ import numpy as np
 from minipaged.generation.detokenizer import TextCodec
 from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
-from minipaged.scheduling.scheduler import Scheduler, SchedulerEvent
+from minipaged.scheduling.scheduler import Scheduler
 from minipaged.trace.records import (
     FLAG_CACHED,
     FLAG_COPIED,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
 from minipaged.memory.types import BlockEvent
-from minipaged.scheduling.scheduler import SchedulerEvent
+from minipaged.scheduling.records import SchedulerEvent
 from tests.spec.token_world import Asked, Step, World
 
 

@@ -17,8 +17,8 @@ from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import IN_FLIGHT
 from minipaged.scheduling.policies import PreemptionCost, wants_swap
 from minipaged.scheduling.queue import RequestQueue
+from minipaged.scheduling.records import Draft, SchedulerEvent
 from minipaged.scheduling.request import Request, Sequence, beam_score
-from minipaged.scheduling.scheduler import Draft, SchedulerEvent
 from tests.spec.test_scheduler_laws import most_blocks, of_kind, ran, tight, workloads
 from tests.spec.test_survivors_scheduling import Drawer, run, scheduler_of
 from tests.spec.token_world import Asked, Step, World

@@ -1,0 +1,51 @@
+"""What is refused at the door: requests that this engine can never serve, each with the reason and what would do.
+
+Knows limits and the pool's size; knows nothing of who is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from minipaged.config import EngineConfig
+from minipaged.errors import RequestError
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.types import Admission
+from minipaged.scheduling.request import Request
+
+
+def check_request(
+    request: Request, config: EngineConfig, manager: BlockManager, block_size: int, taken: Container[int]
+) -> None:
+    """RequestError if the request can never be served. taken: request ids that are in use. Nothing is changed."""
+    request.check()
+    params = request.params
+    if params.beam_width is not None:
+        for name, without in (("stop", ()), ("min_tokens", 0), ("repetition_penalty", 1.0)):
+            if getattr(params, name) != without:
+                raise RequestError(
+                    f"{name} must keep its default with beam_width: beams are chosen by their scores alone"
+                )
+    width, longest = params.num_sequences, request.num_prompt + params.max_tokens
+    if request.request_id in taken:
+        raise RequestError(f"request id {request.request_id} is in use")
+    if request.num_prompt >= config.max_model_len:
+        raise RequestError(
+            f"the prompt has {request.num_prompt} tokens; this engine's context holds {config.max_model_len}, "
+            f"at least one of them for the answer"
+        )
+    if longest > config.max_model_len:
+        raise RequestError(
+            f"prompt ({request.num_prompt}) + max_tokens ({params.max_tokens}) = {longest} tokens exceed the context of "
+            f"{config.max_model_len}: max_tokens may be at most {config.max_model_len - request.num_prompt}"
+        )
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if width > getattr(config, name):
+            raise RequestError(f"{width} sequences at once exceed {name} ({getattr(config, name)})")
+    if manager.can_admit(request.num_prompt, params.max_tokens, num_sequences=width) is Admission.NEVER:
+        blocks = -(-longest // block_size) * width
+        usable = manager.usage().total - 1
+        raise RequestError(
+            f"the request may need {blocks} blocks ({width} x {longest} tokens, {block_size} a block); "
+            f"the pool has {usable}: shorten it, lower n, or raise num_blocks"
+        )

@@ -1,0 +1,57 @@
+"""What a scheduler notes down: the events it tells, its counters, the step it is putting together, and the plans in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.scheduling.plan import LongArray, StepPlan
+from minipaged.scheduling.request import Sequence
+
+
+class SchedulerEvent(NamedTuple):
+    """A thing that happened to a request: submit admit preempt prune finish refuse abort. `amount` is tokens; `detail` a word."""
+
+    kind: str
+    seq_id: int
+    amount: int = 0
+    detail: str = ""
+    sequence: Sequence | None = None
+
+
+class Flight(NamedTuple):
+    """A plan that was launched, with the sequences its draws belong to."""
+
+    plan: StepPlan
+    draws: list[Sequence]
+    draw_ids: LongArray
+
+
+@dataclass
+class Counters:
+    """What happened since the start."""
+
+    copies: int = 0
+    hit_tokens: int = 0
+    queried_tokens: int = 0
+    own_hit_tokens: int = 0  # a resumed request's hits on blocks it left behind; not in hit_tokens
+    preemptions: int = 0
+    swaps: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+
+
+@dataclass
+class Draft:
+    """A step while it is being put together."""
+
+    slots: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    takes: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    copies: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)  # by sequence
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
+    budget: int = 0
+    preempted: bool = False
