@@ -221,3 +221,27 @@ def mutant_of(module: str, path: Path, number: int) -> Mutant | None:
     site, kind, _ = list(_all_changes(ast.parse(path.read_text())))[number]
     _, before, after = _changed(path, number)
     return Mutant(module, str(path), number, kind, _line_of(site.node, site.parent), before[:160], after[:160])
+
+
+def statement_of(path: Path, number: int) -> tuple[int, int, bool]:
+    """First and last line of the smallest statement around the change (of one with a body, its head), and whether it runs on import."""
+    tree = ast.parse(path.read_text())
+    site = list(_all_changes(tree))[number][0]
+    parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    node: ast.AST = site.node
+    statement, in_function = None, False
+    while node in parents:
+        above = parents[node]
+        if isinstance(node, ast.stmt) and statement is None:
+            statement = node
+        in_function |= (
+            isinstance(above, ast.FunctionDef | ast.Lambda)
+            and getattr(above, "body", None) is not None
+            and (node is above.body if isinstance(above, ast.Lambda) else node in above.body)
+        )
+        node = above
+    if statement is None or isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return 0, 0, True
+    body: list[ast.stmt] = getattr(statement, "body", [])
+    last = body[0].lineno - 1 if body else statement.end_lineno or statement.lineno
+    return statement.lineno, max(last, statement.lineno), not in_function
