@@ -64,7 +64,7 @@ def _describe(error: Exception, path: Path) -> dict[str, str]:
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename) == path:
             where = f"line {frame.lineno}: {frame.line}"
-    stub = _stub_in(error)
+    stub = stub_in(error)
     notes = "\n".join(getattr(error, "__notes__", ()))
     message = str(error) or type(error).__name__
     if not isinstance(error, AssertionError | NotImplementedError):
@@ -72,7 +72,7 @@ def _describe(error: Exception, path: Path) -> dict[str, str]:
     return {"message": stub or "\n".join(filter(None, (message, notes))), "where": where, "stub": stub}
 
 
-def _stub_in(error: BaseException | None) -> str:
+def stub_in(error: BaseException | None) -> str:
     """The name of the unsolved task behind an error, through whatever wrapped it (Hypothesis and Triton's interpreter do)."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -202,3 +202,30 @@ def test_the_last_lessons_manager_stands_under_the_specification() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_lesson_12_compiles_for_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MINIPAGED_KERNELS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tutorials.compile_lesson_12", str(tmp_path)],
+        cwd=ROOT,
+        env=kept | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    assert done.stdout.count("_decode shared memory") >= 5
+    assert "unsolved: lesson 12, task 2: load_page" in done.stdout
+
+
+@pytest.mark.gpu
+def test_lesson_12_on_a_gpu() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LESSON_ON_GPU": "1"}
+    command = [sys.executable, str(lessons()[11].solution)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "minipaged's" in done.stdout
