@@ -120,4 +120,10 @@ def build_engine(
         from minipaged.execution.graph_runner import GraphRunner
 
         runner = GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len)
-    return Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=loaded.config.eos_token_ids)
+    about = {
+        "model": loaded.config.name,
+        "kv_bytes_per_token": loaded.config.kv_bytes_per_token(dtype),
+        "watermark": cache.watermark,
+        "num_host_blocks": cache.num_host_blocks,
+    }
+    return Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=loaded.config.eos_token_ids, about=about)

@@ -13,6 +13,12 @@ from typing import Literal
 from minipaged.errors import InputError
 
 DType = Literal["float32", "float16", "bfloat16"]
+Batching = Literal["continuous", "static", "one"]
+BATCHING: tuple[Batching, ...] = ("continuous", "static", "one")
+Order = Literal["fcfs", "priority"]
+ORDERS: tuple[Order, ...] = ("fcfs", "priority")
+Preemption = Literal["auto", "recompute", "swap"]
+PREEMPTION: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 MAX_BLOCK_SIZE = 256
@@ -146,8 +152,9 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int = 2048
-    policy: Literal["fcfs", "priority"] = "fcfs"
-    preemption: Literal["auto", "recompute", "swap"] = "auto"
+    policy: Order = "fcfs"
+    preemption: Preemption = "auto"
+    batching: Batching = "continuous"  # who may join the running: anybody, nobody once they write, nobody at all
     depth: int = 0  # steps in flight beyond the one being committed: 0 plain, 1 overlap
     seed: int = 0
 
@@ -155,8 +162,9 @@ class EngineConfig:
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         check_int("max_model_len", self.max_model_len, 1)
-        check_choice("policy", self.policy, ("fcfs", "priority"))
-        check_choice("preemption", self.preemption, ("auto", "recompute", "swap"))
+        check_choice("policy", self.policy, ORDERS)
+        check_choice("preemption", self.preemption, PREEMPTION)
+        check_choice("batching", self.batching, BATCHING)
         check_int("depth", self.depth, 0, 64)
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
 

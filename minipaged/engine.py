@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
 from minipaged.config import SamplingParams
+from minipaged.config import describe as settings_of
 from minipaged.errors import InputError, RequestError
 from minipaged.execution.runner import Pending, Runner
 from minipaged.generation.detokenizer import Detokenizer, TextCodec
+from minipaged.scheduling import knobs
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
@@ -21,7 +23,8 @@ class Engine:
     """Requests in, tokens out, one step at a time.
 
     scheduler and runner must share block ids and slots. codec: text to tokens and back; without one, prompts are token ids. depth: steps
-    kept in flight beyond the one being committed; 0 commits each step before the next is scheduled.
+    kept in flight beyond the one being committed; 0 commits each step before the next is scheduled. about: what a trace says of the engine
+    beside its settings (`model`, bytes a token …).
     """
 
     def __init__(
@@ -32,11 +35,13 @@ class Engine:
         codec: TextCodec | None = None,
         eos_token_ids: tuple[int, ...] = (),
         clock: Callable[[], int] = time.perf_counter_ns,
+        about: Mapping[str, object] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.codec = codec
         self.eos_token_ids = eos_token_ids
+        self.about = dict(about or {})
         self.depth = scheduler.config.depth
         self.detokenizer = Detokenizer(codec) if codec is not None else None
         self.trace = TraceBuilder(scheduler, codec, clock)
@@ -91,6 +96,20 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """End a request wherever it is, before the next step. Does nothing if it has ended."""
         self._inbox.append(lambda: self.scheduler.abort(request_id))
+
+    def knob(self, name: str, value: object) -> str:
+        """Turn a setting before the next step, and say what it is then. InputError, before anything is changed, if that cannot be."""
+        turn = knobs.check(self.scheduler, name, value)
+        self._inbox.append(lambda: knobs.apply(self.scheduler, turn))
+        self._inbox.append(lambda: self.trace.note_turn(turn))
+        return turn.words
+
+    def describe(self) -> dict[str, object]:
+        """What a trace's header says: `model`, `seed`, and under `engine` the settings."""
+        scheduler, about = self.scheduler, dict(self.about)
+        settings = {**settings_of(scheduler.config), "block_size": scheduler.block_size}
+        settings["num_blocks"] = scheduler.manager.usage().total
+        return {"model": about.pop("model", ""), "seed": scheduler.config.seed, "engine": {**settings, **about}}
 
     @property
     def has_work(self) -> bool:

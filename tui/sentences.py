@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
+from minipaged.scheduling.knobs import Turn
 from minipaged.trace.records import Event
 from tui.view import View
 
@@ -237,7 +238,7 @@ _TELL: dict[str, Callable[[View, Grouped], str]] = {
     "admit": _admit,
     "evict": _blocks("evict", "cached {noun} {blocks} forgotten: the room is needed"),
     "release": _blocks("release", "{names} lets go of {noun} {blocks}"),
-    "knob": lambda view, grouped: "a knob was turned",
+    "knob": lambda view, grouped: "from here on " + listing([Turn(e.other, e.amount).words for e in grouped["knob"]]),
     "alloc": _alloc,
     "append": _append,
 }

@@ -60,7 +60,8 @@ class BlockManager:
         check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
         check_int("num_host_blocks", num_host_blocks, 0, MAX_BLOCKS)
         check_bool("prefix_caching", prefix_caching)
-        self._watermark_blocks = int(check_real("watermark", watermark, 0.0, 1.0) * num_blocks)
+        self._num_blocks = num_blocks
+        self.set_watermark(watermark)
         self._block_size = block_size
         self._caching = prefix_caching
         self._editor = TableEditor(num_blocks, block_size)
@@ -382,6 +383,10 @@ class BlockManager:
 
     def _check_block(self, block_id: int) -> None:
         check_int("block_id", block_id, 0, self._pool.num_blocks - 1)
+
+    def set_watermark(self, share: float) -> None:
+        """Another watermark from now on. InputError if it is no share."""
+        self._watermark_blocks = int(check_real("watermark", share, 0.0, 1.0) * self._num_blocks)
 
     def _watermark(self) -> int:
         """Blocks to leave free for those that run: none while nobody holds any."""

@@ -84,22 +84,28 @@ class Batch:
             len(stop_ids) > 1 or several or params.logprobs is not None or params.prompt_logprobs is not None
         )
         self.last[slot] = sequence.token_ids[-1]
-        self.temperature[slot] = params.temperature if params.temperature >= COLDEST else 0.0
         self.top_p[slot] = params.top_p
         self.top_k[slot] = min(params.top_k, 2**31 - 1)
         self.min_p[slot] = params.min_p
         self.repetition_penalty[slot] = params.repetition_penalty
         self.seed[slot] = seed
         self.index[slot] = sequence.index
+        self.set_sampling(sequence)
+        self.busy[slot] = False
+        self.table_len[slot] = 0
+
+    def set_sampling(self, sequence: Sequence) -> None:
+        """Take over the temperature of a seated sequence's request, which may be turned while it runs."""
+        params, slot = sequence.request.params, sequence.slot
+        self.temperature[slot] = params.temperature if params.temperature >= COLDEST else 0.0
         self.plain[slot] = (
             params.greedy
             and params.repetition_penalty == 1.0
             and params.min_tokens == 0
             and params.logprobs is None
-            and not several
+            and params.num_sequences == 1
+            and params.beam_width is None
         )
-        self.busy[slot] = False
-        self.table_len[slot] = 0
 
     def remove(self, sequence: Sequence) -> None:
         """Unseat a sequence; its slot is free again."""

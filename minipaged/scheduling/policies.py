@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minipaged.config import EngineConfig, check_real
@@ -16,6 +16,19 @@ def rank_of(policy: str) -> Callable[[Request], Rank]:
     if policy == "priority":
         return lambda request: request.rank
     return lambda request: (0, request.arrival)
+
+
+def may_join(batching: str, request: Request, running: Sequence[Request]) -> bool:
+    """Whether a request may start beside those that run.
+
+    continuous: always (Orca's iteration-level batching); static: until one of them has drawn a token, so a batch stays as it was
+    put together; one: only if there are none. Whoever has drawn a token was let in before and may always come back.
+    """
+    if batching == "continuous" or any(sequence.num_output for sequence in request.sequences):
+        return True
+    if batching == "one":
+        return not running
+    return not any(sequence.num_output for other in running for sequence in other.sequences)
 
 
 @dataclass(frozen=True, slots=True)

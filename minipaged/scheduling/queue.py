@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from minipaged.scheduling.request import Request
 
@@ -13,10 +13,12 @@ Rank = tuple[int, int]
 class RequestQueue:
     """A priority queue whose members can leave from the middle: push and pop are O(log n), remove is O(1)."""
 
-    def __init__(self, rank: Callable[[Request], Rank]) -> None:
+    def __init__(self, rank: Callable[[Request], Rank], members: Iterable[Request] = ()) -> None:
         self._rank = rank
         self._heap: list[tuple[Rank, int, Request]] = []
         self._members: set[int] = set()
+        for request in members:
+            self.push(request)
 
     def push(self, request: Request) -> None:
         """Take a request in at its rank. ValueError if it is here already."""

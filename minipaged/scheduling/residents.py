@@ -16,7 +16,7 @@ from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.types import Admission, Allocation, BlockEvent
 from minipaged.scheduling import groups
 from minipaged.scheduling.batch import Batch
-from minipaged.scheduling.policies import PreemptionCost, rank_of, wants_swap
+from minipaged.scheduling.policies import PreemptionCost, may_join, rank_of, wants_swap
 from minipaged.scheduling.queue import RequestQueue
 from minipaged.scheduling.records import Counters, Draft, SchedulerEvent
 from minipaged.scheduling.request import Request, Sequence, Status
@@ -39,10 +39,9 @@ class Residents:
         self.batch = Batch(config.max_num_seqs)
         self.counters = Counters()
         self.running: list[Request] = []  # by rank
-        rank = rank_of(config.policy)
-        self._rank = rank
-        self.waiting = RequestQueue(rank)
-        self.swapped = RequestQueue(rank)
+        self.rank = rank_of(config.policy)
+        self.waiting = RequestQueue(self.rank)
+        self.swapped = RequestQueue(self.rank)
         self.requests: dict[int, Request] = {}  # all that have not ended
         self.sequences: dict[int, Sequence] = {}  # theirs, those that have ended left out
         self._order: npt.NDArray[np.int64] | None = np.zeros(
@@ -52,6 +51,14 @@ class Residents:
         self._next_seq_id = 0
         self._arrivals = 0
         self._events: list[SchedulerEvent | BlockEvent] = []
+
+    def configure(self, config: EngineConfig) -> None:
+        """Other choices from the next step on: order, preemption, batching. The limits stay: buffers were made for them."""
+        self.config = config
+        self.rank = rank = rank_of(config.policy)
+        self.running.sort(key=rank)
+        self.waiting, self.swapped = RequestQueue(rank, self.waiting), RequestQueue(rank, self.swapped)
+        self._order = None
 
     # ---- room
 
@@ -89,7 +96,7 @@ class Residents:
             if swapped is None and waiting is None:
                 return
             swapped_first = swapped is not None and (
-                waiting is None or self.config.policy == "fcfs" or self._rank(swapped) < self._rank(waiting)
+                waiting is None or self.config.policy == "fcfs" or self.rank(swapped) < self.rank(waiting)
             )
             if swapped_first and swapped is not None:
                 if not self._resume(draft, swapped):
@@ -117,7 +124,7 @@ class Residents:
         return True
 
     def _admit(self, draft: Draft, request: Request) -> bool:
-        if not self._fits_batch(draft, request):
+        if not self._fits_batch(draft, request) or not may_join(self.config.batching, request, self.running):
             return False
         alive, params = request.alive, request.params
         read_cache = params.prompt_logprobs is None
@@ -178,7 +185,7 @@ class Residents:
             self.batch.put(sequence, slot, room, seed)
             self.batch.set_table(slot, self.manager.table(sequence.seq_id))
             self.log("admit", sequence, sequence.computed)
-        insort(self.running, request, key=self._rank)
+        insort(self.running, request, key=self.rank)
         self._num_groups += request.params.num_sequences > 1
         self._order = None
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from minipaged.generation.detokenizer import TextCodec
 from minipaged.memory.types import BlockEvent
+from minipaged.scheduling.knobs import Turn
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
@@ -48,9 +49,10 @@ class TraceBuilder:
         self._began = 0
         self._step = 0
         self._next_event = 0
-        self._pending_events: list[SchedulerEvent | BlockEvent] = []
+        self._turns: list[Turn] = []
         self._pool = _PoolView(scheduler)
         self._shown: dict[int, tuple[int, int]] = {}  # sequence -> (tokens, characters of text) already told
+        self._ended: set[int] = set()  # ended and told, of requests that have not ended
         self._causes: dict[tuple[str, int], int] = {}  # (kind, sequence or block) -> newest event of that kind
         self._newcomer = False
 
@@ -65,17 +67,16 @@ class TraceBuilder:
         if self._listeners:
             self._began = self._clock()
 
-    def note(self, kind: str, amount: int = 0) -> None:
-        """An event that belongs to no sequence: a knob that was turned."""
-        self._pending_events.append(SchedulerEvent(kind, -1, amount))
+    def note_turn(self, turn: Turn) -> None:
+        """A knob was turned."""
+        self._turns.append(turn)
 
     def publish(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
         """A step is done: tell the listeners."""
         raw = self._scheduler.take_events()
         if not self._listeners:
+            self._turns.clear()
             return
-        raw = self._pending_events + raw
-        self._pending_events = []
         delta = self._delta(plan, outputs, raw)
         for listener in list(self._listeners):
             listener(delta)
@@ -107,10 +108,18 @@ class TraceBuilder:
             stats=self._stats(plan, now - self._began),
         )
         self._step += 1
-        for sequence in sequences.values():
+        self._forget_ended(sequences.values())
+        return delta
+
+    def _forget_ended(self, told: Iterable[Sequence]) -> None:
+        """What has ended is told once; it is remembered as long as a sibling of it may be told of."""
+        for sequence in told:
+            request = sequence.request
             if sequence.status is Status.FINISHED:
                 self._shown.pop(sequence.seq_id, None)
-        return delta
+                self._ended.add(sequence.seq_id)
+            if request.finished:
+                self._ended.difference_update(s.seq_id for s in request.sequences)
 
     # ---- sequences
 
@@ -122,11 +131,12 @@ class TraceBuilder:
         requests: dict[int, Request] = {output.request_id: output.request for output in outputs}
         if self._newcomer:
             requests.update(scheduler.requests)
+            self._ended.clear()
         for event in raw:
             if isinstance(event, SchedulerEvent) and event.sequence is not None:
                 changed[event.seq_id] = event.sequence
         for request in requests.values():
-            changed.update((s.seq_id, s) for s in request.sequences)
+            changed.update((s.seq_id, s) for s in request.sequences if s.seq_id not in self._ended)
         if plan is not None:
             for slot in plan.slots.tolist():
                 sequence = batch.sequences[slot]
@@ -174,6 +184,10 @@ class TraceBuilder:
 
     def _events(self, raw: list[SchedulerEvent | BlockEvent], plan: StepPlan | None) -> tuple[Event, ...]:
         events: list[Event] = []
+        for turn in self._turns:
+            events.append(Event(self._next_event, "knob", -1, -1, -1, turn.knob, turn.amount))
+            self._next_event += 1
+        self._turns.clear()
         for item in raw:
             if isinstance(item, BlockEvent):
                 block, other, amount = item.block, item.other, item.index
@@ -210,7 +224,7 @@ class TraceBuilder:
     def _queues(self) -> Queues:
         scheduler = self._scheduler
         running = tuple(s.seq_id for r in scheduler.running for s in r.alive)
-        first = nsmallest(MAX_WAITING_SHOWN, scheduler.waiting, key=lambda r: r.rank)
+        first = nsmallest(MAX_WAITING_SHOWN, scheduler.waiting, key=scheduler.rank)
         waiting = tuple(s.seq_id for r in first for s in r.alive)
         swapped = tuple(s.seq_id for r in scheduler.swapped for s in r.alive)
         return Queues(running, waiting, swapped)

@@ -195,7 +195,9 @@ class EngineLoop:
         knob = getattr(self.engine, "knob", None)
         if knob is None:
             raise InputError(f"this engine has no knob {name!r}")
-        knob(name, value)
+        self.writer.write(
+            note(kind="turned", name=name, value=value, text=f"from the next step on {knob(name, value)}")
+        )
 
     def _publish(self, delta: StepDelta) -> None:
         fresh = self._pieces.fresh(delta)

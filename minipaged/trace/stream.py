@@ -13,7 +13,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, BinaryIO, NamedTuple
 
@@ -314,16 +314,10 @@ class Pieces:
 
 
 def header_of(engine: object) -> Header:
-    """What the trace of this engine is of: its own describe(), else its scheduler's settings."""
+    """What the trace of this engine is of: what it says of itself in `describe()`."""
     describe = getattr(engine, "describe", None)
-    if callable(describe):
-        told = describe()
-        return Header(str(told.get("model", "")), int(told.get("seed", 0)), dict(told.get("engine", {})))
-    scheduler = getattr(engine, "scheduler", None)
-    config = getattr(scheduler, "config", None)
-    settings = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else {}
-    settings["block_size"] = getattr(scheduler, "block_size", 0)
-    return Header("", int(settings.get("seed", 0)), settings)
+    told = describe() if callable(describe) else {}
+    return Header(str(told.get("model", "")), int(told.get("seed", 0)), dict(told.get("engine", {})))
 
 
 @dataclass(frozen=True, slots=True)
