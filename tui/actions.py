@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from textual.app import App
@@ -28,7 +28,8 @@ class Actions(App[int]):
     session: Session
     view: View
     _outer: Session | None  # what a lesson stands in front of
-    _restart: Callable[[], LiveSource] | None
+    _restart: Callable[[Mapping[str, object]], LiveSource] | None
+    _next_run: dict[str, object]  # settings that only another run can have
 
     def paint(self, change: Change | None = None) -> None:
         """Show the session's moment."""
@@ -171,13 +172,29 @@ class Actions(App[int]):
         elif not session.asked or not session.position:
             session.message = "nothing has been asked yet: there is nothing to branch from"
         else:
-            until = session.position
-            script = [(at, session.asked[request]) for at, request in arrivals(session.source, until, session.asked)]
-            session.pause()
-            self.session = Session(self._restart(), speed=session.speed)
-            self.session.follow_script(script, until)
-            self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
+            self._run_again(self._restart, session.position, then_run=False)
         self.paint()
+
+    def action_again_all(self) -> None:
+        """All prompts again, from the start, with what was set for the next run."""
+        session = self.session
+        if session.live is None or self._restart is None or self._outer is not None:
+            session.message = "only a live run can be run again"
+        elif not session.asked:
+            session.message = "nothing has been asked yet: there is nothing to run again"
+        else:
+            self._run_again(self._restart, len(session.source), then_run=True)
+        self.paint()
+
+    def _run_again(self, restart: Callable[[Mapping[str, object]], LiveSource], until: int, *, then_run: bool) -> None:
+        """What was asked up to a step, at the same steps of a new engine."""
+        old = self.session
+        script = [(at, old.asked[request]) for at, request in arrivals(old.source, until, old.asked)]
+        old.pause()
+        self.session = Session(restart(self._next_run), speed=old.speed)
+        last = max((at for at, _ in script), default=0)
+        self.session.follow_script(script, last if then_run else until, then_run=then_run)
+        self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
 
     def action_knobs(self) -> None:
         """Turn the engine's knobs."""
@@ -188,14 +205,14 @@ class Actions(App[int]):
 
         def turned(answer: object) -> None:
             if isinstance(answer, dict):
+                if "num_blocks" in answer:
+                    self._next_run["num_blocks"] = answer.pop("num_blocks")
+                    self.session.message = f"the next run has {self._next_run['num_blocks']} blocks: R runs all again"
                 for name, value in answer.items():
                     self.session.knob(name, value)
-                self.session.message = "asked to turn " + ", ".join(
-                    f"{name} to {value}" for name, value in answer.items()
-                )
                 self.paint()
 
-        self.push_screen(Knobs(self.session.source.header.engine), turned)
+        self.push_screen(Knobs({**self.session.settings, **self._next_run}), turned)
 
     def action_journey(self) -> None:
         """One token from its position to its slot."""

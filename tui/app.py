@@ -85,10 +85,11 @@ class EngineRunner:
         self._factory, self._arguments, self._record = factory, arguments, record
         self._engine: EngineProcess | None = None
 
-    def start(self) -> LiveSource:
-        """A fresh engine. The first one's steps are recorded."""
+    def start(self, changes: Mapping[str, object] | None = None) -> LiveSource:
+        """A fresh engine, some of its arguments changed. The first one's steps are recorded."""
         self.close()
-        self._engine = EngineProcess(self._factory, self._arguments, recording=self._record)
+        arguments = {**self._arguments, **(changes or {})}
+        self._engine = EngineProcess(self._factory, arguments, recording=self._record)
         self._record = None
         return self._engine.source
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Grid, Vertical, VerticalScroll
+from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
-from minipaged.config import SamplingParams
+from minipaged.config import SamplingParams, check_int
 from minipaged.errors import InputError
+from minipaged.scheduling.knobs import KNOBS
 from tui.pane import Pane
 
 Asked = tuple[str, SamplingParams]
@@ -74,60 +76,114 @@ class AddPrompt(Window):
         self.dismiss((prompt, params))
 
 
-_KNOBS = (
-    ("max_num_seqs", "most at once"),
-    ("max_num_batched_tokens", "tokens a step"),
-    ("watermark", "watermark"),
-    ("policy", "order"),
-    ("preemption", "preemption"),
-)
+class Choice(Static, can_focus=True):
+    """One of a few words: left, right and space go through them."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,h", "turn(-1)", "the one before", show=False, id="choice.left"),
+        Binding("right,l,space", "turn(1)", "the next one", show=False, id="choice.right"),
+        Binding("enter", "done", "done", show=False, id="choice.done"),
+    ]
+
+    class Done(Message):
+        """Enter was pressed."""
+
+    def __init__(self, options: tuple[str, ...], value: str, *, id: str) -> None:
+        super().__init__(id=id, markup=False)
+        self.options = options
+        self.at = options.index(value) if value in options else 0
+
+    @property
+    def value(self) -> str:
+        """The word chosen."""
+        return self.options[self.at]
+
+    def on_mount(self) -> None:
+        """Show it."""
+        self.action_turn(0)
+
+    def action_turn(self, by: int) -> None:
+        """Another word."""
+        self.at = (self.at + by) % len(self.options)
+        self.update("  ".join(f"[{word}]" if n == self.at else f" {word} " for n, word in enumerate(self.options)))
+
+    def action_done(self) -> None:
+        """Say that it is enough."""
+        self.post_message(self.Done())
+
+    def on_click(self) -> None:
+        """The next word."""
+        self.action_turn(1)
 
 
 class Knobs(Window):
-    """The engine's settings that can be turned while it runs; answers with those that were changed."""
+    """The engine's settings that can be turned while it runs; answers with those that were changed.
+
+    settings: what they are now. The size of the pool is one of them, but only the next run can have another.
+    """
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         super().__init__()
-        self._settings = {name: str(settings.get(name, "")) for name, _ in _KNOBS}
+        told = {knob.name: settings.get(knob.name, knob.options[0] if knob.options else "") for knob in KNOBS}
+        self._settings = {**told, "num_blocks": settings.get("num_blocks", "")}
 
     def compose(self) -> ComposeResult:
         """A line a knob."""
-        with Vertical(classes="window small", id="knobs"):
+        with Vertical(classes="window", id="knobs"):
             yield Label("Knobs: they act from the next step on", classes="title")
-            with Grid(id="fields"):
-                for name, label in _KNOBS:
-                    yield Label(label)
-                    yield Input(value=self._settings[name], id=name, compact=True)
-            yield Label("enter: turn · escape: leave", classes="hint")
+            with Grid(classes="knobs"):
+                for knob in KNOBS:
+                    yield Label(knob.name)
+                    value = str(self._settings[knob.name])
+                    if knob.options:
+                        yield Choice(knob.options, value, id=knob.name)
+                    else:
+                        yield Input(value=value, placeholder="as each was asked", id=knob.name, compact=True)
+                    yield Label(knob.about, classes="hint")
+                yield Label("num_blocks")
+                yield Input(value=str(self._settings["num_blocks"]), id="num_blocks", compact=True)
+                yield Label("of the next run: R runs all again", classes="hint")
+            yield Label("", id="problem")
+            yield Label("tab: next · ← →: choose · enter: turn · escape: leave", classes="hint")
 
     def on_input_submitted(self) -> None:
         """Enter turns what was changed."""
-        typed = {name: self.query_one(f"#{name}", Input).value.strip() for name in self._settings}
-        changed = {name: _value(text) for name, text in typed.items() if text and text != self._settings[name]}
+        self._done()
+
+    def on_choice_done(self) -> None:
+        """On a word too."""
+        self._done()
+
+    def _done(self) -> None:
+        try:
+            changed = {name: value for name, value in self._typed() if str(value) != str(self._settings[name])}
+        except InputError as error:
+            self.query_one("#problem", Label).update(f"✗ {error}")
+            return
         self.dismiss(changed or None)
 
+    def _typed(self) -> Iterator[tuple[str, object]]:
+        """What stands in the fields, checked; empty ones left out."""
+        for knob in KNOBS:
+            if knob.options:
+                yield knob.name, self.query_one(f"#{knob.name}", Choice).value
+            elif text := self.query_one(f"#{knob.name}", Input).value.strip():
+                yield knob.name, knob.value(knob.amount(_number(knob.name, text, float)))
+        if text := self.query_one("#num_blocks", Input).value.strip():
+            yield "num_blocks", check_int("num_blocks", _number("num_blocks", text, int), 2)
 
-def _value(text: str) -> object:
-    """A number where it is one, else the word."""
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text
+
+def _number(name: str, text: str, read: Callable[[str], object]) -> object:
+    try:
+        return read(text)
+    except ValueError:
+        raise InputError(f"{name} must be a number, not {text!r}") from None
 
 
 def parse_params(fields: dict[str, str]) -> SamplingParams:
     """SamplingParams from what was typed; an empty field keeps its default. Raises InputError naming the value."""
     readers: dict[str, Callable[[str], object]] = {"temperature": float}
-    given: dict[str, object] = {}
-    for name, text in fields.items():
-        if not text.strip():
-            continue
-        try:
-            given[name] = readers.get(name, int)(text)
-        except ValueError:
-            raise InputError(f"{name} must be a number, not {text!r}") from None
+    given = {name: _number(name, text, readers.get(name, int)) for name, text in fields.items() if text.strip()}
     return SamplingParams(**given)  # type: ignore[arg-type]
 
 

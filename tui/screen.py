@@ -78,6 +78,7 @@ class ScreenApp(Actions):
         Binding("minus", "zoom(-1)", "zoom out", id="zoom.out"),
         Binding("0", "fit", "fit", id="zoom.fit"),
         Binding("B", "branch", "branch here", id="branch"),
+        Binding("R", "again_all", "run all again", id="again"),
         Binding("e", "knobs", "knobs", id="knobs"),
         Binding("t", "journey", "a token's journey", id="journey"),
         Binding("c", "compare", "compare", id="compare"),
@@ -97,9 +98,9 @@ class ScreenApp(Actions):
         ascii: bool = False,
         light: bool = False,
         keymap: Mapping[str, str] | None = None,
-        restart: Callable[[], LiveSource] | None = None,
+        restart: Callable[[Mapping[str, object]], LiveSource] | None = None,
     ) -> None:
-        """restart: ends the engine and starts another like it, for a branch."""
+        """restart: ends the engine and starts another like it but for the settings it is given, for a branch."""
         mode: Mode = "plain" if "NO_COLOR" in os.environ else "light" if light else "dark"
         super().__init__(ansi_color=True if mode == "plain" else None)
         self.session = session
@@ -107,6 +108,7 @@ class ScreenApp(Actions):
         self._history = History()
         self._keymap = dict(keymap or {})
         self._restart = restart
+        self._next_run: dict[str, object] = {}
         self._painted_word = ""
         self._rest_until = 0.0
         self._used = time.process_time()

@@ -25,6 +25,7 @@ from tui.shadowfeed import ShadowFeed
 
 Asked = tuple[str, SamplingParams]
 REPLAY_SPEED = 10.0  # steps a second
+WORDS_SECONDS = 6.0  # that a message stands while steps go by
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,14 @@ class Session:
         self._pending: deque[Asked] = deque()  # asked, and not yet taken or refused
         self._script: deque[tuple[int, Asked]] = deque()  # a branch: what to ask before which step
         self._until = -1  # a branch: the step to come to first; -1: none
+        self._then_run = False  # a run again: what to do when it is reached
+        self._turned: dict[str, object] = {}  # knobs, as far as the engine turned them
         self.branched = False
         self._player: Player | None = None
         self._loading = False  # whether `message` says how loading goes
         self._all = True  # the next change concerns every block
         self._owed = 0  # single steps asked of the engine and not yet seen
+        self._read = ("", 0.0)  # the message, and since when it stands
         self._due = 0.0
         self._last: float | None = None
         if self.live is None:
@@ -163,9 +167,17 @@ class Session:
                 applied = self._tick_live(player)
             elif self.playing:
                 applied = self._tick_recorded(player, now)
+        self._let_words_go(now)
         if self.source.damage and self.at_edge:
             self.message = self.source.damage
         return self._change(applied, heard)
+
+    def _let_words_go(self, now: float) -> None:
+        """A message makes way for what happens, once there was time to read it."""
+        if self.message != self._read[0]:
+            self._read = (self.message, now)
+        elif self.message and self.playing and not self._loading and now - self._read[1] > WORDS_SECONDS:
+            self.message = ""
 
     def _change(self, applied: list[StepDelta], moved: bool) -> Change:
         if self._all:
@@ -200,6 +212,9 @@ class Session:
             self.failed, self.input_error = text, bool(note.get("input_error"))
         if kind == "submitted":
             self._taken(note.get("request"))
+        elif kind == "turned":
+            self._turned[str(note.get("name"))] = note.get("value")
+            self.message = text
         else:
             if kind == "refused" and self._pending:
                 self._pending.popleft()
@@ -368,10 +383,15 @@ class Session:
         self.live.submit(prompt, params)
         return True
 
-    def follow_script(self, script: list[tuple[int, Asked]], until: int) -> None:
-        """A branch: ask the same at the same steps, come to `until`, and stand there."""
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The engine's settings as they are now."""
+        return {**self.source.header.engine, **self._turned}
+
+    def follow_script(self, script: list[tuple[int, Asked]], until: int, *, then_run: bool = False) -> None:
+        """A branch: ask the same at the same steps, come to `until`, and stand there, or go on."""
         self.playing, self.branched = False, True
-        self._script, self._until = deque(script), until
+        self._script, self._until, self._then_run = deque(script), until, then_run
 
     def _walk_script(self, live: LiveSource) -> None:
         here = len(live)
@@ -380,7 +400,11 @@ class Session:
         if here >= self._until:
             self._until = -1
             self.seek(here)
-            self.message = "a new run from the same prompts and seeds: change something, and press space"
+            if self._then_run:
+                self.toggle()
+            self.message = "a new run from the same prompts and seeds" + (
+                "" if self._then_run else ": change something, and press space"
+            )
         elif live.outstanding == 0 and not live.idle:
             live.permit(min([self._until, *(at for at, _ in self._script)]) - here)
 

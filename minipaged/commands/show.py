@@ -65,7 +65,7 @@ def show(
         return run_plain(partial(build_engine, model, chosen), asked, steps=steps, record=record)
     from tui.app import run_screen
 
-    source: Any = replay if replay is not None else partial(build_engine, model, chosen)
+    source: Any = replay if replay is not None else (build_engine, {"model": model, "settings": chosen})
     return run_screen(
         source,
         prompts=asked,
@@ -79,11 +79,15 @@ def show(
     )
 
 
-def build_engine(model: str, settings: dict[str, Any], progress: Any = None) -> Engine:
-    """An engine over that model; a top-level function, so that a child process can be given it."""
+def build_engine(model: str, settings: dict[str, Any], num_blocks: int | None = None, progress: Any = None) -> Engine:
+    """An engine over that model; a top-level function, so that a child process can be given it.
+
+    num_blocks: in place of the settings', for a run with another pool.
+    """
     from minipaged.llm import LLM
 
-    return LLM(model, progress=progress, **settings).engine
+    chosen = settings if num_blocks is None else {**settings, "num_blocks": num_blocks}
+    return LLM(model, progress=progress, **chosen).engine
 
 
 def read_prompts(path: Path) -> Asked:

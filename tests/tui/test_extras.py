@@ -257,6 +257,60 @@ def test_knobs_of_an_engine_that_has_none() -> None:
         drive(app, (80, 24), script)
 
 
+def toy_engine(num_blocks: int = 40, progress: object = None) -> object:
+    from minipaged.llm import LLM
+
+    return LLM("toy", block_size=4, num_blocks=num_blocks).engine
+
+
+def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
+    from textual.widgets import Input
+
+    from tui.app import EngineRunner
+    from tui.dialogs import Choice, Knobs
+    from tui.screen import ScreenApp
+    from tui.session import Session
+
+    runner = EngineRunner(toy_engine, {}, record=None)
+    try:
+        session = Session(runner.start())
+        session.playing = False
+        session.submit("some words", SamplingParams(max_tokens=30, ignore_eos=True))
+        app = ScreenApp(session, restart=runner.start)
+
+        async def script(pilot: Pilot[int]) -> None:
+            await until(pilot, lambda: app.session.word == "PAUSED")
+            await pilot.press("right_square_bracket")
+            await until(pilot, lambda: app.session.position == 1)
+            await pilot.press("e")
+            assert isinstance(app.screen, Knobs)
+            assert "continuous" in text(app)
+            app.screen.query_one("#watermark", Input).value = "many"
+            await pilot.press("enter")
+            await until(pilot, lambda: "watermark must be a number, not 'many'" in text(app))
+            app.screen.query_one("#watermark", Input).value = "0.25"
+            app.screen.query_one("#batching", Choice).focus()
+            await pilot.press("right", "right", "left", "enter")
+            await until(pilot, lambda: app.session.settings.get("batching") == "static")
+            assert app.session.settings["watermark"] == 0.25
+            await pilot.press("right_square_bracket")
+            await until(pilot, lambda: app.session.position == 2)
+            await until(pilot, lambda: "from here on watermark is 0.25, batching is static" in text(app))
+            await pilot.press("slash", *"knob", "enter", "e")
+            app.screen.query_one("#num_blocks", Input).value = "20"
+            app.screen.query_one("#num_blocks", Input).focus()
+            await pilot.press("enter")
+            await until(pilot, lambda: "the next run has 20 blocks" in text(app))
+            await pilot.press("R")
+            await until(pilot, lambda: app.session.word == "IDLE" and app.session.ready)
+            assert app.session.snapshot.stats.total_blocks == 20
+            assert len(app.session.asked) == 1
+
+        drive(app, (80, 24), script)
+    finally:
+        runner.close()
+
+
 def test_a_browser_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
