@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 from minipaged.errors import InputError
@@ -47,11 +48,11 @@ class Lesson:
 
 
 def tutorials_folder() -> Path:
-    """Where the shipped lessons lie: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "tutorials", package / "tutorials"):
-        if (folder / "solutions").is_dir():
-            return folder
+    """Where the shipped lessons lie: inside the package in a wheel, beside it in a checkout."""
+    package = files("minipaged")
+    for folder in (package / "tutorials", package / ".." / "tutorials"):
+        if isinstance(folder, Path) and (folder / "solutions").is_dir():
+            return folder.resolve()
     raise InputError("the lessons are not installed: clone the repository and run `pip install -e '.[test]'` in it")
 
 

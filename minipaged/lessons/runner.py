@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from minipaged.lessons.asserting import LEFT, telling
+
 MARK = "::lesson:: "
 _TEST = re.compile(r"test_(\d+)_\w+")
 
@@ -28,7 +30,7 @@ def load(path: Path) -> ModuleType:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    exec(compile(telling(path.read_text(encoding="utf-8"), path), str(path), "exec", dont_inherit=True), vars(module))
     return module
 
 
@@ -66,9 +68,15 @@ def _describe(error: Exception, path: Path) -> dict[str, str]:
             where = f"line {frame.lineno}: {frame.line}"
     stub = stub_in(error)
     notes = "\n".join(getattr(error, "__notes__", ()))
-    message = str(error) or type(error).__name__
+    message = str(error)
     if not isinstance(error, AssertionError | NotImplementedError):
-        message = f"{type(error).__name__}: {message}"
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    elif message and not message.startswith(LEFT):
+        where = where.partition(":")[0]  # the line would only say the same again
+    elif not message:
+        message = "this does not hold"
+    if isinstance(error, ModuleNotFoundError) and error.name == "hypothesis":
+        message = f"this lesson needs Hypothesis: {sys.executable} -m pip install hypothesis"
     return {"message": stub or "\n".join(filter(None, (message, notes))), "where": where, "stub": stub}
 
 

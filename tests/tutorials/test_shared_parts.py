@@ -83,4 +83,30 @@ def test_the_runner_stops_at_the_first_failure_and_says_where(tmp_path: Path) ->
     first, second = run(path)
     assert (first["test"], first["passed"]) == ("test_1_fine", True)
     assert (second["task"], second["passed"], second["message"]) == (2, False, "one is not two")
-    assert second["where"].startswith("line 3: assert 1 == 2")
+    assert second["where"] == "line 3"
+
+
+def told_by(tmp_path: Path, source: str) -> tuple[str, str]:
+    """(message, where) of a lesson whose only test fails."""
+    path = tmp_path / "lesson.py"
+    path.write_text(source, encoding="utf-8")
+    (told,) = run(path)
+    assert not told["passed"]
+    return told["message"], told["where"]
+
+
+def test_a_comparison_tells_both_sides_and_computes_them_once(tmp_path: Path) -> None:
+    source = '"""A lesson."""\nfrom __future__ import annotations\nseen = []\n'
+    source += "def test_1_x():\n    assert len(seen.append(4) or seen) == 2\n"
+    assert told_by(tmp_path, source) == (
+        "on the left   1\non the right  2",
+        "line 5: assert len(seen.append(4) or seen) == 2",
+    )
+    message, _ = told_by(tmp_path, "def test_1_x():\n    assert list(range(999)) == []\n")
+    assert len(message) < 400
+    assert told_by(tmp_path, "def test_1_x():\n    assert not 4\n") == ("this does not hold", "line 2: assert not 4")
+
+
+def test_a_missing_hypothesis_is_named_with_the_command_that_brings_it(tmp_path: Path) -> None:
+    message, _ = told_by(tmp_path, "raise ModuleNotFoundError('x', name='hypothesis')\n")
+    assert message.endswith("-m pip install hypothesis")

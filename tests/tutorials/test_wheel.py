@@ -1,0 +1,67 @@
+"""The lessons and the screen's gallery travel in the wheel: built, unpacked far from the checkout, and used there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from minipaged.lessons.catalog import lessons, tutorials_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `pip install .` puts into site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def minipaged(site: Path, *words: object, cwd: Path) -> str:
+    """Run a command of the unpacked package; nothing of the checkout is in sight."""
+    command = [sys.executable, "-m", "minipaged", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_lesson_is_in_the_wheel(unpacked: Path) -> None:
+    shipped = unpacked / "minipaged" / "tutorials"
+    here = tutorials_folder()
+    for path in [p for p in here.rglob("*") if p.suffix in (".py", ".toml", ".md")]:
+        assert (shipped / path.relative_to(here)).read_bytes() == path.read_bytes()
+    assert not (unpacked / "tutorials").exists(), "a name of its own in site-packages could hide somebody else's"
+
+
+@pytest.mark.slow
+def test_a_lesson_can_be_taken_from_the_wheel(unpacked: Path, tmp_path: Path) -> None:
+    assert "15 files copied" in minipaged(unpacked, "learn", "start", tmp_path / "mine", cwd=tmp_path)
+    mine = tmp_path / "mine"
+    shutil.copyfile(lessons()[3].solution, mine / lessons()[3].path.name)
+    assert "3 of 3 tasks" in minipaged(unpacked, "learn", "check", 4, cwd=mine)
+    assert "table[" in minipaged(unpacked, "learn", "solution", 4, "--task", 1, "--yes", cwd=mine)
+    assert "hint 1 of 3" in minipaged(unpacked, "learn", "hint", 5, cwd=mine)
+    picture = mine / "screen.svg"
+    minipaged(unpacked, "learn", "show", 4, "--headless", "--screenshot", picture, cwd=mine)
+    assert "<svg" in picture.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_gallery_is_in_the_wheel(unpacked: Path) -> None:
+    here = ROOT / "tui"
+    for path in [p for p in here.rglob("*") if p.suffix in (".mpt", ".tcss", ".svg")]:
+        assert (unpacked / "tui" / path.relative_to(here)).read_bytes() == path.read_bytes()
