@@ -41,7 +41,9 @@ class Detokenizer:
             for sequence in request.sequences:
                 stream = streams.get(sequence.seq_id)
                 if stream is None:
-                    stream = streams[sequence.seq_id] = TextStream(self._codec.token_bytes, request.params.stop)
+                    params = request.params
+                    stream = TextStream(self._codec.token_bytes, params.stop, min_tokens=params.min_tokens)
+                    streams[sequence.seq_id] = stream
                 self._advance(sequence, stream, scheduler)
             if request.finished:
                 del self._streams[request.request_id]

@@ -8,13 +8,14 @@ from collections.abc import Callable
 class TextStream:
     """The text of one sequence.
 
-    token_bytes: the exact bytes of one token; stop: strings that end the text. While a stop string may still be arriving, the part of it
-    that has arrived is held back from `stable`.
+    token_bytes: the exact bytes of one token; stop: strings that end the text; min_tokens: a stop string counts once it ends in the text of
+    a later token than that. While a stop string may still be arriving, the part of it that has arrived is held back from `stable`.
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...] = (), *, min_tokens: int = 0) -> None:
         self._token_bytes = token_bytes
         self._stop = stop
+        self._min_tokens = min_tokens
         self._pending = b""
         self.text = ""
         self.stable = 0  # characters of `text` that no stop string can take back
@@ -25,14 +26,21 @@ class TextStream:
         """Read more tokens."""
         if self.stopped:
             return
+        early = max(0, min(self._min_tokens - self.consumed, len(tokens)))
         self.consumed += len(tokens)
+        self._read(tokens[:early])
+        searched = len(self.text)
+        self._read(tokens[early:])
+        if early < len(tokens):
+            self._find_stop(searched)
+        self.stable = len(self.text) - (0 if self.stopped else self._held_back())
+
+    def _read(self, tokens: list[int]) -> None:
+        """The whole characters of more tokens become text."""
         self._pending += b"".join(self._token_bytes(token) for token in tokens)
         whole = _whole_characters(self._pending)
-        searched_from = max(0, len(self.text) - max(map(len, self._stop), default=1) + 1)
         self.text += self._pending[:whole].decode("utf-8", errors="replace")
         self._pending = self._pending[whole:]
-        self._find_stop(searched_from)
-        self.stable = len(self.text) - (0 if self.stopped else self._held_back())
 
     def finish(self) -> None:
         """No more tokens: what was held back is text now."""
@@ -41,16 +49,10 @@ class TextStream:
             self._pending = b""
         self.stable = len(self.text)
 
-    def fork(self) -> TextStream:
-        """The same text, to grow another way."""
-        twin = TextStream(self._token_bytes, self._stop)
-        twin._pending, twin.text, twin.stable = self._pending, self.text, self.stable
-        twin.stopped, twin.consumed = self.stopped, self.consumed
-        return twin
-
-    def _find_stop(self, start: int) -> None:
-        places = [(self.text.find(s, start), s) for s in self._stop]
-        found = min((place for place, _ in places if place >= 0), default=-1)
+    def _find_stop(self, searched: int) -> None:
+        """End the text before the first stop string that ends past its first `searched` characters."""
+        places = [self.text.find(stop, max(0, searched - len(stop) + 1)) for stop in self._stop]
+        found = min((place for place in places if place >= 0), default=-1)
         if found >= 0:
             self.text = self.text[:found]
             self.stopped = True

@@ -74,6 +74,7 @@ def append(scheduler: Scheduler, sequence: Sequence, token: int, logprobs: Token
     """One more token for a sequence, wherever it is; the extra token of one that has ended is dropped."""
     if sequence.status is Status.FINISHED:
         return
+    scheduler.counters.generated_tokens += 1
     _extend(scheduler, sequence, token, logprobs)
     params = sequence.request.params
     if token in sequence.request.stop_ids and sequence.num_output > params.min_tokens:
@@ -134,6 +135,7 @@ def _commit_beams(
     search = request.beams
     if search is None or tokens.top_ids is None or tokens.top_logprobs is None:
         raise ValueError("a beam search needs the best tokens and their log-probabilities")
+    scheduler.counters.generated_tokens += len(beams)
     rows = slice(start, start + len(beams))
     top_ids, top_logprobs = tokens.top_ids[rows], tokens.top_logprobs[rows]
     decided = search.advance(

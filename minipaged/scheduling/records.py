@@ -40,7 +40,7 @@ class Counters:
     own_hit_tokens: int = 0  # a resumed request's hits on blocks it left behind; not in hit_tokens
     preemptions: int = 0
     swaps: int = 0
-    generated_tokens: int = 0
+    generated_tokens: int = 0  # draws that were taken in; one for a sequence that has ended meanwhile is not
     computed_tokens: int = 0
 
 

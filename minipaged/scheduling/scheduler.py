@@ -201,12 +201,12 @@ class Scheduler(Residents):
         touched, self._touched = self._touched, []
         if bool((batch.seq_id[slots] == flight.draw_ids).all()) and not batch.watched[slots].any():
             self._append_plain(flight.draws, slots, ids)
+            self.counters.generated_tokens += len(ids)
             outputs = [sequence.request.output for sequence in flight.draws]
         else:
             seen = groups.commit_draws(self, flight, ids, tokens)
             outputs = [request.output for request in seen]
             touched = [r for r in touched if r not in seen]
-        self.counters.generated_tokens += len(ids)
         if touched:
             outputs.extend(request.output for request in touched)
         return outputs

@@ -85,3 +85,20 @@ def test_the_fold_follows_the_engine(name: str, tmp_path: Path) -> None:
         text = bytes(state.text).decode(errors="replace")
         assert text.startswith(SHARED)
         assert text.count(SHARED) == 1, "nothing is told twice"
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_the_queue_is_shown_in_serving_order(policy: str) -> None:
+    """Who waits is listed as it will be served: under fcfs a priority moves nobody."""
+    llm = LLM("toy", block_size=4, num_blocks=64, max_num_seqs=1, policy=policy)  # type: ignore[arg-type]
+    deltas: list[StepDelta] = []
+    llm.engine.trace.subscribe(deltas.append)
+    for priority in (0, 5, -3, 1):
+        llm.engine.submit([1, 2, 3], SamplingParams(max_tokens=3, priority=priority))
+    while llm.engine.has_work:
+        llm.engine.step()
+        expected = [s.seq_id for request in llm.engine.scheduler.waiting for s in request.alive]
+        assert list(deltas[-1].queues.waiting) == expected
+    longest = max((d.queues.waiting for d in deltas), key=len)
+    assert len(longest) == 3
+    assert (list(longest) == sorted(longest)) is (policy == "fcfs")
