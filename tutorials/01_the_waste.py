@@ -45,9 +45,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-POOL = (
-    15_728  # slots: what a 40 GB card has left beside the weights of a 13-billion-parameter model (paper, section 6.1)
-)
+# slots: what a 40 GB card has left beside the weights of a 13-billion-parameter model (paper, section 6.1)
+POOL = 15_728
 MAX_LEN = 2_048  # the longest text that model allows
 
 
@@ -160,7 +159,11 @@ class Split(NamedTuple):
 
 
 def split(request: Request, written: int, reservation: int) -> Split:
-    """What the `reservation` slots of a request are for, when `written` of its tokens (prompt included) are in the cache."""
+    """What the `reservation` slots of a request are for, when `written` of its tokens (prompt included) are in the cache.
+
+    >>> split(Request(prompt=10, answer=30), written=15, reservation=100)
+    Split(token=15, reserved=25, internal=60)
+    """
     raise NotImplementedError("lesson 1, task 1: split")
 
 
@@ -203,11 +206,17 @@ if __name__ == "__main__":
 # and in its k-th step the row holds `prompt + k` tokens. Add up what a row holds over the whole life of every
 # request, divide by the number of steps those lives take together, and you have the average of one row. Long
 # answers stay longer, so they weigh more: the average over *requests* would be too small.
+#
+# (Rounding to powers of two plays no part: the longest text is one already.)
 
 
 # %%
 def waste(requests: list[Request], pool_size: int, max_len: int) -> float:
-    """The predicted share, from 0 to 1, of the pool's slots that hold no token, under a reservation of max_len for each request."""
+    """The predicted share, from 0 to 1, of the pool's slots that hold no token, under a reservation of max_len for each request.
+
+    >>> waste([Request(prompt=10, answer=4)], pool_size=100, max_len=25)  # 4 rows; each holds 11, 12, 13, 14 tokens in turn
+    0.5
+    """
     raise NotImplementedError("lesson 1, task 2: waste")
 
 

@@ -23,10 +23,19 @@
 # The first way computes a number of tokens that grows with the square of the text's length. The second
 # computes each token once.
 #
-# Open `minipaged/lessons/tiny_model.py` (in your clone of this repository) before you go on. It is a whole
-# decoder on one screen, and it has one unusual feature: attention is a function that you pass in. The model
-# computes `q`, `k` and `v`, and calls `attend(layer, q, k, v)`. Where keys and values are kept is that
-# function's business. This lesson and the real engine both live behind that line.
+# The model of this lesson is `minipaged/lessons/tiny_model.py`, a whole decoder on one screen (your editor's
+# "go to definition" on `TinyModel` opens it). It has one unusual feature: attention is a function that you
+# pass in. A call looks like this:
+#
+# ```
+#  logits = model(tokens, first_position, attend)      tokens that stand at first_position, first_position + 1, …
+#
+#     in each layer the model computes q, k, v of these tokens, each [len(tokens), heads, head_dim], and calls
+#     attend(layer, q, k, v)  →  what attention says, of the same shape
+# ```
+#
+# Where keys and values are kept is that function's business. This lesson and the real engine both live behind
+# that line.
 #
 # ## The pain
 #
@@ -123,7 +132,13 @@ class Cache:
         self.lengths = [0] * model.layers
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v [n, heads, head_dim] of the next n tokens; return all of the layer's keys and values so far."""
+        """Keep k and v [n, heads, head_dim] of the next n tokens; return all of the layer's keys and values so far.
+
+        >>> cache, k = Cache(TinyModel(heads=4, width=64)), torch.ones(3, 4, 16)
+        >>> keys, values = cache.append(0, k, 2 * k)
+        >>> keys.shape, cache.lengths
+        (torch.Size([3, 4, 16]), [3, 0])
+        """
         raise NotImplementedError("lesson 2, task 1: Cache.append")
 
 
@@ -175,7 +190,7 @@ if __name__ == "__main__":
 #
 # Now generate with it. The prompt goes through the model in one call; after that, each call brings one new
 # token. `dense_attention` already does the right thing when there are more keys than queries: the queries are
-# the *last* tokens.
+# the *last* tokens of the text, and each sees the keys up to its own.
 #
 # The function that you pass as `attend` has two jobs: put `k` and `v` into the cache, and attend over
 # everything that comes back. Mind `first_position`: the model must know where the new tokens stand.
@@ -183,7 +198,11 @@ if __name__ == "__main__":
 
 # %%
 def generate(model: TinyModel, prompt: list[int], count: int) -> list[int]:
-    """The same tokens as generate_plainly, but each goes through the model once."""
+    """The same tokens as generate_plainly, but each goes through the model once.
+
+    >>> generate(TinyModel(), [3, 1, 4], 5) == generate_plainly(TinyModel(), [3, 1, 4], 5)
+    True
+    """
     raise NotImplementedError("lesson 2, task 2: generate")
 
 
@@ -224,12 +243,17 @@ if __name__ == "__main__":
 # ## Task 3: `kv_bytes_per_token`
 #
 # Time was bought with memory. How much? For each token the cache holds a key and a value, in each layer, for
-# each KV head, `head_dim` numbers each.
+# each **KV head**, `head_dim` numbers each. (A KV head is a head of keys and values. In our model there are
+# as many as heads of queries; in many models several query heads share one, so there are fewer.)
 
 
 # %%
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
-    """Bytes of KV cache that one token takes."""
+    """Bytes of KV cache that one token takes.
+
+    >>> kv_bytes_per_token(layers=2, kv_heads=4, head_dim=16, bytes_per_number=2)
+    512
+    """
     raise NotImplementedError("lesson 2, task 3: kv_bytes_per_token")
 
 
@@ -291,9 +315,9 @@ if __name__ == "__main__":
     what_was_won()
 
 # %% [markdown]
-# The last table is why the rest of this course exists. A text of a few pages takes about as much memory as a
-# small model. And our `Cache` makes the mistake of lesson 1: it allocates `longest` slots for a text that may
-# end after ten.
+# The last table is why the rest of this course exists: that much for one text of a few pages, and a server
+# has many at once. And our `Cache` makes the mistake of lesson 1: it allocates `longest` slots for a text
+# that may end after ten.
 #
 # ## What real engines do
 #

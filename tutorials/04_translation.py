@@ -92,7 +92,11 @@ if __name__ == "__main__":
 
 # %%
 def slot(table: list[int], position: int, block_size: int) -> int:
-    """The slot of the pool that holds the token at `position`. IndexError if the table does not reach that far."""
+    """The slot of the pool that holds the token at `position`. IndexError if the table does not reach that far.
+
+    >>> slot([7, 2, 5], position=6, block_size=4)
+    10
+    """
     raise NotImplementedError("lesson 4, task 1: slot")
 
 
@@ -138,7 +142,11 @@ if __name__ == "__main__":
 
 # %%
 def slot_mapping(tables: list[list[int]], starts: list[int], lengths: list[int], block_size: int) -> list[int]:
-    """Slots of the tokens that one step computes: for each sequence, positions starts[i] .. starts[i] + lengths[i] - 1."""
+    """Slots of the tokens that one step computes: for each sequence, positions starts[i] .. starts[i] + lengths[i] - 1.
+
+    >>> slot_mapping([[7, 2, 5], [3]], starts=[9, 0], lengths=[1, 3], block_size=4)
+    [21, 12, 13, 14]
+    """
     raise NotImplementedError("lesson 4, task 2: slot_mapping")
 
 
@@ -160,7 +168,7 @@ def test_2_the_picture() -> None:
 
 
 def test_2_no_two_tokens_share_a_slot() -> None:
-    """The law behind all of this: over live tokens, the map is injective."""
+    """The law behind all of this: the map is injective, two tokens never share a slot."""
     for seed in range(200):
         rng = random.Random(seed)
         block_size = rng.choice([1, 2, 4, 16])
@@ -197,13 +205,22 @@ if __name__ == "__main__":
 # ## Task 3: `who_lives_at`
 #
 # The way back: a slot is given, who lives there? An engine never needs to know, but people do. The screen's
-# inspector asks this when you point at a block. It is also the proof that the map is injective: only then
-# does the question have one answer.
+# inspector asks this when you point at a block. The question has one answer because no two tokens share a
+# slot (a map with this property is called *injective*).
+#
+# A slot is nobody's if its block is in no table, or if it lies behind the end of the text that owns the
+# block: `lengths` says how many tokens live in each sequence.
 
 
 # %%
 def who_lives_at(tables: list[list[int]], lengths: list[int], where: int, block_size: int) -> tuple[int, int] | None:
-    """(sequence, position) of the token in a slot; None if the slot holds no live token."""
+    """(sequence, position) of the token in a slot; None if the slot holds no live token.
+
+    >>> who_lives_at([[7, 2, 5], [3]], lengths=[10, 3], where=10, block_size=4)
+    (0, 6)
+    >>> who_lives_at([[7, 2, 5], [3]], lengths=[10, 3], where=22, block_size=4) is None  # block 5, behind the end
+    True
+    """
     raise NotImplementedError("lesson 4, task 3: who_lives_at")
 
 

@@ -6,7 +6,8 @@
 # ## Why
 #
 # Attention wants all keys side by side: multiply the query with them, take the softmax, sum the values. After
-# lesson 4 they do not lie side by side any more. There are two ways out:
+# lesson 4 they do not lie side by side any more. There are two ways out (a **page** is what a kernel calls a
+# block):
 #
 # ```
 #  pool      │ 1      │ 2: k4 k5 k6 k7 │ 3      │ 4 │ 5: k8 k9 │ 6 │ 7: k0 k1 k2 k3 │        table [7, 2, 5]
@@ -65,7 +66,12 @@ if __name__ == "__main__":
 
 # %%
 def gather(cache: Tensor, table: list[int], length: int) -> Tensor:
-    """The sequence's first `length` keys (or values) side by side: [length, heads, head_dim]."""
+    """The sequence's first `length` keys (or values) side by side: [length, heads, head_dim].
+
+    >>> cache = torch.arange(8.0).view(4, 2, 1, 1)  # 4 blocks of 2 slots, one head of one number
+    >>> gather(cache, table=[3, 1], length=3).flatten().tolist()
+    [6.0, 7.0, 2.0]
+    """
     raise NotImplementedError("lesson 5, task 1: gather")
 
 
@@ -157,7 +163,13 @@ class OnlineSoftmax:
         self.weighted = torch.zeros(heads, head_dim)  # [heads, head_dim] sum of exp(score - top) * value
 
     def add(self, scores: Tensor, values: Tensor) -> None:
-        """Take in n more tokens. scores [heads, n]; values [n, heads, head_dim]."""
+        """Take in n more tokens. scores [heads, n]; values [n, heads, head_dim].
+
+        >>> online = OnlineSoftmax(heads=1, head_dim=1)
+        >>> online.add(torch.tensor([[0.0, 0.0]]), torch.tensor([[[1.0]], [[3.0]]]))
+        >>> online.result().item()  # equal scores: the plain mean
+        2.0
+        """
         raise NotImplementedError("lesson 5, task 2: OnlineSoftmax.add")
 
     def result(self) -> Tensor:
@@ -211,7 +223,14 @@ if __name__ == "__main__":
 
 # %%
 def paged_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, table: list[int], length: int) -> Tensor:
-    """Attention of one token over a paged context. q [heads, head_dim]; caches [num_blocks, block_size, heads, head_dim]."""
+    """Attention of one token over a paged context. q [heads, head_dim]; caches [num_blocks, block_size, heads, head_dim].
+
+    The result is [heads, head_dim].
+
+    >>> keys, values = torch.zeros(2, 2, 1, 1), torch.tensor([0.0, 0.0, 1.0, 3.0]).view(2, 2, 1, 1)
+    >>> paged_attention(torch.ones(1, 1), keys, values, table=[1], length=2).tolist()  # block 1, equal scores
+    [[2.0]]
+    """
     raise NotImplementedError("lesson 5, task 3: paged_attention")
 
 

@@ -145,8 +145,8 @@ if __name__ == "__main__":
 # ## Task 1: `tokens_left`
 #
 # Before scheduling, an idea that makes it simple. It is tempting to think in phases: first a request is *in
-# prefill*, then *in decode*. Two phases, two queues, two cases everywhere, and more cases for a prompt in
-# pieces or a request that comes back after a pause.
+# prefill* (its prompt is computed), then *in decode* (it writes, a token a step). Two phases, two queues, two
+# cases everywhere, and more cases for a prompt in pieces or a request that comes back after a pause.
 #
 # Instead think of two numbers. A sequence **has** `prompt + written` tokens. Of these, `computed` are in the
 # cache. What is left to compute is the difference, and that is all a scheduler needs to know. A new prompt
@@ -161,7 +161,11 @@ if __name__ == "__main__":
 
 # %%
 def tokens_left(request: Request) -> int:
-    """Known tokens of this request that are not computed yet."""
+    """Known tokens of this request that are not computed yet.
+
+    >>> tokens_left(Request(arrival=0.0, prompt=10, answer=3, computed=4))
+    6
+    """
     raise NotImplementedError("lesson 7, task 1: tokens_left")
 
 
@@ -192,7 +196,8 @@ if __name__ == "__main__":
 #    in the queue. Move it from `waiting` to the end of `running`, and give it tokens by the same rule.
 # 3. Nobody overtakes in the queue. First come, first served.
 #
-# Return the plan: pairs of a request and a count of at least one token.
+# Return the plan: pairs of a request and a count of at least one token. Change nothing in the requests
+# themselves: `compute`, above, does that when the step has run.
 #
 # ```
 #  budget 16     running   A 1 left    B 1 left    C 9 left          waiting   D 100 left    E 3 left
@@ -207,7 +212,13 @@ if __name__ == "__main__":
 
 # %%
 def schedule(running: list[Request], waiting: deque[Request], budget: int = 256) -> list[tuple[Request, int]]:
-    """Who computes how many tokens in this step: at most `budget` in all. Moves those who are admitted to `running`."""
+    """Who computes how many tokens in this step: at most `budget` in all. Moves those who are admitted to `running`.
+
+    >>> long = Request(arrival=0.0, prompt=100, answer=3)
+    >>> running, waiting = [], deque([long])
+    >>> schedule(running, waiting, budget=16) == [(long, 16)], running == [long], len(waiting)
+    (True, True, 0)
+    """
     raise NotImplementedError("lesson 7, task 2: schedule")
 
 

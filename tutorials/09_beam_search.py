@@ -97,7 +97,11 @@ class Candidate(NamedTuple):
 
 
 def best(scores: list[float], logprobs: list[tuple[float, ...]], width: int) -> list[Candidate]:
-    """The `width` best continuations of all beams, best first."""
+    """The `width` best continuations of all beams, best first.
+
+    >>> best(scores=[-1.0, -2.0], logprobs=[(-0.5, -3.0), (-0.25, -9.0)], width=2)
+    [Candidate(parent=0, token=0, score=-1.5), Candidate(parent=1, token=0, score=-2.25)]
+    """
     raise NotImplementedError("lesson 9, task 1: best")
 
 
@@ -122,7 +126,7 @@ if __name__ == "__main__":
 # Now the memory. The manager is lesson 8's, finished; it is in `minipaged/lessons/so_far.py`.
 #
 # `beams` are the names of the sequences. `parents` says for each new beam which old one it continues, and
-# `names` are the names of the new ones.
+# `names` are the names of the new ones, none of them in use yet.
 #
 # Edit tables, and nothing else: no token may move. Afterwards the new beams exist and the old ones do not. It
 # must work when not a single block is free. It must also work when one beam has all the children, which is
@@ -131,7 +135,15 @@ if __name__ == "__main__":
 
 # %%
 def reorder(manager: Manager, beams: list[str], parents: list[int], names: list[str]) -> None:
-    """Replace `beams` by `names`: new beam i continues beams[parents[i]]."""
+    """Replace `beams` by `names`: new beam i continues beams[parents[i]].
+
+    >>> manager = Manager(num_blocks=6, block_size=4)
+    >>> manager.add("a"), manager.add("b"), manager.append("b", 7)
+    (None, None, None)
+    >>> reorder(manager, beams=["a", "b"], parents=[1, 1], names=["c", "d"])
+    >>> manager.tables
+    {'c': [1], 'd': [1]}
+    """
     raise NotImplementedError("lesson 9, task 2: reorder")
 
 
@@ -170,7 +182,7 @@ def test_2_works_without_a_free_block() -> None:
     assert len(manager.free_blocks) == 4, "the losers' blocks come back"
 
 
-def test_2_a_name_may_be_used_again_in_the_next_step() -> None:
+def test_2_step_after_step_nothing_is_lost() -> None:
     manager, beams = some_beams()
     for step in range(5):
         names = [f"{step}.{i}" for i in range(3)]
@@ -187,7 +199,7 @@ if __name__ == "__main__":
     test_2_children_read_what_their_parents_wrote()
     test_2_no_token_moves()
     test_2_works_without_a_free_block()
-    test_2_a_name_may_be_used_again_in_the_next_step()
+    test_2_step_after_step_nothing_is_lost()
 
 # %% [markdown]
 # ## Task 3: `saved`
@@ -199,7 +211,11 @@ if __name__ == "__main__":
 
 # %%
 def saved(tables: list[list[int]]) -> float:
-    """The share, from 0 to 1, of table entries that sharing made free of charge."""
+    """The share, from 0 to 1, of table entries that sharing made free of charge.
+
+    >>> saved([[1, 2, 3], [1, 2, 4], [1, 2, 4]])  # nine entries, four blocks
+    0.5555555555555556
+    """
     raise NotImplementedError("lesson 9, task 3: saved")
 
 

@@ -95,8 +95,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 1: `keys`
 #
-# The keys of a text's full blocks. The first block's key is the digest of 32 zero bytes and its tokens; every
-# other one is the digest of the key before it and its own tokens. `digest` and `as_bytes` are given.
+# The keys of a text's full blocks. Every key is the digest of the key before it, followed by the block's own
+# tokens as bytes (bytes are joined with `+`). The first block has no key before it: take 32 zero bytes,
+# `bytes(32)`. `digest` and `as_bytes` are given.
 #
 # Why cryptographic? If two texts had the same key, one user would be answered from another's text. With
 # Python's `hash` an attacker can find such texts on a laptop. It happened (CVE-2025-25183).
@@ -118,7 +119,12 @@ def as_bytes(tokens: list[int]) -> bytes:
 
 
 def keys(tokens: list[int], block_size: int) -> list[bytes]:
-    """One key for each full block of the text; it covers the block and all that came before."""
+    """One key for each full block of the text; it covers the block and all that came before.
+
+    >>> first, second = keys([1, 2, 3, 4, 5], block_size=2)  # the 5 stands in a block that is not full
+    >>> second == digest(first + as_bytes([3, 4]))
+    True
+    """
     raise NotImplementedError("lesson 10, task 1: keys")
 
 
@@ -164,9 +170,11 @@ if __name__ == "__main__":
 #
 # ## Task 3: `PrefixCache.take`
 #
-# Hand out the block that has been free for longest. If it could still be found by a key, it no longer can:
-# erase both entries. Forget this, and some later request will find a block full of something else. That is
-# the worst bug of this lesson, since nothing crashes.
+# Hand out the block that has been free for longest (`free_blocks.popitem(last=False)` takes from the front)
+# and count one holder; `OutOfBlocks` if there is none. If the block could still be found by a key, it no
+# longer can: erase its entries in `block_of` and `key_of`, and count it in `evicted`. Forget this, and some
+# later request will find a block full of something else. That is the worst bug of this lesson, since nothing
+# crashes.
 #
 # ## Task 4: `PrefixCache.finish`
 #
@@ -213,15 +221,35 @@ class PrefixCache:
                 self.block_of[key], self.key_of[block] = block, key
 
     def match(self, tokens: list[int]) -> list[int]:
-        """Blocks of the longest known beginning; at least one token is left over."""
+        """Blocks of the longest known beginning; at least one token is left over.
+
+        >>> cache = PrefixCache(num_blocks=10, block_size=2)
+        >>> cache.block_of[keys([1, 2], 2)[0]] = 7  # block 7 holds the text 1, 2
+        >>> cache.match([1, 2, 3]), cache.match([1, 9, 3]), cache.match([1, 2])
+        ([7], [], [])
+        """
         raise NotImplementedError("lesson 10, task 2: PrefixCache.match")
 
     def take(self) -> int:
-        """The block that has been free for longest, held once from now on; what it held can no longer be found."""
+        """The block that has been free for longest, held once from now on; what it held can no longer be found.
+
+        OutOfBlocks if there is none.
+
+        >>> cache = PrefixCache(num_blocks=3, block_size=2)
+        >>> cache.take(), cache.take(), list(cache.free_blocks), cache.ref_counts
+        (1, 2, [], [0, 1, 1])
+        """
         raise NotImplementedError("lesson 10, task 3: PrefixCache.take")
 
     def finish(self, table: list[int]) -> None:
-        """A request ends. Its last block is the first to be evicted."""
+        """A request ends. Its last block is the first to be evicted.
+
+        >>> cache = PrefixCache(num_blocks=4, block_size=2)
+        >>> table = [cache.take(), cache.take()]
+        >>> cache.finish(table)
+        >>> list(cache.free_blocks), cache.ref_counts
+        ([3, 2, 1], [0, 0, 0, 0])
+        """
         raise NotImplementedError("lesson 10, task 4: PrefixCache.finish")
 
 
@@ -414,9 +442,9 @@ if __name__ == "__main__":
 #   which it evicts ([design](https://docs.vllm.ai/en/latest/design/prefix_caching.html)). It once used
 #   Python's `hash`, until somebody showed that prompts can be made to collide
 #   ([CVE-2025-25183](https://nvd.nist.gov/vuln/detail/CVE-2025-25183)).
-# - **SGLang** keeps a radix tree of texts instead of a table of hashes; it can share in the middle of a
-#   block, and sees at once which requests have most in common (Zheng et al. 2023, [arXiv
-#   2312.07104](https://arxiv.org/abs/2312.07104)).
+# - **SGLang** keeps a radix tree of texts instead of a table of hashes; with blocks of one token it shares up
+#   to the very token where two texts part, and it sees at once which requests have most in common (Zheng et
+#   al. 2023, [arXiv 2312.07104](https://arxiv.org/abs/2312.07104)).
 # - A cache hit is faster than a miss, and that can be measured from outside: a curious user can find out what
 #   others have asked. So services put a **salt**, one for each customer, into the first key.
 # - Providers of language models sell this by the token: look for "cached input" on their price lists.

@@ -11,8 +11,9 @@
 # once, as fast as memory delivers them.
 #
 # **Triton** lets you write such a program in Python. What you write is one *program instance*: it asks which
-# one it is (`tl.program_id`), computes the addresses of what it needs, loads whole tiles at once, computes
-# with them as with small arrays, and stores the result.
+# one it is (`tl.program_id`), computes the addresses of what it needs, loads whole **tiles** (small arrays
+# that live in the chip's registers, the memory nearest to its arithmetic), computes with them as numpy would,
+# and stores the result. All instances together are the **grid**.
 #
 # ```
 #  grid:   one program for each (sequence, head)
@@ -164,7 +165,11 @@ if __name__ == "__main__":
 
 # %%
 def bytes_to_move(lengths: list[int], kv_heads: int, head_dim: int, bytes_per_number: int) -> int:
-    """Bytes of keys and values that one decoding step must read in one layer."""
+    """Bytes of keys and values that one decoding step must read in one layer.
+
+    >>> bytes_to_move([10, 3], kv_heads=2, head_dim=16, bytes_per_number=2)
+    1664
+    """
     raise NotImplementedError("lesson 12, task 1: bytes_to_move")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from minipaged.lessons.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
 from minipaged.lessons.checking import check
-from minipaged.lessons.runner import run
+from minipaged.lessons.runner import load, run
 from minipaged.lessons.strip import bodies, strip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,27 @@ def test_solution_passes(lesson: Lesson) -> None:
     results = list(run(lesson.solution))
     assert [told for told in results if not told["passed"]] == []
     assert {told["task"] for told in results} == {task.number for task in lesson.tasks}, "every task has a test"
+
+
+@each_lesson
+def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson) -> None:
+    if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
+        command = [sys.executable, "-m", "doctest", str(lesson.solution)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ">>> bytes_to_move(" in lesson.path.read_text(encoding="utf-8")
+        return
+    module = load(lesson.solution)
+    for task in lesson.tasks:
+        subject = module
+        for name in task.name.split("."):
+            subject = getattr(subject, name)
+        (found,) = doctest.DocTestFinder(recurse=False).find(subject, task.name, module, vars(module))
+        assert found.examples, f"{task.name} has no example"
+        said: list[str] = []
+        doctest.DocTestRunner(verbose=False).run(found, out=said.append)
+        assert not said, "".join(said)
 
 
 @each_lesson

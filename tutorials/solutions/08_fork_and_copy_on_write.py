@@ -134,7 +134,14 @@ class Manager:
         return tokens[: self.lengths[sequence]]
 
     def fork(self, parent: str, child: str) -> None:
-        """A child that shares all blocks of its parent. Takes no block."""
+        """A child that shares all blocks of its parent. Takes no block.
+
+        >>> manager = Manager(num_blocks=6, block_size=4)
+        >>> manager.tables["A"], manager.lengths["A"], manager.ref_counts[5] = [5], 3, 1
+        >>> manager.fork("A", "B")
+        >>> manager.tables["B"], manager.lengths["B"], manager.ref_counts[5]
+        ([5], 3, 2)
+        """
         # solution: lesson 8, task 1: Manager.fork
         for block in self.tables[parent]:
             self.ref_counts[block] += 1
@@ -143,7 +150,14 @@ class Manager:
         # end of solution
 
     def append(self, sequence: str, token: int) -> None:
-        """Write one token. OutOfBlocks, and nothing changed, if it needs a block and none is free."""
+        """Write one token. OutOfBlocks, and nothing changed, if it needs a block and none is free.
+
+        >>> manager = Manager(num_blocks=6, block_size=4)
+        >>> manager.add("A")
+        >>> manager.append("A", 60)
+        >>> manager.tables["A"], manager.read("A")
+        ([1], [60])
+        """
         # solution: lesson 8, task 2: Manager.append
         table, length = self.tables[sequence], self.lengths[sequence]
         entry, place = divmod(length, self.block_size)
@@ -160,7 +174,14 @@ class Manager:
         # end of solution
 
     def free(self, sequence: str) -> None:
-        """The sequence is gone. KeyError if it is unknown."""
+        """The sequence is gone. KeyError if it is unknown.
+
+        >>> manager = Manager(num_blocks=6, block_size=4)
+        >>> manager.tables["A"], manager.lengths["A"], manager.ref_counts[5] = [5], 3, 2  # somebody else holds 5 too
+        >>> manager.free("A")
+        >>> manager.tables, manager.ref_counts[5]
+        ({}, 1)
+        """
         # solution: lesson 8, task 3: Manager.free
         for block in reversed(self.tables.pop(sequence)):
             self.drop(block)

@@ -18,7 +18,7 @@
 #  who?     the latest arrival. The earliest is never touched, so it finishes; then the next is the earliest. Nobody starves.
 #
 #  how?     recompute   throw the keys and values away, keep the tokens; later compute them again, as if they were a prompt
-#           swap        carry the blocks to the CPU's memory; later carry them back
+#           swap        carry the blocks to the CPU's memory (the *host*), later back to the GPU's (the *device*)
 #
 #  what if it can never work?    a request that is larger than the whole pool must be refused when it arrives, not when it is too late
 # ```
@@ -127,9 +127,9 @@ class Engine:
         if self.preemption == "none":
             raise RuntimeError("the pool is full, somebody needs a block, and nobody may be preempted")
         request = choose_victim(self.running)
-        before = len(request.table)
+        carried = len(request.table)
         if self.preemption == "swap" and swap_out(self, request):
-            self.swapped_blocks += before
+            self.swapped_blocks += carried
         else:
             recompute(self, request)
 
@@ -139,10 +139,12 @@ class Engine:
             while request in self.running and not self.grow(request):
                 self.preempt()
                 preempted = True
-        while not preempted and self.swapped and swap_in(self, self.swapped[0]):
-            request = self.swapped.popleft()
-            self.swapped_blocks += len(request.table)
-            self.running.append(request)
+        while not preempted and self.swapped:
+            carried = len(self.swapped[0].host_table)
+            if not swap_in(self, self.swapped[0]):
+                break
+            self.swapped_blocks += carried
+            self.running.append(self.swapped.popleft())
         while not preempted and not self.swapped and self.waiting and self.grow(self.waiting[0]):
             self.running.append(self.waiting.popleft())
         self.compute()
@@ -211,8 +213,12 @@ if __name__ == "__main__":
 # ## Task 1: `never_fits`
 #
 # The one case in which preemption cannot help: a request that is too large even if it is alone. It needs room
-# for its prompt and its answer. Say so when it arrives. A server that finds out later has already made others
-# leave, in vain; and if such a request stands at the head of the queue, everybody behind it waits for ever.
+# for its prompt and its whole answer. Say so when it arrives. A server that finds out later has already made
+# others leave, in vain; and if such a request stands at the head of the queue, everybody behind it waits for
+# ever.
+#
+# (You know from lesson 2 that the last token of an answer is only written down, so one token less would do.
+# Count it all the same, as minipaged does: prompt plus answer is a sum that everybody can check.)
 #
 # ```console
 # $ python 11_running_out.py
@@ -222,7 +228,11 @@ if __name__ == "__main__":
 
 # %%
 def never_fits(prompt: int, answer: int, num_blocks: int) -> bool:
-    """Whether a request of that many tokens is too large for a pool of num_blocks (block 0 is not for use)."""
+    """Whether a request of that many tokens is too large for a pool of num_blocks (block 0 is not for use).
+
+    >>> never_fits(prompt=6, answer=10, num_blocks=5), never_fits(prompt=7, answer=10, num_blocks=5)  # blocks of 4
+    (False, True)
+    """
     # solution: lesson 11, task 1: never_fits
     return blocks_for(prompt + answer) > num_blocks - 1
     # end of solution
@@ -247,7 +257,12 @@ if __name__ == "__main__":
 
 # %%
 def choose_victim(running: list[Request]) -> Request:
-    """Who must leave."""
+    """Who must leave.
+
+    >>> early, late = Request(arrival=3, prompt=[1], answer=5), Request(arrival=7, prompt=[1], answer=5)
+    >>> choose_victim([late, early]) is late
+    True
+    """
     # solution: lesson 11, task 2: choose_victim
     return max(running, key=lambda request: request.arrival)
     # end of solution
@@ -274,7 +289,14 @@ if __name__ == "__main__":
 
 # %%
 def recompute(engine: Engine, request: Request) -> None:
-    """`request` leaves the pool and will be computed again."""
+    """`request` leaves the pool and will be computed again.
+
+    >>> engine, request = Engine(num_blocks=9), Request(arrival=0, prompt=[5, 6, 7], answer=4)
+    >>> engine.running, took_a_block = [request], engine.grow(request)
+    >>> recompute(engine, request)
+    >>> request.table, len(engine.free), engine.running, list(engine.waiting) == [request]
+    ([], 8, [], True)
+    """
     # solution: lesson 11, task 3: recompute
     engine.free.extend(reversed(request.table))
     request.table = []
@@ -375,7 +397,13 @@ if __name__ == "__main__":
 
 # %%
 def swap_out(engine: Engine, request: Request) -> bool:
-    """Carry a running request's blocks to the host; False, and nothing changed, if they do not fit there."""
+    """Carry a running request's blocks to the host; False, and nothing changed, if they do not fit there.
+
+    >>> engine, request = Engine(num_blocks=9, num_host_blocks=3), Request(arrival=0, prompt=[5, 6, 7], answer=4)
+    >>> engine.running, took_a_block = [request], engine.grow(request)
+    >>> swap_out(engine, request), request.table, request.host_table, list(engine.swapped) == [request]
+    (True, [], [0], True)
+    """
     # solution: lesson 11, task 4: swap_out
     if len(request.table) > len(engine.free_host):
         return False
@@ -392,7 +420,13 @@ def swap_out(engine: Engine, request: Request) -> bool:
 
 
 def swap_in(engine: Engine, request: Request) -> bool:
-    """Carry its blocks back to the device, with room for its next token; False, and nothing changed, if there is too little."""
+    """Carry its blocks back to the device, with room for its next token; False, and nothing changed, if there is too little.
+
+    >>> engine, request = Engine(num_blocks=9, num_host_blocks=3), Request(arrival=0, prompt=[5, 6, 7], answer=4)
+    >>> engine.running, took_a_block = [request], engine.grow(request)
+    >>> swap_out(engine, request), swap_in(engine, request), len(request.table), request.host_table
+    (True, True, 1, [])
+    """
     # solution: lesson 11, task 5: swap_in
     need = blocks_for(len(request.tokens))
     if need > len(engine.free):

@@ -94,7 +94,14 @@ if __name__ == "__main__":
 
 # %%
 class MyFreeList:
-    """Blocks 1 .. num_blocks - 1, all empty and never used at first."""
+    """Blocks 1 .. num_blocks - 1, all empty and never used at first.
+
+    >>> blocks = MyFreeList(4)
+    >>> blocks.pop(), blocks.pop(), len(blocks)
+    (1, 2, 1)
+    >>> blocks.push_cached(1), blocks.push_empty(2), blocks.pop(), blocks.pop(), blocks.pop()
+    (None, None, 2, 3, 1)
+    """
 
     _empty: list[int]  # a suggestion: a stack,
     _cached: OrderedDict[int, None]  # and an ordered dictionary, as in lesson 10
@@ -224,7 +231,12 @@ if __name__ == "__main__":
 
 # %%
 class MyPrefixIndex:
-    """Keys and the blocks that can be found by them: one to one."""
+    """Keys and the blocks that can be found by them: one to one.
+
+    >>> index = MyPrefixIndex()
+    >>> index.publish(b"some key", 3), index.publish(b"some key", 4), 3 in index, index.erase(3), len(index)
+    (True, False, True, True, 0)
+    """
 
     def __init__(self) -> None:
         # solution: lesson 13, task 2: MyPrefixIndex
@@ -339,7 +351,13 @@ if __name__ == "__main__":
 
 # %%
 class MyBlockPool(BlockPool):
-    """Who holds each block. Your list and your index are inside."""
+    """Who holds each block. Your list and your index are inside.
+
+    >>> pool = MyBlockPool(4, MyPrefixIndex())
+    >>> block = pool.take()
+    >>> pool.share(block), pool.drop(block), pool.refs, pool.num_free
+    (None, None, [0, 1, 0, 0], 2)
+    """
 
     def __init__(self, num_blocks: int, index: MyPrefixIndex) -> None:
         super().__init__(num_blocks, index)
@@ -460,7 +478,15 @@ class MyBlockManager(BlockManager):
         self._editor.copies = PendingCopies(self._pool)
 
     def fork(self, parent_id: int, child_id: int) -> None:
-        """A child with the parent's table. InputError while the parent has room that is not computed yet."""
+        """A child with the parent's table. InputError while the parent has room that is not computed yet.
+
+        >>> manager = MyBlockManager(num_blocks=9, block_size=4)
+        >>> allocation = manager.allocate(1, [5, 6, 7])
+        >>> manager.mark_computed(1, [5, 6, 7])
+        >>> manager.fork(1, 2)
+        >>> manager.table(2) == manager.table(1) == allocation.new_blocks, manager.ref_count(allocation.new_blocks[0])
+        (True, 2)
+        """
         parent = self._sequences.on_device(parent_id)
         self._sequences.check_new(child_id)
         if parent.room != parent.computed:
@@ -482,7 +508,17 @@ class MyBlockManager(BlockManager):
         return self.more_room(sequence, num_tokens)
 
     def more_room(self, sequence: SequenceBlocks, num_tokens: int) -> Allocation | None:
-        """Need, have, copy, grow."""
+        """Need, have, copy, grow.
+
+        The whole of `append`: an Allocation of what is new, or None.
+
+        >>> manager = MyBlockManager(num_blocks=9, block_size=4)
+        >>> manager.allocate(1, [5, 6, 7])
+        Allocation(cached_tokens=0, new_blocks=(1,), copies=())
+        >>> manager.mark_computed(1, [5, 6, 7])
+        >>> manager.append(1, 4)
+        Allocation(cached_tokens=0, new_blocks=(2,), copies=())
+        """
         # solution: lesson 13, task 5: MyBlockManager.more_room
         size, table, room = self._block_size, sequence.table, sequence.room
         need, have = -(-(room + num_tokens) // size), len(table)
@@ -705,8 +741,12 @@ def what_was_won() -> None:
     print(f"minipaged's manager: {decode(BlockManager(4_000, 16)):.2f} microseconds a token")
     print(f"         and yours: {decode(MyBlockManager(4_000, 16)):.2f}\n")
     tests = Path(BlockManager.__init__.__code__.co_filename).parents[2] / "tests" / "spec"
-    print("the last checkpoint:\n")
-    print(f"  pytest {tests} --block-manager 13_your_own:MyBlockManager\n")
+    print(
+        "the last checkpoint, in this folder"
+        + (":\n" if tests.is_dir() else " (the tests are in a clone of minipaged):\n")
+    )
+    where = tests if tests.is_dir() else Path("CLONE") / "tests" / "spec"
+    print(f"  pytest {where} --block-manager 13_your_own:MyBlockManager\n")
 
 
 if __name__ == "__main__":
