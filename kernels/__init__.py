@@ -9,6 +9,8 @@ from kernels.activation import silu_mul
 from kernels.block_copy import copy_blocks
 from kernels.cache_write import write_kv
 from kernels.decode import paged_decode
+from kernels.draw import draw_tokens
+from kernels.linear import gated_linear, linear
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.prefill import paged_prefill
 from kernels.rope_write import rope_write_kv
@@ -16,6 +18,9 @@ from kernels.rope_write import rope_write_kv
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
+    "draw_tokens",
+    "gated_linear",
+    "linear",
     "paged_decode",
     "paged_prefill",
     "rms_norm",

@@ -6,14 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.launch_table import next_power_of_two
 
 
 @triton.jit(do_not_specialize=["inner"])
-def _silu_mul_kernel(out_ptr, gate_up_ptr, inner, stride_in, stride_out, BLOCK: tl.constexpr):
+def _silu_mul_kernel(out_ptr, gate_up_ptr, inner, stride_in, stride_out, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inner
+    wait_for_previous(DEPENDENT)
     gate = tl.load(gate_up_ptr + token * stride_in + column, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + token * stride_in + inner + column, mask=mask, other=0.0)
     wide = gate.to(tl.float32)
@@ -31,6 +33,6 @@ def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
         return out
     block = min(1024, next_power_of_two(inner))
     _silu_mul_kernel[(num_tokens, triton.cdiv(inner, block))](
-        out, gate_up, inner, gate_up.stride(0), out.stride(0), BLOCK=block, num_warps=4
+        out, gate_up, inner, gate_up.stride(0), out.stride(0), BLOCK=block, num_warps=4, **dependent_launch(out.device)
     )
     return out

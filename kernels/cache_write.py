@@ -5,10 +5,9 @@ Knows slots; knows nothing of sequences or of who owns a block. The Triton kerne
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels.checks import check_caches, check_integers, check_like_cache, shape_of
+from kernels.checks import INDEX_DTYPES, check_caches, check_integers, check_like_cache, shape_of
 from kernels.dispatch import use_triton
 
 
@@ -16,7 +15,7 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     """cache[slot // block_size, slot % block_size] = key, value, for each token's slot.
 
     key, value: [T, kv_heads, head_dim]. key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim].
-    slot_mapping: int64 [T]; -1 skips the token (a padded row). Two tokens must not name one slot.
+    slot_mapping: int64 or int32 [T]; -1 skips the token (a padded row). Two tokens must not name one slot.
     Moves 2 * T * kv_heads * head_dim elements in and as many out. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     check_write(key, value, key_cache, value_cache, slot_mapping)
@@ -38,11 +37,12 @@ def check_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tens
         )
     check_like_cache("key", key, key_cache)
     check_like_cache("value", value, key_cache)
-    check_integers("slot_mapping", slot_mapping, torch.int64, key.shape[0], key_cache.device)
+    check_integers("slot_mapping", slot_mapping, INDEX_DTYPES, key.shape[0], key_cache.device)
 
 
 def write_kv_torch(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """The twin of write_kv_triton."""
+    slot_mapping = slot_mapping.long()
     written = slot_mapping >= 0
     if not bool(written.all()):
         key, value, slot_mapping = key[written], value[written], slot_mapping[written]

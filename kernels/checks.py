@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def shape_of(tensor: torch.Tensor) -> list[int]:
@@ -13,13 +14,18 @@ def shape_of(tensor: torch.Tensor) -> list[int]:
 
 
 def check_integers(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    length: int | None,
+    device: torch.device,
 ) -> None:
-    """A vector of `length` integers of `dtype` on `device`; any length if None."""
+    """A vector of `length` integers of one of `dtypes` on `device`; any length if None."""
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
         raise ValueError(f"{name} has shape {shape_of(tensor)}; it must be [{'any' if length is None else length}]")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, where the cache is")
 

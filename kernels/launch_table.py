@@ -43,6 +43,17 @@ class PrefillLaunch:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class LinearLaunch:
+    """How a product of few rows runs: rows of x, outputs and inputs per tile."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
 # (head dimension up to, bytes per element) -> launch. Sixteen-bit products run on tensor cores; float32 ones are computed exactly
 # ("ieee") on the ordinary ones and need small tiles.
 DECODE: dict[tuple[int, int], DecodeLaunch] = {
@@ -61,6 +72,15 @@ PREFILL: dict[tuple[int, int], PrefillLaunch] = {
     (128, 4): PrefillLaunch(query_tile=32, kv_tile=32, num_warps=8, num_stages=1),
     (256, 4): PrefillLaunch(query_tile=32, kv_tile=16, num_warps=8, num_stages=1),
 }
+
+
+FEW_ROWS = LinearLaunch(rows=16, columns=16, depth=256, num_warps=2, num_stages=4)
+FEW_ROWS_OUTPUTS = 4096  # wider products have enough tiles for torch's kernels
+
+
+def one_row_launch(n_size: int, gated: bool) -> LinearLaunch:
+    """The launch for the product of one row with n_size outputs, twice as many if gated."""
+    return LinearLaunch(rows=1, columns=8, depth=512, num_warps=4, num_stages=1)
 
 
 def next_power_of_two(n: int) -> int:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.launch_table import next_power_of_two
 
 
@@ -28,10 +29,12 @@ def _norm_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
+    wait_for_previous(DEPENDENT)
     x = tl.load(x_ptr + row // HEADS * stride_token + row % HEADS * stride_head + column, mask=mask, other=0.0)
     normed = _normalised(x.to(tl.float32), weight_ptr, column, mask, eps, SIZE, x.dtype)
     tl.store(out_ptr + row * SIZE + column, normed.to(x.dtype), mask=mask)
@@ -49,10 +52,12 @@ def _add_norm_kernel(
     stride_residual,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
+    wait_for_previous(DEPENDENT)
     x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0)
     residual = tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0)
     total = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -84,6 +89,7 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
         SIZE=size,
         BLOCK=block,
         num_warps=_warps(block),
+        **dependent_launch(x.device),
     )
     return out
 
@@ -109,5 +115,6 @@ def add_rms_norm_triton(
         SIZE=size,
         BLOCK=block,
         num_warps=_warps(block),
+        **dependent_launch(x.device),
     )
     return normed, total

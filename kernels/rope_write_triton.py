@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.launch_table import check_layout, next_power_of_two
 
 PROGRAM_PAIRS = 512  # pairs of dimensions that a program rotates, at least one head's
@@ -20,6 +21,20 @@ def _rotate(first, second, cos, sin):
 
 
 @triton.jit
+def _normed(first, second, norm_ptr, pair, eps, HALF: tl.constexpr):
+    """Both halves of some heads over their root mean square, times the weight; rounded as rms_norm rounds."""
+    wide_first = first.to(tl.float32)
+    wide_second = second.to(tl.float32)
+    squares = tl.sum(wide_first * wide_first + wide_second * wide_second, 1)
+    inverse = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+    first_weight = tl.load(norm_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    second_weight = tl.load(norm_ptr + HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    first_normed = (wide_first * inverse).to(first.dtype).to(tl.float32) * first_weight
+    second_normed = (wide_second * inverse).to(first.dtype).to(tl.float32) * second_weight
+    return first_normed.to(first.dtype), second_normed.to(first.dtype)
+
+
+@triton.jit
 def _rope_write_kernel(
     query_ptr,
     key_ptr,
@@ -29,6 +44,9 @@ def _rope_write_kernel(
     key_cache_ptr,
     value_cache_ptr,
     slot_mapping_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    eps,
     stride_query,
     stride_query_head,
     stride_key,
@@ -45,11 +63,14 @@ def _rope_write_kernel(
     HEADS_TILE: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
+    NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     query_tiles: tl.constexpr = (HEADS + HEADS_TILE - 1) // HEADS_TILE
     pair = tl.arange(0, HALF_BLOCK)
+    wait_for_previous(DEPENDENT)
     angle_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * stride_angle + pair
     cos = tl.load(angle_ptr, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(angle_ptr + HALF, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
@@ -57,13 +78,15 @@ def _rope_write_kernel(
         head = tile * HEADS_TILE + tl.arange(0, HEADS_TILE)
         mask = (head < HEADS)[:, None] & (pair < HALF)[None, :]
         pointers = query_ptr + token * stride_query + head[:, None] * stride_query_head + pair[None, :]
-        first, second = _rotate(
-            tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + HALF, mask=mask, other=0.0), cos, sin
-        )
+        first = tl.load(pointers, mask=mask, other=0.0)
+        second = tl.load(pointers + HALF, mask=mask, other=0.0)
+        if NORM:
+            first, second = _normed(first, second, query_norm_ptr, pair, eps, HALF)
+        first, second = _rotate(first, second, cos, sin)
         tl.store(pointers, first.to(query_ptr.dtype.element_ty), mask=mask)
         tl.store(pointers + HALF, second.to(query_ptr.dtype.element_ty), mask=mask)
     else:
-        slot = tl.load(slot_mapping_ptr + token)
+        slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
         head = (tile - query_tiles) * HEADS_TILE + tl.arange(0, HEADS_TILE)
         written_heads = tl.where(slot >= 0, KV_HEADS, 0)
         mask = (head < written_heads)[:, None] & (pair < HALF)[None, :]
@@ -71,9 +94,11 @@ def _rope_write_kernel(
         value_pointers = value_ptr + token * stride_value + head[:, None] * stride_value_head + pair[None, :]
         destination = slot // PAGE * stride_block + slot % PAGE * stride_slot
         destination = destination + head[:, None] * stride_head + pair[None, :]
-        first, second = _rotate(
-            tl.load(key_pointers, mask=mask, other=0.0), tl.load(key_pointers + HALF, mask=mask, other=0.0), cos, sin
-        )
+        first = tl.load(key_pointers, mask=mask, other=0.0)
+        second = tl.load(key_pointers + HALF, mask=mask, other=0.0)
+        if NORM:
+            first, second = _normed(first, second, key_norm_ptr, pair, eps, HALF)
+        first, second = _rotate(first, second, cos, sin)
         tl.store(key_cache_ptr + destination, first.to(key_ptr.dtype.element_ty), mask=mask)
         tl.store(key_cache_ptr + destination + HALF, second.to(key_ptr.dtype.element_ty), mask=mask)
         tl.store(value_cache_ptr + destination, tl.load(value_pointers, mask=mask, other=0.0), mask=mask)
@@ -89,6 +114,10 @@ def rope_write_kv_triton(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
     """See kernels.rope_write_kv."""
     num_tokens, heads, head_dim = query.shape
@@ -110,6 +139,9 @@ def rope_write_kv_triton(
         key_cache,
         value_cache,
         slot_mapping,
+        query_norm if query_norm is not None else query,
+        key_norm if key_norm is not None else query,
+        eps,
         query.stride(0),
         query.stride(1),
         key.stride(0),
@@ -126,5 +158,7 @@ def rope_write_kv_triton(
         HEADS_TILE=heads_tile,
         HALF_BLOCK=half_block,
         PAGE=block_size,
+        NORM=query_norm is not None,
         num_warps=4,
+        **dependent_launch(query.device),
     )

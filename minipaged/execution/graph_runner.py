@@ -3,7 +3,7 @@
 A graph is captured once for each number of rows (rounded up to a bucket) and replayed from then on, so everything that changes between
 steps lies in buffers on the device: token ids, positions, slots, block tables, lengths. Padded rows have length 0, slot -1 and a drawing
 place of their own. Sampled ids stay on the device, where the next step reads them, and are copied to the host behind the launch. Steps that
-are not plain decoding take the path of TorchRunner, which is also the oracle.
+are not plain decoding run as TorchRunner's, which is also the oracle, but through the fused forward.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import Tensor
 import kernels
 from minipaged.execution.kv_store import KVStore
 from minipaged.execution.runner import Pending
-from minipaged.execution.torch_runner import TorchRunner
-from minipaged.generation import sampler
-from minipaged.model.fused import angle_table, fused_forward
-from minipaged.model.llama import Llama
+from minipaged.execution.torch_runner import StepInputs, TorchRunner, attend_pages
+from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
+from minipaged.model.llama import Layer, Llama
 from minipaged.scheduling.plan import SamplingColumns, StepPlan, StepTokens
 
 NUM_STAGES = 4  # steps whose host buffers may be in use at once: more than any flight's depth needs
@@ -133,27 +132,32 @@ class GraphRunner(TorchRunner):
             chances[0, :rows], chances[1, :rows] = plan.sampling.temperature, plan.sampling.uniform
             self._chances[:, :rows].copy_(stage.chances[:, :rows], non_blocking=True)
 
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """As TorchRunner's, fused: for the steps that are not replayed."""
+
+        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            caches = self.store.layers[layer.index]
+            rope_write(layer, query, key, value, (inputs.positions, self._angles, *caches, inputs.slot_mapping))
+            return attend_pages(query, *caches, inputs, self._scale)
+
+        norm = self.model.norm
+        return kernels.rms_norm(fused_forward(self.model, inputs.token_ids, attend), norm.weight, norm.eps)
+
     def _step(self, bucket: int, sampled: bool) -> Tensor:
         """What a graph does: one decode step of the first `bucket` rows of the buffers. Returns the drawn ids, [bucket]."""
         ids, positions, slots, lengths, places = self._columns[:, :bucket].unbind(0)
-        places = places.long()
-        known = ids.long()
+        places, known = places.long(), ids.long()
         token_ids = torch.where(known < 0, self._drawn.index_select(0, places), known)
-        positions, slots = positions.long(), slots.long()
         tables = self._tables[:bucket]
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.store.layers[layer]
-            kernels.rope_write_kv(query, key, value, positions, self._angles, keys, values, slots)
-            return kernels.paged_decode(query, keys, values, tables, lengths, self._scale)
+        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            caches = self.store.layers[layer.index]
+            rope_write(layer, query, key, value, (positions, self._angles, *caches, slots))
+            return kernels.paged_decode(query, *caches, tables, lengths, self._scale)
 
-        logits = self.model.logits(fused_forward(self.model, token_ids, attend))
-        drawn = logits.argmax(dim=-1)
-        if sampled:
-            temperature, uniform = self._chances[:, :bucket].unbind(0)
-            warm = temperature > 0
-            scaled = logits / torch.where(warm, temperature, 1.0).float()[:, None]
-            drawn = torch.where(warm, sampler.draw(scaled, uniform), drawn)
+        logits = fused_logits(self.model, fused_forward(self.model, token_ids, attend))
+        temperature, uniform = self._chances[:, :bucket].unbind(0)
+        drawn = kernels.draw_tokens(logits, temperature, uniform) if sampled else kernels.draw_tokens(logits)
         self._drawn.index_copy_(0, places, drawn)
         return drawn
 

@@ -40,8 +40,14 @@ class StepInputs:
         ones, longer = np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1)
         self.mixed = bool(len(ones) and len(longer))  # decodes and prompt chunks in one step: each has its kernel
         if self.mixed:
-            self.decode_rows, self.decode_tokens = tensor(ones, torch.int64), tensor(ends[ones] - 1, torch.int64)
-            self.prompt_rows = tensor(longer, torch.int64)
+            context = starts + lengths
+            self.decode_tokens = tensor(ends[ones] - 1, torch.int64)
+            self.decode_tables, self.decode_lens = (
+                tensor(plan.tables[ones], torch.int32),
+                tensor(context[ones], torch.int32),
+            )
+            self.prompt_tables = tensor(plan.tables[longer], torch.int32)
+            self.prompt_lens = tensor(context[longer], torch.int32)
             self.prompt_tokens = tensor(np.flatnonzero(lengths[row_of] > 1), torch.int64)
             self.prompt_starts = tensor(np.concatenate([[0], np.cumsum(lengths[longer])]), torch.int32)
         self.last_rows = tensor(ends[plan.draw_rows] - 1, torch.int64)
@@ -105,11 +111,21 @@ class TorchRunner:
         inputs = StepInputs(plan, self.store.block_size, self.device)
         if (plan.token_ids == IN_FLIGHT).any():
             self._fill_in_flight(plan, inputs)
-        hidden = self.model(inputs.token_ids, inputs.positions, AttentionOverPages(self.store, inputs, self._scale))
+        hidden = self._forward(inputs)
         pending = self._draw(plan, hidden[inputs.last_rows])
         if plan.prompt_queries:
             pending.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         return pending
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states after the last norm, [tokens, hidden_size]; writes the step's keys and values on the way."""
+
+        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            kernels.write_kv(key, value, *self.store.layers[layer], inputs.slot_mapping)
+            return attend_pages(query, *self.store.layers[layer], inputs, self._scale)
+
+        hidden: torch.Tensor = self.model(inputs.token_ids, inputs.positions, attend)
+        return hidden
 
     def _fill_in_flight(self, plan: StepPlan, inputs: StepInputs) -> None:
         """Tokens that the host does not know are the newest of their row's slot."""
@@ -123,7 +139,7 @@ class TorchRunner:
         logits = self.model.logits(hidden)
         raw = logits
         if plan.sampling is None:
-            drawn = logits.argmax(dim=-1)
+            drawn = kernels.draw_tokens(logits)
         else:
             if plan.penalty_tokens or plan.banned_tokens:
                 logits = logits.clone()
@@ -162,37 +178,30 @@ class TorchRunner:
         return found
 
 
-class AttentionOverPages:
-    """Called by the model in each layer: writes the new keys and values into their slots, then attends over the block tables."""
+def attend_pages(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: StepInputs, scale: float
+) -> torch.Tensor:
+    """Attention of a step's tokens over the block tables, the step's own keys and values written already.
 
-    def __init__(self, store: KVStore, inputs: StepInputs, scale: float) -> None:
-        self._store = store
-        self._inputs = inputs
-        self._scale = scale
-
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
-        inputs, scale = self._inputs, self._scale
-        keys, values = self._store.layers[layer]
-        kernels.write_kv(key, value, keys, values, inputs.slot_mapping)
-        tables, lens = inputs.tables, inputs.context_lens
-        if inputs.longest == 1:
-            return kernels.paged_decode(query, keys, values, tables, lens, scale)
-        if not inputs.mixed:
-            return kernels.paged_prefill(query, keys, values, tables, lens, inputs.query_starts, inputs.longest, scale)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        ones, longer = inputs.decode_rows, inputs.prompt_rows
-        out[inputs.decode_tokens] = kernels.paged_decode(
-            query[inputs.decode_tokens], keys, values, tables[ones], lens[ones], scale
-        )
-        out[inputs.prompt_tokens] = kernels.paged_prefill(
-            query[inputs.prompt_tokens],
-            keys,
-            values,
-            tables[longer],
-            lens[longer],
-            inputs.prompt_starts,
-            inputs.longest,
-            scale,
-        )
-        return out
+    query: [tokens, heads, head_dim]; keys, values: one layer's cache. Decodes and prompt chunks of a mixed step have a kernel each.
+    """
+    tables, lens = inputs.tables, inputs.context_lens
+    if inputs.longest == 1:
+        return kernels.paged_decode(query, keys, values, tables, lens, scale)
+    if not inputs.mixed:
+        return kernels.paged_prefill(query, keys, values, tables, lens, inputs.query_starts, inputs.longest, scale)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out[inputs.decode_tokens] = kernels.paged_decode(
+        query[inputs.decode_tokens], keys, values, inputs.decode_tables, inputs.decode_lens, scale
+    )
+    out[inputs.prompt_tokens] = kernels.paged_prefill(
+        query[inputs.prompt_tokens],
+        keys,
+        values,
+        inputs.prompt_tables,
+        inputs.prompt_lens,
+        inputs.prompt_starts,
+        inputs.longest,
+        scale,
+    )
+    return out

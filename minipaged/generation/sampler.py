@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+import kernels
 from minipaged.scheduling.plan import SamplingColumns
 
 
@@ -34,35 +35,27 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     logits [draws, vocab] float32. Returns int64 [draws]; rows of temperature 0 take the most likely token.
     """
     device = logits.device
-    best = logits.argmax(dim=-1)
     warm = columns.temperature > 0
     if not warm.any():
-        return best
+        return kernels.draw_tokens(logits)
     temperature = torch.from_numpy(columns.temperature).to(device)
     uniform = torch.from_numpy(columns.uniform).to(device)
-    scaled = logits / temperature.where(temperature > 0, 1.0)[:, None]
-    drawn = draw(scaled, uniform)
+    drawn = kernels.draw_tokens(logits, temperature, uniform)
     truncated = warm & ((columns.top_k > 0) | (columns.top_p < 1.0) | (columns.min_p > 0.0))
     if truncated.any():
         rows = torch.from_numpy(truncated.nonzero()[0]).to(device)
         top_k, top_p, min_p = (
             torch.from_numpy(column[truncated]).to(device) for column in (columns.top_k, columns.top_p, columns.min_p)
         )
-        drawn[rows] = draw_truncated(scaled[rows], uniform[rows], top_k.long(), top_p, min_p)
-    return torch.where(temperature > 0, drawn, best)
-
-
-def draw(scaled: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token at which the cumulative distribution passes `uniform`. scaled [draws, vocab], uniform [draws] -> int64 [draws]."""
-    cumulative = scaled.softmax(dim=-1).double().cumsum(dim=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=scaled.shape[-1] - 1)
+        scaled = logits[rows] / temperature[rows, None]
+        drawn[rows] = draw_truncated(scaled, uniform[rows], top_k.long(), top_p, min_p)
+    return drawn
 
 
 def draw_truncated(
     scaled: torch.Tensor, uniform: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
-    """As draw, over the tokens that remain: the top_k best (0: all), the fewest whose sum reaches top_p, those with at least
+    """As kernels.draw_tokens, over the tokens that remain: the top_k best (0: all), the fewest whose sum reaches top_p, those with at least
     min_p times the best one's probability. All arguments but `scaled` [draws, vocab] are [draws].
     """
     vocab = scaled.shape[-1]

@@ -1,7 +1,8 @@
-"""The same network with fewer kernels a layer: residual + norm, SiLU * gate, and rotation + cache write each in one pass.
+"""The same network with fewer kernels a layer: each norm, residual sum and gate rides on a matrix product, the norm and rotation of heads
+on the cache write.
 
-A layer takes four matrix products and five small kernels instead of about twenty. The plain forward of llama.py is the oracle; this one
-differs from it by rounding only. Knows the arithmetic; knows nothing of pages: `attend` rotates, writes and attends.
+With the few rows of a decode step a layer takes six kernels instead of about twenty. The plain forward of llama.py is the oracle; this one
+differs from it by rounding only. Knows the arithmetic; knows nothing of pages: `attend` norms, rotates, writes and attends.
 """
 
 from __future__ import annotations
@@ -13,30 +14,56 @@ from torch import Tensor
 from torch.nn import functional
 
 import kernels
-from minipaged.model.llama import Llama
+from minipaged.model.llama import Layer, Llama
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, query [T, H, D], key [T, KH, D], value [T, KH, D]), not rotated yet -> [T, H, D]."""
+Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
+"""attend(layer, query [T, H, D], key [T, KH, D], value [T, KH, D]), as projected -> [T, H, D]."""
 
 
 def fused_forward(model: Llama, token_ids: Tensor, attend: Attend) -> Tensor:
-    """Hidden states after the last norm, [T, hidden_size], for token_ids int64 [T]."""
-    layers = model.layers
-    num_tokens, num_heads, num_kv_heads = len(token_ids), layers[0].num_heads, layers[0].num_kv_heads
-    residual = functional.embedding(token_ids, model.embedding)
-    normed = kernels.rms_norm(residual, layers[0].attention_norm.weight, model.norm.eps)
-    for layer in layers:
-        heads = layer.qkv(normed).view(num_tokens, -1, layer.head_dim)  # [T, H + 2 KH, D]
-        query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query = kernels.rms_norm(query, layer.query_norm.weight, layer.query_norm.eps)
-            key = kernels.rms_norm(key, layer.key_norm.weight, layer.key_norm.eps)
-        mixed = layer.output(attend(layer.index, query, key, value).reshape(num_tokens, -1))
-        normed, residual = kernels.add_rms_norm(mixed, residual, layer.mlp_norm.weight, model.norm.eps)
-        inner = layer.down(kernels.silu_mul(layer.gate_up(normed)))
-        following = layers[layer.index + 1].attention_norm if layer.index + 1 < len(layers) else model.norm
-        normed, residual = kernels.add_rms_norm(inner, residual, following.weight, model.norm.eps)
-    return normed
+    """Hidden states before the last norm, [T, hidden_size], for token_ids int64 [T]."""
+    hidden, num_tokens = functional.embedding(token_ids, model.embedding), len(token_ids)
+    eps = model.norm.eps
+    for layer in model.layers:
+        norm = layer.attention_norm.weight
+        heads = kernels.linear(hidden, layer.qkv.weight, layer.qkv.bias, norm=norm, eps=eps)
+        heads = heads.view(num_tokens, -1, layer.head_dim)  # [T, H + 2 KH, D]
+        query, key, value = torch.split(heads, [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+        attended = attend(layer, query, key, value).reshape(num_tokens, -1)
+        kernels.linear(attended, layer.output.weight, layer.output.bias, residual=hidden)
+        norm = layer.mlp_norm.weight
+        inner = kernels.gated_linear(hidden, layer.gate_up.weight, layer.gate_up.bias, norm=norm, eps=eps)
+        kernels.linear(inner, layer.down.weight, layer.down.bias, residual=hidden)
+    return hidden
+
+
+def fused_logits(model: Llama, hidden: Tensor) -> Tensor:
+    """Scores of the next token, [R, vocab_size] in the model's dtype, for hidden states before the last norm."""
+    return kernels.linear(hidden, model.head.weight, norm=model.norm.weight, eps=model.norm.eps)
+
+
+def rope_write(layer: Layer, query: Tensor, key: Tensor, value: Tensor, where: tuple[Tensor, ...]) -> None:
+    """Norm (where the model has one) and rotate query in place; the same for key, and write it and value to the cache.
+
+    where: positions, angle table, key cache, value cache, slots, as kernels.rope_write_kv takes them.
+    """
+    positions, angles, keys, values, slots = where
+    if layer.query_norm is None or layer.key_norm is None:
+        kernels.rope_write_kv(query, key, value, positions, angles, keys, values, slots)
+        return
+    kernels.rope_write_kv(
+        query,
+        key,
+        value,
+        positions,
+        angles,
+        keys,
+        values,
+        slots,
+        query_norm=layer.query_norm.weight,
+        key_norm=layer.key_norm.weight,
+        eps=layer.query_norm.eps,
+    )
 
 
 def angle_table(model: Llama, num_positions: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 
 import kernels
 from minipaged.config import ModelConfig
-from minipaged.model.fused import angle_table, fused_forward
-from minipaged.model.llama import Llama
+from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
+from minipaged.model.llama import Layer, Llama
 
 BASE = ModelConfig(
     name="tiny",
@@ -46,13 +46,14 @@ def test_fused_equals_plain(flags: dict[str, bool]) -> None:
 
     angles = angle_table(model, 64)
 
-    def attend_fused(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        kernels.rope_write_kv(query, key, value, positions, angles, *fused[layer], positions + 16)
-        return kernels.paged_prefill(query, *fused[layer], tables, lengths, starts, 12, scale)
+    def attend_fused(layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        cache = fused[layer.index]
+        rope_write(layer, query, key, value, (positions, angles, *cache, positions + 16))
+        return kernels.paged_prefill(query, *cache, tables, lengths, starts, 12, scale)
 
     with torch.inference_mode():
-        expected = model(tokens, positions, attend_plain)
-        found = fused_forward(model, tokens, attend_fused)
+        expected = model.logits(model(tokens, positions, attend_plain))
+        found = fused_logits(model, fused_forward(model, tokens, attend_fused))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
     for (key, value), (other_key, other_value) in zip(plain, fused, strict=True):
         torch.testing.assert_close(other_key, key, atol=2e-5, rtol=2e-4)

@@ -100,7 +100,8 @@ def test_batches_of_every_size_use_fresh_inputs(loaded: LoadedModel) -> None:
 
 def test_bfloat16_logits_are_close(loaded: LoadedModel) -> None:
     """The fused forward in bfloat16 stays within rounding of the plain one."""
-    from minipaged.model.fused import angle_table, fused_forward
+    from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
+    from minipaged.model.llama import Layer
 
     model = zoo.load("random:smollm2-135m", device="cuda", dtype=torch.bfloat16).model
     tokens = torch.tensor(prompts(12)[11], device="cuda")
@@ -118,11 +119,11 @@ def test_bfloat16_logits_are_close(loaded: LoadedModel) -> None:
         kernels.write_kv(key, value, keys, values, positions + 16)
         return kernels.paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
 
-    def fused(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        kernels.rope_write_kv(query, key, value, positions, angles, keys, values, positions + 16)
+    def fused(layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        rope_write(layer, query, key, value, (positions, angles, keys, values, positions + 16))
         return kernels.paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
 
     with torch.inference_mode():
         expected = model.logits(model(tokens, positions, plain))
-        found = model.logits(fused_forward(model, tokens, fused))
+        found = fused_logits(model, fused_forward(model, tokens, fused)).float()
     assert float((found - expected).norm() / expected.norm()) < 2e-2

@@ -15,11 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import launch_table
+from kernels import activation_triton, draw_triton, launch_table, linear_triton, norm_triton, rope_write_triton
 from kernels.activation_triton import silu_mul_triton
 from kernels.block_copy_triton import copy_blocks_triton
 from kernels.cache_write_triton import write_kv_triton
 from kernels.decode_triton import paged_decode_triton
+from kernels.draw_triton import draw_tokens_triton
+from kernels.linear_triton import few_rows_triton, one_row_triton
 from kernels.norm_triton import add_rms_norm_triton, rms_norm_triton
 from kernels.prefill_triton import paged_prefill_triton
 from kernels.rope_write_triton import rope_write_kv_triton
@@ -49,7 +51,7 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
     """Instead of a launch."""
     compiled = launch(self, *arguments, grid=grid, warmup=True, **options)
     shared = compiled.metadata.shared
-    print(self.fn.__name__, "shared memory", shared)
+    print(self.fn.__name__, "shared memory", shared, "registers", getattr(compiled, "n_regs", "?"))
     if shared > SHARED_MEMORY:
         raise SystemExit(f"{self.fn.__name__} needs {shared} bytes of shared memory")
     return compiled
@@ -58,6 +60,17 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
 def main() -> None:
     driver.set_active(HopperDriver())
     JITFunction.run = compile_only
+    for module in (activation_triton, draw_triton, linear_triton, norm_triton, rope_write_triton):  # as on an H100
+        module.dependent_launch = lambda device: {"DEPENDENT": True, "launch_pdl": True}
+    for dtype in DTYPES:
+        weight = torch.zeros(512, 256, dtype=dtype)
+        one_row_triton(weight[:1], weight, norm=weight[0])
+        one_row_triton(weight[:1], weight, weight[:, 0].contiguous(), norm=weight[0], gated=True)
+        for rows in (1, 3, 20):
+            x = torch.zeros(rows, 256, dtype=dtype)
+            few_rows_triton(x, weight, residual=torch.zeros(rows, 512, dtype=dtype))
+            draw_tokens_triton(x)
+            draw_tokens_triton(x, torch.zeros(rows), torch.zeros(rows, dtype=torch.float64))
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         print(triton.__version__, names(shape), dtype)
         head_dim, kv_heads, group, block_size, window, per_head = shape
@@ -81,6 +94,8 @@ def main() -> None:
         write_kv_triton(new, new, case.key_cache, case.value_cache, slots)
         angles = torch.zeros(4, head_dim)
         rope_write_kv_triton(case.query, new, new, slots, angles, case.key_cache, case.value_cache, slots)
+        norms = {"query_norm": angles[0].to(dtype), "key_norm": angles[0].to(dtype), "eps": 1e-5}
+        rope_write_kv_triton(case.query, new, new, slots, angles, case.key_cache, case.value_cache, slots, **norms)
         rms_norm_triton(case.query, angles[0].to(dtype), 1e-5)
         flat = case.query.flatten(1)
         add_rms_norm_triton(flat, flat, flat[0], 1e-5)

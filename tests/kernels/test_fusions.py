@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -154,18 +155,35 @@ def test_L64_silu_mul_equals_twin(tokens: int, inner: int, dtype: torch.dtype) -
     assert_close(out, expected)
 
 
+def test_rope_write_norms_each_head_first() -> None:
+    case = RopeCase(7, 4, 2, 32, 4, torch.bfloat16)
+    query_norm, key_norm = normal(4, 2, 32, dtype=torch.bfloat16)
+    expected = [x.clone() for x in case.arguments()]
+    kernels.rope_write_kv(
+        kernels.rms_norm(expected[0], query_norm, EPS), kernels.rms_norm(expected[1], key_norm, EPS), *expected[2:]
+    )
+    kernels.rope_write_kv(*case.arguments(), query_norm=query_norm, key_norm=key_norm, eps=EPS)
+    assert same_bits(case.key_cache, expected[5])
+    with pytest.raises(ValueError, match="query_norm and key_norm go together"):
+        kernels.rope_write_kv(*case.arguments(), query_norm=query_norm)
+
+
 @pytest.mark.usefixtures("interpreted")
 @examples(40)
-@given(rope_cases(), st.booleans())
-def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool) -> None:
+@given(rope_cases(), st.booleans(), st.booleans())
+def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool, with_norm: bool) -> None:
     from kernels.rope_write import rope_write_kv_torch
     from kernels.rope_write_triton import rope_write_kv_triton
 
     if half_angles:
         case.cos_sin = case.cos_sin.to(case.query.dtype)
+    norm: dict[str, Any] = {}
+    if with_norm:
+        weights = normal(4, 2, case.query.shape[2], dtype=case.query.dtype)
+        norm = {"query_norm": weights[0], "key_norm": weights[1], "eps": EPS}
     expected = [x.clone() for x in case.arguments()]
-    rope_write_kv_torch(*expected)
-    rope_write_kv_triton(*case.arguments())
+    rope_write_kv_torch(*expected, **norm)
+    rope_write_kv_triton(*case.arguments(), **norm)
     assert_close(case.query, expected[0])
     assert torch.equal(case.key_cache.isnan(), expected[5].isnan())
     assert_close(case.key_cache.nan_to_num(), expected[5].nan_to_num())
@@ -188,7 +206,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     arguments = case.arguments()
     with pytest.raises(ValueError, match=r"query has shape \[4, 2, 32\]"):
         kernels.rope_write_kv(case.query[:4], *arguments[1:])
-    with pytest.raises(ValueError, match=r"positions is torch\.int32"):
-        kernels.rope_write_kv(*arguments[:3], case.positions.int(), *arguments[4:])
+    with pytest.raises(ValueError, match=r"positions is torch\.int16"):
+        kernels.rope_write_kv(*arguments[:3], case.positions.short(), *arguments[4:])
     with pytest.raises(ValueError, match=r"it must be \[max_pos, 32\]"):
         kernels.rope_write_kv(*arguments[:4], case.cos_sin[:, :16], *arguments[5:])

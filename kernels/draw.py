@@ -1,0 +1,58 @@
+"""From logits to tokens: the most likely one, or one drawn at a temperature by looking a uniform number up in the cumulative distribution.
+
+Knows rows of logits; knows nothing of requests, streams or truncation (top-k, top-p). The Triton kernels are in draw_triton.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.checks import FLOAT_DTYPES, shape_of
+from kernels.dispatch import use_triton
+
+
+def draw_tokens(logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
+    """One token a row, int64 [rows]: the first most likely one where temperature is 0 (or not given), else the token at which the
+    cumulative distribution of softmax(logits / temperature) passes `uniform`.
+
+    logits: [rows, vocab], its last dimension contiguous. temperature: float32 or float64 [rows], 0 or positive. uniform: float64
+    [rows], each in [0, 1). A row's draw depends on that row alone. Reads the logits once, and one part of them again. Raises ValueError
+    on shapes, dtypes or devices that do not fit.
+    """
+    if logits.dim() != 2 or logits.shape[1] < 1 or logits.dtype not in FLOAT_DTYPES or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits is {logits.dtype} {shape_of(logits)} with strides {logits.stride()}; it must be float32, float16 or bfloat16 "
+            "[rows, vocab] with its last dimension contiguous"
+        )
+    if (temperature is None) != (uniform is None):
+        raise ValueError("temperature and uniform go together: give both, or neither for the most likely tokens")
+    for name, tensor, dtypes in (
+        ("temperature", temperature, (torch.float32, torch.float64)),
+        ("uniform", uniform, (torch.float64,)),
+    ):
+        if tensor is not None and (
+            tensor.shape != logits.shape[:1] or tensor.dtype not in dtypes or tensor.device != logits.device
+        ):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {shape_of(tensor)} on {tensor.device}; it must be {' or '.join(map(str, dtypes))} "
+                f"[{logits.shape[0]}] on {logits.device}"
+            )
+    if use_triton(logits):
+        from kernels.draw_triton import draw_tokens_triton
+
+        return draw_tokens_triton(logits, temperature, uniform)
+    return draw_tokens_torch(logits, temperature, uniform)
+
+
+def draw_tokens_torch(logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
+    """The twin of draw_tokens_triton. Sums in float64, so that a draw near a boundary is decided as exactly as it can be."""
+    best = logits.argmax(dim=-1)
+    if temperature is None or uniform is None:
+        return best
+    warm = temperature > 0
+    scaled = logits.float() / temperature.where(warm, 1.0).float()[:, None]
+    cumulative = scaled.softmax(dim=-1).double().cumsum(dim=-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    return torch.where(warm, drawn, best)

@@ -1,0 +1,79 @@
+"""Drawing tokens: the twin against the distribution's definition, the interpreted Triton kernels against the twin (L64)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernels
+from kernels.draw import draw_tokens_torch
+from tests.kernels.paged_cases import examples
+
+pytestmark = pytest.mark.usefixtures("unset_choice")
+
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+NEAR = 1e-5  # a threshold this close to a boundary may fall on either side of it
+
+
+def drawn_logits(rows: int, vocab: int, dtype: torch.dtype, seed: int, banned: float = 0.3) -> Tensor:
+    """[rows, vocab], a share of it -inf, never a whole row."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, vocab + 1, generator=generator)
+    logits[torch.rand(rows, vocab + 1, generator=generator) < banned] = float("-inf")
+    logits[:, vocab // 2] = 1.0
+    return logits.to(dtype)[:, :vocab]
+
+
+def assert_drawn(tokens: Tensor, logits: Tensor, temperature: Tensor, uniform: Tensor) -> None:
+    """Each token's stretch of the cumulative distribution holds its uniform number; cold rows take the first best."""
+    scaled = logits.double() / temperature.where(temperature > 0, 1.0)[:, None]
+    ends = scaled.softmax(-1).cumsum(-1)
+    for row, token in enumerate(tokens.tolist()):
+        if temperature[row] == 0:
+            assert token == int((logits[row] == logits[row].max()).nonzero()[0])
+            continue
+        begin = float(ends[row, token - 1]) if token else 0.0
+        assert begin - NEAR <= uniform[row] <= float(ends[row, token]) + NEAR
+        assert logits[row, token] > float("-inf")
+
+
+@examples(40)
+@given(st.integers(0, 5), st.integers(1, 300), DTYPES, st.integers(0, 99))
+def test_twin_draws_by_the_cumulative_distribution(rows: int, vocab: int, dtype: torch.dtype, seed: int) -> None:
+    logits = drawn_logits(rows, vocab, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    temperature = torch.tensor([0.0, 0.7, 1.0, 3.0, 0.05])[:rows]
+    assert_drawn(kernels.draw_tokens(logits, temperature, uniform), logits, temperature, uniform)
+    assert torch.equal(kernels.draw_tokens(logits), logits.argmax(-1))
+
+
+@pytest.mark.usefixtures("interpreted")
+@examples(12)
+@given(st.integers(0, 3), st.sampled_from([1, 700, 4096, 9000]), DTYPES, st.integers(0, 99), st.booleans())
+def test_L64_draw_equals_twin(rows: int, vocab: int, dtype: torch.dtype, seed: int, edges: bool) -> None:
+    from kernels.draw_triton import draw_tokens_triton
+
+    logits = drawn_logits(rows, vocab, dtype, seed, banned=0.99 if edges else 0.3)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    if edges:
+        uniform = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)[:rows]
+    temperature = torch.tensor([1.0, 0.6, 0.0])[:rows]
+    assert_drawn(draw_tokens_triton(logits, temperature, uniform), logits, temperature, uniform)
+    assert torch.equal(draw_tokens_triton(logits), draw_tokens_torch(logits))
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    logits, uniform = torch.zeros(3, 8), torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"logits is torch\.float32 \[8\]"):
+        kernels.draw_tokens(logits[0])
+    with pytest.raises(ValueError, match="temperature and uniform go together"):
+        kernels.draw_tokens(logits, uniform)
+    with pytest.raises(ValueError, match=r"uniform is torch\.float32 \[3\]"):
+        kernels.draw_tokens(logits, uniform, uniform.float())
+    with pytest.raises(ValueError, match=r"temperature is torch\.float64 \[2\]"):
+        kernels.draw_tokens(logits, uniform[:2], uniform)
