@@ -230,12 +230,16 @@ class ScreenApp(Actions):
         base = self.screen_stack[0]
         return base.query_one("#inspector").display or isinstance(self.screen, Overlay)
 
+    def pick(self, block: int) -> None:
+        """Put the cursor on a block."""
+        self.view = replace(self.view, block=block)
+        self.paint()
+
     # Messages from panes.
 
     def on_block_map_picked(self, message: BlockMap.Picked) -> None:
         """The cursor moved."""
-        self.view = replace(self.view, block=message.block)
-        self.paint()
+        self.pick(message.block)
 
     def on_block_map_inspect(self, message: BlockMap.Inspect) -> None:
         """A block was chosen."""

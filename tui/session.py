@@ -136,6 +136,10 @@ class Session:
 
     # Other systems.
 
+    def limits(self, known: Mapping[int, int]) -> None:
+        """Requests' most new tokens, where others asked for them."""
+        self._limits.update(known)
+
     def compare(self) -> None:
         """Follow what other systems would hold, from the trace's start on."""
         if self.feed is None:

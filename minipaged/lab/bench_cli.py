@@ -18,6 +18,8 @@ from rich.table import Table
 
 from minipaged.config import check_choice, check_int
 
+DEFAULT_MODEL = "smollm2-135m"
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")]
 
@@ -120,6 +122,55 @@ def engine(
         del llm
     Console(width=110).print(table)
     _keep(json_file, rows)
+
+
+@app.command()
+def screen(
+    model: Annotated[str, typer.Option(help="Any model; one drawn at random speaks in made-up words.")] = DEFAULT_MODEL,
+    requests: Annotated[int, typer.Option(help="At once; every fourth draws four samples.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Of the longest answer.")] = 96,
+    num_blocks: Annotated[
+        int, typer.Option(help="Blocks of the pool, 16 tokens each; too few let some make way.")
+    ] = 160,
+    pairs: Annotated[
+        int, typer.Option(help="Rounds with the screen, and as many without; the median pair counts.")
+    ] = 5,
+    threads: Annotated[
+        int | None, typer.Option(help="On a CPU: torch's threads and cores; the screen gets the other cores.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    pictures: Annotated[Path | None, typer.Option(help="A folder for SVGs of the first round.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Output tokens per second of the engine with the terminal screen on and off, in turn."""
+    for name, value in (("requests", requests), ("max-tokens", max_tokens), ("pairs", pairs)):
+        check_int(name, value, 1)
+    check_int("num-blocks", num_blocks, 2)
+    if threads is not None:
+        check_int("threads", threads, 1)
+    from tui.bench import Plan, measure
+
+    settings = {"num_blocks": num_blocks, "device": device, "max_num_batched_tokens": 2048}
+    folder = "" if pictures is None else str(pictures.resolve())
+    outcome = measure(Plan(model, settings, requests, max_tokens, pairs, threads, folder))
+    table = Table(
+        "round", "screen", "tokens", "steps", "seconds", "engine's CPU s", "tok/s", title=f"The screen, {model}"
+    )
+    for number, (on, figures) in enumerate(outcome.rounds):
+        table.add_row(
+            f"{number // 2 + 1}",
+            "on" if on else "off",
+            f"{figures['tokens']:.0f}",
+            f"{figures['steps']:.0f}",
+            f"{figures['seconds']:.2f}",
+            f"{figures['cpu_seconds']:.2f}",
+            f"{figures['tokens_per_second']:,.1f}",
+        )
+    Console(width=110).print(table)
+    pairwise = ", ".join(f"{ratio:.1%}" for ratio in outcome.ratios)
+    print(f"with the screen: {outcome.ratio:.1%} of the tokens per second without (median; pairs {pairwise})")
+    print(f"{outcome.terminal_bytes:,} bytes went to the terminal; {len(outcome.pictures)} pictures")
+    _keep(json_file, [{"model": model, "screen": on, **figures} for on, figures in outcome.rounds])
 
 
 def _keep(path: Path | None, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,46 @@
+"""`minipaged bench screen`: both kinds of round are the same generation, and the pictures are of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minipaged.errors import InputError
+from tui.bench import Outcome, Plan, Round, measure
+from tui.benchengine import MadeUpWords, requests
+
+
+def test_rounds_with_and_without_do_the_same_work(tmp_path: Path) -> None:
+    settings = {"num_blocks": 40, "device": "cpu", "max_num_batched_tokens": 2048}
+    outcome = measure(Plan("toy", settings, 5, 12, 1, None, str(tmp_path)))
+    off, on = outcome.rounds
+    assert (off.screen, on.screen) == (False, True)
+    assert off.figures["tokens"] == on.figures["tokens"] > 0
+    assert off.figures["steps"] == on.figures["steps"]
+    assert outcome.terminal_bytes > 10_000, "the screen was painted on its terminal"
+    assert {"blocks-120x40.svg", "compare-200x60.svg"} <= set(outcome.pictures)
+    for name in outcome.pictures:
+        picture = (tmp_path / name).read_text()
+        assert "PAUSED" in picture
+        assert "Compare" in picture or "Blocks" in picture
+    assert "orca" in (tmp_path / "compare-120x40.svg").read_text()
+
+
+def test_what_cannot_run_says_why() -> None:
+    with pytest.raises(InputError, match="no model is called 'nothing'"):
+        measure(Plan("nothing", {"num_blocks": 40, "device": "cpu"}, 2, 4, 1))
+
+
+def test_the_ratio_is_the_median_pairs() -> None:
+    rounds = [Round(number % 2 == 1, {"tokens_per_second": v}) for number, v in enumerate((10, 9, 10, 5, 10, 10))]
+    assert Outcome(tuple(rounds), 0, ()).ratio == 0.9
+
+
+def test_made_up_words_are_words_and_tell_ids_apart() -> None:
+    codec = MadeUpWords(150_000)
+    words = {codec.token_bytes(token) for token in range(257, 20_000)}
+    assert len(words) == 20_000 - 257
+    assert all(word.decode().strip().isalpha() for word in words)
+    assert codec.decode(codec.encode("a page")) == "a page"
+    assert sum(params.n == 4 for _, params in requests(64, 100)) == 16
