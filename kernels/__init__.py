@@ -10,6 +10,7 @@ from kernels.block_copy import copy_blocks
 from kernels.cache_write import write_kv
 from kernels.decode import paged_decode
 from kernels.draw import draw_tokens
+from kernels.embed import embed_tokens
 from kernels.linear import gated_linear, linear
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.prefill import paged_prefill
@@ -19,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "copy_blocks",
     "draw_tokens",
+    "embed_tokens",
     "gated_linear",
     "linear",
     "paged_decode",

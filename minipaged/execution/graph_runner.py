@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import kernels
 from minipaged.execution.kv_store import KVStore
@@ -23,7 +24,7 @@ from minipaged.model.llama import Layer, Llama
 from minipaged.scheduling.plan import SamplingColumns, StepPlan, StepTokens
 
 NUM_STAGES = 4  # steps whose host buffers may be in use at once: more than any flight's depth needs
-COLUMNS = 5  # token id, position, slot, length, drawing place
+COLUMNS = 5  # token id, position, slot, length, drawing place; then the block tables
 
 
 def bucket_of(rows: int) -> int:
@@ -38,7 +39,7 @@ def bucket_of(rows: int) -> int:
 class Stage:
     """Host buffers of one step, pinned so that copies run beside the computation."""
 
-    inputs: Tensor  # int32 [COLUMNS * bucket + rows * table width, at most]
+    inputs: Tensor  # int32 [(COLUMNS + table width) * rows], as on the device
     chances: Tensor  # float64 [2, bucket]: temperature and uniform number of each row
     drawn: Tensor  # int64 [rows]
     done: torch.cuda.Event
@@ -73,8 +74,7 @@ class GraphRunner(TorchRunner):
         self._parking = max_num_seqs  # where padded rows draw into
         self._drawn = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._width = -(-max_model_len // store.block_size)
-        self._columns = torch.zeros(COLUMNS, rows, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(rows, self._width, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros((COLUMNS + self._width) * rows, dtype=torch.int32, device=device)
         self._chances = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self._angles = angle_table(model, max_model_len)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -110,11 +110,19 @@ class GraphRunner(TorchRunner):
         stage.done.record()
         return GraphPending(stage, rows)
 
+    def _views(self, inputs: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
+        """(columns [COLUMNS, bucket], block tables [bucket, width]) of a buffer of inputs, the host's or the device's."""
+        end = COLUMNS * bucket
+        return inputs[:end].view(COLUMNS, bucket), inputs[end : end + bucket * self._width].view(bucket, self._width)
+
     def _fill(self, plan: StepPlan, stage: Stage, bucket: int) -> None:
-        """Bring the step's rows to the device: one copy for all integers, one more if anything is sampled."""
+        """Bring the step's rows to the device: one copy for all integers, one more if anything is sampled.
+
+        Table entries past a row's length are whatever stood there: they are never read.
+        """
         rows, width = plan.tables.shape
-        size, host = self.store.block_size, stage.inputs.numpy()
-        columns = host[: COLUMNS * bucket].reshape(COLUMNS, bucket)
+        size = self.store.block_size
+        columns, tables = (view.numpy() for view in self._views(stage.inputs, bucket))
         columns[:, rows:] = np.array([0, 0, -1, 0, self._parking], np.int32)[:, None]
         columns[0, :rows] = plan.token_ids
         columns[1, :rows] = plan.starts
@@ -122,11 +130,9 @@ class GraphRunner(TorchRunner):
         columns[2, :rows] = blocks * size + plan.starts % size
         columns[3, :rows] = plan.starts + 1
         columns[4, :rows] = plan.slots
-        end = COLUMNS * bucket + rows * width
-        host[COLUMNS * bucket : end].reshape(rows, width)[:] = plan.tables
-        arrived = stage.inputs[:end].to(self.device, non_blocking=True)
-        self._columns[:, :bucket].copy_(arrived[: COLUMNS * bucket].view(COLUMNS, bucket))
-        self._tables[:rows, :width].copy_(arrived[COLUMNS * bucket :].view(rows, width))
+        tables[:rows, :width] = plan.tables
+        end = COLUMNS * bucket + rows * self._width
+        self._inputs[:end].copy_(stage.inputs[:end], non_blocking=True)
         if plan.sampling is not None:
             chances = stage.chances.numpy()
             chances[0, :rows], chances[1, :rows] = plan.sampling.temperature, plan.sampling.uniform
@@ -140,25 +146,25 @@ class GraphRunner(TorchRunner):
             rope_write(layer, query, key, value, (inputs.positions, self._angles, *caches, inputs.slot_mapping))
             return attend_pages(query, *caches, inputs, self._scale)
 
+        embedded = functional.embedding(inputs.token_ids, self.model.embedding)
         norm = self.model.norm
-        return kernels.rms_norm(fused_forward(self.model, inputs.token_ids, attend), norm.weight, norm.eps)
+        return kernels.rms_norm(fused_forward(self.model, embedded, attend), norm.weight, norm.eps)
 
     def _step(self, bucket: int, sampled: bool) -> Tensor:
         """What a graph does: one decode step of the first `bucket` rows of the buffers. Returns the drawn ids, [bucket]."""
-        ids, positions, slots, lengths, places = self._columns[:, :bucket].unbind(0)
-        places, known = places.long(), ids.long()
-        token_ids = torch.where(known < 0, self._drawn.index_select(0, places), known)
-        tables = self._tables[:bucket]
+        columns, tables = self._views(self._inputs, bucket)
+        token_ids, positions, slots, lengths, places = columns.unbind(0)
+        embedded = kernels.embed_tokens(self.model.embedding, token_ids, self._drawn, places)
 
         def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             caches = self.store.layers[layer.index]
             rope_write(layer, query, key, value, (positions, self._angles, *caches, slots))
             return kernels.paged_decode(query, *caches, tables, lengths, self._scale)
 
-        logits = fused_logits(self.model, fused_forward(self.model, token_ids, attend))
+        logits = fused_logits(self.model, fused_forward(self.model, embedded, attend))
         temperature, uniform = self._chances[:, :bucket].unbind(0)
         drawn = kernels.draw_tokens(logits, temperature, uniform) if sampled else kernels.draw_tokens(logits)
-        self._drawn.index_copy_(0, places, drawn)
+        self._drawn.index_copy_(0, places.long(), drawn)
         return drawn
 
     def _capture(self, bucket: int, sampled: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:

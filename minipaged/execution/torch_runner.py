@@ -41,15 +41,19 @@ class StepInputs:
         self.mixed = bool(len(ones) and len(longer))  # decodes and prompt chunks in one step: each has its kernel
         if self.mixed:
             context = starts + lengths
-            self.decode_tokens = tensor(ends[ones] - 1, torch.int64)
             self.decode_tables, self.decode_lens = (
                 tensor(plan.tables[ones], torch.int32),
                 tensor(context[ones], torch.int32),
             )
             self.prompt_tables = tensor(plan.tables[longer], torch.int32)
             self.prompt_lens = tensor(context[longer], torch.int32)
-            self.prompt_tokens = tensor(np.flatnonzero(lengths[row_of] > 1), torch.int64)
             self.prompt_starts = tensor(np.concatenate([[0], np.cumsum(lengths[longer])]), torch.int32)
+            # Mostly the decodes come first, being older: then both are stretches of the step, and nothing need be gathered.
+            self.decode_tokens: slice | torch.Tensor = slice(0, len(ones))
+            self.prompt_tokens: slice | torch.Tensor = slice(len(ones), plan.num_tokens)
+            if ones[-1] >= len(ones):
+                self.decode_tokens = tensor(ends[ones] - 1, torch.int64)
+                self.prompt_tokens = tensor(np.flatnonzero(lengths[row_of] > 1), torch.int64)
         self.last_rows = tensor(ends[plan.draw_rows] - 1, torch.int64)
 
 
@@ -191,17 +195,17 @@ def attend_pages(
     if not inputs.mixed:
         return kernels.paged_prefill(query, keys, values, tables, lens, inputs.query_starts, inputs.longest, scale)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    out[inputs.decode_tokens] = kernels.paged_decode(
-        query[inputs.decode_tokens], keys, values, inputs.decode_tables, inputs.decode_lens, scale
-    )
-    out[inputs.prompt_tokens] = kernels.paged_prefill(
-        query[inputs.prompt_tokens],
-        keys,
-        values,
-        inputs.prompt_tables,
-        inputs.prompt_lens,
-        inputs.prompt_starts,
-        inputs.longest,
-        scale,
-    )
+    decodes, prompts = inputs.decode_tokens, inputs.prompt_tokens
+    tables, lens = inputs.decode_tables, inputs.decode_lens
+    if isinstance(decodes, slice):
+        kernels.paged_decode(query[decodes], keys, values, tables, lens, scale, out=out[decodes])
+    else:
+        out[decodes] = kernels.paged_decode(query[decodes], keys, values, tables, lens, scale)
+    tables, lens, starts = inputs.prompt_tables, inputs.prompt_lens, inputs.prompt_starts
+    if isinstance(prompts, slice):
+        kernels.paged_prefill(
+            query[prompts], keys, values, tables, lens, starts, inputs.longest, scale, out=out[prompts]
+        )
+    else:
+        out[prompts] = kernels.paged_prefill(query[prompts], keys, values, tables, lens, starts, inputs.longest, scale)
     return out

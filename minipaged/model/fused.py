@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import kernels
 from minipaged.model.llama import Layer, Llama
@@ -20,10 +19,9 @@ Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, query [T, H, D], key [T, KH, D], value [T, KH, D]), as projected -> [T, H, D]."""
 
 
-def fused_forward(model: Llama, token_ids: Tensor, attend: Attend) -> Tensor:
-    """Hidden states before the last norm, [T, hidden_size], for token_ids int64 [T]."""
-    hidden, num_tokens = functional.embedding(token_ids, model.embedding), len(token_ids)
-    eps = model.norm.eps
+def fused_forward(model: Llama, hidden: Tensor, attend: Attend) -> Tensor:
+    """Hidden states before the last norm, for those after the embedding: [T, hidden_size], changed in place and returned."""
+    num_tokens, eps = len(hidden), model.norm.eps
     for layer in model.layers:
         norm = layer.attention_norm.weight
         heads = kernels.linear(hidden, layer.qkv.weight, layer.qkv.bias, norm=norm, eps=eps)

@@ -53,7 +53,7 @@ def test_fused_equals_plain(flags: dict[str, bool]) -> None:
 
     with torch.inference_mode():
         expected = model.logits(model(tokens, positions, attend_plain))
-        found = fused_logits(model, fused_forward(model, tokens, attend_fused))
+        found = fused_logits(model, fused_forward(model, model.embedding[tokens], attend_fused))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
     for (key, value), (other_key, other_value) in zip(plain, fused, strict=True):
         torch.testing.assert_close(other_key, key, atol=2e-5, rtol=2e-4)

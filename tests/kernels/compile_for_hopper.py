@@ -15,12 +15,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import activation_triton, draw_triton, launch_table, linear_triton, norm_triton, rope_write_triton
+from kernels import (
+    activation_triton,
+    draw_triton,
+    embed_triton,
+    launch_table,
+    linear_triton,
+    norm_triton,
+    rope_write_triton,
+)
 from kernels.activation_triton import silu_mul_triton
 from kernels.block_copy_triton import copy_blocks_triton
 from kernels.cache_write_triton import write_kv_triton
 from kernels.decode_triton import paged_decode_triton
 from kernels.draw_triton import draw_tokens_triton
+from kernels.embed_triton import embed_tokens_triton
 from kernels.linear_triton import few_rows_triton, one_row_triton
 from kernels.norm_triton import add_rms_norm_triton, rms_norm_triton
 from kernels.prefill_triton import paged_prefill_triton
@@ -60,7 +69,14 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
 def main() -> None:
     driver.set_active(HopperDriver())
     JITFunction.run = compile_only
-    for module in (activation_triton, draw_triton, linear_triton, norm_triton, rope_write_triton):  # as on an H100
+    for module in (
+        activation_triton,
+        draw_triton,
+        embed_triton,
+        linear_triton,
+        norm_triton,
+        rope_write_triton,
+    ):  # as on an H100
         module.dependent_launch = lambda device: {"DEPENDENT": True, "launch_pdl": True}
     for dtype in DTYPES:
         weight = torch.zeros(512, 256, dtype=dtype)
@@ -69,6 +85,8 @@ def main() -> None:
         for rows in (1, 3, 20):
             x = torch.zeros(rows, 256, dtype=dtype)
             few_rows_triton(x, weight, residual=torch.zeros(rows, 512, dtype=dtype))
+            ids = torch.zeros(rows, dtype=torch.int32)
+            embed_tokens_triton(weight, ids, torch.zeros(2, dtype=torch.int64), ids)
             draw_tokens_triton(x)
             draw_tokens_triton(x, torch.zeros(rows), torch.zeros(rows, dtype=torch.float64))
     for shape, dtype in itertools.product(SHAPES, DTYPES):

@@ -155,6 +155,21 @@ def test_L64_silu_mul_equals_twin(tokens: int, inner: int, dtype: torch.dtype) -
     assert_close(out, expected)
 
 
+@pytest.mark.usefixtures("interpreted")
+@examples(15)
+@given(st.integers(0, 5), st.integers(1, 1500), DTYPES)
+def test_L64_embed_tokens_equals_twin(tokens: int, size: int, dtype: torch.dtype) -> None:
+    from kernels.embed import embed_tokens_torch
+    from kernels.embed_triton import embed_tokens_triton
+
+    table, newest = normal(0, 9, size, dtype=dtype), torch.tensor([3, 8, 1])
+    token_ids = torch.tensor([4, -1, 0, -1, 8], dtype=torch.int32)[:tokens]
+    places = torch.tensor([0, 1, 0, 2, 2], dtype=torch.int32)[:tokens]
+    expected = table[torch.tensor([4, 8, 0, 1, 8])[:tokens]]
+    assert torch.equal(embed_tokens_torch(table, token_ids, newest, places), expected)
+    assert torch.equal(embed_tokens_triton(table, token_ids, newest, places), expected)
+
+
 def test_rope_write_norms_each_head_first() -> None:
     case = RopeCase(7, 4, 2, 32, 4, torch.bfloat16)
     query_norm, key_norm = normal(4, 2, 32, dtype=torch.bfloat16)
@@ -202,6 +217,10 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         kernels.add_rms_norm(x, x[:2], weight, EPS)
     with pytest.raises(ValueError, match=r"gate_up has shape \[3, 7\]"):
         kernels.silu_mul(torch.zeros(3, 7))
+    with pytest.raises(ValueError, match=r"places has shape \[2\]; it must be \[3\]"):
+        kernels.embed_tokens(
+            x, torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(2).int()
+        )
     case = RopeCase(5, 2, 1, 32, 4, torch.float32)
     arguments = case.arguments()
     with pytest.raises(ValueError, match=r"query has shape \[4, 2, 32\]"):
