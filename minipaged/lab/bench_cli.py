@@ -4,21 +4,19 @@ and command.
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from minipaged.config import check_choice, check_int
+from minipaged.errors import InputError
+from minipaged.lab.bench_results import Results
 
 DEFAULT_MODEL = "smollm2-135m"
+WIDTH = 130  # columns of the wide tables
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")]
@@ -32,6 +30,7 @@ def bench() -> None:
 @app.command("control-plane")
 def control_plane(json_file: JsonFile = None) -> None:
     """Schedule + commit at many running decodes, and the block manager's primitives; no model, no device."""
+    results = Results(json_file)
     from minipaged.lab.control_plane import measure
 
     rows = measure()
@@ -39,7 +38,7 @@ def control_plane(json_file: JsonFile = None) -> None:
     for row in rows:
         table.add_row(row.what, f"{row.value:.3f}", row.unit, "" if row.goal is None else f"≤ {row.goal:g}")
     Console().print(table)
-    _keep(json_file, [row._asdict() for row in rows])
+    results.add(row._asdict() for row in rows)
 
 
 @app.command()
@@ -50,6 +49,7 @@ def soak(
 ) -> None:
     """Forks, aborts, swaps and priorities in a pool that is too small, with the invariants checked; no model."""
     check_int("requests", requests, 1)
+    results = Results(json_file)
     from rich.progress import Progress
 
     from minipaged.lab.soak import soak as run
@@ -61,67 +61,89 @@ def soak(
     for name, value in report.rows():
         table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value}")
     Console().print(table)
-    _keep(json_file, [dict(report.rows())])
+    results.add([dict(report.rows())])
 
 
 @app.command()
 def kernels(
-    against: Annotated[str, typer.Option(help="Peers beside ours, separated by commas: sdpa, fa3.")] = "sdpa",
+    against: Annotated[str, typer.Option(help="Peers beside ours, with commas: fa3, flashinfer, sdpa.")] = "sdpa",
     json_file: JsonFile = None,
 ) -> None:
-    """Paged attention beside the copy ceiling and its peers; needs a GPU."""
-    peers = tuple(filter(None, against.split(",")))
+    """Every kernel beside the machine's measured ceilings and its peers; needs a GPU."""
+    peers = _names(against)
     for peer in peers:
-        check_choice("against", peer, ("sdpa", "fa3"))
+        check_choice("against", peer, ("fa3", "flashinfer", "sdpa"))
+    results = Results(json_file)
     from minipaged.lab.bench_kernels import measure
 
-    table = Table("kernel", "shape", "contender", "us", "", "of the copy ceiling", title="Kernels")
-    rows = []
-    ceiling = 0.0
-    for row in measure(peers):
-        ceiling = row.value if row.kernel == "copy" else ceiling
-        share = f"{100 * row.value / ceiling:.0f} %" if row.unit == "GB/s" else ""
-        table.add_row(
-            row.kernel, row.shape, row.contender, f"{row.microseconds:.1f}", f"{row.value:,.0f} {row.unit}", share
-        )
-        rows.append(vars(row))
-    Console(width=120).print(table)
-    _keep(json_file, rows)
+    console = Console(width=WIDTH)
+    table = Table("kernel", "shape", "contender", "us", "", "of ceiling", "minipaged is", title="Kernels")
+    for row in measure(peers, results.note):
+        results.add([row.as_json()])
+        share = "" if row.share is None else f"{100 * row.share:.0f} %"
+        value = f"{row.value:,.0f} {row.unit}"
+        table.add_row(row.kernel, row.shape, row.contender, f"{row.microseconds:.1f}", value, share, _times(row.ratio))
+    console.print(table)
+    _say_notes(results, console)
 
 
 @app.command()
 def engine(
     model: Annotated[str, typer.Option(help="random:SHAPE, or any model.")] = "random:llama-7b",
     workload: Annotated[
-        str, typer.Option(help="nano, sharegpt and batch:N, separated by commas.")
+        str, typer.Option(help="nano, sharegpt and batch:N, with commas between them.")
     ] = "batch:1,batch:8,batch:32,sharegpt",
-    repeats: Annotated[int, typer.Option(help="Passes after the warm one; the median counts.")] = 3,
-    plain: Annotated[bool, typer.Option("--plain", help="Without graphs, fusions and overlap as well.")] = False,
+    against: Annotated[str, typer.Option(help="Peers beside ours, with commas: vllm, transformers.")] = "",
+    repeats: Annotated[int, typer.Option(help="Passes of batch:N after the warm one; the median counts.")] = 3,
+    long_repeats: Annotated[int, typer.Option(help="The same for nano and sharegpt.")] = 3,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once, of every engine.")] = 256,
+    limit: Annotated[float, typer.Option(help="Seconds that each engine may take, loading included.")] = 900.0,
+    plain: Annotated[bool, typer.Option("--plain", help="Ours without graphs, fusions and overlap as well.")] = False,
+    device: Annotated[str, typer.Option(help="Of minipaged and transformers: auto, cpu or cuda.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Output tokens per second of the whole engine on this device."""
-    check_int("repeats", repeats, 1)
-    names = [name for name in workload.split(",") if name]
-    from minipaged.lab.bench_engine import make_llm, measure, requests_of
+    """Output tokens per second of whole engines on this device, each in a process of its own."""
+    from minipaged.lab.bench_engine import OURS, Job, check_contenders, measure
 
-    for name in names:
-        requests_of(name)
-    table = Table("contender", "workload", "tokens", "seconds", "tok/s", title=f"Engine, {model}")
-    rows = []
-    contenders: list[tuple[str, dict[str, Any]]] = [("minipaged", {})]
-    if plain:
-        contenders.append(("minipaged, plain path", {"graphs": False, "overlap": 0}))
-    for contender, settings in contenders:
-        llm = make_llm(model, **settings)
-        for name in names:
-            row = measure(llm, model, name, repeats=repeats, contender=contender)
+    peers = _names(against)
+    check_contenders(peers, model)
+    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device)
+    results = Results(json_file, device="unknown: no engine could be started")
+    console = Console(width=WIDTH)
+    table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")
+    for outcome, rows in measure((OURS, *(["minipaged-plain"] if plain else []), *peers), job, results.note):
+        results.device = outcome.device or results.device
+        results.add(row.as_json() for row in rows)
+        for row in rows:
             table.add_row(
-                contender, name, f"{row.output_tokens:,}", f"{row.seconds:.2f}", f"{row.tokens_per_second:,.1f}"
-            )
-            rows.append(vars(row))
-        del llm
-    Console(width=110).print(table)
-    _keep(json_file, rows)
+                row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
+                f"{row.tokens_per_second:,.1f}", _times(row.ratio),
+            )  # fmt: skip
+    console.print(table)
+    _say_notes(results, console)
+    if not results.rows:
+        raise typer.Exit(1)
+
+
+@app.command()
+def host(
+    model: Annotated[str, typer.Option(help="random:SHAPE, or any model.")] = "random:qwen3-0.6b",
+    batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """What a decode step costs beside the GPU's work: host gap, each part of the host's time, the trace."""
+    check_int("batch", batch, 1, 4096)
+    results = Results(json_file)
+    from minipaged.lab.bench_contender_minipaged import make_llm
+    from minipaged.lab.bench_host import measure
+
+    table = Table("what", "measured", "goal", title=f"Host, {model}, batch {batch}")
+    for row in measure(make_llm(model, max_num_seqs=batch, device=device), batch):
+        results.add([{**row._asdict(), "model": model, "batch": batch}])
+        goal = "" if row.goal is None else f"< {row.goal:g} {row.unit}"
+        table.add_row(row.what, f"{row.value:,.1f} {row.unit}", goal)
+    Console(width=WIDTH).print(table)
 
 
 @app.command()
@@ -148,6 +170,7 @@ def screen(
     check_int("num-blocks", num_blocks, 2)
     if threads is not None:
         check_int("threads", threads, 1)
+    results = Results(json_file)
     from tui.bench import Plan, measure
 
     settings = {"num_blocks": num_blocks, "device": device, "max_num_batched_tokens": 2048}
@@ -170,32 +193,37 @@ def screen(
     pairwise = ", ".join(f"{ratio:.1%}" for ratio in outcome.ratios)
     print(f"with the screen: {outcome.ratio:.1%} of the tokens per second without (median; pairs {pairwise})")
     print(f"{outcome.terminal_bytes:,} bytes went to the terminal; {len(outcome.pictures)} pictures")
-    _keep(json_file, [{"model": model, "screen": on, **figures} for on, figures in outcome.rounds])
+    results.add({"model": model, "screen": on, **figures} for on, figures in outcome.rounds)
 
 
-def _keep(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write the rows with all that is needed to measure them again."""
-    if path is None:
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where the results (*.json) are.")],
+    into: Annotated[Path | None, typer.Option(help="A Markdown file whose marked part is replaced.")] = None,
+) -> None:
+    """Turn results files into Markdown tables, printed or written into the marked part of a file."""
+    from minipaged.lab.bench_report import insert
+    from minipaged.lab.bench_report import report as tables_of
+
+    tables = tables_of(folder)
+    if into is None:
+        typer.echo(tables, nl=False)
         return
-    document = {
-        "command": " ".join(["minipaged", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": _device(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "numpy", "minipaged")},
-        "python": platform.python_version(),
-        "rows": rows,
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
-
-
-def _version(name: str) -> str:
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+        text = into.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{into}: cannot be read: {error.strerror}") from None
+    into.write_text(insert(text, tables), encoding="utf-8")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _say_notes(results: Results, console: Console) -> None:
+    for note in results.notes:
+        console.print(f"Left out: {note}", highlight=False, markup=False)

@@ -1,268 +1,182 @@
-"""`minipaged bench kernels`: paged attention on a GPU beside the copy ceiling and its peers, by graph replay.
+"""`minipaged bench kernels`: every kernel on a GPU beside the ceilings of the machine and its peers, by graph replay.
 
-Each shape gets random data, shuffled pages and enough copies of its KV that the cache (50-60 MB) cannot hold them;
-the graph runs over all copies, and a time is the median of its replays divided by the copies. Peers that are not
-installed are skipped with a note.
+Each shape gets random data, shuffled pages and as many copies as it takes for the cache (50-60 MB) to hold none of them; a graph goes over
+all copies until milliseconds have passed. Before it is timed, a peer's output is compared with ours: what does not agree is not timed.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
-import kernels
 from minipaged.errors import InputError
+from minipaged.lab.bench_peers import PEERS, Attend, Case, PeerMissingError, make_case, minipaged
+from minipaged.lab.bench_pools import Pool, make_pool
+from minipaged.lab.bench_rows import OURS, PAST_CACHE_BYTES, Ceilings, Row, make_row
+from minipaged.lab.bench_small_kernels import small_rows
+from minipaged.lab.bench_timing import Notes, Race, Timing, Work, race
 
-BLOCK = 16
-PAST_CACHE_BYTES = 256 * 2**20
-DECODE_SHAPES = (
-    # sequences, context, heads, kv heads, head dim
-    (64, 4096, 32, 8, 128),
-    (64, 1024, 32, 32, 128),
-    (1, 16384, 32, 8, 128),
-    (256, 1024, 32, 8, 128),
-    (16, 8192, 16, 8, 128),
-    (8, 1024, 32, 32, 128),
-    (1, 2048, 32, 8, 128),
+MOST_COPIES = 32
+AGREEMENT = 2e-2  # of the norms, bfloat16
+DECODE_SHAPES: tuple[tuple[str, tuple[int, ...], int, int, int], ...] = (
+    # name, contexts, heads, kv heads, head dim
+    ("64 x 4096, 32/8", (4096,) * 64, 32, 8, 128),
+    ("64 x 1024, 32/32", (1024,) * 64, 32, 32, 128),
+    ("1 x 16384, 32/8", (16384,), 32, 8, 128),
+    ("256 x 1024, 32/8", (1024,) * 256, 32, 8, 128),
+    ("16 x 8192, 16/8", (8192,) * 16, 16, 8, 128),
+    ("8 x 1024, 32/32", (1024,) * 8, 32, 32, 128),
+    ("1 x 2048, 32/8", (2048,), 32, 8, 128),
+    ("64 x uniform 100-2048, 32/8", (), 32, 8, 128),  # contexts are drawn, see ragged()
+    ("one 32768 among 63 x 256, 32/8", (32768, *(256,) * 63), 32, 8, 128),
 )
 PREFILL_SHAPES = (
     # sequences, new tokens each, tokens already in the cache, heads, kv heads, head dim
     (4, 4096, 0, 32, 32, 128),
     (16, 1024, 0, 32, 8, 128),
     (1, 16384, 0, 32, 8, 128),
+    (4, 512, 0, 32, 8, 128),
+    (4, 512, 1024, 32, 8, 128),
     (4, 512, 4096, 32, 8, 128),
     (4, 512, 16384, 32, 8, 128),
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement. value: GB/s of KV read (decode), TFLOP/s (prefill) or GB/s read and written (copy)."""
-
-    kernel: str
-    shape: str
-    contender: str
-    microseconds: float
-    value: float
-    unit: str
+def ceiling_rows(timed: Race = race) -> Iterator[Row]:
+    """The two ceilings."""
+    yield make_row("copy", "2 GiB", "torch", *_copy(timed), "GB/s")
+    yield make_row("matrix product", "8192^3", "torch", *_product(timed), "TFLOP/s")
 
 
-def graph_us(work: Callable[[], Any], calls: int, replays: int = 20) -> float:
-    """Microseconds a call of `work`, which makes `calls` calls: captured once, the median of the replays."""
-    work()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for i in range(replays + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) * 1e3)
-    return float(statistics.median(times)) / calls
-
-
-def copy_ceiling() -> Row:
-    """Two gibibytes through an elementwise kernel, read and written bytes together: a graph's own copies take a slower engine."""
+def _copy(timed: Race) -> tuple[Timing, float]:
+    """Two gibibytes through an elementwise kernel, for a graph's own copies take a slower engine: read and written together."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    us = graph_us(lambda: torch.neg(source, out=target), 1)
-    return Row("copy", "2 GiB", "torch", us, 2 * source.numel() * 4 / us / 1e3, "GB/s")
+    taken = timed({"torch": lambda: torch.neg(source, out=target)}, 1)["torch"]
+    return taken, 2 * source.numel() * 4 / 1e3
 
 
-@dataclass
-class Pool:
-    """One KV pool with shuffled pages, and the same keys and values as dense tensors' shape would need."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    tables: torch.Tensor
-    lengths: torch.Tensor
+def _product(timed: Race) -> tuple[Timing, float]:
+    """The product of two square bfloat16 matrices."""
+    one, other = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(one)
+    taken = timed({"torch": lambda: torch.mm(one, other, out=product)}, 1)["torch"]
+    return taken, 2 * 8192**3 / 1e6
 
 
-def make_pool(batch: int, lengths: list[int], kv_heads: int, head_dim: int) -> Pool:
-    """A pool for these contexts, bfloat16."""
-    widths = [-(-n // BLOCK) for n in lengths]
-    total, width = sum(widths), max(widths)
-    keys = torch.randn(total, BLOCK, kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    pages = torch.randperm(total, device="cuda").to(torch.int32)
-    tables = torch.zeros(batch, width, dtype=torch.int32, device="cuda")
-    at = 0
-    for row, n in enumerate(widths):
-        tables[row, :n] = pages[at : at + n]
-        at += n
-    return Pool(keys, torch.randn_like(keys), tables, torch.tensor(lengths, dtype=torch.int32, device="cuda"))
+def ragged(count: int = 64) -> tuple[int, ...]:
+    """Context lengths uniform from 100 to 2048, from a fixed seed."""
+    drawn = torch.randint(100, 2049, (count,), generator=torch.Generator().manual_seed(0))
+    return tuple(int(n) for n in drawn)
 
 
-def decode_rows(contenders: tuple[str, ...]) -> Iterator[Row]:
-    """Paged decode on every shape, also ragged."""
-    ragged = torch.randint(100, 2049, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    cases = [(f"{b}x{s} {h}/{kh}", [s] * b, h, kh, d) for b, s, h, kh, d in DECODE_SHAPES]
-    cases.append(("64 x uniform 100-2048 32/8", ragged, 32, 8, 128))
-    cases.append(("one 32768 among 63 x 256 32/8", [32768] + [256] * 63, 32, 8, 128))
-    for name, lengths, heads, kv_heads, head_dim in cases:
-        batch, kv_bytes = len(lengths), 4 * sum(lengths) * kv_heads * head_dim
-        copies = max(1, -(-PAST_CACHE_BYTES // kv_bytes))
-        pools = [make_pool(batch, lengths, kv_heads, head_dim) for _ in range(copies)]
-        query = torch.randn(batch, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-        out = torch.empty_like(query)
-        scale = head_dim**-0.5
+def decode_rows(
+    peers: tuple[str, ...],
+    ceilings: Ceilings,
+    note: Notes,
+    *,
+    shapes: tuple[tuple[str, tuple[int, ...], int, int, int], ...] = DECODE_SHAPES,
+    timed: Race = race,
+    device: str = "cuda",
+) -> Iterator[Row]:
+    """Paged decode on every shape; bytes are those of the keys and values."""
+    for name, contexts, heads, kv_heads, head_dim in shapes:
+        lengths = contexts or ragged()
+        pools = _copies(lengths, kv_heads, head_dim, device)
+        cases = [make_case(pool, heads, 1) for pool in pools]
+        yield from _contest("decode", name, cases, peers, ceilings, note, timed, pools[0].kv_bytes / 1e3, "GB/s")
 
-        def ours(pools: list[Pool] = pools, query: Any = query, scale: float = scale, out: Any = out) -> None:
-            for p in pools:
-                kernels.paged_decode(query, p.keys, p.values, p.tables, p.lengths, scale, out=out)
 
-        runs: dict[str, Callable[[], None]] = {"minipaged": ours}
-        if "fa3" in contenders and (fa3 := _fa3()) is not None:
-            starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32)
-            longest = max(lengths)
+def prefill_rows(
+    peers: tuple[str, ...],
+    ceilings: Ceilings,
+    note: Notes,
+    *,
+    shapes: tuple[tuple[int, int, int, int, int, int], ...] = PREFILL_SHAPES,
+    timed: Race = race,
+    device: str = "cuda",
+) -> Iterator[Row]:
+    """Paged prefill on every shape, with and without a prefix in the cache; multiplications of masked pairs do not count."""
+    for batch, new, prefix, heads, kv_heads, head_dim in shapes:
+        name = f"{batch} x {new}, {heads}/{kv_heads}" + (f", after {prefix}" if prefix else "")
+        pools = _copies((new + prefix,) * batch, kv_heads, head_dim, device)
+        cases = [make_case(pool, heads, new) for pool in pools]
+        operations = 4 * batch * heads * head_dim * (new * prefix + new * (new + 1) / 2)
+        yield from _contest("prefill", name, cases, peers, ceilings, note, timed, operations / 1e6, "TFLOP/s")
 
-            def theirs(
-                pools: list[Pool] = pools,
-                query: Any = query,
-                out: Any = out,
-                starts: Any = starts,
-                longest: int = longest,
-                fa3: Any = fa3,
-            ) -> None:
-                for p in pools:
-                    fa3(query, p, starts, 1, longest, out)
 
-            runs["fa3"] = theirs
-        if "sdpa" in contenders and len(set(lengths)) == 1:
-            runs["sdpa"] = _sdpa_decode(pools, query, lengths[0], kv_heads, head_dim)
-        for contender, work in runs.items():
-            us = graph_us(work, copies)
-            yield Row("decode", name, contender, us, kv_bytes / us / 1e3, "GB/s")
-        del pools, runs, ours
+def _copies(contexts: tuple[int, ...], kv_heads: int, head_dim: int, device: str) -> list[Pool]:
+    """Pools of the same shape, together larger than the cache."""
+    first = make_pool(contexts, kv_heads, head_dim, device)
+    count = min(MOST_COPIES, -(-PAST_CACHE_BYTES // first.kv_bytes)) if device == "cuda" else 2
+    return [first, *(make_pool(contexts, kv_heads, head_dim, device) for _ in range(count - 1))]
+
+
+def _contest(
+    kernel: str,
+    shape: str,
+    cases: list[Case],
+    peers: tuple[str, ...],
+    ceilings: Ceilings,
+    note: Notes,
+    timed: Race,
+    work: float,
+    unit: str,
+) -> Iterator[Row]:
+    """One shape: ours and every peer that takes it and agrees with ours. work: of one call, as in make_row."""
+    ours = [minipaged(case) for case in cases]
+    expected = ours[0]().clone()
+    contenders: dict[str, list[Attend]] = {OURS: ours}
+    for name, prepare in (entry for peer in peers for entry in PEERS[peer]):
+        try:
+            calls = [prepare(case) for case in cases]
+            check_agreement(calls[0](), expected)
+        except PeerMissingError as error:
+            note(f"{name}, {kernel} {shape}: {error}")
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            note(f"{name}, {kernel} {shape}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        else:
+            contenders[name] = calls
+    passes = ceilings.passes(work, unit, len(cases))
+    works = {name: _all_calls(calls, passes) for name, calls in contenders.items()}
+    times = timed(works, len(cases) * passes)
+    for name, taken in times.items():
+        ratio = times[OURS].speed_against(taken) if name != OURS else None
+        yield make_row(kernel, shape, name, taken, work, unit, ceilings=ceilings, ratio=ratio)
+    if cases[0].query.is_cuda:
         torch.cuda.empty_cache()
 
 
-def prefill_rows(contenders: tuple[str, ...]) -> Iterator[Row]:
-    """Paged prefill on every shape, with and without a prefix in the cache."""
-    for batch, new, prefix, heads, kv_heads, head_dim in PREFILL_SHAPES:
-        name = f"{batch}x{new} {heads}/{kv_heads}" + (f" after {prefix}" if prefix else "")
-        pool = make_pool(batch, [new + prefix] * batch, kv_heads, head_dim)
-        query = torch.randn(batch * new, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-        starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * new
-        out, scale = torch.empty_like(query), head_dim**-0.5
-        flops = 4 * batch * heads * head_dim * (new * prefix + new * (new + 1) / 2)
-
-        def ours(
-            pool: Pool = pool,
-            query: Any = query,
-            starts: Any = starts,
-            new: int = new,
-            scale: float = scale,
-            out: Any = out,
-        ) -> None:
-            kernels.paged_prefill(query, pool.keys, pool.values, pool.tables, pool.lengths, starts, new, scale, out=out)
-
-        runs: dict[str, Callable[[], None]] = {"minipaged": ours}
-        if "fa3" in contenders and (fa3 := _fa3()) is not None:
-
-            def theirs(
-                pool: Pool = pool,
-                query: Any = query,
-                starts: Any = starts,
-                new: int = new,
-                prefix: int = prefix,
-                out: Any = out,
-                fa3: Any = fa3,
-            ) -> None:
-                fa3(query, pool, starts, new, new + prefix, out)
-
-            runs["fa3"] = theirs
-        if "sdpa" in contenders and not prefix:
-            runs["sdpa"] = _sdpa_prefill(batch, new, heads, kv_heads, head_dim)
-        for contender, work in runs.items():
-            us = graph_us(work, 1, replays=8)
-            yield Row("prefill", name, contender, us, flops / us / 1e6, "TFLOP/s")
-        del pool, runs, ours
-        torch.cuda.empty_cache()
-
-
-def _sdpa_decode(
-    pools: list[Pool], query: torch.Tensor, length: int, kv_heads: int, head_dim: int
-) -> Callable[[], None]:
-    """torch's attention over contiguous keys and values of the same size: what paging is compared with."""
-    batch, heads = query.shape[0], query.shape[1]
-    dense = [
-        (
-            p.keys.view(batch, length, kv_heads, head_dim).transpose(1, 2),
-            p.values.view(batch, length, kv_heads, head_dim).transpose(1, 2),
-        )
-        for p in pools
-    ]
-    one = query.view(batch, heads, 1, head_dim)
-
+def _all_calls(calls: list[Callable[[], Tensor]], passes: int) -> Work:
     def work() -> None:
-        for keys, values in dense:
-            torch.nn.functional.scaled_dot_product_attention(one, keys, values, enable_gqa=heads != kv_heads)
+        for _ in range(passes):
+            for call in calls:
+                call()
 
     return work
 
 
-def _sdpa_prefill(batch: int, new: int, heads: int, kv_heads: int, head_dim: int) -> Callable[[], None]:
-    """torch's causal flash attention over dense tensors."""
-    query = torch.randn(batch, heads, new, head_dim, device="cuda", dtype=torch.bfloat16)
-    keys = torch.randn(batch, kv_heads, new, head_dim, device="cuda", dtype=torch.bfloat16)
-    values = torch.randn_like(keys)
-
-    def work() -> None:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-            torch.nn.functional.scaled_dot_product_attention(
-                query, keys, values, is_causal=True, enable_gqa=heads != kv_heads
-            )
-
-    return work
+def check_agreement(found: Tensor, expected: Tensor) -> None:
+    """ValueError if a peer computes something else. Compared as [tokens, heads * head_dim]."""
+    one, other = found.reshape(expected.shape).float(), expected.float()
+    error = float((one - other).norm() / other.norm())
+    if not error < AGREEMENT:
+        raise ValueError(f"its output is not ours: relative error {error:.1e}")
 
 
-def _fa3() -> Callable[..., None] | None:
-    """FlashAttention 3 as vLLM ships it, or None where that is not installed."""
-    try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-
-    def call(
-        query: torch.Tensor, pool: Pool, starts: torch.Tensor, longest_q: int, longest_k: int, out: torch.Tensor
-    ) -> None:
-        flash_attn_varlen_func(
-            query,
-            pool.keys,
-            pool.values,
-            max_seqlen_q=longest_q,
-            cu_seqlens_q=starts,
-            max_seqlen_k=longest_k,
-            seqused_k=pool.lengths,
-            block_table=pool.tables,
-            causal=True,
-            out=out,
-            fa_version=3,
-        )
-
-    return call
-
-
-def measure(contenders: tuple[str, ...]) -> Iterator[Row]:
-    """The ceiling, then every shape. InputError without a GPU."""
+def measure(peers: tuple[str, ...], note: Notes) -> Iterator[Row]:
+    """The ceilings, then every shape of every kernel. InputError without a GPU."""
     if not torch.cuda.is_available():
         raise InputError("bench kernels needs a CUDA GPU; on a CPU the tests compare the kernels with their twins")
     torch.manual_seed(0)
-    yield copy_ceiling()
-    yield from decode_rows(contenders)
-    yield from prefill_rows(contenders)
+    copy, product = list(ceiling_rows())
+    yield copy
+    yield product
+    torch.cuda.empty_cache()
+    ceilings = Ceilings(copy.value, product.value)
+    with torch.inference_mode():
+        yield from decode_rows(peers, ceilings, note)
+        yield from prefill_rows(peers, ceilings, note)
+        yield from small_rows(ceilings)

@@ -1,0 +1,276 @@
+"""`minipaged bench host`: what a decode step costs beside the GPU's work, at a full batch.
+
+The host gap is what lies between one step's last kernel and the next one's first, read from events on the stream around every replay of a
+graph: launch gaps inside a graph are the device's, so they count as busy; copies to and from the device around a graph count as gap.
+Every measurement is a phase of its own over the same contexts: requests are submitted, brought to plain decoding, measured and aborted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from minipaged.config import SamplingParams
+from minipaged.engine import Engine
+from minipaged.errors import InputError
+from minipaged.execution.runner import Pending
+from minipaged.generation.detokenizer import Detokenizer
+from minipaged.lab.workloads import engine_draws
+from minipaged.llm import LLM
+from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.trace.records import StepDelta
+from minipaged.trace.stream import StreamWriter, header_of
+
+STEPS, PHASES = 60, 3  # decode steps of a phase, and phases of a measurement: medians over the phases
+WARM_TOKENS = 8  # of every answer, before a phase is measured
+PAIRS, PAIR_STEPS = 10, 30  # of the trace's cost: steps with and without a listener, in turn
+
+
+class HostRow(NamedTuple):
+    """One figure. goal: what it should stay below, in the same unit; None where the row explains another."""
+
+    what: str
+    value: float
+    unit: str
+    goal: float | None = None
+
+
+def phase(engine: Engine, batch: int, steps: int, measured: Callable[[], None]) -> None:
+    """Bring `batch` requests to plain decoding, call `measured`, which may take `steps` steps, and abort them."""
+    room = len(engine_draws(f"b{batch}")[0][0]) + WARM_TOKENS + steps + 2 * PAIR_STEPS
+    if batch > engine.scheduler.config.max_num_seqs:
+        raise InputError(f"batch must be at most max_num_seqs ({engine.scheduler.config.max_num_seqs}), not {batch}")
+    blocks, size = engine.runner.num_blocks() - 1, engine.scheduler.block_size
+    if batch * -(-room // size) > blocks:
+        raise InputError(
+            f"batch {batch} needs {batch * -(-room // size)} blocks of {size} tokens; the pool has {blocks}"
+        )
+    params = SamplingParams(max_tokens=room, ignore_eos=True)
+    vocabulary = engine.codec.vocab_size if engine.codec is not None else 1 << 31
+    outputs = [engine.ask([token % vocabulary for token in prompt], params) for prompt, _ in engine_draws(f"b{batch}")]
+    refused = next((output.error for output in outputs if output.error), None)
+    if refused is not None:
+        raise InputError(refused)
+    while min(len(output.outputs[0].token_ids) if output.outputs else 0 for output in outputs) < WARM_TOKENS:
+        engine.step()
+    _synchronize()
+    measured()
+    for output in outputs:
+        engine.abort(output.request_id)
+    while engine.has_work:
+        engine.step()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def step_us(engine: Engine, steps: int) -> float:
+    """Microseconds of wall time a step, over `steps` steps, until the GPU is done."""
+    _synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    _synchronize()
+    return (time.perf_counter() - started) / steps * 1e6
+
+
+# ---- the GPU's side
+
+
+@contextmanager
+def marked_replays() -> Iterator[list[tuple[Any, Any]]]:
+    """Events on the stream before and after every graph that is replayed meanwhile."""
+    marks: list[tuple[Any, Any]] = []
+    kind: Any = torch.cuda.CUDAGraph
+    replay = kind.replay
+
+    def marked(graph: torch.cuda.CUDAGraph) -> None:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        before.record()
+        replay(graph)
+        after.record()
+        marks.append((before, after))
+
+    kind.replay = marked
+    try:
+        yield marks
+    finally:
+        kind.replay = replay
+
+
+def busy_and_gap_us(marks: list[tuple[Any, Any]]) -> tuple[float, float]:
+    """(from a step's first kernel to its last, from there to the next step's first), means: steps that need new blocks count as well.
+
+    InputError if no graphs were replayed.
+    """
+    if len(marks) < 2:
+        raise InputError("no graphs were replayed: the host gap is that of graph steps, so graphs must be on")
+    busy = statistics.fmean(before.elapsed_time(after) for before, after in marks)
+    gaps = (last[1].elapsed_time(following[0]) for last, following in itertools.pairwise(marks))
+    return busy * 1e3, statistics.fmean(gaps) * 1e3
+
+
+def kernel_us(engine: Engine, steps: int) -> float:
+    """Microseconds a step that all kernels and copies took, one by one, from the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    return float(sum(event.self_device_time_total for event in profile.key_averages())) / steps
+
+
+def gpu_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
+    """Wall time of a step, the GPU's busy interval, what is left for the host, and the sum of the kernels."""
+    walls: list[float] = []
+    found: list[tuple[float, float]] = []
+
+    def marked() -> None:
+        with marked_replays() as marks:
+            step_us(engine, STEPS)
+        found.append(busy_and_gap_us(marks))
+
+    for _ in range(PHASES):
+        phase(engine, batch, STEPS, lambda: walls.append(step_us(engine, STEPS)))
+        phase(engine, batch, STEPS, marked)
+    busy, gap = (statistics.median(values) for values in zip(*found, strict=True))
+    sums: list[float] = []
+    phase(engine, batch, STEPS, lambda: sums.append(kernel_us(engine, STEPS)))
+    yield HostRow("step, wall time", statistics.median(walls), "us")
+    yield HostRow("GPU busy, first kernel to last", busy, "us")
+    yield HostRow("host gap, last kernel to the next step's first", gap, "us", 100.0)
+    yield HostRow("host gap, part of a step", 100 * gap / (busy + gap), "%", 2.0)
+    yield HostRow("kernels, summed", sums[0], "us")
+
+
+# ---- the host's side
+
+
+class _TimedPending:
+    """A launched step; the wait for its tokens is timed."""
+
+    def __init__(self, pending: Pending, taken: list[float]) -> None:
+        self._pending = pending
+        self._taken = taken
+
+    def tokens(self) -> StepTokens:
+        started = time.perf_counter()
+        tokens = self._pending.tokens()
+        self._taken.append(time.perf_counter() - started)
+        return tokens
+
+
+def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
+    """Host time of each part of a step, microseconds, medians: the text beside the tokens too, which the peers' runs do without."""
+    taken: dict[str, list[float]] = {
+        "schedule": [], "launch": [], "wait for tokens": [], "commit": [], "text": [], "trace, nobody listening": [],
+    }  # fmt: skip
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*arguments)
+            taken[name].append(time.perf_counter() - started)
+            return result
+
+        return measured
+
+    launch = timed("launch", engine.runner.launch)
+
+    def timed_launch(plan: StepPlan) -> Pending:
+        return _TimedPending(launch(plan), taken["wait for tokens"])
+
+    kept = engine.detokenizer
+    text = Detokenizer(engine.codec) if engine.codec is not None else None
+    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
+        (engine.scheduler, "schedule", timed("schedule", engine.scheduler.schedule)),
+        (engine.scheduler, "commit", timed("commit", engine.scheduler.commit)),
+        (engine.runner, "launch", timed_launch),
+        (engine.trace, "publish", timed("trace, nobody listening", engine.trace.publish)),
+    ]
+    if text is not None:
+        wrapped.append((text, "update", timed("text", text.update)))
+    engine.detokenizer = text
+    for owner, name, call in wrapped:
+        setattr(owner, name, call)
+
+    def measured() -> None:
+        for values in taken.values():
+            values.clear()
+        step_us(engine, STEPS)
+        for name, values in taken.items():
+            taken[name] = list(values[:STEPS])
+
+    try:
+        phase(engine, batch, STEPS, measured)
+    finally:
+        for owner, name, _ in wrapped:
+            delattr(owner, name)
+        engine.detokenizer = kept
+    for name, values in taken.items():
+        if values:
+            yield HostRow(f"host: {name}", statistics.median(values) * 1e6, "us")
+
+
+class _Counter:
+    """A binary stream that forgets what it is told."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def write(self, data: bytes) -> int:
+        self.written += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+def listener_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
+    """What a listener of the trace costs: steps with and without it, in turn, the order changing from pair to pair."""
+    yield HostRow("trace: a listener", _listener_percent(engine, batch, lambda: lambda delta: None), "%", 2.0)
+
+    def recorder() -> Callable[[StepDelta], None]:
+        stream: Any = _Counter()
+        out: BinaryIO = stream
+        return StreamWriter(out, header_of(engine)).delta
+
+    yield HostRow("trace: a listener that records", _listener_percent(engine, batch, recorder), "%")
+
+
+def _listener_percent(engine: Engine, batch: int, make: Callable[[], Callable[[StepDelta], None]]) -> float:
+    """Percent of tokens per second that the listener takes, the median over the pairs."""
+    lost: list[float] = []
+
+    def with_listener() -> float:
+        leave = engine.trace.subscribe(make())
+        engine.step()  # its first delta tells all there is
+        taken = step_us(engine, PAIR_STEPS)
+        leave()
+        return taken
+
+    def pair(first: bool) -> None:
+        engine.step()
+        heard = with_listener() if first else 0.0
+        alone = step_us(engine, PAIR_STEPS)
+        heard = heard or with_listener()
+        lost.append(100 * (1 - alone / heard))
+
+    for i in range(PAIRS):
+        phase(engine, batch, 2 * PAIR_STEPS, lambda i=i: pair(i % 2 == 0))  # type: ignore[misc]
+    return statistics.median(lost)
+
+
+def measure(llm: LLM, batch: int) -> Iterator[HostRow]:
+    """All figures; those of the GPU only where there is one."""
+    if torch.cuda.is_available():
+        yield from gpu_rows(llm.engine, batch)
+    yield from part_rows(llm.engine, batch)
+    yield from listener_rows(llm.engine, batch)

@@ -1,0 +1,164 @@
+"""The engine benchmark: jobs, processes that fail or hang, ratios; and this project's own contender end to end on a CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minipaged.errors import InputError
+from minipaged.lab.bench_engine import Job, Outcome, Pass, check_contenders, measure, requests_of, run_contender
+from minipaged.lab.hub_shape import hub_config
+from minipaged.model.hf_config import read_config
+from minipaged.model.shapes import SHAPES, SIMULATED_ONLY
+
+JOB = Job("random:toy", ("batch:2",), device="cpu", limit_seconds=100)
+READY = '{"kind": "ready", "seconds": 2.5, "device": "a GPU"}\n'
+PASSED = '{"kind": "pass", "workload": "batch:2", "requests": 2, "tokens": 512, "seconds": %s}\n'
+
+
+def script(text: str) -> tuple[str, ...]:
+    """A process that runs `text` with the contender's name and file as arguments, the job on its standard input."""
+    return (sys.executable, "-c", "import sys, json, os, time\n" + text)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ({"workloads": ("nana",)}, "workload must be nano, sharegpt or batch:N, not 'nana'"),
+        ({"workloads": ("batch:0",)}, "batch must be"),
+        ({"workloads": ("batch:two",)}, "not 'batch:two'"),
+        ({"workloads": ()}, "workload names nothing"),
+        ({"repeats": 0}, "repeats must be"),
+        ({"long_repeats": 0}, "long_repeats must be"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be"),
+        ({"limit_seconds": 0.0}, "limit_seconds must be"),
+    ],
+)
+def test_a_job_that_cannot_be_run_is_refused(words: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        replace(JOB, **words)  # type: ignore[arg-type]
+
+
+def test_peers_need_a_model_that_they_can_draw() -> None:
+    check_contenders((), "smollm2-135m")
+    check_contenders(("vllm", "transformers"), "random:llama-7b")
+    with pytest.raises(InputError, match=r"against must be one of .*vllm"):
+        check_contenders(("sglang",), "random:llama-7b")
+    with pytest.raises(InputError, match=r"such as random:llama-7b, not 'smollm2-135m'"):
+        check_contenders(("vllm",), "smollm2-135m")
+
+
+def test_workloads_are_the_same_for_all() -> None:
+    asked, temperature = requests_of("batch:3")
+    assert [(len(prompt), n) for prompt, n in asked] == [(128, 256)] * 3
+    assert temperature == 0.0
+    assert requests_of("nano")[1] == 0.6
+    assert len(requests_of("sharegpt")[0]) == 256
+
+
+def test_what_a_contender_tells_is_read() -> None:
+    text = f"open(sys.argv[2], 'a').write({READY!r} + {PASSED % 2.0!r} + {PASSED % 4.0!r} + '{{\"kin')"
+    outcome = run_contender("vllm", JOB, command=script(text))
+    assert outcome == Outcome("vllm", "a GPU", 2.5, {"batch:2": [Pass(2, 512, 2.0), Pass(2, 512, 4.0)]}, "")
+
+
+def test_the_job_arrives_whole() -> None:
+    check = "job = json.load(sys.stdin); assert job['model'] == 'random:toy' and job['workloads'] == ['batch:2'], job"
+    assert run_contender("vllm", JOB, command=script(check)).note == ""
+
+
+def test_a_contender_that_fails_says_its_last_words() -> None:
+    outcome = run_contender(
+        "vllm", JOB, command=script(f"open(sys.argv[2], 'a').write({READY!r}); print('a'); sys.exit('no memory')")
+    )
+    assert outcome.note == "ended with code 1: a / no memory"
+    assert outcome.startup_seconds == 2.5
+    assert "it said nothing" in run_contender("vllm", JOB, command=script("os._exit(3)")).note
+
+
+def test_a_contender_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    """What it told before counts; nothing of it lives on."""
+    ids = tmp_path / "ids"
+    text = (
+        "import subprocess\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(ids)!r}, 'w').write(str(child.pid))\n"
+        f"open(sys.argv[2], 'a').write({READY!r} + {PASSED % 2.0!r})\n"
+        "time.sleep(600)\n"
+    )
+    outcome = run_contender("vllm", replace(JOB, limit_seconds=4.0), command=script(text))
+    assert outcome.note == "ended after its limit of 4 s"
+    assert outcome.passes == {"batch:2": [Pass(2, 512, 2.0)]}
+    state = Path(f"/proc/{ids.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_ratios_are_ours_over_theirs_and_gaps_are_told() -> None:
+    told = {
+        "minipaged": Outcome("minipaged", "a GPU", 1.0, {"batch:2": [Pass(2, 512, s) for s in (1.0, 2.0, 9.0)]}),
+        "vllm": Outcome("vllm", "a GPU", 60.0, {"batch:2": [Pass(2, 512, 3.0)]}, "ended after its limit of 9 s"),
+        "transformers": Outcome("transformers", note="transformers cannot be imported: no"),
+    }
+    said: list[str] = []
+    job = replace(JOB, workloads=("batch:2", "nano"))
+    found = list(measure(tuple(told), job, said.append, run=lambda name, _: told[name]))
+    rows = [row for _, rows in found for row in rows]
+    assert [(row.contender, row.tokens_per_second, row.ratio) for row in rows] == [
+        ("minipaged", 256.0, None),
+        ("vllm", 512 / 3, 1.5),
+    ]
+    assert rows[0].passes == (1.0, 2.0, 9.0)
+    assert said == [
+        "minipaged: told nothing of some workloads; not measured: nano",
+        "vllm: ended after its limit of 9 s; not measured: nano",
+        "transformers: transformers cannot be imported: no; not measured: batch:2, nano",
+    ]
+
+
+@pytest.mark.parametrize("name", ["minipaged", "minipaged-plain"])
+def test_our_own_contender_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    outcome = run_contender(name, replace(JOB, repeats=1))
+    assert outcome.note == ""
+    (run,) = outcome.passes["batch:2"]
+    assert (run.requests, run.tokens) == (2, 512)
+    assert outcome.device is not None
+    assert outcome.device.startswith("CPU") or os.path.exists("/dev/nvidia0")
+
+
+@pytest.mark.parametrize("name", ["vllm", "transformers"])
+def test_a_contender_that_is_not_installed_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name that cannot be imported stands before any real one."""
+    (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    outcome = run_contender(name, JOB)
+    assert outcome.note == f"{name} cannot be imported: not here"
+    assert not outcome.passes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", ["batch:2", "sharegpt"])
+def test_transformers_runs(workload: str) -> None:
+    pytest.importorskip("transformers")
+    outcome = run_contender("transformers", replace(JOB, workloads=(workload,), limit_seconds=280))
+    assert outcome.note == ""
+    assert outcome.passes[workload][0].requests == (2 if workload == "batch:2" else 64)
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in SIMULATED_ONLY])
+def test_a_shape_in_the_hubs_words_reads_back(name: str, tmp_path: Path) -> None:
+    import json
+
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hub_config(SHAPES[name])))
+    assert read_config(folder) == SHAPES[name]
+
+
+def test_a_shape_that_no_family_has_is_refused() -> None:
+    with pytest.raises(InputError, match="no family of the hub"):
+        hub_config(replace(SHAPES["toy"], mlp_bias=True, qk_norm=True))
