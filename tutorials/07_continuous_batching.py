@@ -229,10 +229,12 @@ def request(left: int, *, writing: bool = False) -> Request:
 
 def test_2_the_picture() -> None:
     a, b, c, d, e = request(7, writing=True), request(3, writing=True), request(9), request(100), request(3)
+    names = {id(r): name for r, name in zip((a, b, c, d, e), "ABCDE", strict=True)}
     running, waiting = [a, b, c], deque([d, e])
-    assert schedule(running, waiting, budget=16) == [(a, 1), (b, 1), (c, 9), (d, 5)]
-    assert running == [a, b, c, d]
-    assert list(waiting) == [e]
+    plan = schedule(running, waiting, budget=16)
+    assert [(names[id(r)], count) for r, count in plan] == [("A", 1), ("B", 1), ("C", 9), ("D", 5)]
+    assert [names[id(r)] for r in running] == ["A", "B", "C", "D"], "D was admitted: it runs now"
+    assert [names[id(r)] for r in waiting] == ["E"]
 
 
 def test_2_no_more_than_allowed_run() -> None:

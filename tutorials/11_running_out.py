@@ -86,9 +86,19 @@ def blocks_for(tokens: int) -> int:
 # %% [markdown]
 # ## The engine
 #
-# It is given, and short enough to read. Each step: every running request gets room for the tokens it has not
-# computed yet, one after the other; if there is none, somebody is preempted. If nobody was, those who were
-# swapped out may return, and then newcomers may start. Then the model runs.
+# It is given. The five functions that it calls and that are not there yet are yours: `never_fits`,
+# `choose_victim`, `recompute`, `swap_out` and `swap_in`.
+#
+# ```
+#  submit ──► waiting ──── admitted ────► running ──── finished ────►
+#                ▲                         │  ▲  │
+#                └─────── recompute ───────┘  │  └─── swap_out ───► swapped
+#                                             └────── swap_in ─────────┘
+# ```
+#
+# Each step: every running request gets room for the tokens it has not computed yet, one after the other; if
+# there is none, somebody is preempted. If nobody was, those who were swapped out may return, and then
+# newcomers may start. Then the model runs.
 
 
 # %%

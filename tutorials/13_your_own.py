@@ -28,8 +28,8 @@
 #
 # ## The pain
 #
-# There is none to measure this time, so let us measure the patient: the real manager doing the work of a few
-# thousand decoding steps. Yours will be compared with it.
+# There is none to measure this time, so let us measure the patient: the real manager at work for a batch that
+# is decoding. Yours will be compared with it.
 
 # %%
 from __future__ import annotations
@@ -387,7 +387,16 @@ if __name__ == "__main__":
 # ## Task 5: `MyBlockManager.more_room`
 #
 # Lesson 6 and lesson 8 in one method; `append` checks its arguments and calls it. The sequence has
-# `sequence.room` for so many tokens, `num_tokens` more are wanted. What you need:
+# `sequence.room` for so many tokens, `num_tokens` more are wanted:
+#
+# ```
+#  size 4        table [ 7,         8 ]                have = 2 entries, 8 slots
+#                        █ █ █ █    █ █ · ·            room = 6 < 8: the new tokens begin in the tail, at its slot 2
+#  num_tokens 7                     · · 6 7 8 9 …      need = blocks for 6 + 7 tokens = 4: grow by 2
+#                                                      if others hold block 8: copy it first, so 3 blocks must be free
+# ```
+#
+# In this order, so that a refusal changes nothing:
 #
 # - `need`: blocks for the new room; `have`: entries of `sequence.table`; `size`: tokens a block,
 #   `self._block_size`;

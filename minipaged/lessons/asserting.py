@@ -20,26 +20,38 @@ def describe(left: object, right: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+    """What Python says of a value, cut in the middle; of a tensor its shape and a few numbers."""
+    shape = getattr(value, "shape", None)
+    text, longest = repr(value), LONGEST
+    if shape is not None:
+        text, longest = f"{list(shape)} {' '.join(text.split())}", LONGEST // 2
+    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"
 
 
 class _Telling(ast.NodeTransformer):
-    """`assert a == b` becomes: left = a; right = b; assert left == right, describe(left, right)."""
+    """`assert a == b` becomes: left = a; right = b; assert left == right, describe(left, right). torch.equal(a, b) likewise."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST | list[ast.stmt]:
         test = node.test
-        if node.msg is not None or not isinstance(test, ast.Compare) or len(test.ops) != 1:
+        if node.msg is not None:
+            return node
+        if isinstance(test, ast.Compare) and len(test.ops) == 1:
+            values = [test.left, test.comparators[0]]
+        elif isinstance(test, ast.Call) and ast.unparse(test.func) == "torch.equal" and len(test.args) == 2:
+            values = list(test.args)
+        else:
             return node
         names = [f"{NAME}{side}" for side in ("left", "right")]
-        values = (test.left, test.comparators[0])
         keep: list[ast.stmt] = [
             ast.Assign([ast.Name(name, ast.Store())], value) for name, value in zip(names, values, strict=True)
         ]
         seen: list[ast.expr] = [ast.Name(name, ast.Load()) for name in names]
         words = ast.Call(ast.Name(NAME, ast.Load()), seen, [])
-        told = ast.Assert(ast.Compare(seen[0], test.ops, [seen[1]]), words)
+        if isinstance(test, ast.Compare):
+            again: ast.expr = ast.Compare(seen[0], test.ops, [seen[1]])
+        else:
+            again = ast.Call(test.func, seen, [])
+        told = ast.Assert(again, words)
         return [
             ast.copy_location(ast.fix_missing_locations(ast.copy_location(each, node)), node) for each in (*keep, told)
         ]

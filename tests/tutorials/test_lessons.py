@@ -16,6 +16,7 @@ from minipaged.lessons.catalog import HINT_LEVELS, Lesson, lessons, tutorials_fo
 from minipaged.lessons.checking import check
 from minipaged.lessons.runner import load, run
 from minipaged.lessons.strip import bodies, strip
+from minipaged.trace.records import Event, PoolBands
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_A_PROCESS_OF_ITS_OWN = (12,)  # it asks Triton for the interpreter, which must not reach other tests
@@ -171,6 +172,65 @@ def test_readme_and_glossary_name_only_what_exists() -> None:
                 assert (ROOT / path).exists(), f"{name}: {path} does not exist"
                 missing = [symbol for symbol in symbols if not defines(ROOT / path, symbol)]
                 assert not missing, f"{name}: {path} has no {missing}"
+
+
+EMPHASIS = {  # bold in a lesson, but no term of the field
+    "and for the token it will compute next",
+    "and stay findable",
+    "at every step",
+    "block 0 is never handed out",
+    "do not read the bugs yet.",
+    "each token takes one slot",
+    "find a block by its content",
+    "fork the winners before you free the losers.",
+    "front",
+    "has",
+    "interpret",
+    "needed",
+    "never all of the text",
+    "no",
+    "running requests first",
+    "the text does not change",
+    "there",
+}
+OTHER_FORMS = {
+    "logical": "logical block",
+    "physical": "physical block",
+    "static batch": "static batching",
+    "tiles": "tile",
+}
+OTHER_FORMS |= {"max": "max, pow2", "pow2": "max, pow2", "paged": "paging", "key": "key, value", "value": "key, value"}
+
+
+def glossary() -> dict[str, str]:
+    """word -> its line. "key (of a block)" is the word "key" too."""
+    lines = (tutorials_folder() / "glossary.md").read_text(encoding="utf-8").splitlines()
+    return {line.split(" | ")[0].removeprefix("| ").lower(): line for line in lines if line.startswith("| ")}
+
+
+@each_lesson
+def test_every_term_that_a_lesson_introduces_is_in_the_glossary(lesson: Lesson) -> None:
+    text = re.sub(r"```.*?```", "", prose(lesson.path), flags=re.DOTALL).split("## What real engines do")[0]
+    bold = {" ".join(term.split()).lower() for term in re.findall(r"\*\*([^*]+)\*\*", text)} - EMPHASIS
+    assert {OTHER_FORMS.get(term, term) for term in bold} - set(glossary()) == set()
+
+
+def test_the_glossary_has_every_event_and_every_kind_of_slot() -> None:
+    told = " ".join((Event.__doc__ or "").split())
+    match = re.search(r"block event's \(([a-z_ ]+)\) or one of ([a-z_ ]+)\.", told)
+    assert match is not None
+    words = glossary()
+    for kind in f"{match[1]} {match[2]}".split():
+        assert re.search(rf"\b{kind}\b", words["event"]), kind
+    for kind in PoolBands._fields:
+        assert kind == "token" or kind in words, kind
+
+
+def test_the_glossary_is_in_order_and_has_no_word_twice() -> None:
+    text = (tutorials_folder() / "glossary.md").read_text(encoding="utf-8")
+    words = [line.split(" | ")[0].removeprefix("| ").lower() for line in text.splitlines() if line.startswith("| ")]
+    assert words[0] == "word"
+    assert words[1:] == sorted(set(words[1:]))
 
 
 def test_readme_lists_every_lesson() -> None:

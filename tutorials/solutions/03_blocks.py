@@ -460,7 +460,7 @@ if __name__ == "__main__":
 #   ([`FreeKVCacheBlockQueue`](https://github.com/vllm-project/vllm/blob/main/vllm/v1/core/kv_cache_utils.py)).
 #   Lesson 10 will show why one wants that.
 # - **SGLang** hands out single tokens' slots by default, a block of one
-#   ([`allocator.py`](https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/mem_cache/allocator.py)).
+#   ([`mem_cache`](https://github.com/sgl-project/sglang/tree/main/python/sglang/srt/mem_cache)).
 # - **Linux** and every other operating system with paging has the same list, of page frames.
 # - **Hypothesis** shrinks as you saw; its stateful tests (`RuleBasedStateMachine`) are the grown-up form of
 #   your list of operations ([documentation](https://hypothesis.readthedocs.io/en/latest/stateful.html)).

@@ -10,10 +10,13 @@
 # the best few again. So one beam may have two children among the winners, and another none:
 #
 # ```
-#  step     beam 0 ──┬── 0          parents of the new beams: [0, 0, 2, 1]
-#           beam 1 ─┐└── 1
-#           beam 2 ─┼─── 2          beam 3 has no child: it dies
-#           beam 3  └─── 3
+#  old beams            the best four continuations        new beams     parent
+#
+#  0  the cat     ──┬── the cat sat     −1.1         ──►   0             0
+#                   └── the cat ran     −1.4         ──►   1             0
+#  1  a dog       ───── a dog is        −2.0         ──►   3             1
+#  2  my cat      ───── my cat was      −1.7         ──►   2             2
+#  3  no one            no child among the best: it dies
 # ```
 #
 # For the KV cache this is a storm. At every step beams swap places, double and die. A cache that keeps each
@@ -135,6 +138,13 @@ if __name__ == "__main__":
 #
 # `beams` are the names of the sequences. `parents` says for each new beam which old one it continues, and
 # `names` are the names of the new ones, none of them in use yet.
+#
+# ```
+#              tables                              holders of block    7   4   9
+#  before      b0 [7, 4]   b1 [7, 9]                                   2   1   1        parents [0, 0]
+#  all forked  b0 [7, 4]   b1 [7, 9]   c0 [7, 4]   c1 [7, 4]           4   3   1
+#  old freed                           c0 [7, 4]   c1 [7, 4]           2   2   0        9 is free, 7 and 4 never were
+# ```
 #
 # Edit tables, and nothing else: no token may move. Afterwards the new beams exist and the old ones do not. It
 # must work when not a single block is free. It must also work when one beam has all the children, which is
@@ -323,7 +333,7 @@ if __name__ == "__main__":
 #   ([`cache_utils.py`](https://github.com/huggingface/transformers/blob/main/src/transformers/cache_utils.py)).
 # - **The vLLM paper** forks as you do (Kwon et al. 2023, section 4.4, Fig. 9). vLLM has since moved beam
 #   search out of its core and builds it from single-token requests on top of the prefix cache ([RFC
-#   6226](https://github.com/vllm-project/vllm/issues/6226)).
+#   8306](https://github.com/vllm-project/vllm/issues/8306)).
 # - Real beam searches also handle texts that end: finished beams leave the memory and compete by a score that
 #   is normalized for length. That is bookkeeping, not memory.
 #

@@ -99,8 +99,9 @@ if __name__ == "__main__":
 # tokens as bytes (bytes are joined with `+`). The first block has no key before it: take 32 zero bytes,
 # `bytes(32)`. `digest` and `as_bytes` are given.
 #
-# Why cryptographic? If two texts had the same key, one user would be answered from another's text. With
-# Python's `hash` an attacker can find such texts on a laptop. It happened (CVE-2025-25183).
+# Why cryptographic? If two texts had the same key, one user would be answered from another's text. Python's
+# `hash` is short and predictable, so such texts can be searched for. A real engine had this hole
+# (CVE-2025-25183, below).
 #
 # ```console
 # $ python 10_prefix_cache.py
@@ -467,9 +468,9 @@ if __name__ == "__main__":
 # ## What real engines do
 #
 # - **vLLM** chains hashes as you do, block by block, and keeps free blocks findable in the same queue from
-#   which it evicts ([design](https://docs.vllm.ai/en/latest/design/prefix_caching.html)). It once used
-#   Python's `hash`, until somebody showed that prompts can be made to collide
-#   ([CVE-2025-25183](https://nvd.nist.gov/vuln/detail/CVE-2025-25183)).
+#   which it evicts ([design](https://docs.vllm.ai/en/latest/design/prefix_caching.html)). It began with
+#   Python's `hash`. With Python 3.12 the chain's first value became a known constant, and collisions could be
+#   prepared ([CVE-2025-25183](https://nvd.nist.gov/vuln/detail/CVE-2025-25183)).
 # - **SGLang** keeps a radix tree of texts instead of a table of hashes; with blocks of one token it shares up
 #   to the very token where two texts part, and it sees at once which requests have most in common (Zheng et
 #   al. 2023, [arXiv 2312.07104](https://arxiv.org/abs/2312.07104)).
