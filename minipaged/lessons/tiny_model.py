@@ -2,7 +2,7 @@
 key anywhere and the logits move.
 
 Attention is a function that is passed in: attend(layer, q, k, v) -> out. Where keys and values are kept is that function's business
-alone, and these lessons are about nothing else. (minipaged is built the same way: Llama calls AttentionOverPages.)
+alone, and these lessons are about nothing else. (minipaged is built the same way: its runner passes Llama a function over pages.)
 """
 
 from __future__ import annotations

@@ -198,6 +198,8 @@ OTHER_FORMS = {
     "physical": "physical block",
     "static batch": "static batching",
     "tiles": "tile",
+    "strides": "stride",
+    "block pool": "pool",
 }
 OTHER_FORMS |= {"max": "max, pow2", "pow2": "max, pow2", "paged": "paging", "key": "key, value", "value": "key, value"}
 

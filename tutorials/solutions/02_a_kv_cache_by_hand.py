@@ -358,7 +358,8 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/execution/torch_runner.py`: `AttentionOverPages` is the function that is passed to the model.
+# - `minipaged/execution/torch_runner.py`: `TorchRunner` passes such a function to the model; `attend_pages` is
+#   what it calls.
 # - `minipaged/execution/kv_store.py`: `KVStore` holds the tensors, in blocks instead of one long row.
 # - `kernels/cache_write.py`: `write_kv` puts new keys and values in their slots.
 # - `minipaged/config.py`: `ModelConfig.kv_bytes_per_token` is task 3.
