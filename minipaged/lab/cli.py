@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from minipaged.config import check_choice
 from minipaged.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -157,21 +158,34 @@ def compare(
     requests: Requests = 2000,
     seed: Seed = 0,
     block_size: BlockSize = 16,
-    slots: Slots = None,
+    slots: Annotated[
+        str, typer.Option(help="KV slots of the pool; `all`: what the GPU holds. With --device, several with commas.")
+    ] = "all",
     device: Annotated[
         str | None, typer.Option(help="Run for real on this device (auto, cpu, cuda) instead of simulating.")
     ] = None,
+    limit: Annotated[
+        float | None, typer.Option("--seconds", help="With --device: stop a system that runs longer than this.")
+    ] = None,
+    beside: Annotated[
+        str, typer.Option(help="With --device: generate, continuous: transformers' own batching beside the systems.")
+    ] = "",
     json_file: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
     """Systems side by side on the same traffic: tables, JSON, and one self-contained HTML page with plots.
 
     With --device they run for real, all requests waiting from the start: the model is a zoo name or random:SHAPE,
-    the pool what the device holds unless --slots says less, and --trace may also be `nano` or `bN`.
+    the pool what the device holds unless --slots says less. --trace sharegpt is then the fixed draw of `minipaged
+    bench engine`, as are `nano` and `bN`.
     """
     if device is not None:
-        _compare_on_device(systems, trace, model, device, requests, seed, block_size, slots, json_file)
+        if html is not None or rates:
+            raise InputError("--rates and --html are for simulations: leave them out with --device")
+        _compare_on_device(systems, trace, model, device, requests, seed, block_size, slots, limit, beside, json_file)
         return
+    if limit is not None or beside:
+        raise InputError("--seconds and --beside need --device")
     from minipaged.commands.progress import status_line
     from minipaged.lab import compare as comparing
     from minipaged.lab.report import print_results
@@ -179,7 +193,8 @@ def compare(
     from minipaged.lab.simulate import parse_systems
     from minipaged.lab.tables import table, write_json
 
-    names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=slots)
+    pool = None if slots == "all" else int(_number("slots", slots))
+    names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=pool)
     others = [_number("rates", text) for text in rates.split(",") if text.strip()]
     with status_line() as say:
         found = comparing.compare(
@@ -205,37 +220,97 @@ def _compare_on_device(
     requests: int,
     seed: int,
     block_size: int,
-    slots: int | None,
+    pools: str,
+    limit: float | None,
+    peers: str,
     json_file: Path | None,
 ) -> None:
     from minipaged.commands.progress import status_line
-    from minipaged.lab.device_run import draws_of, run_systems
-    from minipaged.lab.report import DEVICE_COLUMNS, device_row
+    from minipaged.lab.bench_results import Results
+    from minipaged.lab.device_report import DEVICE_COLUMNS, device_dict, device_notes, device_row
+    from minipaged.lab.device_run import DeviceResult, draws_of, run_systems
     from minipaged.lab.simulate import parse_systems
-    from minipaged.lab.tables import table, write_json
+    from minipaged.lab.tables import table
     from minipaged.lab.trace_files import load_workload
+    from minipaged.lab.transformers_peer import PEERS, run_peer
     from minipaged.lab.workloads import engine_draws
 
     names = parse_systems(systems)
-    if trace == "nano" or (trace[:1] == "b" and trace[1:].isdecimal()):
+    sizes = [None if text.strip() == "all" else int(_number("slots", text)) for text in pools.split(",")]
+    beside = [name.strip() for name in peers.split(",") if name.strip()]
+    for peer in beside:
+        check_choice("beside", peer, PEERS)
+    if trace in ("nano", "sharegpt") or (trace[:1] == "b" and trace[1:].isdecimal()):
         draws = engine_draws(trace)[:requests]
     else:
         draws = draws_of(load_workload(trace, rate=float("inf"), count=requests, seed=seed), 250, seed=seed)
+    kept = Results(json_file)
+    found: list[DeviceResult] = []
+
+    def done(result: DeviceResult) -> None:
+        found.append(result)
+        kept.add([device_dict(result)])
+
     with status_line() as say:
-        found = run_systems(
+        for peer in beside:  # first, while the device is empty: each is a process of its own
+            for size in sizes:
+                say(f"transformers {peer}", 0, 1)
+                done(run_peer(peer, model, draws, device=device, pool=size, seconds=limit))
+        run_systems(
             names, draws,
-            model=model, device=device, block_size=block_size,
-            num_blocks=None if slots is None else slots // block_size + 1, say=say,
+            model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, say=say, done=done,
         )  # fmt: skip
-    notes = ("One model, pool, scheduler and set of kernels; only what is held and who may enter differs.",)
-    table(
-        f"{trace} on this device, {len(draws)} requests, {model}",
-        DEVICE_COLUMNS,
-        [device_row(r) for r in found],
-        notes=notes,
-    )
-    if json_file is not None:
-        write_json(json_file, found)
+    title = f"{trace} on {'this device' if device == 'auto' else device}, {len(draws)} requests, {model}"
+    table(title, DEVICE_COLUMNS, [device_row(r) for r in found], notes=device_notes(found))
+
+
+@app.command()
+def ablate(
+    model: Annotated[str, typer.Option(help="A zoo name or random:SHAPE.")] = "random:smollm2-135m",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    limit: Annotated[float, typer.Option("--seconds", help="Limit of each run of the engine.")] = 5.0,
+    json_file: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, and
+    whether the factors multiply."""
+    from minipaged.commands.progress import status_line
+    from minipaged.config import check_real
+    from minipaged.lab import device_report
+    from minipaged.lab.ablate import Ablation
+    from minipaged.lab.ablate import ablate as measure
+    from minipaged.lab.bench_results import Results
+
+    check_real("seconds", limit, 0.0, open_low=True)
+
+    kept = Results(json_file)
+
+    def done(found: Ablation) -> None:
+        kept.rows = device_report.ablation_dicts(found)
+        kept.write()
+
+    with status_line() as say:
+        found = measure(model, device=device, seconds=limit, say=say, done=done)
+    device_report.print_ablation(found)
+    if html is not None:
+        device_report.ablation_page(found).write(html)
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
+    out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
+) -> None:
+    """A plot of a results file, as SVG."""
+    from minipaged.lab.bench_results import read_results
+    from minipaged.lab.device_report import plot_of
+
+    text = plot_of(read_results(results))
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
+    typer.echo(f"wrote {out}")
 
 
 @app.command()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from minipaged.lab.calculators import Capacity, Deployment, Fleet, Load
-from minipaged.lab.device_run import DeviceResult
 from minipaged.lab.figure_types import Figure
 from minipaged.lab.html import Page
 from minipaged.lab.simulate import Result
@@ -126,25 +125,3 @@ def figure_page(figures: Sequence[Figure]) -> Page:
         if figure.curves:
             page.svg(line_chart(f"Fig. {figure.name}", figure.curves, figure.x_label, figure.y_label))
     return page
-
-
-DEVICE_COLUMNS = (
-    "system", "tok/s", "seconds", "rows", "token %", "first token p50 / p99", "next tokens p50 / p99", "preempted",
-    "refused", "same text %",
-)  # fmt: skip
-
-
-def device_row(result: DeviceResult) -> tuple[str, ...]:
-    """A run on a real device."""
-    return (
-        result.system,
-        f"{result.tokens_per_second:,.1f}",
-        f"{result.seconds:,.2f}",
-        f"{result.mean_rows:.2f}",
-        percent(result.token_share),
-        f"{seconds(result.first_token[0])} / {seconds(result.first_token[1])}",
-        f"{seconds(result.per_token[0])} / {seconds(result.per_token[1])}",
-        str(result.preemptions),
-        str(result.refused),
-        f"{100 * result.same_answers:.0f}",
-    )

@@ -89,6 +89,37 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], y_label: s
     return _frame(title, "", y_label, parts)
 
 
+def bars(title: str, groups: Mapping[str, Sequence[tuple[str, float, str]]], x_label: str) -> str:
+    """Horizontal bars under the name of their group: (name, value, what stands behind the bar). Values that are not
+    finite are left out.
+    """
+    left, right, bar, gap, head = 220, 130, 16, 6, 22
+    shown = {group: [b for b in members if math.isfinite(b[1])] for group, members in groups.items()}
+    most = max((value for members in shown.values() for _, value, _ in members), default=0.0) or 1.0
+    parts: list[str] = []
+    y = TOP + 4.0
+    for group, members in shown.items():
+        parts.append(_text(8, y + 12, group, "start").replace("<text", '<text font-weight="bold"', 1))
+        y += head
+        for i, (name, value, behind) in enumerate(members):
+            long = value / most * (WIDTH - left - right)
+            colour = COLOURS[i % len(COLOURS)]
+            parts += [
+                _text(left - 6, y + 12, name, "end"),
+                f'<rect x="{left}" y="{y:.1f}" width="{long:.1f}" height="{bar}" fill="{colour}"/>',
+                _text(left + long + 5, y + 12, behind, "start"),
+            ]
+            y += bar + gap
+        y += gap
+    height = y + 24
+    axis = (
+        _line(left, TOP, left, y, "#444")
+        + _text(8, 18, title, "start").replace("<text", '<text font-weight="bold" font-size="13"', 1)
+        + _text(left, y + 14, x_label, "start")
+    )
+    return _sheet(height, f"{''.join(parts)}{axis}")
+
+
 def _finite(point: tuple[float, float]) -> bool:
     return math.isfinite(point[0]) and math.isfinite(point[1])
 
@@ -127,8 +158,11 @@ def _frame(title: str, x_label: str, y_label: str, parts: Sequence[str]) -> str:
         + _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_label, "middle")
         + _text(14, HEIGHT / 2, y_label, "middle").replace("<text", f'<text transform="rotate(-90 14 {HEIGHT / 2})"', 1)
     )
+    return _sheet(HEIGHT, f"{''.join(parts)}{axis}")
+
+
+def _sheet(height: float, content: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'font-family="sans-serif" font-size="11"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
-        f"{''.join(parts)}{axis}</svg>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
+        f'font-family="sans-serif" font-size="11"><rect width="{WIDTH}" height="{height:g}" fill="white"/>{content}</svg>'
     )

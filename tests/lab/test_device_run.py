@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from minipaged.errors import InputError
-from minipaged.lab.device_run import DeviceResult, draws_of, run_systems
+from minipaged.lab.device_run import Bench, DeviceResult, draws_of, percentiles, run_systems, serve
 from minipaged.lab.workloads import make_workload
 from minipaged.memory.systems import RESERVING
 
@@ -17,7 +20,7 @@ DRAWS = [([RNG.randrange(250) for _ in range(RNG.randint(2, 24))], RNG.randint(2
 
 def run(systems: tuple[str, ...], **settings: object) -> dict[str, DeviceResult]:
     results = run_systems(
-        systems, DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, num_blocks=65, max_len=64, max_new=30,
+        systems, DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(256,), max_len=64, max_new=30,
         say=lambda message, done, total: None, **settings,
     )  # type: ignore[arg-type]  # fmt: skip
     return {r.system: r for r in results}
@@ -34,6 +37,48 @@ def test_every_system_gives_the_same_text() -> None:
     assert found["webui"].mean_rows <= 1
 
 
+def test_several_pools_in_one_go_and_each_result_at_once() -> None:
+    heard: list[tuple[str, int]] = []
+    results = run_systems(
+        ("orca-max", "vllm"), DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(128, 256), max_len=64,
+        max_new=30, say=lambda message, done, total: None, done=lambda r: heard.append((r.system, r.pool)),
+    )  # fmt: skip
+    assert heard == [(r.system, r.pool) for r in results]
+    assert heard == [("orca-max", 128), ("vllm", 128), ("orca-max", 256), ("vllm", 256)]
+    assert all(r.finished == len(DRAWS) for r in results)
+    assert results[2].mean_rows > results[0].mean_rows
+
+
+def test_a_time_limit_stops_a_system_and_says_so() -> None:
+    found = run(("webui", "static"), seconds=1e-9)
+    webui, static = found["webui"], found["static"]
+    assert webui.finished < len(DRAWS)
+    assert webui.note.startswith("stopped")
+    assert math.isinf(webui.first_token[1])
+    assert static.note.startswith("stopped")
+    assert run(("vllm",), seconds=1e9)["vllm"].note == ""
+
+
+def test_systems_run_ahead_as_the_engine_does_on_a_gpu() -> None:
+    """With a step in flight every system gives the text that it gives without."""
+    cost = {"model": "toy", "device": "cpu", "dtype": "float32", "block_size": 4}
+    bench = Bench(**cost, pools=(256,), max_num_seqs=16, max_len=64)
+    texts = {}
+    for depth in (0, 1):
+        bench.config = replace(bench.config, depth=depth)
+        for system in ("vllm", *RESERVING):
+            engine, slots = bench.engine(system, DRAWS, 30, 256)
+            assert engine.depth == depth
+            _, texts[system, depth] = serve(engine, system, DRAWS, slots, None, lambda done: None)
+    assert all(text == texts["vllm", 0] for text in texts.values())
+
+
+def test_percentiles_count_what_never_came_as_infinitely_late() -> None:
+    assert percentiles(np.array([1.0, 2.0, math.nan, math.nan]), served=4) == (2.0, math.inf)
+    assert percentiles(np.array([3.0, 1.0, 2.0]), served=3) == (2.0, 3.0)
+    assert all(math.isnan(x) for x in percentiles(np.array([]), served=0))
+
+
 def test_draws_have_the_workloads_lengths_and_prefix() -> None:
     load = make_workload("prefix-80", rate=1.0, count=5)
     draws = draws_of(load, 1000)
@@ -45,5 +90,15 @@ def test_draws_have_the_workloads_lengths_and_prefix() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="'hf'"):
         run(("hf",))
+    for settings, word in (
+        ({"seconds": 0.0}, "seconds"),
+        ({"pools": (2,)}, "slots"),
+        ({"max_len": 8}, "context of 8"),
+    ):
+        with pytest.raises(InputError, match=word):
+            run_systems(
+                ("vllm",), DRAWS, model="toy", device="cpu", block_size=4, say=lambda message, done, total: None,
+                **{"pools": (256,), **settings},
+            )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(InputError, match="no requests"):
         run_systems(("vllm",), [], model="toy", say=lambda message, done, total: None)

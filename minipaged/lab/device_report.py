@@ -1,0 +1,168 @@
+"""What was measured on a device, as tables, plain values, pages and plots. Knows results; measures nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minipaged.errors import InputError
+from minipaged.lab.ablate import SECTIONS, Ablation, Measure
+from minipaged.lab.device_run import DeviceResult
+from minipaged.lab.html import Page
+from minipaged.lab.svg import bars
+from minipaged.lab.tables import percent, plain, seconds, table
+
+DEVICE_COLUMNS = (
+    "system", "pool", "tok/s", "rows", "pool used %", "finished", "first token p50", "p99", "gap p50", "p99", "preempted",
+    "same text %",
+)  # fmt: skip
+
+
+def device_row(result: DeviceResult) -> tuple[str, ...]:
+    """A run on a real device."""
+
+    def late(value: float) -> str:
+        return f"> {result.seconds:,.0f} s" if math.isinf(value) else seconds(value)
+
+    def share(value: float) -> str:
+        return "-" if math.isnan(value) else percent(value)
+
+    return (
+        result.system,
+        f"{result.pool:,}" if result.pool else "all",
+        f"{result.tokens_per_second:,.1f}" if result.tokens else "-",
+        f"{result.mean_rows:.1f}",
+        share(result.token_share),
+        f"{result.finished:,}/{result.requests:,}",
+        *(late(value) for value in (*result.first_token, *result.per_token)),
+        f"{result.preemptions:,}",
+        share(result.same_answers),
+    )
+
+
+def device_dict(result: DeviceResult) -> dict[str, Any]:
+    """As JSON can hold it; what was never reached is null."""
+    found: dict[str, Any] = plain(result)
+    return {**found, "tokens_per_second": plain(result.tokens_per_second)}
+
+
+def device_notes(results: Sequence[DeviceResult]) -> list[str]:
+    """What a reader must know beside the table."""
+    notes = [
+        "One model, pool, scheduler and set of kernels; only what is held and who may enter differs. All requests wait from the start.",
+        "pool: slots for keys and values. rows, pool used: means over time. gap: mean time between a request's tokens.",
+    ]
+    if any(r.note.startswith("stopped") for r in results):
+        notes.append(
+            "A system stopped at the time limit is measured up to there; requests it did not reach count as later than that."
+        )
+    if any(r.same_answers < 1 for r in results):
+        notes.append(
+            "Texts differ where sums do: the order of a product's additions depends on the batch, and random weights sit on ties."
+        )
+    return notes + [
+        f"{r.system}, pool {r.pool:,}: {r.note}"
+        for r in results
+        if r.note and r.note != f"stopped after {r.seconds:.0f} s"
+    ]
+
+
+ABLATION_COLUMNS = ("what", "time", "tok/s", "factor", "why")
+
+
+def ablation_rows(measures: Sequence[Measure]) -> list[tuple[str, ...]]:
+    """One section's rows."""
+    return [
+        (
+            m.what,
+            seconds(m.seconds),
+            "-" if math.isnan(m.tokens_per_second) else f"{m.tokens_per_second:,.0f}",
+            f"{m.ratio:.2f}x",
+            m.note,
+        )
+        for m in measures
+    ]
+
+
+TITLES = {
+    "attention": "Attention: one layer's operator, and the whole decode step",
+    "prefill": "Attention over a prompt: the whole step, and so the first token",
+    "layout": "Contiguous and paged: where the blocks lie",
+    "block size": "Block size, shuffled blocks",
+    "batching": "Batching: the engine, in a pool that binds",
+    "preemption": "Preemption: computed again, or swapped",
+    "together": "Do the factors multiply?",
+    "ladder": "One thing after the other: decode steps at the batches measured above",
+    "heads": "Heads of keys and values",
+}
+
+
+def print_ablation(found: Ablation) -> None:
+    """A table a section."""
+    for section in SECTIONS:
+        measures = found.of(section)
+        if measures:
+            rows = ablation_rows(measures)
+            wide = len(ABLATION_COLUMNS) - (not any(row[-1] for row in rows))
+            table(f"{TITLES[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
+
+
+def ablation_dicts(found: Ablation) -> list[dict[str, Any]]:
+    """As JSON can hold it: the measures, then the engine's runs."""
+    runs = [{"section": "run", **device_dict(r)} for r in found.runs.values()]
+    return [*(plain(m) for m in found.measures), *runs]
+
+
+def ablation_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """The ladder and the question whether factors multiply, as factors, from a results file's rows."""
+    groups: dict[str, list[tuple[str, float, str]]] = {}
+    for section in ("ladder", "together", "heads"):
+        for row in rows:
+            if row.get("section") == section:
+                ratio = float(row["ratio"])
+                groups.setdefault(TITLES[section], []).append((_short(row["what"]), ratio, f"{ratio:.1f}x"))
+    return bars(title, groups, "times the tokens per second of the first bar of the group")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 38 else name[:37] + "…"
+
+
+def comparison_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Tokens per second by system, one group a pool, from a results file's rows."""
+    groups: dict[str, list[tuple[str, float, str]]] = {}
+    for row in sorted(rows, key=lambda r: str(r["system"]).startswith("transformers")):
+        if not row.get("tokens"):
+            continue
+        pool = f"pool of {row['pool']:,} slots" if row["pool"] else "pool as large as it gets"
+        speed = float(row["tokens_per_second"])
+        groups.setdefault(pool, []).append((row["system"], speed, f"{speed:,.0f} tok/s, {row['mean_rows']:.1f} rows"))
+    return bars(title, dict(sorted(groups.items())), "output tokens per second")
+
+
+def ablation_page(found: Ablation) -> Page:
+    """All sections on one page."""
+    page = Page(f"What each technique contributes: {found.model} on {found.device}")
+    page.notes(
+        (
+            "Measured on this device with this project's own network, kernels and engine; factors are against the first row.",
+        )
+    )
+    page.svg(ablation_plot(ablation_dicts(found), "Alone and together"))
+    for section in SECTIONS:
+        if measures := found.of(section):
+            page.heading(TITLES[section])
+            page.table(ABLATION_COLUMNS, ablation_rows(measures))
+    return page
+
+
+def plot_of(results: Mapping[str, Any]) -> str:
+    """The plot that goes with a results file, SVG. InputError for results that have none."""
+    rows = results["rows"]
+    where = f"{results['device']}, {results['date']}"
+    if rows and all("section" in row for row in rows):
+        return ablation_plot(rows, f"What each technique contributes: {where}")
+    if rows and all("system" in row and "mean_rows" in row for row in rows):
+        return comparison_plot(rows, f"One engine, other systems' memory: {where}")
+    raise InputError("these results have no plot: give a file of `lab compare --device` or `lab ablate`")
