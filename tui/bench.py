@@ -97,9 +97,8 @@ def _on_a_terminal(command: Sequence[str], size: tuple[int, int]) -> tuple[int, 
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
-    )
+    # It is that terminal's own session, so that it is hung up on when this process goes, however it goes.
+    process = subprocess.Popen(command, env=environment, preexec_fn=lambda: os.login_tty(theirs))
     os.close(theirs)
     written = 0
     while True:

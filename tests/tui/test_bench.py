@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from processes import children, wait_for
 
 from minipaged.errors import InputError
 from tui.bench import Outcome, Plan, Round, measure
@@ -44,3 +47,27 @@ def test_made_up_words_are_words_and_tell_ids_apart() -> None:
     assert all(word.decode().strip().isalpha() for word in words)
     assert codec.decode(codec.encode("a page")) == "a page"
     assert sum(params.n == 4 for _, params in requests(64, 100)) == 16
+
+
+def test_nothing_is_left_when_it_is_killed(tmp_path: Path) -> None:
+    mark = tmp_path / "pictures"
+    command = [
+        sys.executable,
+        "-m",
+        "minipaged",
+        "bench",
+        "screen",
+        "--model",
+        "toy",
+        "--requests",
+        "40",
+        "--max-tokens",
+        "900",
+    ]
+    bench = subprocess.Popen([*command, "--num-blocks", "4000", "--pictures", str(mark)], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(children(mark)) == 3)  # the command, the screen on its terminal, the engine
+    finally:
+        bench.kill()
+        bench.wait()
+    wait_for(lambda: not children(mark))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import children, wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
 
@@ -70,21 +71,6 @@ def start(terminal: Terminal, tmp_path: Path, *, speed: str = "float('inf')") ->
     return program
 
 
-def children(program: Path) -> list[int]:
-    """Processes of the screen and its engine: those whose command line or parent names the program."""
-    found: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            found[int(entry.name)] = (parent, command)
-    screens = {pid for pid, (_, command) in found.items() if str(program) in command and "echo" not in command}
-    return sorted(screens | {pid for pid, (parent, _) in found.items() if parent in screens})
-
-
 def test_a_session_from_start_to_quit(terminal: Terminal, tmp_path: Path) -> None:
     program = start(terminal, tmp_path)
     terminal.until(lambda shown: "IDLE" in shown)
@@ -106,10 +92,7 @@ def test_a_session_from_start_to_quit(terminal: Terminal, tmp_path: Path) -> Non
     assert "ready>" in shown, "the shell is back"
     terminal.keys("echo al''ive", "Enter")
     terminal.until(lambda shown: "alive" in shown)
-    deadline = time.monotonic() + 10
-    while children(program) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not children(program)
+    wait_for(lambda: not children(program))
 
 
 def test_ctrl_c_and_a_killed_engine(terminal: Terminal, tmp_path: Path) -> None:
@@ -130,7 +113,4 @@ def test_a_closed_terminal_leaves_no_process(terminal: Terminal, tmp_path: Path)
     terminal.until(lambda shown: "LIVE · step" in shown)
     assert len(children(program)) == 2
     terminal.tmux("kill-server")
-    deadline = time.monotonic() + 15
-    while children(program) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not children(program)
+    wait_for(lambda: not children(program))
