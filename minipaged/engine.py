@@ -65,6 +65,7 @@ class Engine:
         """
         text = prompt if isinstance(prompt, str) else text
         request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids, text)
+        request.text_reader = self.detokenizer.read if self.detokenizer is not None else None
         try:
             request.prompt_token_ids = tuple(self._encode(prompt))
             self._check_vocabulary(request.params.stop_token_ids)
@@ -143,7 +144,7 @@ class Engine:
             if not outputs and self.scheduler.requests:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
         if self.detokenizer is not None:
-            self.detokenizer.update(outputs, self.scheduler)
+            self.detokenizer.look_for_stops(outputs, self.scheduler)
         self.trace.publish(plan, outputs)
         return outputs
 
@@ -167,7 +168,7 @@ class Engine:
             plan, pending = self._in_flight.popleft()
             changed = self.scheduler.commit(plan, pending.tokens())
             if self.detokenizer is not None:
-                self.detokenizer.update(changed, self.scheduler)
+                self.detokenizer.look_for_stops(changed, self.scheduler)
             self.trace.publish(None, changed)
             outputs.extend(changed)
         return outputs

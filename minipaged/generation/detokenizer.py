@@ -27,41 +27,36 @@ class TextCodec(Protocol):
 
 
 class Detokenizer:
-    """One text stream a sequence, fed with what was drawn since the last step."""
+    """One text stream a sequence, fed when somebody reads the text; where a stop string may end it, after every step."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._streams: dict[int, dict[int, TextStream]] = {}  # request -> sequence -> stream
 
-    def update(self, outputs: list[RequestOutput], scheduler: Scheduler) -> None:
-        """Bring the text of these requests up to their tokens; a stop string ends its sequence."""
-        for output in outputs:
-            request = output.request
-            streams = self._streams.setdefault(request.request_id, {})
-            for sequence in request.sequences:
-                stream = streams.get(sequence.seq_id)
-                if stream is None:
-                    params = request.params
-                    stream = TextStream(self._codec.token_bytes, params.stop, min_tokens=params.min_tokens)
-                    streams[sequence.seq_id] = stream
-                self._advance(sequence, stream, scheduler)
-            if request.finished:
-                del self._streams[request.request_id]
-
-    @staticmethod
-    def _advance(sequence: Sequence, stream: TextStream, scheduler: Scheduler) -> None:
-        request = sequence.request
+    def read(self, sequence: Sequence) -> TextStream:
+        """The sequence's text, up to its newest token."""
+        request, stream = sequence.request, sequence.text_state
+        if not isinstance(stream, TextStream):
+            stream = TextStream(self._codec.token_bytes, request.params.stop, min_tokens=request.params.min_tokens)
+            sequence.text_state = stream
         tokens = sequence.token_ids[request.num_prompt + stream.consumed :]
         ended = sequence.status is Status.FINISHED
         if ended and sequence.finish_reason == "stop" and tokens and tokens[-1] in request.stop_ids:
             tokens = tokens[:-1]  # the token that ended it is no text
         if tokens:
             stream.feed(tokens)
-        if stream.stopped and not ended:
-            scheduler.finish(sequence, "stop")
-        elif stream.stopped and sequence.finish_reason == "length":
-            sequence.finish_reason = "stop"
-        if sequence.status is Status.FINISHED:
+        if ended:
             stream.finish()
-        sequence.text = stream.text
-        sequence.stable_text = stream.stable
+        return stream
+
+    def look_for_stops(self, outputs: list[RequestOutput], scheduler: Scheduler) -> None:
+        """End the sequences of these requests whose text has reached a stop string."""
+        for output in outputs:
+            if not output.request.params.stop:
+                continue
+            for sequence in output.request.sequences:
+                if self.read(sequence).stopped:
+                    if sequence.status is not Status.FINISHED:
+                        scheduler.finish(sequence, "stop")
+                        self.read(sequence)
+                    elif sequence.finish_reason == "length":
+                        sequence.finish_reason = "stop"

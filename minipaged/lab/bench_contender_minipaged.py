@@ -14,16 +14,14 @@ PLAIN: dict[str, Any] = {"graphs": False, "overlap": 0}  # the oracle of the fas
 
 
 def make_llm(model: str, **settings: Any) -> LLM:
-    """The engine as the benchmarks run it. Token ids out: no text is kept, as the peers keep none."""
+    """The engine as the benchmarks run it. Token ids out: nobody reads the text, so none is made, as the peers make none."""
     chosen = {
         "max_model_len": CONTEXT,
         "enable_prefix_caching": False,
         "max_num_seqs": 256,
         "max_num_batched_tokens": STEP_TOKENS,
     }
-    llm = LLM(model, **{**chosen, **settings})
-    llm.engine.detokenizer = None
-    return llm
+    return LLM(model, **{**chosen, **settings})
 
 
 def load(name: str, job: Job) -> Runs:

@@ -20,7 +20,6 @@ from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.runner import Pending
-from minipaged.generation.detokenizer import Detokenizer
 from minipaged.lab.workloads import engine_draws
 from minipaged.llm import LLM
 from minipaged.scheduling.plan import StepPlan, StepTokens
@@ -168,9 +167,9 @@ class _TimedPending:
 
 
 def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
-    """Host time of each part of a step, microseconds, medians: the text beside the tokens too, which the peers' runs do without."""
+    """Host time of each part of a step, microseconds, medians."""
     taken: dict[str, list[float]] = {
-        "schedule": [], "launch": [], "wait for tokens": [], "commit": [], "text": [], "trace, nobody listening": [],
+        "schedule": [], "launch": [], "wait for tokens": [], "commit": [], "stop strings": [], "trace, nobody listening": [],
     }  # fmt: skip
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,8 +186,7 @@ def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
     def timed_launch(plan: StepPlan) -> Pending:
         return _TimedPending(launch(plan), taken["wait for tokens"])
 
-    kept = engine.detokenizer
-    text = Detokenizer(engine.codec) if engine.codec is not None else None
+    text = engine.detokenizer
     wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
         (engine.scheduler, "schedule", timed("schedule", engine.scheduler.schedule)),
         (engine.scheduler, "commit", timed("commit", engine.scheduler.commit)),
@@ -196,8 +194,7 @@ def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
         (engine.trace, "publish", timed("trace, nobody listening", engine.trace.publish)),
     ]
     if text is not None:
-        wrapped.append((text, "update", timed("text", text.update)))
-    engine.detokenizer = text
+        wrapped.append((text, "look_for_stops", timed("stop strings", text.look_for_stops)))
     for owner, name, call in wrapped:
         setattr(owner, name, call)
 
@@ -213,7 +210,6 @@ def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
     finally:
         for owner, name, _ in wrapped:
             delattr(owner, name)
-        engine.detokenizer = kept
     for name, values in taken.items():
         if values:
             yield HostRow(f"host: {name}", statistics.median(values) * 1e6, "us")

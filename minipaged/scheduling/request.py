@@ -1,14 +1,15 @@
 """What was asked (Request), one line of tokens (Sequence), and what comes back (RequestOutput).
 
-Knows token ids, states and scores. Text is kept here for whoever decodes it, but nothing here reads it.
+Knows token ids, states and scores. Of text it knows only whom to ask for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
@@ -34,6 +35,13 @@ class Logprob(NamedTuple):
 TokenLogprobs = dict[int, Logprob]  # token id -> its log-probability
 
 
+class TextState(Protocol):
+    """The text of a sequence as far as it was read."""
+
+    text: str
+    stable: int  # characters of it that no stop string can take back
+
+
 class Sequence:
     """One line of tokens: the prompt, then what was drawn.
 
@@ -54,9 +62,8 @@ class Sequence:
         "request",
         "seq_id",
         "slot",
-        "stable_text",
         "status",
-        "text",
+        "text_state",
         "token_ids",
     )
 
@@ -77,8 +84,23 @@ class Sequence:
         self.finish_reason = ""
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []
-        self.text = ""
-        self.stable_text = 0  # characters of `text` that no stop string can take back
+        self.text_state: TextState | None = None  # kept here by whoever reads text
+
+    @property
+    def text(self) -> str:
+        """The text so far; "" where nobody reads text."""
+        state = self._read_text()
+        return state.text if state is not None else ""
+
+    @property
+    def stable_text(self) -> int:
+        """Characters of `text` that no stop string can take back."""
+        state = self._read_text()
+        return state.stable if state is not None else 0
+
+    def _read_text(self) -> TextState | None:
+        reader = self.request.text_reader
+        return None if reader is None else reader(self)
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -111,6 +133,7 @@ class Request:
     beams: BeamSearch | None = None
     hypotheses: list[Sequence] = field(default_factory=list)  # beams that ended, by their number
     error: str | None = None
+    text_reader: Callable[[Sequence], TextState] | None = None  # brings a sequence's text up to its tokens
     output: RequestOutput = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -214,7 +214,6 @@ class Residents:
         child = self.new_sequence(request, list(parent.token_ids), index=index, parent=parent.seq_id)
         child.cumulative_logprob = parent.cumulative_logprob
         child.logprobs = list(parent.logprobs)
-        child.text = parent.text
         child.num_cached = parent.num_cached
         child.computed = child.marked = computed
         self.manager.fork(parent.seq_id, child.seq_id)
