@@ -11,6 +11,7 @@ from minipaged.config import CacheConfig, EngineConfig, ModelConfig
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.kv_store import KVStore
+from minipaged.execution.largest_step import peak_bytes
 from minipaged.execution.torch_runner import TorchRunner
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model import zoo
@@ -36,21 +37,29 @@ class Parts:
     dtype: str
 
 
-def choose_num_blocks(config: ModelConfig, block_size: int, dtype: str, device: torch.device) -> int:
-    """How many blocks fit: nine tenths of a GPU's free memory, or a fixed share of a host's. Null block included."""
+def choose_num_blocks(
+    config: ModelConfig, block_size: int, dtype: str, device: torch.device, step_bytes: int = 0
+) -> int:
+    """How many blocks fit: nine tenths of a GPU's free memory less `step_bytes`, which the largest step takes, or a fixed share of a
+    host's. Null block included. InputError if not even two fit."""
     block_bytes = config.kv_bytes_per_token(dtype) * block_size
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        budget = int(free * GPU_POOL_SHARE)
+        budget = int(free * GPU_POOL_SHARE) - step_bytes
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         budget = min(CPU_POOL_BYTES, memory // 4)
     num_blocks = budget // block_bytes
     if num_blocks < 2:
         raise InputError(
-            f"one block of {block_size} tokens takes {block_bytes:,} bytes and {budget:,} are free: "
-            f"lower block_size (now {block_size}) or free memory"
+            f"one block of {block_size} tokens takes {block_bytes:,} bytes and {max(0, budget):,} are left for the pool"
+            + (
+                f" beside {step_bytes:,} that the largest step takes: lower max_num_batched_tokens or"
+                if step_bytes
+                else ": lower"
+            )
+            + f" block_size (now {block_size}), or free memory"
         )
     return num_blocks
 
@@ -82,9 +91,12 @@ def assemble(
         raise InputError(
             f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
         )
-    cache = replace(cache, num_blocks=num_blocks or choose_num_blocks(shape, cache.block_size, kind, chosen))
     depth = overlap if overlap is not None else int(chosen.type == "cuda")
     config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
+    if num_blocks is None:
+        step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
+        num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step)
+    cache = replace(cache, num_blocks=num_blocks)
     engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
 
@@ -99,14 +111,7 @@ def build_engine(
     graphs: bool = True,
 ) -> Engine:
     """An engine with a KV pool of its own around a model that is loaded already. graphs: replay CUDA graphs where there is a GPU."""
-    store = KVStore(
-        loaded.config,
-        cache.num_blocks,
-        cache.block_size,
-        num_host_blocks=cache.num_host_blocks,
-        dtype=getattr(torch, dtype),
-        device=device,
-    )
+    runner = build_runner(loaded, cache, config, device=device, dtype=dtype, graphs=graphs)
     manager = BlockManager(
         cache.num_blocks,
         cache.block_size,
@@ -115,11 +120,6 @@ def build_engine(
         watermark=cache.watermark,
     )
     scheduler = Scheduler(config, manager, cache.block_size)
-    runner: TorchRunner = TorchRunner(loaded.model, store, config.max_num_seqs)
-    if graphs and device.type == "cuda" and config.depth <= 1:  # its host buffers are for one step in flight
-        from minipaged.execution.graph_runner import GraphRunner
-
-        runner = GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len)
     about = {
         "model": loaded.config.name,
         "kv_bytes_per_token": loaded.config.kv_bytes_per_token(dtype),
@@ -127,3 +127,36 @@ def build_engine(
         "num_host_blocks": cache.num_host_blocks,
     }
     return Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=loaded.config.eos_token_ids, about=about)
+
+
+def build_runner(
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    dtype: str,
+    graphs: bool = True,
+) -> TorchRunner:
+    """A runner with a KV pool of its own."""
+    store = KVStore(
+        loaded.config,
+        cache.num_blocks,
+        cache.block_size,
+        num_host_blocks=cache.num_host_blocks,
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
+    if graphs and device.type == "cuda" and config.depth <= 1:  # its host buffers are for one step in flight
+        from minipaged.execution.graph_runner import GraphRunner
+
+        return GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len)
+    return TorchRunner(loaded.model, store, config.max_num_seqs)
+
+
+def _step_bytes(
+    loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, device: torch.device, dtype: str, graphs: bool
+) -> int:
+    """What the largest step takes beside the weights and the pool, measured on a pool of two blocks that is gone afterwards."""
+    tiny = replace(cache, num_blocks=2, num_host_blocks=0)
+    return peak_bytes(build_runner(loaded, tiny, config, device=device, dtype=dtype, graphs=graphs), config)

@@ -16,6 +16,8 @@ from minipaged.generation import sampler
 from minipaged.model.llama import Llama
 from minipaged.scheduling.plan import IN_FLIGHT, PromptLogprobs, StepPlan, StepTokens
 
+PROMPT_ROWS = 256  # prompt tokens whose log-probabilities are computed at a time
+
 
 class StepInputs:
     """A plan's rows as tensors on the device."""
@@ -169,17 +171,28 @@ class TorchRunner:
         ends = np.cumsum(plan.lengths)
         for row, targets, top in plan.prompt_queries:
             first = int(ends[row] - plan.lengths[row])
-            logprobs = self.model.logits(hidden[first : first + len(targets)]).log_softmax(dim=-1)
-            chosen = logprobs.gather(1, torch.tensor(targets, dtype=torch.int64, device=self.device)[:, None])
-            values, ids = logprobs.topk(top, dim=-1)
-            found[row] = PromptLogprobs(
-                start=int(plan.starts[row]),
-                chosen=chosen.squeeze(1).cpu().numpy(),
-                ranks=((logprobs > chosen).sum(dim=-1) + 1).cpu().numpy().astype(np.int32),
-                top_ids=ids.cpu().numpy().astype(np.int32),
-                top_values=values.cpu().numpy(),
-            )
+            parts = [
+                self._logprobs_of(hidden[first + at : first + at + PROMPT_ROWS], targets[at : at + PROMPT_ROWS], top)
+                for at in range(0, max(1, len(targets)), PROMPT_ROWS)
+            ]
+            columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+            found[row] = PromptLogprobs(int(plan.starts[row]), *columns)
         return found
+
+    def _logprobs_of(
+        self, hidden: torch.Tensor, targets: tuple[int, ...], top: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The columns of PromptLogprobs for a few rows: all of a long prompt's logits at once would not fit beside a full pool."""
+        logprobs = self.model.logits(hidden[: len(targets)]).log_softmax(dim=-1)
+        chosen = logprobs.gather(1, torch.tensor(targets, dtype=torch.int64, device=self.device)[:, None])
+        values, ids = logprobs.topk(top, dim=-1)
+        ranks = (logprobs > chosen).sum(dim=-1) + 1
+        return (
+            chosen.squeeze(1).cpu().numpy(),
+            ranks.cpu().numpy().astype(np.int32),
+            ids.cpu().numpy().astype(np.int32),
+            values.cpu().numpy(),
+        )
 
 
 def attend_pages(

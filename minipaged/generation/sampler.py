@@ -9,6 +9,8 @@ import torch
 import kernels
 from minipaged.scheduling.plan import SamplingColumns
 
+SORTED_ROWS = 32  # truncated draws at a time: each takes about 100 bytes a token of the vocabulary while it is sorted
+
 
 def penalize(logits: torch.Tensor, tokens: tuple[tuple[int, ...], ...], penalties: torch.Tensor) -> None:
     """Repetition penalty in place (Keskar et al. 2019): a seen token's logit is divided by the penalty if positive, else multiplied.
@@ -47,8 +49,10 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
         top_k, top_p, min_p = (
             torch.from_numpy(column[truncated]).to(device) for column in (columns.top_k, columns.top_p, columns.min_p)
         )
-        scaled = logits[rows] / temperature[rows, None]
-        drawn[rows] = draw_truncated(scaled, uniform[rows], top_k.long(), top_p, min_p)
+        parts = (torch.split(column, SORTED_ROWS) for column in (rows, top_k.long(), top_p, min_p))
+        for part, k, p, floor in zip(*parts, strict=True):
+            scaled = logits[part] / temperature[part, None]
+            drawn[part] = draw_truncated(scaled, uniform[part], k, p, floor)
     return drawn
 
 
