@@ -6,7 +6,7 @@ which part the threshold falls, and looks at that part alone again. Softmax, cum
 move a dozen times as much.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803, SIM102
+# ruff: noqa: N803
 
 import torch
 import triton
@@ -15,21 +15,27 @@ import triton.language as tl
 from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.launch_table import next_power_of_two
 
-PART = 4096  # logits a program
+PART = 2048  # logits a program
 
 
 @triton.jit
-def _load_scaled(logits_ptr, row, column, vocab, stride, temperature):
-    """Logits over the temperature, float32; -inf past the vocabulary."""
+def _load_logits(logits_ptr, row, column, vocab, stride):
+    """float32; -inf past the vocabulary."""
     logits = tl.load(logits_ptr + row.to(tl.int64) * stride + column, mask=column < vocab, other=float("-inf"))
-    return logits.to(tl.float32) / temperature
+    return logits.to(tl.float32)
+
+
+@triton.jit
+def _base_2(temperature):
+    """What a difference of logits is multiplied by to be an exponent of 2: log2(e) / temperature."""
+    return 1.4426950408889634 / temperature
 
 
 @triton.jit
 def _parts_kernel(
-    best_ptr,  # float32 [rows, parts]: the largest logit, over the temperature
+    best_ptr,  # float32 [rows, parts]: the largest logit
     place_ptr,  # int32 [rows, parts]: where it is
-    weight_ptr,  # float32 [rows, parts]: sum of exp(logit - largest); not written for a row of temperature 0
+    weight_ptr,  # float32 [rows, parts]: sum of exp((logit - largest) / temperature); not written for a row of temperature 0
     logits_ptr,
     temperature_ptr,
     vocab,
@@ -42,18 +48,16 @@ def _parts_kernel(
     row = tl.program_id(1)
     column = part * PART + tl.arange(0, PART)
     wait_for_previous(DEPENDENT)
-    temperature = 0.0
-    if WARM:
-        temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    scaled = _load_scaled(logits_ptr, row, column, vocab, stride, tl.where(temperature > 0.0, temperature, 1.0))
-    best = tl.max(scaled, 0)
+    logits = _load_logits(logits_ptr, row, column, vocab, stride)
+    best = tl.max(logits, 0)
     at = row * tl.num_programs(0) + part
     tl.store(best_ptr + at, best)
-    tl.store(place_ptr + at, tl.min(tl.where(scaled == best, column, vocab - 1), 0))
+    tl.store(place_ptr + at, tl.min(tl.where(logits == best, column, vocab - 1), 0))
     if WARM:
+        temperature = tl.load(temperature_ptr + row).to(tl.float32)
         if temperature > 0.0:
             shift = tl.where(best == float("-inf"), 0.0, best)  # a part of banned tokens alone
-            tl.store(weight_ptr + at, tl.sum(tl.exp(scaled - shift), 0))
+            tl.store(weight_ptr + at, tl.sum(tl.exp2((logits - shift) * _base_2(temperature)), 0))
 
 
 @triton.jit
@@ -85,15 +89,15 @@ def _token_kernel(
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
         if temperature > 0.0:
             weight = tl.load(weight_ptr + at, mask=part < num_parts, other=0.0)
-            weight = weight.to(tl.float64) * tl.exp(best - top).to(tl.float64)
+            weight = weight.to(tl.float64) * tl.exp2((best - top) * _base_2(temperature)).to(tl.float64)
             ends = tl.cumsum(weight, 0)
             threshold = tl.load(uniform_ptr + row).to(tl.float64) * tl.sum(weight, 0)
             last = tl.max(tl.where(weight > 0.0, part, 0), 0)
             chosen = tl.minimum(tl.sum((ends <= threshold).to(tl.int32), 0), last)
             within = threshold - tl.sum(tl.where(part < chosen, weight, 0.0), 0)
             column = chosen * PART + tl.arange(0, PART)
-            scaled = _load_scaled(logits_ptr, row, column, vocab, stride, temperature)
-            each = tl.exp(scaled - top).to(tl.float64)
+            logits = _load_logits(logits_ptr, row, column, vocab, stride)
+            each = tl.exp2((logits - top) * _base_2(temperature)).to(tl.float64)
             position = tl.sum((tl.cumsum(each, 0) <= within).to(tl.int32), 0)
             # Sums of float32 and of float64 differ in their last digits: never past the last token that has any weight.
             last_column = tl.max(tl.where(each > 0.0, column, 0), 0)
@@ -124,7 +128,7 @@ def draw_tokens_triton(
         logits.stride(0),
         PART=PART,
         WARM=warm,
-        num_warps=8,
+        num_warps=4,
         **options,
     )
     _token_kernel[(rows,)](
@@ -141,7 +145,7 @@ def draw_tokens_triton(
         PARTS=next_power_of_two(num_parts),
         PART=PART,
         WARM=warm,
-        num_warps=8,
+        num_warps=4,
         **options,
     )
     return out
