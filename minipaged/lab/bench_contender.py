@@ -6,9 +6,11 @@ the clock; each engine's own calls are in bench_contender_*.py.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from minipaged.lab.bench_engine import ContenderMissingError, Job, Runs, request
 from minipaged.lab.workloads import Draw
 from minipaged.model.shapes import SHAPES
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WARM_PART = 8  # a warm pass asks for an eighth of each answer: the batch shrinks through the same sizes
 MODULES = {
     "minipaged": "minipaged.lab.bench_contender_minipaged",
@@ -63,8 +66,15 @@ def _device() -> str:
     return device_name()
 
 
+def die_with_parent() -> None:
+    """On Linux: end as soon as the process that started this one ends, however it does. An orphan would hold the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(arguments: list[str]) -> int:
     """The process; 0 if the job was done."""
+    die_with_parent()
     name, path = arguments
     told = json.load(sys.stdin)
     job = Job(**{**told, "workloads": tuple(told["workloads"])})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,8 +97,44 @@ def test_a_contender_that_hangs_is_ended_with_its_children(tmp_path: Path) -> No
     outcome = run_contender("vllm", replace(JOB, limit_seconds=4.0), command=script(text))
     assert outcome.note == "ended after its limit of 4 s"
     assert outcome.passes == {"batch:2": [Pass(2, 512, 2.0)]}
-    state = Path(f"/proc/{ids.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    wait_for(lambda: not is_alive(int(ids.read_text())))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own way of it is Linux's")
+def test_a_contender_does_not_outlive_the_benchmark() -> None:
+    """Even one that is killed: nobody is left to hold the GPU."""
+    words = ("bench", "engine", "--model", "random:toy", "--workload", "sharegpt", "--device", "cpu")
+    benchmark = subprocess.Popen([sys.executable, "-m", "minipaged", *words], stdout=subprocess.DEVNULL)
+    contender = wait_for(lambda: next((pid for pid in children_of(benchmark.pid) if pid), None))
+    wait_for(lambda: b"bench_contender" in Path(f"/proc/{contender}/cmdline").read_bytes() and is_importing(contender))
+    benchmark.kill()
+    benchmark.wait()
+    wait_for(lambda: not is_alive(contender))
+
+
+def children_of(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def is_importing(pid: int) -> bool:
+    """Whether it has come as far as torch, so past its first lines."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What `condition` gives once it holds."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.05)
+    return found
 
 
 def test_ratios_are_ours_over_theirs_and_gaps_are_told() -> None:
