@@ -1,14 +1,15 @@
-"""Steps of plain decoding as CUDA graphs, whole: embedding, layers, LM head and sampler in one launch.
+"""Decode steps as CUDA graphs, whole: embedding, layers, LM head and, where draws are plain, the sampler in one launch.
 
 A graph is captured once for each number of rows (rounded up to a bucket) and replayed from then on, so everything that changes between
 steps lies in buffers on the device: token ids, positions, slots, block tables, lengths. Padded rows have length 0, slot -1 and a drawing
 place of their own. Sampled ids stay on the device, where the next step reads them, and are copied to the host behind the launch. Steps that
-are not plain decoding run as TorchRunner's, which is also the oracle, but through the fused forward.
+compute prompts too run as TorchRunner's, which is also the oracle, but through the fused forward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
@@ -33,6 +34,14 @@ def bucket_of(rows: int) -> int:
         if rows <= limit:
             return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // step) * step
     raise ValueError(f"no bucket holds {rows} rows")
+
+
+class Draws(Enum):
+    """What a graph ends in."""
+
+    GREEDY = "the most likely token of each row"
+    WARM = "a token of each row, drawn at its temperature"
+    NONE = "logits: truncation, penalties, log-probabilities and groups are seen to outside"
 
 
 @dataclass(slots=True)
@@ -61,7 +70,7 @@ class GraphPending:
 
 
 class GraphRunner(TorchRunner):
-    """A TorchRunner that replays graphs wherever a step is plain decoding; CUDA only.
+    """A TorchRunner that replays graphs wherever each row of a step computes one token; CUDA only.
 
     max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with.
     """
@@ -77,7 +86,7 @@ class GraphRunner(TorchRunner):
         self._inputs = torch.zeros((COLUMNS + self._width) * rows, dtype=torch.int32, device=device)
         self._chances = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self._angles = angle_table(model, max_model_len)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._stages = [self._new_stage(rows) for _ in range(NUM_STAGES)]
         self._turn = 0
@@ -92,21 +101,25 @@ class GraphRunner(TorchRunner):
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
-        """Replay a graph where the step is plain decoding; else as TorchRunner."""
-        if not is_plain_decode(plan):
+        """Replay a graph where the step is all decoding; else as TorchRunner."""
+        rows = len(plan.seq_ids)
+        if not rows or plan.num_tokens != rows or plan.prompt_queries:
             return super().launch(plan)
         self.store.swap_out(plan.swap_outs)
         self.store.swap_in(plan.swap_ins)
         self.store.copy(plan.copies)
-        rows = len(plan.seq_ids)
-        bucket, sampled = bucket_of(rows), plan.sampling is not None
+        bucket, draws = bucket_of(rows), draws_of(plan)
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % NUM_STAGES
         stage.done.synchronize()  # its last copy was made long ago
-        self._fill(plan, stage, bucket)
-        graph, drawn = self._graphs.get((bucket, sampled)) or self._capture(bucket, sampled)
+        self._fill(plan, stage, bucket, draws)
+        graph, result = self._graphs.get((bucket, draws)) or self._capture(bucket, draws)
         graph.replay()
-        stage.drawn[:rows].copy_(drawn[:rows], non_blocking=True)
+        if draws is Draws.NONE:
+            stage.done.record()
+            drawing = torch.from_numpy(plan.draw_rows.astype(np.int64)).to(self.device)
+            return self._draw(plan, result[drawing].float())
+        stage.drawn[:rows].copy_(result[:rows], non_blocking=True)
         stage.done.record()
         return GraphPending(stage, rows)
 
@@ -115,8 +128,8 @@ class GraphRunner(TorchRunner):
         end = COLUMNS * bucket
         return inputs[:end].view(COLUMNS, bucket), inputs[end : end + bucket * self._width].view(bucket, self._width)
 
-    def _fill(self, plan: StepPlan, stage: Stage, bucket: int) -> None:
-        """Bring the step's rows to the device: one copy for all integers, one more if anything is sampled.
+    def _fill(self, plan: StepPlan, stage: Stage, bucket: int, draws: Draws) -> None:
+        """Bring the step's rows to the device: one copy for all integers, one more if the graph draws by temperature.
 
         Table entries past a row's length are whatever stood there: they are never read.
         """
@@ -133,7 +146,7 @@ class GraphRunner(TorchRunner):
         tables[:rows, :width] = plan.tables
         end = COLUMNS * bucket + rows * self._width
         self._inputs[:end].copy_(stage.inputs[:end], non_blocking=True)
-        if plan.sampling is not None:
+        if plan.sampling is not None and draws is Draws.WARM:
             chances = stage.chances.numpy()
             chances[0, :rows], chances[1, :rows] = plan.sampling.temperature, plan.sampling.uniform
             self._chances[:, :rows].copy_(stage.chances[:, :rows], non_blocking=True)
@@ -150,8 +163,10 @@ class GraphRunner(TorchRunner):
         norm = self.model.norm
         return kernels.rms_norm(fused_forward(self.model, embedded, attend), norm.weight, norm.eps)
 
-    def _step(self, bucket: int, sampled: bool) -> Tensor:
-        """What a graph does: one decode step of the first `bucket` rows of the buffers. Returns the drawn ids, [bucket]."""
+    def _step(self, bucket: int, draws: Draws) -> Tensor:
+        """What a graph does: one decode step of the first `bucket` rows of the buffers. Returns the drawn ids, [bucket], or the
+        logits, [bucket, vocab].
+        """
         columns, tables = self._views(self._inputs, bucket)
         token_ids, positions, slots, lengths, places = columns.unbind(0)
         embedded = kernels.embed_tokens(self.model.embedding, token_ids, self._drawn, places)
@@ -162,40 +177,39 @@ class GraphRunner(TorchRunner):
             return kernels.paged_decode(query, *caches, tables, lengths, self._scale)
 
         logits = fused_logits(self.model, fused_forward(self.model, embedded, attend))
+        if draws is Draws.NONE:
+            return logits
         temperature, uniform = self._chances[:, :bucket].unbind(0)
-        drawn = kernels.draw_tokens(logits, temperature, uniform) if sampled else kernels.draw_tokens(logits)
+        warm = draws is Draws.WARM
+        drawn = kernels.draw_tokens(logits, temperature, uniform) if warm else kernels.draw_tokens(logits)
         self._drawn.index_copy_(0, places.long(), drawn)
         return drawn
 
-    def _capture(self, bucket: int, sampled: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, bucket: int, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Capture the graph of a bucket. Warming up runs the step, which must not be seen: what it draws is put back."""
         kept = self._drawn.clone()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(bucket, sampled)
+            self._step(bucket, draws)
             self._drawn.copy_(kept)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            drawn = self._step(bucket, sampled)
-        self._graphs[bucket, sampled] = graph, drawn
-        return graph, drawn
+            result = self._step(bucket, draws)
+        self._graphs[bucket, draws] = graph, result
+        return graph, result
 
 
-def is_plain_decode(plan: StepPlan) -> bool:
-    """Whether every row computes one token and draws one, greedily or by temperature alone."""
-    rows = len(plan.seq_ids)
-    if (
-        not rows
-        or plan.num_tokens != rows
-        or len(plan.draw_rows) != rows
-        or not np.array_equal(plan.draw_slots, plan.slots)
-    ):
-        return False
-    if plan.top_logprobs >= 0 or plan.prompt_queries or plan.penalty_tokens or plan.banned_tokens:
-        return False
-    return plan.sampling is None or not is_truncated(plan.sampling)
+def draws_of(plan: StepPlan) -> Draws:
+    """What the graph of a step of decodes is to end in. It draws itself where every row draws one token, for its own slot, greedily or by
+    temperature alone.
+    """
+    each_for_itself = len(plan.draw_rows) == len(plan.seq_ids) and np.array_equal(plan.draw_slots, plan.slots)
+    more_asked = plan.top_logprobs >= 0 or plan.penalty_tokens or plan.banned_tokens
+    if not each_for_itself or more_asked or (plan.sampling is not None and is_truncated(plan.sampling)):
+        return Draws.NONE
+    return Draws.GREEDY if plan.sampling is None else Draws.WARM
 
 
 def is_truncated(columns: SamplingColumns) -> bool:

@@ -4,7 +4,7 @@ faster ones. Knows tensors; knows nothing of requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,34 +59,35 @@ class StepInputs:
         self.last_rows = tensor(ends[plan.draw_rows] - 1, torch.int64)
 
 
-@dataclass(slots=True)
 class TorchPending:
-    """A launched step whose tokens may still be on the device."""
+    """A launched step whose tokens are on their way to the host: they do not wait for the step that is launched after it."""
 
-    drawn: torch.Tensor  # [draws]
-    logprobs: torch.Tensor | None = None
-    ranks: torch.Tensor | None = None
-    top_ids: torch.Tensor | None = None
-    top_logprobs: torch.Tensor | None = None
-    prompt_logprobs: dict[int, PromptLogprobs] | None = None
+    def __init__(self, drawn: torch.Tensor, **columns: torch.Tensor) -> None:
+        """drawn: [draws]; columns: StepTokens' log-probabilities, ranks and best tokens, where they are wanted."""
+        self.prompt_logprobs: dict[int, PromptLogprobs] | None = None
+        self._columns = {name: _towards_host(column) for name, column in {"token_ids": drawn, **columns}.items()}
+        self._arrived: torch.cuda.Event | None = None
+        if drawn.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
 
     def tokens(self) -> StepTokens:
-        """Wait for the step and bring what it drew to the host."""
+        """Wait for the step and read what it drew."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        columns: dict[str, Any] = {
+            name: column.numpy().astype(np.float32 if column.is_floating_point() else np.int32)
+            for name, column in self._columns.items()
+        }
+        return StepTokens(**columns, prompt_logprobs=self.prompt_logprobs)
 
-        def ints(tensor: torch.Tensor | None) -> np.ndarray | None:
-            return None if tensor is None else tensor.cpu().numpy().astype(np.int32)
 
-        def floats(tensor: torch.Tensor | None) -> np.ndarray | None:
-            return None if tensor is None else tensor.float().cpu().numpy()
-
-        return StepTokens(
-            token_ids=self.drawn.cpu().numpy().astype(np.int32),
-            logprobs=floats(self.logprobs),
-            ranks=ints(self.ranks),
-            top_ids=ints(self.top_ids),
-            top_logprobs=floats(self.top_logprobs),
-            prompt_logprobs=self.prompt_logprobs,
-        )
+def _towards_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host that is complete once the stream is past this point; the tensor itself on a CPU."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 class TorchRunner:
@@ -118,7 +119,7 @@ class TorchRunner:
         if (plan.token_ids == IN_FLIGHT).any():
             self._fill_in_flight(plan, inputs)
         hidden = self._forward(inputs)
-        pending = self._draw(plan, hidden[inputs.last_rows])
+        pending = self._draw(plan, self.model.logits(hidden[inputs.last_rows]))
         if plan.prompt_queries:
             pending.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         return pending
@@ -140,9 +141,8 @@ class TorchRunner:
         at = torch.from_numpy(unknown).to(self.device)
         inputs.token_ids[at] = self._drawn[torch.from_numpy(rows).to(self.device)]
 
-    def _draw(self, plan: StepPlan, hidden: torch.Tensor) -> TorchPending:
-        """One token for each draw. hidden [draws, hidden_size]."""
-        logits = self.model.logits(hidden)
+    def _draw(self, plan: StepPlan, logits: torch.Tensor) -> TorchPending:
+        """One token for each draw. logits: float32 [draws, vocab]."""
         raw = logits
         if plan.sampling is None:
             drawn = kernels.draw_tokens(logits)
@@ -155,15 +155,13 @@ class TorchRunner:
             sampler.ban(logits, plan.banned_tokens)
             drawn = sampler.sample(logits, plan.sampling)
         self._drawn[torch.from_numpy(plan.draw_slots.astype(np.int64)).to(self.device)] = drawn
-        pending = TorchPending(drawn)
-        if plan.top_logprobs >= 0:
-            logprobs = raw.float().log_softmax(dim=-1)
-            chosen = logprobs.gather(1, drawn[:, None])
-            pending.logprobs = chosen.squeeze(1)
-            pending.ranks = (logprobs > chosen).sum(dim=-1) + 1
-            k = min(plan.top_logprobs, logprobs.shape[-1])
-            pending.top_logprobs, pending.top_ids = logprobs.topk(k, dim=-1)
-        return pending
+        if plan.top_logprobs < 0:
+            return TorchPending(drawn)
+        logprobs = raw.log_softmax(dim=-1)
+        chosen = logprobs.gather(1, drawn[:, None])
+        best, tokens = logprobs.topk(min(plan.top_logprobs, logprobs.shape[-1]), dim=-1)
+        ranks = (logprobs > chosen).sum(dim=-1) + 1
+        return TorchPending(drawn, logprobs=chosen.squeeze(1), ranks=ranks, top_ids=tokens, top_logprobs=best)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, PromptLogprobs]:
         """What the model thought of every prompt token that this step's rows were followed by."""
