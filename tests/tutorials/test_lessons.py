@@ -261,9 +261,13 @@ def test_a_lesson_is_a_script() -> None:
 @pytest.mark.slow
 @each_lesson
 def test_every_solution_runs_as_a_script(lesson: Lesson) -> None:
+    before = os.times()
     done = script(lesson.solution)
+    after = os.times()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    computed = after.children_user - before.children_user + after.children_system - before.children_system
+    assert computed < 60, f"{computed:.0f} seconds of computing: a lesson promises less than a minute"
 
 
 @pytest.mark.slow

@@ -690,9 +690,10 @@ if __name__ == "__main__":
 #
 # Then the price of your organs, measured as above.
 #
-# Then the command for the last checkpoint: your class under every law of the specification. A state machine
-# will do all it can think of to your manager, with all laws watched after every call; if it finds a weakness,
-# it shrinks it, and leaves a replay for the screen.
+# Then the commands of the last checkpoint: your class under every law of the specification. A state machine
+# will do all it can think of to your manager, with all laws watched after every call. If it finds a weakness,
+# it names the law, shrinks the story, and leaves a replay; the last line of the failure says how to see it on
+# the screen.
 
 
 # %%
@@ -750,11 +751,15 @@ def what_was_won() -> None:
     print(f"minipaged's manager: {decode(BlockManager(4_000, 16)):.2f} microseconds a token")
     print(f"         and yours: {decode(MyBlockManager(4_000, 16)):.2f}\n")
     tests = Path(BlockManager.__init__.__code__.co_filename).parents[2] / "tests" / "spec"
+    where = f"{tests}" if tests.is_dir() else "CLONE/tests/spec"
     print(
-        "the last checkpoint, in this folder"
-        + (":\n" if tests.is_dir() else " (the tests are in a clone of minipaged):\n")
+        "the last checkpoint, from this folder" + ("" if tests.is_dir() else "; the tests are in a clone of minipaged")
     )
-    where = tests if tests.is_dir() else Path("CLONE") / "tests" / "spec"
+    print("\nfirst the laws of memory, with few examples of each:\n")
+    print(
+        f'  HYPOTHESIS_PROFILE=quick pytest {where} -k "laws_memory or laws_machine" --block-manager 13_your_own:MyBlockManager'
+    )
+    print("\nthen everything, a scheduler on top of your memory too:\n")
     print(f"  pytest {where} --block-manager 13_your_own:MyBlockManager\n")
 
 
@@ -763,7 +768,7 @@ if __name__ == "__main__":
     what_was_won()
 
 # %% [markdown]
-# When that command passes, you have built PagedAttention.
+# When the second command passes, you have built PagedAttention.
 #
 # From here on the code of minipaged should hold no secrets. Some things to try: break one of your organs on
 # purpose, in a way that all tests of this file overlook, and see how long the specification needs. Or give
