@@ -61,7 +61,7 @@ class Measure:
     """One number. `seconds`: of a step or an operator, or of a whole run."""
 
     section: str
-    what: str
+    name: str
     seconds: float
     tokens_per_second: float = math.nan
     ratio: float = math.nan  # against the first of its group, larger is better
@@ -127,7 +127,7 @@ class _Work:
     def _add(
         self,
         section: str,
-        what: str,
+        name: str,
         seconds: float,
         *,
         rows: float = math.nan,
@@ -137,7 +137,7 @@ class _Work:
         """`rows` tokens in `seconds`; `first`: tokens a second, or 1 / seconds, that the ratio is against."""
         speed = rows / seconds
         mine = 1 / seconds if math.isnan(speed) else speed
-        self.found.measures.append(Measure(section, what, seconds, speed, mine / first, note))
+        self.found.measures.append(Measure(section, name, seconds, speed, mine / first, note))
 
     @torch.inference_mode()
     def run(self) -> None:

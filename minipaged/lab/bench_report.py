@@ -12,6 +12,7 @@ from typing import Any
 from minipaged.errors import InputError
 from minipaged.lab.bench_results import read_results
 from minipaged.lab.bench_rows import OURS
+from minipaged.lab.device_tables import ablation_tables, system_tables
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 KERNEL_TITLES = {
@@ -32,6 +33,8 @@ def report(folder: Path) -> str:
         ("engine", "workload", engine_tables),
         ("kernels", "kernel", kernel_tables),
         ("host", "what", host_tables),
+        ("systems", "system", system_tables),
+        ("ablation", "section", ablation_tables),
     ):
         found = [document for document in documents if document["rows"] and key in document["rows"][0]]
         if found:

@@ -168,7 +168,10 @@ def compare(
         float | None, typer.Option("--seconds", help="With --device: stop a system that runs longer than this.")
     ] = None,
     beside: Annotated[
-        str, typer.Option(help="With --device: generate, continuous: transformers' own batching beside the systems.")
+        str,
+        typer.Option(
+            help="With --device: generate, continuous: transformers' own batching beside them, in the largest pool."
+        ),
     ] = "",
     json_file: JsonFile = None,
     html: HtmlFile = None,
@@ -228,22 +231,17 @@ def _compare_on_device(
     from minipaged.commands.progress import status_line
     from minipaged.lab.bench_results import Results
     from minipaged.lab.device_report import DEVICE_COLUMNS, device_dict, device_notes, device_row
-    from minipaged.lab.device_run import DeviceResult, draws_of, run_systems
+    from minipaged.lab.device_run import DeviceResult, draws_for, run_systems
     from minipaged.lab.simulate import parse_systems
     from minipaged.lab.tables import table
-    from minipaged.lab.trace_files import load_workload
     from minipaged.lab.transformers_peer import PEERS, run_peer
-    from minipaged.lab.workloads import engine_draws
 
     names = parse_systems(systems)
     sizes = [None if text.strip() == "all" else int(_number("slots", text)) for text in pools.split(",")]
     beside = [name.strip() for name in peers.split(",") if name.strip()]
     for peer in beside:
         check_choice("beside", peer, PEERS)
-    if trace in ("nano", "sharegpt") or (trace[:1] == "b" and trace[1:].isdecimal()):
-        draws = engine_draws(trace)[:requests]
-    else:
-        draws = draws_of(load_workload(trace, rate=float("inf"), count=requests, seed=seed), 250, seed=seed)
+    draws = draws_for(trace, model, count=requests, seed=seed)
     kept = Results(json_file)
     found: list[DeviceResult] = []
 
@@ -253,9 +251,9 @@ def _compare_on_device(
 
     with status_line() as say:
         for peer in beside:  # first, while the device is empty: each is a process of its own
-            for size in sizes:
-                say(f"transformers {peer}", 0, 1)
-                done(run_peer(peer, model, draws, device=device, pool=size, seconds=limit))
+            say(f"transformers {peer}", 0, 1)
+            largest = None if None in sizes else max(size for size in sizes if size is not None)
+            done(run_peer(peer, model, draws, device=device, pool=largest, seconds=limit))
         run_systems(
             names, draws,
             model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, say=say, done=done,

@@ -9,6 +9,7 @@ from typing import Any
 from minipaged.errors import InputError
 from minipaged.lab.ablate import SECTIONS, Ablation, Measure
 from minipaged.lab.device_run import DeviceResult
+from minipaged.lab.device_tables import TITLES
 from minipaged.lab.html import Page
 from minipaged.lab.svg import bars
 from minipaged.lab.tables import percent, plain, seconds, table
@@ -55,7 +56,8 @@ def device_notes(results: Sequence[DeviceResult]) -> list[str]:
     ]
     if any(r.note.startswith("stopped") for r in results):
         notes.append(
-            "A system stopped at the time limit is measured up to there; requests it did not reach count as later than that."
+            "A system stopped at the time limit is measured up to there, while others wait; one that was through, with its shrinking end. "
+            "Requests that were not reached count as later than the limit."
         )
     if any(r.same_answers < 1 for r in results):
         notes.append(
@@ -75,7 +77,7 @@ def ablation_rows(measures: Sequence[Measure]) -> list[tuple[str, ...]]:
     """One section's rows."""
     return [
         (
-            m.what,
+            m.name,
             seconds(m.seconds),
             "-" if math.isnan(m.tokens_per_second) else f"{m.tokens_per_second:,.0f}",
             f"{m.ratio:.2f}x",
@@ -83,19 +85,6 @@ def ablation_rows(measures: Sequence[Measure]) -> list[tuple[str, ...]]:
         )
         for m in measures
     ]
-
-
-TITLES = {
-    "attention": "Attention: one layer's operator, and the whole decode step",
-    "prefill": "Attention over a prompt: the whole step, and so the first token",
-    "layout": "Contiguous and paged: where the blocks lie",
-    "block size": "Block size, shuffled blocks",
-    "batching": "Batching: the engine, in a pool that binds",
-    "preemption": "Preemption: computed again, or swapped",
-    "together": "Do the factors multiply?",
-    "ladder": "One thing after the other: decode steps at the batches measured above",
-    "heads": "Heads of keys and values",
-}
 
 
 def print_ablation(found: Ablation) -> None:
@@ -121,7 +110,7 @@ def ablation_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         for row in rows:
             if row.get("section") == section:
                 ratio = float(row["ratio"])
-                groups.setdefault(TITLES[section], []).append((_short(row["what"]), ratio, f"{ratio:.1f}x"))
+                groups.setdefault(TITLES[section], []).append((_short(row["name"]), ratio, f"{ratio:.1f}x"))
     return bars(title, groups, "times the tokens per second of the first bar of the group")
 
 

@@ -20,14 +20,17 @@ from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_in
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.lab.figure_types import Say
-from minipaged.lab.workloads import Draw, Workload
+from minipaged.lab.trace_files import load_workload
+from minipaged.lab.workloads import Draw, Workload, engine_draws
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.contiguous import Ask, ContiguousBlockManager
 from minipaged.memory.systems import RESERVING
+from minipaged.model.shapes import SHAPES
 from minipaged.scheduling.request import RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
 
 STEP_BUDGET = 8_192  # tokens a step where requests join and leave
+SMALL_VOCABULARY = 250  # ids that every model has
 LAST_BATCH = 3  # a batch that nobody joins is let end, until the time limit has passed so often
 BATCH_BUDGET = 16_384  # tokens a step for batches that nobody joins: they start together
 
@@ -68,6 +71,20 @@ def draws_of(load: Workload, vocab_size: int, *, seed: int = 0) -> list[Draw]:
         ([*prefix, *rng.integers(0, vocab_size, int(p) - load.prefix).tolist()], int(o))
         for p, o in zip(load.prompts, load.outputs, strict=True)
     ]
+
+
+def draws_for(trace: str, model: str, *, count: int, seed: int = 0) -> list[Draw]:
+    """The first `count` draws that `trace` names: the fixed ones of the benchmarks, else a workload's lengths with random ids.
+
+    Ids are folded into the vocabulary of a known shape. InputError for an unknown trace.
+    """
+    fixed = trace in ("nano", "sharegpt") or (trace[:1] == "b" and trace[1:].isdecimal())
+    config = SHAPES.get(model.removeprefix("random:"))
+    vocabulary = SMALL_VOCABULARY if config is None else config.vocab_size
+    if not fixed:
+        return draws_of(load_workload(trace, rate=math.inf, count=count, seed=seed), vocabulary, seed=seed)
+    drawn = engine_draws(trace)[: check_int("requests", count, 1)]
+    return [([token % vocabulary for token in prompt], length) for prompt, length in drawn]
 
 
 def run_systems(
@@ -116,6 +133,8 @@ def run_systems(
     whole = len(systems) * len(pools) * len(draws)
     for pool in pools:
         for system in systems:
+            if system == "webui" and pool != pools[0]:
+                continue  # one row at a time in any pool
             before = len(results) * len(draws)
 
             def tell(n: int, system: str = system, before: int = before) -> None:

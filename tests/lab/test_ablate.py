@@ -14,7 +14,8 @@ from minipaged.errors import InputError
 from minipaged.lab import ablate as module
 from minipaged.lab.ablate import SECTIONS, ablate, sizes_for
 from minipaged.lab.attention_variants import DECODES, Cells, paged, split_torch, torch_dense, written_out_prefill
-from minipaged.lab.device_report import TITLES, ablation_dicts, ablation_page, plot_of, print_ablation
+from minipaged.lab.device_report import ablation_dicts, ablation_page, plot_of, print_ablation
+from minipaged.lab.device_tables import TITLES, ablation_tables
 from minipaged.lab.step_bench import SlotPool, decode_step, prefill_step, time_of
 from minipaged.model.llama import Llama
 from minipaged.model.shapes import shape
@@ -112,6 +113,8 @@ def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> 
     rows = ablation_dicts(found)
     kept = json.loads(json.dumps({"device": "here", "date": "2026-01-01", "rows": rows}))
     ElementTree.fromstring(plot_of(kept))
+    tables = "\n".join(ablation_tables(kept["rows"]))
+    assert all(f"| {m.name} |" in tables for m in found.measures)
     assert "<svg" in ablation_page(found).text()
 
 

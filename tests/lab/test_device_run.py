@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from minipaged.errors import InputError
-from minipaged.lab.device_run import Bench, DeviceResult, draws_of, percentiles, run_systems, serve
+from minipaged.lab.device_report import device_dict, device_row, plot_of
+from minipaged.lab.device_run import Bench, DeviceResult, draws_for, draws_of, percentiles, run_systems, serve
+from minipaged.lab.device_tables import system_tables
 from minipaged.lab.workloads import make_workload
 from minipaged.memory.systems import RESERVING
 
@@ -102,3 +106,24 @@ def test_bad_input_is_named() -> None:
             )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(InputError, match="no requests"):
         run_systems(("vllm",), [], model="toy", say=lambda message, done, total: None)
+
+
+def test_results_become_tables_and_a_plot() -> None:
+    found = [*run(("webui", "vllm")).values(), run(("orca-max",), seconds=1e-9)["orca-max"]]
+    rows = json.loads(json.dumps([device_dict(r) for r in found]))
+    _, table, *notes = system_tables(rows[:2])
+    assert "| vllm | 256 |" in table
+    assert notes == []
+    assert rows[2]["first_token"][1] is None
+    ElementTree.fromstring(plot_of({"device": "here", "date": "today", "rows": rows}))
+    assert device_row(found[2])[7].startswith("> ")
+
+
+def test_draws_fit_the_vocabulary_and_the_count() -> None:
+    assert max(max(p) for p, _ in draws_for("sharegpt", "random:toy", count=9)) < 257
+    assert [len(p) for p, _ in draws_for("sharegpt", "random:llama-7b", count=3)] == [179, 46, 9]
+    assert len(draws_for("alpaca", "toy", count=4)) == 4
+    with pytest.raises(InputError, match="requests"):
+        draws_for("sharegpt", "toy", count=0)
+    with pytest.raises(InputError, match="unknown workload"):
+        draws_for("reddit", "toy", count=1)
