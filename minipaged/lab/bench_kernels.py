@@ -16,7 +16,7 @@ from minipaged.lab.bench_peers import PEERS, Attend, Case, PeerMissingError, mak
 from minipaged.lab.bench_pools import Pool, make_pool
 from minipaged.lab.bench_rows import OURS, PAST_CACHE_BYTES, Ceilings, Row, make_row
 from minipaged.lab.bench_small_kernels import small_rows
-from minipaged.lab.bench_timing import Notes, Race, Timing, Work, race
+from minipaged.lab.bench_timing import Notes, Race, Timing, Work, race, race_alone
 
 MOST_COPIES = 32
 AGREEMENT = 2e-2  # of the norms, bfloat16
@@ -54,7 +54,7 @@ def _copy(timed: Race) -> tuple[Timing, float]:
     """Two gibibytes through an elementwise kernel, for a graph's own copies take a slower engine: read and written together."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    taken = timed({"torch": lambda: torch.neg(source, out=target)}, 1)["torch"]
+    taken = race_alone(timed, lambda: torch.neg(source, out=target), 1)
     return taken, 2 * source.numel() * 4 / 1e3
 
 
@@ -62,7 +62,7 @@ def _product(timed: Race) -> tuple[Timing, float]:
     """The product of two square bfloat16 matrices."""
     one, other = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(one)
-    taken = timed({"torch": lambda: torch.mm(one, other, out=product)}, 1)["torch"]
+    taken = race_alone(timed, lambda: torch.mm(one, other, out=product), 1)
     return taken, 2 * 8192**3 / 1e6
 
 
@@ -136,17 +136,27 @@ def _contest(
         except PeerMissingError as error:
             note(f"{name}, {kernel} {shape}: {error}")
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            note(f"{name}, {kernel} {shape}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            note(_why(name, kernel, shape, error))
         else:
             contenders[name] = calls
     passes = ceilings.passes(work, unit, len(cases))
     works = {name: _all_calls(calls, passes) for name, calls in contenders.items()}
-    times = timed(works, len(cases) * passes)
+
+    def failed(name: str, error: Exception) -> None:
+        if name == OURS:
+            raise error
+        note(_why(name, kernel, shape, error))
+
+    times = timed(works, len(cases) * passes, failed)
     for name, taken in times.items():
         ratio = times[OURS].speed_against(taken) if name != OURS else None
         yield make_row(kernel, shape, name, taken, work, unit, ceilings=ceilings, ratio=ratio)
     if cases[0].query.is_cuda:
         torch.cuda.empty_cache()
+
+
+def _why(name: str, kernel: str, shape: str, error: Exception) -> str:
+    return f"{name}, {kernel} {shape}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _all_calls(calls: list[Callable[[], Tensor]], passes: int) -> Work:

@@ -36,8 +36,10 @@ class Timing:
         return statistics.median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=True))
 
 
-Race = Callable[[Mapping[str, Work], int], dict[str, Timing]]
-"""race(works, calls): every work makes `calls` calls; returns the time of one call of each."""
+Failed = Callable[[str, Exception], None]
+"""Told which contender could not be captured, and what happened."""
+Race = Callable[[Mapping[str, Work], int, Failed], dict[str, Timing]]
+"""race(works, calls, failed): every work makes `calls` calls; returns the time of one call of each that could be captured."""
 
 
 def capture(work: Work) -> torch.cuda.CUDAGraph:
@@ -67,11 +69,25 @@ def replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     return float(statistics.median(a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(marks)))
 
 
-def race(works: Mapping[str, Work], calls: int) -> dict[str, Timing]:
+def race(works: Mapping[str, Work], calls: int, failed: Failed) -> dict[str, Timing]:
     """Capture every work, then time them in turn. Each must make `calls` calls and leave its inputs usable."""
-    graphs = {name: capture(work) for name, work in works.items()}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, work in works.items():
+        try:
+            graphs[name] = capture(work)
+        except (RuntimeError, ValueError, TypeError) as error:
+            failed(name, error)
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
             taken[name].append(replay_us(graph, REPLAYS) / calls)
     return {name: Timing(tuple(times)) for name, times in taken.items()}
+
+
+def race_alone(timed: Race, work: Work, calls: int) -> Timing:
+    """The time of a work that nobody races; what goes wrong is raised."""
+
+    def failed(name: str, error: Exception) -> None:
+        raise error
+
+    return timed({"alone": work}, calls, failed)["alone"]

@@ -19,14 +19,14 @@ from minipaged.lab.bench_pools import BLOCK, Pool, make_pool
 from minipaged.lab.bench_rows import Ceilings
 from minipaged.lab.bench_small_kernels import SMALL, norm, rope_write, silu, small_rows
 from minipaged.lab.bench_small_kernels import draws as sampling
-from minipaged.lab.bench_timing import Timing, Work
+from minipaged.lab.bench_timing import Failed, Timing, Work
 
 CEILINGS = Ceilings(gigabytes=1.0, teraflops=1e-3)
 DECODE = (("small", (40, 40), 4, 2, 32), ("ragged", (33, 7), 4, 2, 32))
 PREFILL = ((2, 20, 0, 4, 2, 32), (2, 20, 16, 4, 2, 32))
 
 
-def made_up(works: Mapping[str, Work], calls: int) -> dict[str, Timing]:
+def made_up(works: Mapping[str, Work], calls: int, failed: Failed) -> dict[str, Timing]:
     """Ours takes 100, 200 and 300 us, the next contender twice as long, and so on. Every work runs once."""
     for work in works.values():
         work()
@@ -103,6 +103,25 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
     rows = list(decode_rows(("fa3",), CEILINGS, notes.append, shapes=DECODE[:1], timed=made_up, device="cpu"))
     assert [row.contender for row in rows] == ["minipaged"]
     assert notes == ["wrong, decode small: ValueError: its output is not ours: relative error 1.0e+00"]
+
+
+def test_a_peer_that_cannot_be_captured_is_left_out() -> None:
+    def broken(works: Mapping[str, Work], calls: int, failed: Failed) -> dict[str, Timing]:
+        for name in list(works)[1:]:
+            failed(name, RuntimeError("operation not permitted when stream is capturing"))
+        return {"minipaged": Timing((1.0, 1.0, 1.0))}
+
+    notes: list[str] = []
+    rows = list(decode_rows(("sdpa",), CEILINGS, notes.append, shapes=DECODE[:1], timed=broken, device="cpu"))
+    assert [row.contender for row in rows] == ["minipaged"]
+    assert "torch flash, dense, decode small: RuntimeError: operation not permitted when stream is capturing" in notes
+
+    def ours_breaks(works: Mapping[str, Work], calls: int, failed: Failed) -> dict[str, Timing]:
+        failed("minipaged", RuntimeError("out of memory"))
+        return {}
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(decode_rows((), CEILINGS, notes.append, shapes=DECODE[:1], timed=ours_breaks, device="cpu"))
 
 
 @pytest.mark.parametrize("peer", ["fa3", "flashinfer"])
