@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from minipaged.config import CacheConfig, EngineConfig, ModelConfig, SamplingParams
+from minipaged.engine import Engine
 from minipaged.lab.attention_variants import DECODES, Cells, Decode, one_pass, paged, split, torch_dense, written_out
 from minipaged.lab.device_run import Bench, DeviceResult, serve
 from minipaged.lab.figure_types import Say
@@ -299,22 +300,32 @@ class _Work:
                     max_num_seqs=rows, max_model_len=prompt + output, preemption=kind, depth=int(on_gpu),
                 )  # fmt: skip
                 engine = build_engine(loaded, cache, config, device=self.device, dtype=self.parts.dtype)
-                seconds, count = math.nan, 0
-                for _ in range(2 if on_gpu else 1):  # the first pass captures graphs
-                    before = engine.scheduler.counters.preemptions
-                    start = time.perf_counter()
-                    for tokens, length in draws:
-                        engine.ask(tokens, SamplingParams(max_tokens=length, ignore_eos=True))
-                    while engine.has_work:
-                        engine.step()
-                    seconds, count = time.perf_counter() - start, engine.scheduler.counters.preemptions - before
-                first = rows * output / seconds if math.isnan(first) else first
+                took, tokens, count = self._answer(
+                    engine, draws, passes=2 if on_gpu else 1
+                )  # the first captures graphs
+                first = tokens / took if math.isnan(first) else first
                 note = f"{count} preemptions, {rows} requests in a pool for {0.6 * rows:.1f}"
-                self._add(
-                    "preemption", f"{kind}, blocks of {size}", seconds, rows=rows * output, first=first, note=note
-                )
+                note += "" if tokens == rows * output else f", stopped after {took:.0f} s"
+                self._add("preemption", f"{kind}, blocks of {size}", took, rows=tokens, first=first, note=note)
                 del engine
                 self._forget()
+
+    def _answer(self, engine: Engine, draws: list[Draw], *, passes: int) -> tuple[float, int, int]:
+        """Seconds, tokens and preemptions of the last pass over the draws; it is stopped at the time limit."""
+        took, tokens, count = math.nan, 0, 0
+        for _ in range(passes):
+            before, start = engine.scheduler.counters.preemptions, time.perf_counter()
+            outputs = [engine.ask(prompt, SamplingParams(max_tokens=n, ignore_eos=True)) for prompt, n in draws]
+            while engine.has_work and time.perf_counter() - start < self.sizes.seconds:
+                engine.step()
+            engine.drain()
+            took, count = time.perf_counter() - start, engine.scheduler.counters.preemptions - before
+            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            for output in outputs:
+                engine.abort(output.request_id)
+            while engine.has_work:
+                engine.step()
+        return took, tokens, count
 
     # ---- both
 

@@ -94,11 +94,11 @@ def test_steps_compute_what_the_engine_would() -> None:
 
 
 def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = replace(sizes_for(CPU, 0.2), rows=2, context=64, lone=64, prompt=32)
+    small = replace(sizes_for(CPU, 120.0), rows=2, context=64, lone=64, prompt=32)
     small = replace(small, draws=small.draws[:12])
     monkeypatch.setattr(module, "sizes_for", lambda device, seconds: small)
     stages: list[str] = []
-    found = ablate("toy", device="cpu", seconds=0.2, say=lambda what, done, total: stages.append(what))
+    found = ablate("toy", device="cpu", seconds=120.0, say=lambda what, done, total: stages.append(what))
     assert {m.section for m in found.measures} == set(SECTIONS) == set(TITLES)
     assert [m.section for m in found.measures] == sorted((m.section for m in found.measures), key=SECTIONS.index)
     assert all(m.ratio > 0 for m in found.measures)
