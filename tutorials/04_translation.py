@@ -43,25 +43,24 @@ import time
 import numpy as np
 
 
-def tokens_moved(answer: int, growth: str) -> tuple[int, int]:
-    """(tokens copied, most slots held at one moment) while one text of 1 token grows to `answer` tokens."""
-    room, moved, peak = 1, 0, 1
-    for length in range(1, answer):
-        if length == room:
-            new = room + 1 if growth == "concatenate" else 2 * room
-            moved += length
-            peak = max(peak, room + new)  # both copies exist for a moment
-            room = new
+def grow_side_by_side(answers: tuple[int, ...], growth: str) -> tuple[int, int]:
+    """(tokens copied, most slots held at one moment) while texts grow from 1 token to `answers` tokens, a token each in turn."""
+    rooms, moved, peak = [1] * len(answers), 0, len(answers)
+    for length in range(1, max(answers)):
+        for i, answer in enumerate(answers):
+            if length < answer and length == rooms[i]:
+                new = length + 1 if growth == "concatenate" else 2 * length
+                moved += length
+                peak = max(peak, sum(rooms) + new)  # the old copy and the new one both exist for a moment
+                rooms[i] = new
     return moved, peak
 
 
 def the_pain() -> None:
     print("three texts of 700, 800 and 900 tokens")
     for growth in ("concatenate", "double"):
-        results = [tokens_moved(answer, growth) for answer in (700, 800, 900)]
-        print(
-            f"{growth:>12}: {sum(m for m, _ in results):>9,} tokens moved, {sum(p for _, p in results):>6,} slots needed"
-        )
+        moved, peak = grow_side_by_side((700, 800, 900), growth)
+        print(f"{growth:>12}: {moved:>9,} tokens moved, {peak:>6,} slots needed at the worst moment")
     print()
 
 

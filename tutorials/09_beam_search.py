@@ -26,7 +26,7 @@
 # You have the cure already. With block tables, "the child continues the parent" is a fork: copy a list of
 # block numbers, raise some counts. The keys and values stay where they are.
 #
-# The same pictures show why order matters. The winners' parents and the losers are both among the old beams.
+# The same picture shows why order matters. The winners' parents and the losers are both among the old beams.
 # If the old beams are freed first, a block that a winner needs may reach count 0, be handed out, and be
 # overwritten. So: **fork the winners before you free the losers.**
 #

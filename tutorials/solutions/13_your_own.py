@@ -441,11 +441,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 4: `MyBlockManager.fork`
 #
-# The transplant is in `__init__`. A sequence is an object here: `parent.child(child_id)` makes one with lists
-# of its own; `child.table` are its blocks. Every block of it gains a holder, except the null block, which
-# nobody holds. The new sequence goes into the directory: `self._sequences.add(child)`. At the end, tell the
-# world: `self._editor.tell("fork", child_id, -1, parent_id, len(child.table))`. The screen, the trace and the
-# specification read nothing but these events.
+# The transplant is in `__init__`. A sequence is an object here, and the checks of `fork` are given. What is
+# left:
+#
+# 1. `parent.child(child_id)` makes the child, with lists of its own; `child.table` are its blocks;
+# 2. each of these blocks gains a holder (task 3), except the null block, which nobody holds;
+# 3. the child goes into the directory: `self._sequences.add(child)`;
+# 4. tell the world: `self._editor.tell("fork", child_id, -1, parent_id, len(child.table))`. The screen, the
+#    trace and the specification read nothing but these events.
 #
 # ## Task 5: `MyBlockManager.more_room`
 #
@@ -461,19 +464,20 @@ if __name__ == "__main__":
 #
 # In this order, so that a refusal changes nothing:
 #
-# - `need`: blocks for the new room; `have`: entries of `sequence.table`; `size`: tokens a block,
-#   `self._block_size`;
-# - does the first new token fall into the last block of the table (`room < have * size`), and must that block
-#   be copied first? `self._editor.copies.must_copy(tail, slot)` says so: it looks at the count. `slot` is the
-#   first new token's place in the block;
-# - are there enough blocks, the copy included? `self._pool.num_available`. If not: return `None`, with
-#   nothing changed;
-# - `self._editor.copy_tail(sequence)` copies, and returns the pair (source, destination);
-# - if you write into the tail in place, nobody may find it by its old content:
-#   `self._editor.index.erase(tail)`, and when that returns `True`,
-#   `self._editor.tell("evict", sequence.seq_id, tail, -1, have - 1)`;
-# - `self._editor.grow(sequence, count)` takes blocks, appends them to the table, and returns them;
-# - set `sequence.room`, return `Allocation(0, new_blocks, copies)`, both tuples.
+# 1. count: `need` is the blocks for the new room, `have` the entries of `sequence.table`, and
+#    `self._block_size` the tokens of a block;
+# 2. does the first new token fall into the tail (`room < have * size`), and must the tail be copied first?
+#    `self._editor.copies.must_copy(tail, slot)` says so: it looks at the count. `slot` is the first new
+#    token's place in the block;
+# 3. are there enough blocks, the copy included? `self._pool.num_available` can be taken. If not: return
+#    `None`. Nothing has been changed so far;
+# 4. if the tail must be copied: `self._editor.copy_tail(sequence)` does it, and returns the pair (source,
+#    destination);
+# 5. if you write into the tail in place instead, nobody may find it by its old content any more: call
+#    `self._editor.index.erase(tail)`, and when that returns `True`,
+#    `self._editor.tell("evict", sequence.seq_id, tail, -1, have - 1)`;
+# 6. `self._editor.grow(sequence, count)` takes blocks, appends them to the table, and returns them;
+# 7. set `sequence.room`, return `Allocation(0, new_blocks, copies)`, both tuples.
 
 
 # %%
