@@ -85,6 +85,7 @@ class GraphRunner(TorchRunner):
         self._width = -(-max_model_len // store.block_size)
         self._inputs = torch.zeros((COLUMNS + self._width) * rows, dtype=torch.int32, device=device)
         self._chances = torch.zeros(2, rows, dtype=torch.float64, device=device)
+        self._logits: Tensor | None = None
         self._angles = angle_table(model, max_model_len)
         self._graphs: dict[tuple[int, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
@@ -117,8 +118,9 @@ class GraphRunner(TorchRunner):
         graph.replay()
         if draws is Draws.NONE:
             stage.done.record()
-            drawing = torch.from_numpy(plan.draw_rows.astype(np.int64)).to(self.device)
-            return self._draw(plan, result[drawing].float())
+            if np.array_equal(plan.draw_rows, np.arange(rows)):
+                return self._draw(plan, result[:rows])
+            return self._draw(plan, result[torch.from_numpy(plan.draw_rows.astype(np.int64)).to(self.device)])
         stage.drawn[:rows].copy_(result[:rows], non_blocking=True)
         stage.done.record()
         return GraphPending(stage, rows)
@@ -178,12 +180,19 @@ class GraphRunner(TorchRunner):
 
         logits = fused_logits(self.model, fused_forward(self.model, embedded, attend))
         if draws is Draws.NONE:
-            return logits
+            return self._all_logits()[:bucket].copy_(logits)
         temperature, uniform = self._chances[:, :bucket].unbind(0)
         warm = draws is Draws.WARM
         drawn = kernels.draw_tokens(logits, temperature, uniform) if warm else kernels.draw_tokens(logits)
         self._drawn.index_copy_(0, places.long(), drawn)
         return drawn
+
+    def _all_logits(self) -> Tensor:
+        """Where the graphs that end in logits leave them, float32 [rows, vocab]: one place for all, read before the next replay."""
+        if self._logits is None:
+            rows = bucket_of(self._parking)
+            self._logits = torch.empty(rows, self.model.config.vocab_size, dtype=torch.float32, device=self.device)
+        return self._logits
 
     def _capture(self, bucket: int, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Capture the graph of a bucket. Warming up runs the step, which must not be seen: what it draws is put back."""
