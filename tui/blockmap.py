@@ -51,6 +51,8 @@ class BlockMap(ScrollView, can_focus=True):
         super().__init__(id=id)
         self.model = MapModel(view, host=host)
         self._base: Style | None = None  # what the style sheet says, asked once
+        self._fitting = True  # until somebody zooms: as close as the whole pool stays in view
+        self._screens = 2  # that it may take, a block a cell: letters say more than dots that all fit; 1 once somebody asked for all
 
     @property
     def zoom_title(self) -> str:
@@ -77,6 +79,8 @@ class BlockMap(ScrollView, can_focus=True):
     def _lay_out(self) -> None:
         size = self.scrollable_content_region.size
         self.model.resize(size.width, size.height)
+        if self._fitting:
+            self._fit()
         self.virtual_size = Size(size.width, self.model.num_rows)
 
     def on_resize(self, _: events.Resize) -> None:
@@ -100,10 +104,25 @@ class BlockMap(ScrollView, can_focus=True):
 
     def set_zoom(self, zoom: int) -> None:
         """Zoom, keeping the cursor in sight."""
+        self._fitting = False
         self.model.set_zoom(Zoom(max(0, min(len(Zoom) - 1, zoom))))
         self._lay_out()
         self._reveal()
         self.refresh()
+
+    def fit(self, *, screens: int = 2) -> None:
+        """From now on the closest zoom at which all of the pool is in view."""
+        self._fitting, self._screens = True, screens
+        self._lay_out()
+        self._reveal()
+        self.refresh()
+
+    def _fit(self) -> None:
+        for zoom in (Zoom.SLOTS, Zoom.FOUR, Zoom.CELL, Zoom.HALF, Zoom.HEAT):
+            self.model.set_zoom(zoom)
+            room = max(1, self.model.height)
+            if self.model.num_rows <= (room * self._screens if zoom == Zoom.CELL else room):
+                break
 
     def _reveal(self) -> None:
         block = self.model.view.block
@@ -119,12 +138,8 @@ class BlockMap(ScrollView, can_focus=True):
         self.post_message(self.Picked(self.model.view.block))
 
     def action_fit(self) -> None:
-        """The closest zoom that shows the whole pool."""
-        for zoom in (Zoom.SLOTS, Zoom.FOUR, Zoom.CELL, Zoom.HALF, Zoom.HEAT):
-            self.model.set_zoom(zoom)
-            if self.model.num_rows <= max(1, self.size.height):
-                break
-        self.set_zoom(self.model.zoom)
+        """The closest zoom that shows the whole pool, now and when the room changes."""
+        self.fit(screens=1)
         self.post_message(self.Picked(self.model.view.block))
 
     def action_move(self, dx: int, dy: int) -> None:

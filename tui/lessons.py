@@ -125,7 +125,7 @@ PROMPT = "The best thing about the sea is that it never"  # ten words: two full 
 
 def copy_on_write() -> Lesson:
     """The five beats of sharing."""
-    stage = Stage(24)
+    stage = Stage(8)
     stage.admit(0, PROMPT)
     stage.step()
     last = stage.manager.table(0)[-1]
@@ -159,7 +159,7 @@ def copy_on_write() -> Lesson:
 
 def prefix_hit() -> Lesson:
     """Equal beginnings are found, not computed."""
-    stage = Stage(24)
+    stage = Stage(8)
     stage.admit(0, "You are a kind helper Answer in one line What is a page")
     stage.step()
     stage.say(
@@ -250,7 +250,7 @@ def swapping() -> Lesson:
 
 def beam_step() -> Lesson:
     """Beams fork from winners and losers are dropped."""
-    stage = Stage(24)
+    stage = Stage(8)
     stage.admit(0, "The capital of France is a")
     stage.fork(0, 1)
     stage.step()

@@ -9,16 +9,19 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 
 from minipaged.trace.snapshot import Pool
 from tui.blockcells import FREE, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
-from tui.safe import clean_bytes, to_ascii
+from tui.safe import clean_bytes, fit, to_ascii
 from tui.view import View
 
 SELECT = len(STYLES)
 NAMES = (*STYLES, "select")
+GAP = 2  # cells between blocks that show their slots
+WIDEST_SLOT = 9
 
 
 class Zoom(IntEnum):
@@ -90,7 +93,7 @@ class MapModel:
             return self._rounded(self.columns)
         if self.zoom == Zoom.FOUR:
             return self._rounded(max(1, self.columns // 5))
-        return max(1, self.width // self._slot_cells)
+        return max(1, (self.width + GAP) // self._slot_cells)
 
     @staticmethod
     def _rounded(columns: int) -> int:
@@ -101,13 +104,32 @@ class MapModel:
         return columns
 
     @property
+    def slot_width(self) -> int:
+        """Cells a slot: as many as leave the whole pool in view, so that few small blocks show words and many show a letter a token."""
+        for width in range(WIDEST_SLOT, 1, -1):
+            per_row = (self.width + GAP) // self._cells_of(width)
+            if per_row and -(-self.num_blocks // per_row) <= self.height:
+                return width
+        return 1
+
+    def _cells_of(self, slot_width: int) -> int:
+        """Cells of a block: number, owner and count, its slots, and the gap to the next."""
+        size = max(1, self.view.snapshot.stats.block_size)
+        return self._head + (size if slot_width == 1 else size * (slot_width + 1) - 1) + GAP
+
+    @property
+    def _head(self) -> int:
+        return self.gutter + 3
+
+    @property
     def _slot_cells(self) -> int:
-        return self.gutter + 2 + max(1, self.view.snapshot.stats.block_size)
+        return self._cells_of(self.slot_width)
 
     @property
     def _lines_per_block(self) -> int:
-        room = max(1, self.width - self.gutter - 1)
-        return -(-max(1, self.view.snapshot.stats.block_size) // room) if self._slot_cells > self.width else 1
+        room = max(1, self.width - self._head)
+        narrow = self._cells_of(1) - GAP > self.width
+        return -(-max(1, self.view.snapshot.stats.block_size) // room) if narrow else 1
 
     @property
     def num_rows(self) -> int:
@@ -123,9 +145,10 @@ class MapModel:
     def block_at(self, x: int, row: int) -> int:
         """The block (the first, where a cell stands for several) at a cell; -1 beside the pool."""
         if self.zoom == Zoom.SLOTS:
-            block = row // self._lines_per_block * self.per_row + (
-                x // self._slot_cells if self._lines_per_block == 1 else 0
-            )
+            column = x // self._slot_cells if self._lines_per_block == 1 else 0
+            if column >= self.per_row:
+                return -1
+            block = row // self._lines_per_block * self.per_row + column
         else:
             column = x - self.gutter
             if column < 0:
@@ -244,11 +267,12 @@ class MapModel:
                 size = max(1, view.snapshot.stats.block_size)
                 level = glyphs.heat[-1] if fill >= size else view.fill_glyph(fill) if fill else glyphs.free
                 copied = glyphs.copied if state == glyphs.copied else " "
-                text = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}{level}{copied} "
+                head, rest = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}", f"{level}{copied}"
             else:
-                text = state * 4 + " "
+                head, rest = state * 2, state * 2
             role = "select" if block == view.block and not self.host else NAMES[code % STYLE_BITS]
-            made.append(Segment(text[:4], self.base + view.style(role)))
+            made.append(Segment(head, self.base + view.style(role)))
+            made.append(Segment(rest, self.base + view.style(role.replace("shared", "hue"))))
             made.append(Segment(" ", self.base))
         return made
 
@@ -286,36 +310,46 @@ class MapModel:
         first = row // lines * self.per_row
         part = row % lines
         made: list[Segment] = []
+        width = self.slot_width
         for block in range(first, min(first + self.per_row, self.num_blocks)):
-            made += self._slots(block, part, lines)
+            if made:
+                made.append(Segment(" " * GAP, self.base))
+            made += self._slots(block, part, lines, width)
         return made
 
-    def _slots(self, block: int, part: int, lines: int) -> list[Segment]:
+    def _slots(self, block: int, part: int, lines: int, width: int) -> list[Segment]:
+        """`31 B2 it never sleeps ·`: number, owner and count, and what lies in each slot."""
         view, pool = self.view, self.pool
         size = max(1, view.snapshot.stats.block_size)
         code = int(self._codes(block, block + 1)[0])
-        role = NAMES[code % STYLE_BITS]
-        head = f"{block:>{self.gutter - 1}}" if part == 0 else " " * (self.gutter - 1)
-        owner = view.letter(int(pool.owner[block])) if pool.refs[block] else self.looks.alphabet[code // STYLE_BITS]
-        text = "".join(self._slot_text(block, size))
+        role, refs = NAMES[code % STYLE_BITS], int(pool.refs[block])
+        plain_role = role.replace("shared", "hue")
+        owner = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}" if refs else "  "
+        text = ("" if width == 1 else " ").join(self._slot_text(block, size, width))
         if lines > 1:
-            room = max(1, self.width - self.gutter - 1)
+            room = max(1, self.width - self._head)
             text = text[part * room : (part + 1) * room]
+        if part:
+            return [
+                Segment(" " * self._head, self.base),
+                Segment(to_ascii(text) if view.glyphs.ascii else text, self.base + view.style(plain_role)),
+            ]
         chosen = "select" if block == view.block else "faint"
-        plain_role = role.replace("shared", "hue") if role.startswith("shared") else role
+        copied = view.glyphs.copied if self.looks.alphabet[code // STYLE_BITS] == view.glyphs.copied else " "
         return [
-            Segment(head, self.base + view.style(chosen)),
-            Segment(owner if part == 0 else " ", self.base + view.style(role)),
+            Segment(f"{block:>{self.gutter - 1}}", self.base + view.style(chosen)),
+            Segment(copied, self.base + view.style("copied")),
+            Segment(owner, self.base + view.style(role)),
+            Segment(" ", self.base),
             Segment(to_ascii(text) if view.glyphs.ascii else text, self.base + view.style(plain_role)),
-            Segment("  " if lines == 1 else "", self.base),
         ]
 
-    def _slot_text(self, block: int, size: int) -> list[str]:
-        """One cell a slot: the first character of the token whose keys and values lie there."""
+    def _slot_text(self, block: int, size: int, width: int) -> list[str]:
+        """A slot's token, whose keys and values lie there: its first `width` cells."""
         view, pool = self.view, self.pool
-        free = view.glyphs.free
+        free = view.glyphs.free.ljust(width)
         if not pool.refs[block]:
-            return [self.looks.alphabet[int(self._codes(block, block + 1)[0]) // STYLE_BITS]] * size
+            return [self.looks.alphabet[int(self._codes(block, block + 1)[0]) // STYLE_BITS].ljust(width)] * size
         owner, index = self._place(block)
         state = view.snapshot.sequences.get(owner)
         fill = int(pool.fill[block])
@@ -325,7 +359,7 @@ class MapModel:
             if slot >= fill or state is None or position >= len(state.token_ids):
                 cells.append(free)
             else:
-                cells.append(self._token_cell(state.token_ids[position]))
+                cells.append(self._token_cells(state.token_ids[position], width))
         return cells
 
     def _place(self, block: int) -> tuple[int, int]:
@@ -338,7 +372,10 @@ class MapModel:
                     self._index_of.setdefault(physical, (sequence, index))
         return self._index_of.get(block, (-1, 0))
 
-    def _token_cell(self, token: int) -> str:
+    def _token_cells(self, token: int, width: int) -> str:
         piece = clean_bytes(self.view.pieces.get(token, b""))
         shown = piece.strip() or ("␣" if piece else "▪")
+        if width > 1:
+            cut = fit(shown, width)
+            return cut + " " * (width - cell_len(cut))
         return shown[0] if len(shown[0].encode()) < 3 or shown[0] in "↵␣▪" else "▪"

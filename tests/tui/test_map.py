@@ -10,6 +10,7 @@ from scripted import Scene, sharing_scene
 
 from minipaged.trace.records import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
+from tui.lessons import LESSONS
 from tui.mapmodel import MapModel, Zoom
 from tui.palette import ASCII, LETTERS
 from tui.view import View
@@ -67,12 +68,25 @@ def test_four_cells_and_slots() -> None:
     model.set_zoom(Zoom.FOUR)
     assert "A2█ " in row(model, 0)
     assert "A1▆ " in row(model, 0)
-    model.resize(80, 10)
+    model.resize(80, 4)
     model.set_zoom(Zoom.SLOTS)
     first = row(model, 0)
-    assert " 1AThe␣" in first
-    assert " 3Ae␣i·" in first
-    assert " 4Be␣sp" in first
+    assert model.slot_width == 1
+    assert " 1 A2 The␣" in first
+    assert " 3 A1 e␣i·" in first
+    assert " 4 B1 e␣sp" in first
+
+
+def test_slots_widen_to_words_where_there_is_room() -> None:
+    lesson = LESSONS["copy-on-write"]()
+    snapshot = fold(lesson.source.delta(at) for at in range(lesson.beats[-2].position))
+    model = MapModel(View(snapshot, pieces=lesson.source.pieces))
+    model.resize(44, 8)
+    model.set_zoom(Zoom.SLOTS)
+    assert model.slot_width == 9
+    assert row(model, 1).rstrip() == "1 A2 The       best      thing     about"
+    assert row(model, 3).rstrip() == "3 A1 it        never     ·         ·"
+    assert row(model, 4).rstrip() == "4◆B1 it        never     sleeps    ·"
 
 
 def test_half_blocks_and_heat_show_the_whole_pool() -> None:
