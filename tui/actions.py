@@ -242,7 +242,8 @@ class Actions(App[int]):
         if self._outer is None:
             self._outer = self.session
             self.session.pause()
-        self.session = LessonSession(LESSONS[name]())
+        self.session = LessonSession(LESSONS[name](), animated=self.animation_level != "none")
+        self.screen_stack[0].query_one("#map", BlockMap).fit()
         self.view = replace(self.view, block=-1, only=-1, prompt_ends={})
         self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
         self.paint()

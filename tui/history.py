@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from minipaged.errors import TraceError
-from minipaged.trace.records import Event
+from minipaged.trace.records import TIER_DEVICE, Event, StepDelta
 from minipaged.trace.sources import Source
 
 LOOK_BACK = 400  # deltas read when a block is first looked at
@@ -39,10 +39,18 @@ class History:
             except TraceError:
                 break
             self._high += 1
-            self._events += [Past(self._high, delta.step, event) for event in delta.events if concerns(event, block)]
+            self._events += [
+                Past(self._high, delta.step, event) for event in delta.events if concerns(event, block, delta)
+            ]
         return [past for past in self._events if past.position <= position]
 
 
-def concerns(event: Event, block: int) -> bool:
-    """Whether the event is about this device block."""
+def concerns(event: Event, block: int, delta: StepDelta) -> bool:
+    """Whether the event, of this delta, is about this device block. A fork is, if the child's table names the block."""
+    if event.kind == "fork" and event.block < 0:
+        return any(
+            block in patch.ids
+            for patch in delta.tables
+            if patch.sequence == event.sequence and patch.tier == TIER_DEVICE
+        )
     return event.block == block or (event.kind == "copy" and event.other == block)

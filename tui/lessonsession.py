@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from tui.lessons import Lesson
-from tui.session import Change, Session
+from tui.palette import letter
+from tui.session import NOTHING, Change, Session
+
+FLASH_SECONDS = 0.25  # that what a beat changed stands out before it looks as ever
 
 
 class LessonSession(Session):
-    """space, ] and } go to the next beat, [ and { to the one before."""
+    """space, ] and } go to the next beat, [ and { to the one before.
 
-    def __init__(self, lesson: Lesson) -> None:
+    animated: what a beat changes lights up for a moment; without, the caption says which tables changed, before and after.
+    """
+
+    def __init__(self, lesson: Lesson, *, animated: bool = True) -> None:
         super().__init__(lesson.source)
         self.lesson = lesson
+        self.animated = animated
         self.beat = 0
+        self.changes = ""  # of the tables, in words
+        self._flash: frozenset[int] = frozenset()
+        self._flash_until: float | None = None  # None: from the next tick on
         self._turn(0)
 
     @property
     def caption(self) -> str:
         """What to see in this beat."""
-        return self.lesson.beats[self.beat].caption
+        caption = self.lesson.beats[self.beat].caption
+        return caption if self.animated or not self.changes else f"{caption} [{self.changes}]"
+
+    @property
+    def flash(self) -> frozenset[int]:
+        """Blocks that this beat has changed, for a moment."""
+        return self._flash
 
     @property
     def word(self) -> str:
@@ -26,8 +42,15 @@ class LessonSession(Session):
         return f"LESSON {self.beat + 1} of {len(self.lesson.beats)}"
 
     def tick(self, now: float) -> Change:
-        """A lesson does not move by itself."""
-        return self._change([], False)
+        """A lesson does not move by itself, but what lit up goes out."""
+        if not self._flash:
+            return self._change([], False)
+        if self._flash_until is None:
+            self._flash_until = now + FLASH_SECONDS
+        elif now >= self._flash_until:
+            self._flash = frozenset()
+            return Change(None, True)
+        return NOTHING
 
     def _turn(self, by: int) -> None:
         beat = self.beat + by
@@ -36,7 +59,21 @@ class LessonSession(Session):
             return
         self.message = ""
         self.beat = max(0, beat)
+        before, old = dict(self.snapshot.tables), self.snapshot.device.copy()
         self.seek(self.lesson.beats[self.beat].position)
+        after, new = self.snapshot.tables, self.snapshot.device
+        self.changes = "; ".join(
+            f"{self._letter(key[0])} {_row(before.get(key, ()))} → {_row(after.get(key, ()))}"
+            for key in sorted({*before, *after})
+            if before.get(key, ()) != after.get(key, ())
+        )
+        if self.animated and by > 0 and len(old) == len(new):
+            changed = (old.refs != new.refs) | (old.fill != new.fill) | (old.owner != new.owner)
+            self._flash, self._flash_until = frozenset(changed.nonzero()[0].tolist()), None
+
+    def _letter(self, sequence: int) -> str:
+        state = self.snapshot.sequences.get(sequence)
+        return letter(state.label) if state is not None else "?"
 
     def toggle(self) -> None:
         """The next beat."""
@@ -59,3 +96,7 @@ class LessonSession(Session):
         positions = [beat.position for beat in self.lesson.beats]
         later = [at for at, found in enumerate(positions) if found <= max(position, positions[0])]
         self._turn(later[-1] - self.beat)
+
+
+def _row(table: tuple[int, ...]) -> str:
+    return " ".join(map(str, table)) or "–"

@@ -15,6 +15,7 @@ from rich.style import Style
 
 from minipaged.trace.snapshot import Pool
 from tui.blockcells import FREE, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
+from tui.palette import Glyphs
 from tui.safe import clean_bytes, fit, to_ascii
 from tui.view import View
 
@@ -127,6 +128,10 @@ class MapModel:
 
     @property
     def _lines_per_block(self) -> int:
+        if self.zoom == Zoom.FOUR:
+            return 2 if 2 * -(-self.num_blocks // self.per_row) <= self.height else 1
+        if self.zoom != Zoom.SLOTS:
+            return 1
         room = max(1, self.width - self._head)
         narrow = self._cells_of(1) - GAP > self.width
         return -(-max(1, self.view.snapshot.stats.block_size) // room) if narrow else 1
@@ -134,13 +139,11 @@ class MapModel:
     @property
     def num_rows(self) -> int:
         """Rows of the whole pool."""
-        rows = -(-self.num_blocks // self.per_row)
-        return rows * self._lines_per_block if self.zoom == Zoom.SLOTS else rows
+        return -(-self.num_blocks // self.per_row) * self._lines_per_block
 
     def row_of(self, block: int) -> int:
         """The row that shows the block."""
-        row = block // self.per_row
-        return row * self._lines_per_block if self.zoom == Zoom.SLOTS else row
+        return block // self.per_row * self._lines_per_block
 
     def block_at(self, x: int, row: int) -> int:
         """The block (the first, where a cell stands for several) at a cell; -1 beside the pool."""
@@ -156,6 +159,7 @@ class MapModel:
             per_row = self.per_row
             if self.zoom == Zoom.FOUR:
                 column //= 5
+                row //= self._lines_per_block
             elif self.zoom == Zoom.HEAT:
                 column *= self.per_cell
             elif self.zoom == Zoom.HALF:
@@ -184,7 +188,13 @@ class MapModel:
 
     def update(self, view: View, ids: Ints | None) -> set[int] | None:
         """Show this view; only the blocks `ids` differ from the last one, or any if None. Returns the rows to paint; None: all."""
-        key = (view.glyphs, view.mode, view.only, len(view.snapshot.host if self.host else view.snapshot.device))
+        key = (
+            view.glyphs,
+            view.mode,
+            view.only,
+            view.flash,
+            len(view.snapshot.host if self.host else view.snapshot.device),
+        )
         old_block, old = self.view.block, self._look_key
         self.view, self._look_key, self._index_of = view, key, None
         if key != old:
@@ -193,7 +203,7 @@ class MapModel:
             self.looks = Looks(view.glyphs)
         self._labels = Labels(view.snapshot)
         self._heat = None
-        if ids is None or self.zoom in (Zoom.HEAT, Zoom.SLOTS):
+        if ids is None or self.zoom in (Zoom.HEAT, Zoom.SLOTS) or self._lines_per_block > 1:
             self._rows.clear()
             return None
         dirty = set(np.unique(ids // self.per_row).tolist())
@@ -222,8 +232,9 @@ class MapModel:
             return []
         if self.zoom == Zoom.SLOTS:
             return self._slots_row(row)
+        row, part = divmod(row, self._lines_per_block)
         first = row * self.per_row
-        number = Segment(f"{first:>{self.gutter - 1}} ", self.base + self.view.style("faint"))
+        number = Segment(f"{'' if part else first:>{self.gutter - 1}} ", self.base + self.view.style("faint"))
         if self.zoom == Zoom.HEAT:
             if self._heat is None:
                 self._heat = heat_codes(self.looks, self.pool, self._labels, self.per_cell)
@@ -234,7 +245,8 @@ class MapModel:
             codes = self._codes(first, first + self.per_row)
             marked = self.view.block - first
             if self.zoom == Zoom.FOUR:
-                return [number, *self._four(first, codes)]
+                tiles = self._lines_per_block > 1
+                return [number, *(self._tile_bars(first, codes) if part else self._four(first, codes, tiles=tiles))]
             if self.zoom == Zoom.HALF:
                 return [number, *self._half(first, codes)]
         if not self.host and 0 <= marked < len(codes) and self.view.block >= 0:
@@ -257,7 +269,23 @@ class MapModel:
             )
         return found
 
-    def _four(self, first: int, codes: Ints) -> list[Segment]:
+    def _tile_bars(self, first: int, codes: Ints) -> list[Segment]:
+        """The lower line of tiles: how many of a block's slots are written, to an eighth of a cell."""
+        view, pool = self.view, self.pool
+        size = max(1, view.snapshot.stats.block_size)
+        made = []
+        for block, code in enumerate(codes.tolist(), start=first):
+            role = NAMES[code % STYLE_BITS].replace("shared", "hue")
+            if pool.refs[block]:
+                role = "mark" if block in view.flash else role
+                text = _fill_bar(int(pool.fill[block]), size, view.glyphs)
+            else:
+                text = self.looks.alphabet[code // STYLE_BITS] * 4
+            made += [Segment(text, self.base + view.style(role)), Segment(" ", self.base)]
+        return made
+
+    def _four(self, first: int, codes: Ints, *, tiles: bool) -> list[Segment]:
+        """`A2▆◆`: owner, count, how full, copied now. As the upper line of tiles without the fill, which the lower line tells."""
         view, pool, glyphs = self.view, self.pool, self.view.glyphs
         made = []
         for block, code in enumerate(codes.tolist(), start=first):
@@ -267,10 +295,12 @@ class MapModel:
                 size = max(1, view.snapshot.stats.block_size)
                 level = glyphs.heat[-1] if fill >= size else view.fill_glyph(fill) if fill else glyphs.free
                 copied = glyphs.copied if state == glyphs.copied else " "
-                head, rest = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}", f"{level}{copied}"
+                rest = f"{copied} " if tiles else f"{level}{copied}"
+                head = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}"
             else:
                 head, rest = state * 2, state * 2
             role = "select" if block == view.block and not self.host else NAMES[code % STYLE_BITS]
+            role = "mark" if block in view.flash else role
             made.append(Segment(head, self.base + view.style(role)))
             made.append(Segment(rest, self.base + view.style(role.replace("shared", "hue"))))
             made.append(Segment(" ", self.base))
@@ -323,6 +353,7 @@ class MapModel:
         size = max(1, view.snapshot.stats.block_size)
         code = int(self._codes(block, block + 1)[0])
         role, refs = NAMES[code % STYLE_BITS], int(pool.refs[block])
+        role = "mark" if block in view.flash else role
         plain_role = role.replace("shared", "hue")
         owner = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}" if refs else "  "
         text = ("" if width == 1 else " ").join(self._slot_text(block, size, width))
@@ -379,3 +410,11 @@ class MapModel:
             cut = fit(shown, width)
             return cut + " " * (width - cell_len(cut))
         return shown[0] if len(shown[0].encode()) < 3 or shown[0] in "↵␣▪" else "▪"
+
+
+def _fill_bar(fill: int, size: int, glyphs: Glyphs) -> str:
+    """Four cells, filled from the left."""
+    if glyphs.ascii:
+        return ("#" * round(4 * fill / size)).ljust(4, glyphs.free)
+    full, eighths = divmod(32 * min(fill, size) // size, 8)
+    return ("█" * full + ("▏▎▍▌▋▊▉"[eighths - 1] if eighths else "")).ljust(4, glyphs.free)

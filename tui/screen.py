@@ -25,6 +25,7 @@ from tui.dialogs import Overlay
 from tui.history import History
 from tui.inspector import Inspector, Journey
 from tui.lessons import LESSONS
+from tui.mapmodel import Zoom
 from tui.palette import ASCII, UNICODE, Mode
 from tui.pane import ListPane, Pane
 from tui.session import Change, Session
@@ -200,6 +201,9 @@ class ScreenApp(Actions):
             message=session.message,
             bookmarks=tuple(session.bookmarks),
             caption=session.caption,
+            close=self.screen_stack[0].query_one("#map", BlockMap).model.zoom >= Zoom.FOUR,
+            moves=session.moves,
+            flash=session.flash,
             shadows=session.shadows(),
             hindsight=session.live is None,
         )

@@ -163,14 +163,18 @@ def _admit(view: View, grouped: Grouped) -> str:
 def _preempt(view: View, grouped: Grouped) -> str:
     if grouped.get("swap_out"):
         return ""
-    return f"the pool is full: {_names(view, grouped['preempt'])} gives its blocks back and will recompute later"
+    verb = "give their" if len({event.sequence for event in grouped["preempt"]}) > 1 else "gives its"
+    return f"the pool is full: {_names(view, grouped['preempt'])} {verb} blocks back and will recompute later"
 
 
 def _swap(word: str) -> Callable[[View, Grouped], str]:
-    kind, way = ("swap_out", "moves to CPU memory") if word == "out" else ("swap_in", "comes back from CPU memory")
+    kind, verb, way = (
+        ("swap_out", "move", "to CPU memory") if word == "out" else ("swap_in", "come", "back from CPU memory")
+    )
 
     def tell(view: View, grouped: Grouped) -> str:
-        return f"{_names(view, grouped[kind])} {way}: {plural(len(grouped[kind]), 'block')}"
+        s = "" if len({event.sequence for event in grouped[kind]}) > 1 else "s"
+        return f"{_names(view, grouped[kind])} {verb}{s} {way}: {plural(len(grouped[kind]), 'block')}"
 
     return tell
 

@@ -25,6 +25,8 @@ from tui.shadowfeed import ShadowFeed
 
 Asked = tuple[str, SamplingParams]
 REPLAY_SPEED = 10.0  # steps a second
+MOVES = frozenset({"preempt", "swap_out", "swap_in", "admit"})
+MOVE_SECONDS = 0.7  # that a letter which went to another queue stays marked
 WORDS_SECONDS = 6.0  # that a message stands while steps go by
 
 
@@ -67,6 +69,7 @@ class Session:
         self._loading = False  # whether `message` says how loading goes
         self._all = True  # the next change concerns every block
         self._owed = 0  # single steps asked of the engine and not yet seen
+        self._moves: dict[int, tuple[str, float]] = {}  # sequence -> what moved it, and when that was seen
         self._read = ("", 0.0)  # the message, and since when it stands
         self._due = 0.0
         self._last: float | None = None
@@ -171,10 +174,35 @@ class Session:
                 applied = self._tick_live(player)
             elif self.playing:
                 applied = self._tick_recorded(player, now)
+        heard |= self._follow_moves(applied, now)
         self._let_words_go(now)
         if self.source.damage and self.at_edge:
             self.message = self.source.damage
         return self._change(applied, heard)
+
+    def _follow_moves(self, applied: list[StepDelta], now: float) -> bool:
+        """Note who went from queue to queue; True when a note has stood long enough and goes."""
+        for delta in applied:
+            self._moves.update({event.sequence: (event.kind, now) for event in delta.events if event.kind in MOVES})
+        if not self.playing:
+            self._moves.clear()
+        gone = [sequence for sequence, (_, since) in self._moves.items() if now - since > MOVE_SECONDS]
+        for sequence in gone:
+            del self._moves[sequence]
+        return bool(gone)
+
+    @property
+    def moves(self) -> Mapping[int, str]:
+        """Who has just gone from queue to queue: while it runs for long enough to be seen, else in this very step."""
+        if self.playing:
+            return {sequence: kind for sequence, (kind, _) in self._moves.items()}
+        events = self.delta.events if self.delta is not None else ()
+        return {event.sequence: event.kind for event in events if event.kind in MOVES}
+
+    @property
+    def flash(self) -> frozenset[int]:
+        """Blocks to look at."""
+        return frozenset()
 
     def _let_words_go(self, now: float) -> None:
         """A message makes way for what happens, once there was time to read it."""

@@ -34,8 +34,8 @@ def waste_lines(view: View, width: int) -> list[Line]:
         lines.append(
             [
                 (f"{fit(name, name_width - 1):<{name_width}}", "text"),
-                (bar(share, room), role),
-                (f"{share:>5.0%}", "strong"),
+                (bar(share, room) if share == share else fit("not one request fits", room).ljust(room), role),
+                (f"{share:>5.0%}" if share == share else "    –", "strong"),
             ]
         )
     if len(rows) > 1:

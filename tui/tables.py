@@ -5,7 +5,7 @@ from __future__ import annotations
 from minipaged.trace.snapshot import SequenceState
 from tui.pane import ListPane
 from tui.sentences import plural
-from tui.view import Line, Run, View, width_of
+from tui.view import Line, Run, View, shown, width_of
 
 
 class TablesPane(ListPane):
@@ -70,7 +70,15 @@ def _entry(view: View, state: SequenceState, index: int, block: int, *, numbered
     line: Line = [(f"{index}→", "faint")] if numbered else []
     if copied:
         line.append((view.glyphs.copied, "copied"))
-    role = "select" if block == view.block else "copied" if copied else view.role(state.sequence, shared=refs > 1)
+    role = (
+        "mark"
+        if block in view.flash
+        else "select"
+        if block == view.block
+        else "copied"
+        if copied
+        else view.role(state.sequence, shared=refs > 1)
+    )
     line.append((str(block), role))
     fill = state.num_computed - index * size
     if 0 <= fill < size:
@@ -134,13 +142,21 @@ def queue_lines(view: View, width: int) -> list[Line]:
     return lines
 
 
+def _arrow(view: View, move: str) -> str:
+    """How it came into its queue: preempted ↓, swapped out ▽ and in △, started +."""
+    arrows = {"preempt": "↓", "swap_out": view.glyphs.swapped, "swap_in": "△", "admit": "+"}
+    return shown(arrows.get(move, ""), view)
+
+
 def _letters(view: View, sequences: tuple[int, ...], width: int) -> Line:
     if not sequences:
         return [("–", "faint")]
     most = max(1, width // 2)
-    shown = sequences if len(sequences) <= most else sequences[: max(1, most - 1)]
+    moved = sorted(sequences, key=lambda sequence: sequence not in view.moves)  # who has just come is always named
+    named = sequences if len(sequences) <= most else tuple(moved[: max(1, most - 1)])
     line: Line = []
-    for sequence in shown:
-        line += [(view.letter(sequence), view.role(sequence)), (" ", "text")]
-    rest = len(sequences) - len(shown)
+    for sequence in named:
+        move = view.moves.get(sequence, "")
+        line += [(_arrow(view, move) + view.letter(sequence), "mark" if move else view.role(sequence)), (" ", "text")]
+    rest = len(sequences) - len(named)
     return [*line[:-1], *([(f" +{rest}", "dim")] if rest else [])]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 from textual import events
 from textual.message import Message
 
@@ -15,8 +18,45 @@ from tui.view import Line, View
 _BITS = [(MARKS[kind], TICKS[kind]) for kind in TICK_ORDER]
 
 
+class Scale(NamedTuple):
+    """Which steps a column stands for: `columns` columns share `length` steps."""
+
+    length: int
+    columns: int
+
+    def column_of(self, position: int) -> int:
+        """The column of the step that led to a position (1 the first)."""
+        return (max(1, position) - 1) * self.columns // max(1, self.length)
+
+    def last_of(self, column: int) -> int:
+        """The last position that a column stands for."""
+        return min(self.length, -(-(column + 1) * self.length // max(1, self.columns)))
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """The first step (0 the first) of each column."""
+        return -(-np.arange(self.columns, dtype=np.int64) * self.length // max(1, self.columns))
+
+
+def scale(length: int, width: int, *, growing: bool) -> Scale:
+    """All steps in the width. A trace that grows has a power of two of steps a column, so that the picture keeps still for a while."""
+    if length <= width:
+        return Scale(length, length)
+    if not growing:
+        return Scale(length, max(1, width))
+    per_column = 1
+    while -(-length // per_column) > max(1, width):
+        per_column *= 2
+    columns = -(-length // per_column)
+    return Scale(columns * per_column, columns)
+
+
+def scale_of(view: View, width: int) -> Scale:
+    """The scale of a view's timeline."""
+    return scale(view.length, width, growing=not view.hindsight)
+
+
 class Timeline(Pane):
-    """Three lines: occupancy, ticks with the caret, a sentence."""
+    """Occupancy in the lines that are left, ticks with the caret, a sentence."""
 
     class Sought(Message):
         """A place was clicked."""
@@ -27,7 +67,7 @@ class Timeline(Pane):
 
     def lines(self, view: View, width: int, height: int) -> list[Line]:
         """Occupancy, ticks and caret, sentence."""
-        return timeline_lines(view, width)[: max(1, height)]
+        return timeline_lines(view, width, max(1, height - 2))[: max(1, height)]
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
         """Start to scrub."""
@@ -46,40 +86,36 @@ class Timeline(Pane):
     def _seek(self, event: events.MouseEvent) -> None:
         offset = event.get_content_offset_capture(self)
         column = max(0, min(offset.x, self.content_size.width - 1))
-        per_column = scale(self.view.length, self.content_size.width)
-        self.post_message(self.Sought(min(self.view.length, (column + 1) * per_column)))
+        found = scale_of(self.view, self.content_size.width)
+        self.post_message(self.Sought(min(self.view.length, found.last_of(min(column, found.columns - 1)))))
 
 
-def scale(length: int, width: int) -> int:
-    """Steps a column: the smallest power of two at which all steps fit."""
-    per_column = 1
-    while -(-length // per_column) > max(1, width):
-        per_column *= 2
-    return per_column
+def timeline_lines(view: View, width: int, rows: int = 1) -> list[Line]:
+    """`rows` lines of occupancy, the ticks, the sentence."""
+    found = scale_of(view, width)
+    caret = found.column_of(view.position)
+    heights, ticks = _columns(view, found, rows)
+    lines: list[Line] = [[(row[: caret + 1], "hue1"), (row[caret + 1 :], "faint")] for row in heights]
+    return [*lines, _tick_line(view, ticks, caret, width), [(fit(view.message or sentence(view), width), "text")]]
 
 
-def timeline_lines(view: View, width: int) -> list[Line]:
-    """The timeline's three lines."""
-    per_column = scale(view.length, width)
-    columns = -(-view.length // per_column)
-    caret = max(0, (view.position - 1) // per_column)
-    heights, ticks = _columns(view, per_column, columns)
-    occupancy: Line = [(heights[: caret + 1], "hue1"), (heights[caret + 1 :], "faint")]
-    return [occupancy, _tick_line(view, ticks, caret, width), [(fit(view.message or sentence(view), width), "text")]]
-
-
-def _columns(view: View, per_column: int, columns: int) -> tuple[str, str]:
-    padded = columns * per_column
-    occupied = np.zeros(padded, np.uint16)
+def _columns(view: View, found: Scale, rows: int) -> tuple[list[str], str]:
+    """Bars of `rows` lines, the top one first, and a tick a column."""
+    if not found.columns:
+        return [""] * rows, ""
+    starts = found.starts()
+    occupied, marks = np.zeros(found.length, np.uint16), np.zeros(found.length, np.uint16)
     occupied[: view.length] = view.occupied[: view.length]
-    marks = np.zeros(padded, np.uint16)
     marks[: view.length] = view.marks[: view.length]
-    most = occupied.reshape(columns, per_column).max(axis=1) if columns else occupied
-    bits = np.bitwise_or.reduce(marks.reshape(columns, per_column), axis=1) if columns else marks
+    most = np.maximum.reduceat(occupied, starts)
+    bits = np.bitwise_or.reduceat(marks, starts)
     heat = view.glyphs.heat
     top = len(heat) - 1
-    levels = np.where(most > 0, np.maximum(1, most.astype(np.int64) * top // 10000), 0)
-    return "".join(heat[level] for level in levels.tolist()), "".join(_tick(bit) for bit in bits.tolist())
+    levels = np.where(most > 0, np.maximum(1, most.astype(np.int64) * top * rows // 10000), 0)
+    bars = [
+        "".join(heat[level] for level in np.clip(levels - row * top, 0, top).tolist()) for row in reversed(range(rows))
+    ]
+    return bars, "".join(_tick(bit) for bit in bits.tolist())
 
 
 def _tick(bits: int) -> str:
@@ -92,9 +128,9 @@ def _tick_line(view: View, ticks: str, caret: int, width: int) -> Line:
     label = f"▲{step}"
     room = max(0, width - len(label))
     cells = list(ticks.ljust(width))
-    per_column = scale(view.length, width)
+    found = scale_of(view, width)
     for position in view.bookmarks:
-        cells[min(width - 1, max(0, (position - 1) // per_column))] = "●"
+        cells[min(width - 1, found.column_of(position))] = "●"
     at = min(caret, width - 1)
     if at <= room:
         line: Line = [("".join(cells[:at]), "dim"), (label, "mark"), ("".join(cells[at + len(label) : width]), "dim")]

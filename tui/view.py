@@ -48,6 +48,9 @@ class View:
     shadows: Mapping[str, ShadowDelta] = field(default_factory=dict)  # what other systems would hold here
     hindsight: bool = True  # whether they know the answers' true lengths
     caption: str = ""  # of a lesson's beat
+    close: bool = False  # whether the map shows a block's owner and count beside each other
+    moves: Mapping[int, str] = field(default_factory=dict)  # sequence -> the queue event it was just seen in
+    flash: frozenset[int] = frozenset()  # blocks that a lesson has just changed
     block: int = -1  # the cursor's block; -1: none
     only: int = -1  # the sequence that is not dimmed; -1: all are equal
     bookmarks: tuple[int, ...] = ()

@@ -12,8 +12,9 @@ from minipaged.config import SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 
-# A pool that a screen can show whole, and prompts read in chunks, so that later ones find the beginnings of earlier ones in the cache.
-DEMO_SETTINGS: dict[str, Any] = {"num_blocks": 160, "max_num_batched_tokens": 64}
+# A pool that a screen can show whole and that the demo fills, so that somebody must make way; and prompts read in chunks, so that
+# later ones find the beginnings of earlier ones in the cache.
+DEMO_SETTINGS: dict[str, Any] = {"num_blocks": 50, "max_num_batched_tokens": 64}
 
 Asked = tuple[tuple[str, SamplingParams], ...]
 

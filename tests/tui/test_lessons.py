@@ -13,7 +13,7 @@ from minipaged.trace.player import Player
 from minipaged.trace.records import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot
 from tui.lessons import LESSONS, Lesson
-from tui.lessonsession import LessonSession
+from tui.lessonsession import FLASH_SECONDS, LessonSession
 from tui.sentences import sentence
 from tui.view import View
 
@@ -34,6 +34,39 @@ def test_the_five_beats_of_copy_on_write() -> None:
     assert end.stats.copies == 1
     assert "3→4" in lesson.beats[4].caption
     assert lesson.beats[3].caption.startswith("Which block number")
+
+
+def test_what_a_beat_changes_lights_up_for_a_moment() -> None:
+    session = LessonSession(LESSONS["copy-on-write"]())
+    for _ in range(4):
+        session.toggle()
+    assert session.flash == {3, 4}
+    assert not session.tick(10.0).moved
+    assert session.flash
+    assert session.tick(10.0 + FLASH_SECONDS).moved
+    assert not session.flash
+    session.back()
+    assert not session.flash, "going back is no event"
+
+
+def test_without_animations_the_caption_tells_before_and_after() -> None:
+    session = LessonSession(LESSONS["copy-on-write"](), animated=False)
+    for _ in range(4):
+        session.toggle()
+    assert session.caption.endswith("[B 1 2 3 → 1 2 4]")
+    assert not session.flash
+
+
+def test_an_app_without_animations_shows_the_words() -> None:
+    app = replay()
+    app.animation_level = "none"
+
+    async def script(pilot: Pilot[int]) -> None:
+        app.start_lesson("copy-on-write")
+        await pilot.press("space")
+        assert "[B – → 1 2 3]" in text(app)
+
+    drive(app, (120, 40), script)
 
 
 def test_the_other_lessons_show_what_they_name() -> None:

@@ -65,6 +65,7 @@ def test_shares_are_reversed_without_colour() -> None:
 
 def test_four_cells_and_slots() -> None:
     model = MapModel(view_at(5))
+    model.resize(40, 7)
     model.set_zoom(Zoom.FOUR)
     assert "A2█ " in row(model, 0)
     assert "A1▆ " in row(model, 0)
@@ -75,6 +76,17 @@ def test_four_cells_and_slots() -> None:
     assert " 1 A2 The␣" in first
     assert " 3 A1 e␣i·" in first
     assert " 4 B1 e␣sp" in first
+
+
+def test_tiles_show_how_full_a_block_is_where_there_is_room() -> None:
+    model = MapModel(view_at(5))
+    model.resize(44, 8)
+    model.set_zoom(Zoom.FOUR)
+    assert model.num_rows == 8
+    assert row(model, 0).startswith(" 0 ○○○○ A2   A2   A1   B1")
+    assert row(model, 1).startswith("   ○○○○ ████ ████ ███· ████")
+    assert model.block_at(8, 0) == model.block_at(8, 1) == 1
+    assert model.row_of(9) == 2
 
 
 def test_slots_widen_to_words_where_there_is_room() -> None:

@@ -16,8 +16,10 @@ from minipaged.trace.sources import ListSource
 from tui.bars import header_line, host_line, keys_line, legend_lines
 from tui.history import History
 from tui.inspector import block_lines, journey_lines, past_lines
+from tui.lessons import LESSONS
 from tui.safe import clean, clean_bytes, fit, tail, to_ascii
 from tui.sentences import sentence, sentences
+from tui.session import MOVE_SECONDS, Session
 from tui.sidepanes import tree_lines, waste_lines
 from tui.tables import TablesPane, queue_lines, table_lines
 from tui.textpane import text_lines, wrap_tail
@@ -121,15 +123,51 @@ def test_timeline_of_ten_steps() -> None:
     assert read(lines[2]).startswith("B writes shared block 3")
 
 
-@given(st.integers(0, 100_000), st.integers(16, 300))
-def test_the_timeline_fits_any_length(length: int, width: int) -> None:
-    view = View(position=length // 2, length=length, word="PAUSED")
+@given(st.integers(0, 100_000), st.integers(16, 300), st.booleans(), st.integers(1, 5))
+def test_the_timeline_fits_any_length(length: int, width: int, recorded: bool, rows: int) -> None:
+    view = View(position=length // 2, length=length, word="PAUSED", hindsight=recorded)
     view.occupied, view.marks = np.full(length, 5000, np.uint16), np.full(length, 3, np.uint16)
-    for line in timeline_lines(view, width)[:2]:
+    for line in timeline_lines(view, width, rows)[: rows + 1]:
         assert width_of(line) <= width
-    per_column = scale(length, width)
-    assert -(-length // per_column) <= width
-    assert per_column == 1 or -(-length // (per_column // 2)) > width
+    found = scale(length, width, growing=not recorded)
+    assert found.columns <= width
+    if recorded:
+        assert found.columns == min(length, width), "a recording uses the whole width"
+    starts = found.starts().tolist()
+    for column in {0, found.columns // 2, found.columns - 1} & set(range(found.columns)):
+        last = found.last_of(column)
+        assert found.column_of(last) == column, "a click goes where the caret then stands"
+        assert starts[column] == (found.last_of(column - 1) if column else 0)
+
+
+def test_a_tall_timeline_stands_on_its_last_line() -> None:
+    view = View(position=3, length=3)
+    view.occupied, view.marks = np.array([10000, 5000, 100], np.uint16), np.zeros(3, np.uint16)
+    rows = [read(line) for line in timeline_lines(view, 20, 4)[:4]]
+    assert rows == ["█  ", "█  ", "██ ", "██▁"]
+
+
+def test_who_went_to_another_queue_is_marked() -> None:
+    deltas = sharing_scene().deltas
+    at = next(n + 1 for n, delta in enumerate(deltas) for event in delta.events if event.kind == "swap_out")
+    session = Session(ListSource(deltas))
+    session.seek(at)
+    view = View(session.snapshot, session.delta, moves=session.moves)
+    assert any("▽" in text and role == "mark" for line in queue_lines(view, 40) for text, role in line)
+    session.seek(at + 1)
+    assert "swap_out" not in session.moves.values()
+
+
+def test_while_it_plays_a_mark_stays_until_it_has_been_seen() -> None:
+    session = Session(ListSource(sharing_scene().deltas), speed=1.0)
+    session.playing = True
+    for now in (0.0, 1.0, 2.0):
+        session.tick(now)
+    assert session.moves == {0: "admit"}
+    session.tick(2.0 + MOVE_SECONDS / 2)
+    assert session.moves == {0: "admit"}
+    assert session.tick(2.1 + MOVE_SECONDS).moved, "the mark goes: paint"
+    assert not session.moves
 
 
 def test_header_says_where_and_how_full() -> None:
@@ -190,6 +228,12 @@ def test_what_escape_sequences_become() -> None:
     assert clean_bytes(b"\xff\xfe") == "��"
 
 
+def test_a_fork_is_in_the_past_of_the_blocks_it_shares() -> None:
+    source = ListSource(LESSONS["copy-on-write"]().source.delta(at) for at in range(2))
+    assert [past.event.kind for past in History().of(source, 1, 2)][-1] == "fork"
+    assert "fork" not in [past.event.kind for past in History().of(source, 5, 2)]
+
+
 def test_inspector_tells_owners_text_and_past() -> None:
     deltas = sharing_scene().deltas
     source = ListSource(deltas)
@@ -206,8 +250,8 @@ def test_inspector_tells_owners_text_and_past() -> None:
 def test_history_goes_back_and_forth() -> None:
     source, history = ListSource(sharing_scene().deltas), History()
     late = history.of(source, 3, 10)
-    assert [past.event.kind for past in late] == ["alloc", "copy", "free"]
-    assert [past.event.kind for past in history.of(source, 3, 4)] == ["alloc", "copy"]
+    assert [past.event.kind for past in late] == ["alloc", "fork", "copy", "free"]
+    assert [past.event.kind for past in history.of(source, 3, 4)] == ["alloc", "fork", "copy"]
     assert history.of(source, 3, 10) == late
 
 
