@@ -120,7 +120,7 @@ def legend_lines(view: View, width: int) -> list[Line]:
     first = [
         (g.free, "free", "free"),
         ("".join(g.filling), "hue0", "filling"),
-        *([("A1", "hue0", "owner, tables")] if view.close else [("A", "hue0", "full")]),
+        *([("A1", "hue0", "owner")] if view.close else [("A", "hue0", "full")]),
         ("A2" if view.close else "2", "shared0", "shared by 2"),
     ]
     second = [

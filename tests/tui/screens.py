@@ -45,7 +45,7 @@ def text(app: ScreenApp) -> str:
     return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
 
 
-async def until(pilot: Pilot[int], condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(pilot: Pilot[int], condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for a condition, not for a time."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():

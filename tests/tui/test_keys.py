@@ -82,11 +82,15 @@ def test_zoom_cursor_and_inspect(size: tuple[int, int]) -> None:
 
     async def script(pilot: Pilot[int]) -> None:
         block_map = app.query_one(BlockMap)
+        assert block_map.model.zoom >= Zoom.FOUR, "it opens as close as the pool fits"
+        assert block_map.model.num_rows <= block_map.size.height
+        block_map.set_zoom(Zoom.CELL)
         await pilot.press("plus")
         assert block_map.model.zoom == Zoom.FOUR
         await pilot.press("plus", "plus")
         assert block_map.model.zoom == Zoom.SLOTS
-        assert "The␣" in text(app)
+        first = next(line for line in text(app).splitlines() if " A2 " in line)
+        assert first.split(" A2 ")[1].replace(" ", "").startswith("The␣"), "a token a slot"
         await pilot.press("minus", "minus", "minus", "minus", "minus")
         assert block_map.model.zoom == Zoom.HEAT
         await pilot.press("0")
@@ -119,9 +123,10 @@ def test_click_on_a_block_and_on_the_timeline(size: tuple[int, int]) -> None:
 
     async def script(pilot: Pilot[int]) -> None:
         block_map = app.query_one(BlockMap)
+        block_map.set_zoom(Zoom.CELL)
         await pilot.click("#map", offset=Offset(block_map.model.gutter + 2, 0))
         await until(pilot, lambda: app.view.block == 2)
-        await pilot.click("#timeline", offset=Offset(3, 2))  # third column inside the border
+        await pilot.click("#timeline", offset=Offset(3, 1))  # third column inside the border
         await until(pilot, lambda: app.session.position == 3)
 
     drive(app, size, script)
@@ -236,6 +241,7 @@ def test_resize_keeps_everything() -> None:
     app = replay(at=5)
 
     async def script(pilot: Pilot[int]) -> None:
+        app.query_one(BlockMap).set_zoom(Zoom.CELL)
         for size in (*SIZES, (80, 24), (60, 16), (240, 70)):
             await pilot.resize_terminal(*size)
             wide, wider = size[0] >= 120, size[0] >= 190
