@@ -21,6 +21,7 @@ from minipaged.lessons.workspace import Workspace
 
 app = typer.Typer(help="Rebuild PagedAttention in twelve lessons, each one checked.", pretty_exceptions_enable=False)
 console = Console(highlight=False)
+NOTE_LINES, SAID_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
 
 Number = Annotated[int, typer.Argument(metavar="N", help="The lesson's number.")]
 Folder = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Your lessons, if they are not here.")]
@@ -229,6 +230,8 @@ def _check(workspace: Workspace, one: Lesson, limit_seconds: float = LIMIT_SECON
     for task in one.tasks:
         if task.number in result.solved:
             console.print(f"  [green]✓[/green] task {task.number}: {task.name}")
+            for line in result.notes.get(task.number, "").splitlines()[-NOTE_LINES:]:
+                console.print(f"      [dim]{escape(line)}[/dim]")
         elif failed is not None and failed.task == task.number and not failed.stub:
             console.print(f"  [red]✗[/red] task {task.number}: {task.name}   [dim]{failed.test}[/dim]")
         else:
@@ -247,6 +250,9 @@ def _check(workspace: Workspace, one: Lesson, limit_seconds: float = LIMIT_SECON
         if failed.where:
             console.print(f"[dim]{escape(failed.where)}[/dim]")
         console.print(escape(failed.message))
+        if failed.said:
+            console.print(f"\n[dim]printed while {failed.test} ran:[/dim]")
+            console.print(escape("\n".join(failed.said.rstrip().splitlines()[-SAID_LINES:])))
         if result.said and failed.task == 0:
             console.print(escape(result.said[-2000:]))
     console.print(f"[dim]stuck? minipaged learn hint {one.number}[/dim]")

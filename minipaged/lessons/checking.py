@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Failure:
     message: str
     where: str  # the line of the learner's file
     stub: str  # the task's name, where the failure is only that it is not written yet
+    said: str = ""  # what was printed while that test ran
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Result:
 
     solved: tuple[int, ...]  # tasks whose tests all passed
     failure: Failure | None
-    said: str  # what the file itself printed, errors of the interpreter included
+    said: str  # what the file printed outside of its tests, errors of the interpreter included
+    notes: Mapping[int, str]  # task -> what was printed while its tests passed
 
 
 def check(one: Lesson, path: Path, *, limit_seconds: float = LIMIT_SECONDS) -> Result:
@@ -56,7 +59,7 @@ def check(one: Lesson, path: Path, *, limit_seconds: float = LIMIT_SECONDS) -> R
     failed = next((row for row in told if not row["passed"]), None)
     failure = None
     if failed is not None:
-        failure = Failure(failed["task"], failed["test"], failed["message"], failed["where"], failed["stub"])
+        failure = Failure(**{name: failed[name] for name in ("task", "test", "message", "where", "stub", "said")})
     elif timed_out or len(told) == 0:
         running = told[-1]["task"] if told else 0
         reason = (
@@ -68,4 +71,5 @@ def check(one: Lesson, path: Path, *, limit_seconds: float = LIMIT_SECONDS) -> R
     passed = {row["task"] for row in told if row["passed"]}
     if failure is not None:
         passed -= {t for t in passed if t >= failure.task}
-    return Result(tuple(sorted(passed)), failure, said.strip())
+    notes = {t: "".join(row["said"] for row in told if row["task"] == t).strip() for t in passed}
+    return Result(tuple(sorted(passed)), failure, said.strip(), {t: note for t, note in notes.items() if note})

@@ -1,8 +1,8 @@
 """Runs one lesson's tests in a process of its own: python -m minipaged.lessons.runner FILE
 
 A test is a function test_N_...: it belongs to task N. Tests run in the order they stand in the file; a task whose test fails
-ends the run, since what follows builds on it. Each result is a line of JSON on standard output that starts with MARK, so that
-what the lesson itself prints can stand beside it. Knows files and functions; knows nothing of progress or hints.
+ends the run, since what follows builds on it. Each result is a line of JSON on standard output that starts with MARK, and brings
+what was printed while the test ran. Knows files and functions; knows nothing of progress or hints.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from minipaged.lessons.asserting import LEFT, telling
 
 MARK = "::lesson:: "
+LONGEST_SAID = 4_000  # characters of what a test printed: the last ones
 _TEST = re.compile(r"test_(\d+)_\w+")
 
 
@@ -41,19 +44,21 @@ def find_tests(module: ModuleType) -> list[tuple[int, str, Callable[[], object]]
 
 
 def run(path: Path) -> Iterator[dict[str, Any]]:
-    """Results as they come: {"test", "task", "passed", "message", "where"}; the first failure is the last."""
+    """Results as they come: {"test", "task", "passed", "said", "message", "where"}; the first failure is the last."""
     try:
         module = load(path)
     except Exception as error:
-        yield {"test": "", "task": 0, "passed": False, **_describe(error, path)}
+        yield {"test": "", "task": 0, "passed": False, "said": "", **_describe(error, path)}
         return
     for task, name, function in find_tests(module):
         told: dict[str, Any] = {"test": name, "task": task, "passed": True}
+        said = StringIO()
         try:
-            function()
+            with redirect_stdout(said):
+                function()
         except Exception as error:
             told.update(passed=False, **_describe(error, path))
-        yield told
+        yield told | {"said": said.getvalue()[-LONGEST_SAID:]}
         if not told["passed"]:
             return
 

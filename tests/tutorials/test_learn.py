@@ -177,3 +177,22 @@ def test_a_damaged_progress_file_is_named(folder: Path) -> None:
     (folder / PROGRESS).write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read"):
         Workspace.find(folder)
+
+
+def test_check_shows_what_a_law_found(folder: Path) -> None:
+    solve(folder, 3)
+    code, text = learn("check", 3, "--dir", folder)
+    assert code == 0
+    assert "your law finds 9 of 9 bugs" in text
+
+
+def test_check_shows_what_a_failing_test_printed_and_both_sides(folder: Path) -> None:
+    mine = folder / lesson(1).path.name
+    wrong = "    print('written is', written)\n    return Split(written, 0, 0)"
+    stub = f'    raise NotImplementedError("{lesson(1).stub(1)}")'
+    mine.write_text(mine.read_text(encoding="utf-8").replace(stub, wrong), encoding="utf-8")
+    code, text = learn("check", 1, "--dir", folder)
+    assert code == 1
+    assert "written is 15" in text
+    assert "on the left   Split(token=15, reserved=0, internal=0)" in text
+    assert "on the right  Split(token=15, reserved=25, internal=60)" in text

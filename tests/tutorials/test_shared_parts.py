@@ -107,6 +107,16 @@ def test_a_comparison_tells_both_sides_and_computes_them_once(tmp_path: Path) ->
     assert told_by(tmp_path, "def test_1_x():\n    assert not 4\n") == ("this does not hold", "line 2: assert not 4")
 
 
+def test_what_a_test_printed_comes_with_its_result(tmp_path: Path) -> None:
+    path = tmp_path / "lesson.py"
+    path.write_text(
+        "def test_1_x():\n    print('here')\ndef test_2_x():\n    print('there')\n    1 / 0\n", encoding="utf-8"
+    )
+    first, second = run(path)
+    assert (first["said"], second["said"]) == ("here\n", "there\n")
+    assert second["message"] == "ZeroDivisionError: division by zero"
+
+
 def test_a_missing_hypothesis_is_named_with_the_command_that_brings_it(tmp_path: Path) -> None:
     message, _ = told_by(tmp_path, "raise ModuleNotFoundError('x', name='hypothesis')\n")
     assert message.endswith("-m pip install hypothesis")
