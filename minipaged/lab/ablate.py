@@ -28,6 +28,7 @@ from minipaged.lab.workloads import Draw, engine_draws, make_workload
 from minipaged.model.llama import Llama
 
 BLOCK = 16
+CONSECUTIVE, SHUFFLED = "consecutive blocks, the engine's kernel", "shuffled blocks, the engine's kernel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,16 +213,27 @@ class _Work:
 
     def layout(self) -> None:
         """Where the blocks lie, under one kernel; and torch's kernel over no blocks at all."""
-        sizes, first = self.sizes, math.nan
+        sizes, config = self.sizes, self.config
         ways: tuple[tuple[str, Decode, bool], ...] = (
             ("dense tensors, torch's kernel", torch_dense, False),
-            ("consecutive blocks, the engine's kernel", paged, False),
-            ("shuffled blocks, the engine's kernel", paged, True),
+            (CONSECUTIVE, paged, False),
+            (SHUFFLED, paged, True),
         )
+        query = torch.randn(sizes.rows, config.num_heads, config.head_dim, dtype=self.dtype, device=self.device)
+        first = math.nan
+        for name, attend, shuffled in ways:
+            tables = self.pool.tables(sizes.rows, sizes.context, BLOCK, shuffled=shuffled)
+            layers = [self.pool.cells(i, sizes.rows, sizes.context, BLOCK, tables) for i in range(config.num_layers)]
+            alone = time_of(partial(_attend_all, attend, query, layers), self.device) / len(layers)
+            first = 1 / alone if math.isnan(first) else first
+            self._add("layout", f"{sizes.rows} x {sizes.context}, one layer: {name}", alone, first=first)
+        first = math.nan
         for name, attend, shuffled in ways:
             step = self._step(attend, sizes.rows, sizes.context, shuffled=shuffled)
             first = sizes.rows / step if math.isnan(first) else first
-            self._add("layout", f"{sizes.rows} x {sizes.context}: {name}", step, rows=sizes.rows, first=first)
+            self._add(
+                "layout", f"{sizes.rows} x {sizes.context}, whole step: {name}", step, rows=sizes.rows, first=first
+            )
 
     def block_size(self) -> None:
         """The kernel's side of the block size; the last block's empty half is memory's side."""

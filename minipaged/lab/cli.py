@@ -295,6 +295,33 @@ def ablate(
 
 
 @app.command()
+def beams(
+    model: Annotated[str, typer.Option(help="A zoo name.")] = "smollm2-135m",
+    widths: Annotated[str, typer.Option(help="Beams, or samples, a request; with commas.")] = "2,4,6",
+    requests: Annotated[int, typer.Option(help="How many of the 24 instructions.")] = 24,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Blocks that a real model's beams and samples share, measured; Fig. 15 shows them beside the simulated ones."""
+    from dataclasses import asdict
+
+    from minipaged.commands.progress import status_line
+    from minipaged.lab import beam_run
+    from minipaged.lab.bench_results import Results
+    from minipaged.lab.tables import percent, table
+
+    kept = Results(json_file)
+    counts = [int(_number("widths", text)) for text in widths.split(",") if text.strip()]
+    with status_line() as say:
+        found = beam_run.measure(
+            model=model, widths=counts, requests=requests, device=device, say=say, done=lambda s: kept.add([asdict(s)])
+        )
+    rows = [(f"{s.width} {s.kind}", percent(s.saving), f"{s.steps:,}", f"{s.answer_tokens:.1f}") for s in found]
+    title = f"{model}: {requests} instructions, blocks of {beam_run.BLOCK}"
+    table(title, ("a request", "blocks saved %", "steps", "answer tokens"), rows)
+
+
+@app.command()
 def plot(
     results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
     out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
