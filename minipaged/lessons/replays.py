@@ -47,7 +47,8 @@ SCENES: dict[int, Scene] = {
         {"num_blocks": 24, "block_size": 8},
     ),
     3: Scene(
-        "Blocks go out and come back. Whose block is handed out next? The one that has been free for longest.",
+        "Blocks go out and come back. Which is handed out next? Your pool: the one that has been free for longest. "
+        "Here: the one that came back last, for it may still be in a cache.",
         _several(6, 40),
         {"num_blocks": 32, "block_size": 8, "enable_prefix_caching": False},
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from minipaged.lessons.runner import find_tests, load, run
 from minipaged.lessons.strip import bodies, strip
 from minipaged.lessons.tape import Tape
 from minipaged.lessons.workspace import PROGRESS
-from minipaged.trace.snapshot import fold
+from minipaged.trace.records import StepDelta
+from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.trace.sources import FileSource
 
 
@@ -58,6 +60,48 @@ def test_a_replay_shows_what_its_lesson_is_about(number: int, kinds: set[str], t
     record(SCENES[number], tmp_path / "x.trace")
     source = FileSource(tmp_path / "x.trace")
     assert kinds <= {event.kind for i in range(len(source)) for event in source.delta(i).events}
+
+
+def replayed(number: int, tmp_path: Path) -> list[StepDelta]:
+    record(SCENES[number], tmp_path / "x.trace")
+    source = FileSource(tmp_path / "x.trace")
+    return [source.delta(i) for i in range(len(source))]
+
+
+def test_replay_2_writes_one_slot_a_step(tmp_path: Path) -> None:
+    written = [delta.stats.token_slots for delta in replayed(2, tmp_path)]
+    prompt, *growth = [written[0], *(b - a for a, b in pairwise(written) if b)]
+    assert prompt > 1
+    assert set(growth) == {1}
+    assert len(growth) >= 10
+
+
+def test_replay_3_hands_out_what_came_back_last(tmp_path: Path) -> None:
+    back: list[int] = []
+    again = 0
+    for event in (event for delta in replayed(3, tmp_path) for event in delta.events):
+        if event.kind == "free":
+            back.append(event.block)
+        elif event.kind == "alloc" and back:
+            assert event.block == back.pop()
+            again += 1
+    assert again >= 10
+
+
+def test_replay_7_keeps_its_budget_and_nobody_who_writes_waits(tmp_path: Path) -> None:
+    state = Snapshot()
+    chunks = 0
+    for delta in replayed(7, tmp_path):
+        before = {key: s.num_computed - s.num_cached for key, s in state.sequences.items()}
+        running = {key: s for key, s in state.sequences.items() if s.status == "running"}
+        writing = [key for key, s in running.items() if len(s.token_ids) - s.num_computed == 1]
+        state.apply(delta)
+        computed = {key: s.num_computed - s.num_cached - before.get(key, 0) for key, s in state.sequences.items()}
+        assert sum(computed.values()) <= 24
+        for key in writing:
+            assert computed[key] == 1 or state.sequences[key].status != "running", f"{key} was writing and had to wait"
+        chunks += sum(1 < count < 24 for count in computed.values())
+    assert chunks > 0
 
 
 def test_every_lesson_has_a_replay() -> None:
