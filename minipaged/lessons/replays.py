@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.config import SamplingParams
+from minipaged.errors import InputError
 from minipaged.lessons.catalog import Lesson
 
 RECORDINGS = ".recordings"
@@ -103,6 +104,12 @@ SCENES: dict[int, Scene] = {
 }
 
 
+OWN = {
+    6: "It is the shortest way to break the modulo: step through it with ] and, at the end, count what A's table holds.",
+    13: "Your block manager in the engine: find the copies (/ then cow), the hits (/ then hit) and who made way (/ then preempt).",
+}
+
+
 def recording(folder: Path, one: Lesson) -> Path:
     """Where a lesson leaves its own recording in a learner's folder."""
     return folder / RECORDINGS / f"{one.path.stem}.trace"
@@ -111,8 +118,12 @@ def recording(folder: Path, one: Lesson) -> Path:
 def replay(one: Lesson, folder: Path | None, scratch: Path) -> tuple[Path, str]:
     """The recording to show for a lesson, and what to look for in it: the learner's own, else one that is made in `scratch`."""
     if folder is not None and recording(folder, one).is_file():
-        return recording(folder, one), "What your own run left behind."
-    scene = SCENES.get(one.number, SCENES[1])
+        return recording(folder, one), f"What your own run left behind. {OWN.get(one.number, '')}".rstrip()
+    scene = SCENES.get(one.number)
+    if scene is None:
+        raise InputError(
+            f"lesson {one.number} shows your own run, and there is none yet: solve it, then run python {one.path.name} in your folder"
+        )
     target = scratch / f"{one.path.stem}.trace"
     record(scene, target)
     return target, scene.look_for

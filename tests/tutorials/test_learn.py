@@ -165,6 +165,7 @@ def test_show_prefers_what_the_learners_own_run_left(folder: Path, tmp_path: Pat
         (("check", 99), "lesson must be from 1 to"),
         (("hint", 1, "--task", 9), "task must be from 1 to 2"),
         (("check", 1, "--dir", "/nowhere"), "is no folder of lessons"),
+        (("show", 13, "--headless"), "shows your own run, and there is none yet"),
     ],
 )
 def test_bad_input_is_one_clear_line(folder: Path, words: tuple[object, ...], told: str) -> None:
