@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.launch_table import (
     DecodeLaunch,
     check_layout,
@@ -37,6 +38,7 @@ def _chunks_of_rows(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    ROUND_UP: tl.constexpr,
 ):
     """(chunks of each row, their running total): int32 [ROWS] each. At most target + num_rows chunks in all, at least 1 a row."""
     row = tl.arange(0, ROWS)
@@ -45,9 +47,10 @@ def _chunks_of_rows(
         span = tl.minimum(span, window)
     chunk = (tl.sum(span, 0) + target - 1) // target
     chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
-    count = tl.maximum(
-        (span + chunk // 2) // chunk, 1
-    )  # rounded: a row a little over one chunk is not worth a reduction
+    if ROUND_UP:
+        count = tl.maximum((span + chunk - 1) // chunk, 1)
+    else:  # a row a little over one chunk is not worth a reduction
+        count = tl.maximum((span + chunk // 2) // chunk, 1)
     count = tl.where(row < num_rows, count, 0)
     return count, tl.cumsum(count, 0)
 
@@ -134,13 +137,18 @@ def _decode_kernel(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    ROUND_UP: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_previous(DEPENDENT)
     kv_head = tl.program_id(0)
     index = tl.program_id(1)
     if SPLIT:
-        counts, ends = _chunks_of_rows(context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK)
+        counts, ends = _chunks_of_rows(
+            context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK, ROUND_UP
+        )
         row = tl.sum((ends <= index).to(tl.int32), 0)
         mine = tl.arange(0, ROWS) == row
         count = tl.sum(tl.where(mine, counts, 0), 0)
@@ -266,12 +274,17 @@ def _reduce_kernel(
     HAS_WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    ROUND_UP: tl.constexpr,
     PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One (row, head): the chunks' outputs weighed by their softmax denominators."""
+    wait_for_previous(DEPENDENT)
     head = tl.program_id(0)
     row = tl.program_id(1)
-    counts, ends = _chunks_of_rows(context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK)
+    counts, ends = _chunks_of_rows(
+        context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK, ROUND_UP
+    )
     mine = tl.arange(0, ROWS) == row
     count = tl.sum(tl.where(mine, counts, 0), 0)
     if count <= 1:
@@ -333,6 +346,7 @@ def paged_decode_triton(
         partial = partial_lse = out  # not touched
     per_head = block_tables.dim() == 3
     rows = next_power_of_two(num_rows)
+    dependent = dependent_launch(query.device)
     _decode_kernel[(kv_heads, chunks)](
         out,
         partial,
@@ -366,10 +380,12 @@ def paged_decode_triton(
         SPLIT=split,
         ROWS=rows,
         MIN_CHUNK=launch.min_chunk,
+        ROUND_UP=launch.round_up,
         LOOP_STAGES=launch.loop_stages,
         UPCAST=must_upcast(query),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **dependent,
     )
     if split:
         _reduce_kernel[(heads, num_rows)](
@@ -389,7 +405,9 @@ def paged_decode_triton(
             HAS_WINDOW=window is not None,
             ROWS=rows,
             MIN_CHUNK=launch.min_chunk,
+            ROUND_UP=launch.round_up,
             PARTS=16,
             num_warps=4,
+            **dependent,
         )
     return out

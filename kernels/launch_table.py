@@ -20,7 +20,8 @@ class DecodeLaunch:
 
     tile: KV positions per step of the loop. loop_stages: stages asked for the loop itself, which pipelines loads that feed no dot
     (None leaves it to num_stages). min_chunk: a row is never split into chunks shorter than this many positions.
-    programs_per_multiprocessor: split rows until about this many programs run per multiprocessor. Without a need to split (rows
+    programs_per_multiprocessor: split rows until about this many programs run per multiprocessor. round_up: cut a row that is at all
+    longer than a chunk; else only from a chunk and a half on. Without a need to split (rows
     times KV heads at least `enough_waves` times that) the splitting is compiled out.
     """
 
@@ -31,16 +32,31 @@ class DecodeLaunch:
     min_chunk: int = 256
     programs_per_multiprocessor: int = 4
     enough_waves: int = 8
+    round_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillLaunch:
-    """How paged_prefill runs: queries and KV positions per tile."""
+    """How paged_prefill runs.
+
+    query_tile: rows of a tile, which are queries times packed heads. kv_tile: KV positions per step of the loop. pack: heads of a KV group
+    per tile, at most. overlapped: the product with the values runs a tile late, beside the next softmax. one_loop: one loop that asks
+    each tile whether it needs masks, rather than one loop for each kind. section_bytes: so many bytes of keys and values run together,
+    their longest tiles first; 0 is one KV head of one row at a time.
+    """
 
     query_tile: int
     kv_tile: int
     num_warps: int
     num_stages: int
+    pack: int = 4
+    overlapped: bool = False
+    one_loop: bool = False
+    section_bytes: int = 16 << 20
+
+    def heads_packed(self, group: int) -> int:
+        """Heads per tile: the largest power of two that divides the group and is at most `pack`."""
+        return min(self.pack, group & -group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +82,17 @@ DECODE: dict[tuple[int, int], DecodeLaunch] = {
 }
 PREFILL: dict[tuple[int, int], PrefillLaunch] = {
     (64, 2): PrefillLaunch(query_tile=128, kv_tile=64, num_warps=4, num_stages=2),
-    (128, 2): PrefillLaunch(query_tile=64, kv_tile=64, num_warps=4, num_stages=2),
+    (128, 2): PrefillLaunch(query_tile=128, kv_tile=64, num_warps=4, num_stages=2),
     (256, 2): PrefillLaunch(query_tile=128, kv_tile=32, num_warps=8, num_stages=2),
     (64, 4): PrefillLaunch(query_tile=32, kv_tile=32, num_warps=4, num_stages=1),
     (128, 4): PrefillLaunch(query_tile=32, kv_tile=32, num_warps=8, num_stages=1),
     (256, 4): PrefillLaunch(query_tile=32, kv_tile=16, num_warps=8, num_stages=1),
 }
+# For long contexts, and for grids too small for two programs a multiprocessor: a program that is fast alone.
+PREFILL_ALONE: dict[tuple[int, int], PrefillLaunch] = {
+    (128, 2): PrefillLaunch(query_tile=128, kv_tile=128, num_warps=8, num_stages=2, pack=1, overlapped=True),
+}
+LONG_CONTEXT = 8192
 
 
 FEW_ROWS = LinearLaunch(rows=16, columns=16, depth=256, num_warps=2, num_stages=4)
@@ -121,10 +142,32 @@ def decode_launch(head_dim: int, element_bytes: int, device: torch.device) -> De
     return launch
 
 
+def prefill_launch(
+    head_dim: int,
+    element_bytes: int,
+    device: torch.device,
+    *,
+    rows: int,
+    heads: int,
+    group: int,
+    max_query_len: int,
+    longest: int,
+) -> PrefillLaunch:
+    """The launch for paged_prefill of `rows` rows of at most max_query_len queries, over tables of `longest` positions."""
+    key = (_row(head_dim), element_bytes)
+    launch = _fitted(PREFILL[key], head_dim, element_bytes, device)
+    if key not in PREFILL_ALONE:
+        return launch
+    pack = launch.heads_packed(group)
+    programs = rows * (heads // pack) * -(-max_query_len * pack // launch.query_tile)
+    if longest >= LONG_CONTEXT or programs < 2 * multiprocessors(device):
+        return _fitted(PREFILL_ALONE[key], head_dim, element_bytes, device)
+    return launch
+
+
 @cache
-def prefill_launch(head_dim: int, element_bytes: int, device: torch.device) -> PrefillLaunch:
-    """The launch for paged_prefill, its stages and tiles cut to the shared memory of `device`."""
-    launch = PREFILL[_row(head_dim), element_bytes]
+def _fitted(launch: PrefillLaunch, head_dim: int, element_bytes: int, device: torch.device) -> PrefillLaunch:
+    """The launch, its stages and tiles cut to the shared memory of `device`."""
     limit = shared_memory_bytes(device)
     row_bytes = head_block(head_dim) * element_bytes
 

@@ -58,3 +58,54 @@ def load_tile(
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def clamped_pages(table_ptr, start, last, PAGE: tl.constexpr, TILE: tl.constexpr, CLAMP: tl.constexpr):
+    """Page ids of the positions from `start`, int32 [TILE]. With CLAMP, those past position `last` take its page: none past it is read."""
+    page = (start + tl.arange(0, TILE)) // PAGE
+    if CLAMP:
+        page = tl.minimum(page, last // PAGE)
+    return tl.load(table_ptr + page)
+
+
+@triton.jit
+def clamped_offsets(
+    pages,  # of clamped_pages
+    start,
+    last,
+    stride_block,
+    stride_slot,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Where each position's token begins, in elements: [TILE]; int64 if WIDE (a cache of 2**31 elements or more), else int32.
+
+    `start` is a multiple of TILE. With CLAMP, positions past `last` are `last`.
+    """
+    if CLAMP:
+        slot = tl.minimum(start + tl.arange(0, TILE), last) % PAGE
+    elif TILE % PAGE == 0:
+        slot = tl.arange(0, TILE) % PAGE
+    else:
+        slot = (start + tl.arange(0, TILE)) % PAGE
+    if WIDE:
+        return pages.to(tl.int64) * stride_block + slot * stride_slot
+    else:
+        return pages * stride_block + slot * stride_slot
+
+
+@triton.jit
+def load_tokens(ptr, offset, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+    """[TILE, HEAD_BLOCK] of keys or values at offsets that may all be read; zeros past HEAD_DIM."""
+    dim = tl.arange(0, HEAD_BLOCK)
+    pointers = ptr + (offset[:, None] + dim[None, :])  # summed before the pointer: in 32 bits where the offsets are
+    if HEAD_DIM < HEAD_BLOCK:
+        tile = tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile

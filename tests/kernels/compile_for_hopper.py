@@ -17,11 +17,13 @@ from triton.runtime.jit import JITFunction
 
 from kernels import (
     activation_triton,
+    decode_triton,
     draw_triton,
     embed_triton,
     launch_table,
     linear_triton,
     norm_triton,
+    prefill_triton,
     rope_write_triton,
 )
 from kernels.activation_triton import silu_mul_triton
@@ -71,10 +73,12 @@ def main() -> None:
     JITFunction.run = compile_only
     for module in (
         activation_triton,
+        decode_triton,
         draw_triton,
         embed_triton,
         linear_triton,
         norm_triton,
+        prefill_triton,
         rope_write_triton,
     ):  # as on an H100
         module.dependent_launch = lambda device: {"DEPENDENT": True, "launch_pdl": True}
@@ -89,6 +93,7 @@ def main() -> None:
             embed_tokens_triton(weight, ids, torch.zeros(2, dtype=torch.int64), ids)
             draw_tokens_triton(x)
             draw_tokens_triton(x, torch.zeros(rows), torch.zeros(rows, dtype=torch.float64))
+    grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         print(triton.__version__, names(shape), dtype)
         head_dim, kv_heads, group, block_size, window, per_head = shape
@@ -103,7 +108,12 @@ def main() -> None:
             window=window,
             table_per_head=per_head,
         )
-        paged_prefill_triton(*case.prefill(), window=window)
+        for settings in {
+            launch_table.prefill_launch(head_dim, dtype.itemsize, torch.device("cpu"), longest=longest, **grid)
+            for longest in (64, launch_table.LONG_CONTEXT)
+        }:
+            for one_loop in (False, True):
+                paged_prefill_triton(*case.prefill(), window=window, launch=replace(settings, one_loop=one_loop))
         for enough_waves in (0, 1000):  # without and with splitting
             settings = launch_table.decode_launch(head_dim, dtype.itemsize, torch.device("cpu"))
             settings = replace(settings, enough_waves=enough_waves, min_chunk=1)
