@@ -39,6 +39,7 @@ class Tape:
         self._names: list[str] = []  # a sequence's number is its place here
         self._tables: dict[str, tuple[int, ...]] = {}
         self._texts: dict[str, str] = {}
+        self._told: dict[int, int] = {}  # tokens told of a sequence so far
         self._num_events = 0
 
     def note(self, tables: Tables, lengths: Mapping[str, int], texts: Mapping[str, str] | None = None) -> None:
@@ -95,8 +96,12 @@ class Tape:
         old = self._texts.get(name, "")
         added = text.removeprefix(old).encode()
         self._texts[name] = text or old
+        tokens = tuple(
+            range(self._told.get(number, 0), length)
+        )  # nobody says which tokens: their positions stand for them
+        self._told[number] = max(self._told.get(number, 0), length)
         reason = "stop" if status == "finished" else ""
-        return SequencePatch(number, number, -1, status, length, 0, 0, (), added, math.nan, reason)
+        return SequencePatch(number, number, -1, status, length, 0, 0, tokens, added, math.nan, reason)
 
     def _events(self, new: dict[str, tuple[int, ...]]) -> tuple[Event, ...]:
         """What must have happened between two photographs, entry by entry."""

@@ -37,6 +37,7 @@ def test_a_tape_shows_what_was_photographed(tmp_path: Path) -> None:
     assert states[1].tables == {(0, 0): (2, 4), (1, 0): (5,)}
     assert states[1].device.fill.tolist() == [0, 0, 4, 0, 2, 1]
     assert states[1].stats.free_blocks == 2
+    assert [len(s.token_ids) for s in states[1].sequences.values()] == [6, 1], "the map draws a slot for each of them"
     assert states[2].tables == {(1, 0): (5,)}
     assert states[2].sequences[0].status == "finished"
     assert [(e.kind, e.block) for e in source.delta(2).events] == [("free", 2), ("free", 4)]
