@@ -5,6 +5,7 @@ Knows flags; knows nothing of how anything is computed. The imports of a command
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -230,10 +231,9 @@ def _compare_on_device(
 ) -> None:
     from minipaged.commands.progress import status_line
     from minipaged.lab.bench_results import Results
-    from minipaged.lab.device_report import DEVICE_COLUMNS, device_dict, device_notes, device_row
+    from minipaged.lab.device_report import device_dict, print_device
     from minipaged.lab.device_run import DeviceResult, draws_for, run_systems
     from minipaged.lab.simulate import parse_systems
-    from minipaged.lab.tables import table
     from minipaged.lab.transformers_peer import PEERS, run_peer
 
     names = parse_systems(systems)
@@ -259,7 +259,7 @@ def _compare_on_device(
             model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, say=say, done=done,
         )  # fmt: skip
     title = f"{trace} on {'this device' if device == 'auto' else device}, {len(draws)} requests, {model}"
-    table(title, DEVICE_COLUMNS, [device_row(r) for r in found], notes=device_notes(found))
+    print_device(title, found)
 
 
 @app.command()
@@ -289,7 +289,10 @@ def ablate(
 
     with status_line() as say:
         found = measure(model, device=device, seconds=limit, say=say, done=done)
-    device_report.print_ablation(found)
+    note = device_report.load_note(os.getloadavg()[0], os.cpu_count() or 1, found.device)
+    if note:
+        kept.note(note)
+    device_report.print_ablation(found, note)
     if html is not None:
         device_report.ablation_page(found).write(html)
 

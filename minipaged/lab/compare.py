@@ -13,7 +13,15 @@ from minipaged.config import check_real
 from minipaged.errors import InputError
 from minipaged.lab.figure_types import Curve, Say
 from minipaged.lab.html import Page
-from minipaged.lab.report import SPEED_COLUMNS, WASTE_COLUMNS, result_dict, speed_row, waste_row
+from minipaged.lab.report import (
+    LATENCY_COLUMNS,
+    SPEED_COLUMNS,
+    WASTE_COLUMNS,
+    latency_row,
+    result_dict,
+    speed_row,
+    waste_row,
+)
 from minipaged.lab.servers import Server
 from minipaged.lab.simulate import Result, simulate
 from minipaged.lab.svg import line_chart, stacked_bars
@@ -76,9 +84,23 @@ def latency_curves(comparison: Comparison) -> list[Curve]:
     ]
 
 
+BINS = 80  # of the plot of batches over time
+
+
 def batch_curves(results: Sequence[Result]) -> list[Curve]:
-    """Requests that run, over time."""
-    return [Curve(r.system, tuple((s.seconds, float(s.requests)) for s in r.outcome.samples)) for r in results]
+    """Requests that run, over time, averaged over short spans, until the first system is through with all requests."""
+    end = min(r.outcome.makespan for r in results)
+    curves = []
+    for result in results:
+        spans: dict[int, list[int]] = {}
+        for sample in result.outcome.samples:
+            if sample.seconds <= end:
+                spans.setdefault(min(BINS - 1, int(BINS * sample.seconds / end)) if end else 0, []).append(
+                    sample.requests
+                )
+        points = [((i + 0.5) * end / BINS, sum(seen) / len(seen)) for i, seen in sorted(spans.items())]
+        curves.append(Curve(result.system, tuple(points)))
+    return curves
 
 
 def comparison_dict(comparison: Comparison) -> dict[str, Any]:
@@ -108,10 +130,13 @@ def comparison_page(comparison: Comparison) -> Page:
     )
     page.heading("Speed")
     page.table(SPEED_COLUMNS, [speed_row(r) for r in comparison.results])
+    page.heading("Latency: over the answer's length, to the first token, between the next")
+    page.table(LATENCY_COLUMNS, [latency_row(r) for r in comparison.results])
     page.heading("Where the pool goes, percent")
     page.table(WASTE_COLUMNS, [waste_row(r) for r in comparison.results])
     page.svg(stacked_bars("The pool", {r.system: r.shares for r in comparison.results}, "percent of the pool"))
     page.heading("Batch over time")
+    page.notes(("Until the first system is through; the others go on.",))
     page.svg(line_chart("Requests that run", batch_curves(comparison.results), "seconds", "requests"))
     if comparison.sweep:
         page.heading("Latency against rate")

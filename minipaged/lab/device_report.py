@@ -6,39 +6,58 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+
 from minipaged.errors import InputError
 from minipaged.lab.ablate import SECTIONS, Ablation, Measure
 from minipaged.lab.device_run import DeviceResult
 from minipaged.lab.device_tables import TITLES
 from minipaged.lab.html import Page
 from minipaged.lab.svg import bars
-from minipaged.lab.tables import percent, plain, seconds, table
+from minipaged.lab.tables import percent, plain, seconds, speed, table
 
-DEVICE_COLUMNS = (
-    "system", "pool", "tok/s", "rows", "pool used %", "finished", "first token p50", "p99", "gap p50", "p99", "preempted",
-    "same text %",
-)  # fmt: skip
+DEVICE_COLUMNS = ("system", "pool", "tok/s", "rows", "used %", "finished", "preempted", "same text %")
+DEVICE_LATENCY_COLUMNS = ("system", "pool", "first p50", "first p99", "gap p50", "gap p99", "latency a token")
 
 
 def device_row(result: DeviceResult) -> tuple[str, ...]:
-    """A run on a real device."""
-
-    def late(value: float) -> str:
-        return f"> {result.seconds:,.0f} s" if math.isinf(value) else seconds(value)
+    """A run on a real device: how fast, and what it held."""
 
     def share(value: float) -> str:
         return "-" if math.isnan(value) else percent(value)
 
     return (
-        result.system,
-        f"{result.pool:,}" if result.pool else "all",
-        f"{result.tokens_per_second:,.1f}" if result.tokens else "-",
+        *_whose(result),
+        speed(result.tokens_per_second),
         f"{result.mean_rows:.1f}",
         share(result.token_share),
         f"{result.finished:,}/{result.requests:,}",
-        *(late(value) for value in (*result.first_token, *result.per_token)),
         f"{result.preemptions:,}",
         share(result.same_answers),
+    )
+
+
+def device_latency_row(result: DeviceResult) -> tuple[str, ...]:
+    """The same run: how long requests waited."""
+    times = (*result.first_token, *result.per_token, result.normalized_latency)
+    return (
+        *_whose(result),
+        *(f"> {result.seconds:,.0f} s" if math.isinf(value) else seconds(value) for value in times),
+    )
+
+
+def _whose(result: DeviceResult) -> tuple[str, str]:
+    return result.system, f"{result.pool:,}" if result.pool else "all"
+
+
+def print_device(title: str, results: Sequence[DeviceResult]) -> None:
+    """Two tables and what a reader must know."""
+    table(title, DEVICE_COLUMNS, [device_row(r) for r in results])
+    table(
+        "how long requests waited",
+        DEVICE_LATENCY_COLUMNS,
+        [device_latency_row(r) for r in results],
+        notes=device_notes(results),
     )
 
 
@@ -52,7 +71,7 @@ def device_notes(results: Sequence[DeviceResult]) -> list[str]:
     """What a reader must know beside the table."""
     notes = [
         "One model, pool, scheduler and set of kernels; only what is held and who may enter differs. All requests wait from the start.",
-        "pool: slots for keys and values. rows, pool used: means over time. gap: mean time between a request's tokens.",
+        "pool: slots for keys and values. rows, used %: means over time. gap: mean time between a request's tokens.",
     ]
     if any(r.note.startswith("stopped") for r in results):
         notes.append(
@@ -79,7 +98,7 @@ def ablation_rows(measures: Sequence[Measure]) -> list[tuple[str, ...]]:
         (
             m.name,
             seconds(m.seconds),
-            "-" if math.isnan(m.tokens_per_second) else f"{m.tokens_per_second:,.0f}",
+            speed(m.tokens_per_second),
             f"{m.ratio:.2f}x",
             m.note,
         )
@@ -87,14 +106,23 @@ def ablation_rows(measures: Sequence[Measure]) -> list[tuple[str, ...]]:
     ]
 
 
-def print_ablation(found: Ablation) -> None:
-    """A table a section."""
+def load_note(load: float, cores: int, device: str) -> str:
+    """A warning where other programs kept the processors busy; "" where they did not, or the work was a GPU's."""
+    if device.startswith("cuda") or load <= cores * 1.5:
+        return ""
+    return f"{load:.0f} programs shared {cores} processors while this ran: do not trust these times, measure again when it is quiet."
+
+
+def print_ablation(found: Ablation, note: str = "") -> None:
+    """A table a section; then a note, if there is one."""
     for section in SECTIONS:
         measures = found.of(section)
         if measures:
             rows = ablation_rows(measures)
             wide = len(ABLATION_COLUMNS) - (not any(row[-1] for row in rows))
             table(f"{TITLES[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
+    if note:
+        Console().print(note, highlight=False)
 
 
 def ablation_dicts(found: Ablation) -> list[dict[str, Any]]:
@@ -115,7 +143,7 @@ def ablation_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 38 else name[:37] + "…"
+    return name if len(name) <= 46 else name[:45] + "…"
 
 
 def comparison_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -125,8 +153,8 @@ def comparison_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         if not row.get("tokens"):
             continue
         pool = f"pool of {row['pool']:,} slots" if row["pool"] else "pool as large as it gets"
-        speed = float(row["tokens_per_second"])
-        groups.setdefault(pool, []).append((row["system"], speed, f"{speed:,.0f} tok/s, {row['mean_rows']:.1f} rows"))
+        rate = float(row["tokens_per_second"])
+        groups.setdefault(pool, []).append((row["system"], rate, f"{speed(rate)} tok/s, {row['mean_rows']:.1f} rows"))
     return bars(title, dict(sorted(groups.items())), "output tokens per second")
 
 

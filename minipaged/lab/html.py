@@ -14,7 +14,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; }
 th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.7rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 p.note { color: #555; font-size: 0.9rem; }
-svg { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+svg { width: 100%; max-width: 50rem; height: auto; display: block; margin: 1rem 0; }
 """
 
 

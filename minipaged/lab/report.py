@@ -42,10 +42,8 @@ def result_dict(result: Result) -> dict[str, Any]:
     }
 
 
-SPEED_COLUMNS = (
-    "system", "tok/s", "req/s", "batch", "latency a token", "first token p50 / p99", "next tokens p50 / p99",
-    "preempted", "refused",
-)  # fmt: skip
+SPEED_COLUMNS = ("system", "tok/s", "req/s", "batch", "preempted", "refused")
+LATENCY_COLUMNS = ("system", "a token", "first p50", "first p99", "next p50", "next p99")
 WASTE_COLUMNS = ("system", *PoolBands._fields)
 
 
@@ -56,12 +54,15 @@ def speed_row(result: Result) -> tuple[str, ...]:
         f"{result.tokens_per_second:,.0f}",
         f"{result.requests_per_second:,.2f}",
         f"{result.mean_batch:,.2f}",
-        seconds(result.normalized_latency),
-        f"{seconds(result.first_token(50))} / {seconds(result.first_token(99))}",
-        f"{seconds(result.per_token(50))} / {seconds(result.per_token(99))}",
         f"{result.outcome.preemptions:,}",
         f"{result.outcome.refused:,}",
     )
+
+
+def latency_row(result: Result) -> tuple[str, ...]:
+    """How long requests waited: latency over answer length, the first token, the gap between the next ones."""
+    times = (result.first_token(50), result.first_token(99), result.per_token(50), result.per_token(99))
+    return (result.system, seconds(result.normalized_latency), *map(seconds, times))
 
 
 def waste_row(result: Result) -> tuple[str, ...]:
@@ -75,6 +76,11 @@ def print_results(results: Sequence[Result]) -> None:
     load = first.workload
     title = f"{load.name}, {len(load):,} requests: {first.server.describe()}"
     table(title, SPEED_COLUMNS, [speed_row(r) for r in results])
+    table(
+        "latency: over the answer's length, to the first token, between the next",
+        LATENCY_COLUMNS,
+        [latency_row(r) for r in results],
+    )
     note = "Averages over the time in which requests waited (or, if none ever did, over the run after its first tenth)."
     table("percent of the pool", WASTE_COLUMNS, [waste_row(r) for r in results], notes=(note,))
 

@@ -47,8 +47,7 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str, y_label: str, 
         x = place(tick, 10**y_low if log_y else y_low)[0]
         parts.append(_text(x, HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
         parts.append(_line(x, TOP, x, HEIGHT - BOTTOM, "#eee"))
-    for tick in _ticks(y_low, y_high):
-        value = 10**tick if log_y else tick
+    for value in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high):
         y = place(x_low, value)[1]
         parts.append(_text(LEFT - 6, y + 4, f"{value:.3g}", "end"))
         parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "#eee"))
@@ -93,17 +92,19 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[str, float, str]]], x_l
     """Horizontal bars under the name of their group: (name, value, what stands behind the bar). Values that are not
     finite are left out.
     """
-    left, right, bar, gap, head = 220, 130, 16, 6, 22
+    left, right, bar, gap, head = 250, 130, 16, 6, 22
     shown = {group: [b for b in members if math.isfinite(b[1])] for group, members in groups.items()}
     most = max((value for members in shown.values() for _, value, _ in members), default=0.0) or 1.0
+    names = list(dict.fromkeys(name for members in shown.values() for name, _, _ in members))
     parts: list[str] = []
     y = TOP + 4.0
     for group, members in shown.items():
         parts.append(_text(8, y + 12, group, "start").replace("<text", '<text font-weight="bold"', 1))
         y += head
-        for i, (name, value, behind) in enumerate(members):
+        parts.append(_line(left, y - 2, left, y + len(members) * (bar + gap) - gap + 2, "#444"))
+        for name, value, behind in members:
             long = value / most * (WIDTH - left - right)
-            colour = COLOURS[i % len(COLOURS)]
+            colour = COLOURS[names.index(name) % len(COLOURS)]
             parts += [
                 _text(left - 6, y + 12, name, "end"),
                 f'<rect x="{left}" y="{y:.1f}" width="{long:.1f}" height="{bar}" fill="{colour}"/>',
@@ -112,12 +113,8 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[str, float, str]]], x_l
             y += bar + gap
         y += gap
     height = y + 24
-    axis = (
-        _line(left, TOP, left, y, "#444")
-        + _text(8, 18, title, "start").replace("<text", '<text font-weight="bold" font-size="13"', 1)
-        + _text(left, y + 14, x_label, "start")
-    )
-    return _sheet(height, f"{''.join(parts)}{axis}")
+    axis = _text(8, 18, title, "start").replace("<text", '<text font-weight="bold" font-size="13"', 1)
+    return _sheet(height, f"{''.join(parts)}{axis}{_text(left, y + 14, x_label, 'start')}")
 
 
 def _finite(point: tuple[float, float]) -> bool:
@@ -135,6 +132,15 @@ def _ticks(low: float, high: float) -> list[float]:
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within [10^low, 10^high]; powers alone where they are many, the ends where there is none."""
+    found = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    inside = [value for value in found if low - 1e-9 <= math.log10(value) <= high + 1e-9]
+    if len(inside) > 8:
+        inside = [value for value in inside if math.isclose(math.log10(value), round(math.log10(value)))]
+    return inside or [10**low, 10**high]
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

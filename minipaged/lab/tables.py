@@ -31,7 +31,7 @@ def table(
     grid = Table(title=title, title_justify="left", show_lines=lines)
     for i, name in enumerate(columns):
         left = i < words or name in ("how", "why")
-        grid.add_column(name, justify="left" if left else "right", overflow="fold")
+        grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=words == 1 and not i)
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
@@ -47,6 +47,11 @@ def seconds(value: float) -> str:
         if value * scale >= 1 or unit == "us":
             return f"{value * scale:,.3g} {unit}" if value * scale < 1000 else f"{value * scale:,.0f} {unit}"
     return "-"
+
+
+def speed(value: float) -> str:
+    """Tokens a second, with a digit behind the point where they are few."""
+    return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 20 else f"{value:.1f}"
 
 
 def size(value: float) -> str:

@@ -14,7 +14,7 @@ from minipaged.errors import InputError
 from minipaged.lab import ablate as module
 from minipaged.lab.ablate import SECTIONS, ablate, sizes_for
 from minipaged.lab.attention_variants import DECODES, Cells, paged, split_torch, torch_dense, written_out_prefill
-from minipaged.lab.device_report import ablation_dicts, ablation_page, plot_of, print_ablation
+from minipaged.lab.device_report import ablation_dicts, ablation_page, load_note, plot_of, print_ablation
 from minipaged.lab.device_tables import TITLES, ablation_tables
 from minipaged.lab.step_bench import SlotPool, decode_step, prefill_step, time_of
 from minipaged.model.llama import Llama
@@ -121,3 +121,9 @@ def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> 
 def test_results_without_a_plot_are_refused() -> None:
     with pytest.raises(InputError, match="no plot"):
         plot_of({"device": "here", "date": "today", "rows": [{"kernel": "copy"}]})
+
+
+def test_a_busy_machine_is_said_to_be_one() -> None:
+    assert "measure again" in load_note(9.0, 2, "cpu")
+    assert load_note(2.5, 2, "cpu") == ""
+    assert load_note(90.0, 2, "cuda") == ""

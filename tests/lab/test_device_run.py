@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minipaged.errors import InputError
-from minipaged.lab.device_report import device_dict, device_row, plot_of
+from minipaged.lab.device_report import device_dict, device_latency_row, plot_of, print_device
 from minipaged.lab.device_run import Bench, DeviceResult, draws_for, draws_of, percentiles, run_systems, serve
 from minipaged.lab.device_tables import system_tables
 from minipaged.lab.workloads import make_workload
@@ -116,7 +116,8 @@ def test_results_become_tables_and_a_plot() -> None:
     assert notes == []
     assert rows[2]["first_token"][1] is None
     ElementTree.fromstring(plot_of({"device": "here", "date": "today", "rows": rows}))
-    assert device_row(found[2])[7].startswith("> ")
+    assert device_latency_row(found[2])[3].startswith("> ")
+    print_device("t", found)
 
 
 def test_draws_fit_the_vocabulary_and_the_count() -> None:
