@@ -100,8 +100,8 @@ def test_writes_and_copies_that_do_not_fit_are_named() -> None:
     slots = torch.zeros(5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"slot_mapping has shape \[4\]; it must be \[5\]"):
         kernels.write_kv(key, key, cache, cache, slots[:4])
-    with pytest.raises(ValueError, match=r"slot_mapping is torch.int32"):
-        kernels.write_kv(key, key, cache, cache, slots.int())
+    with pytest.raises(ValueError, match=r"slot_mapping is torch.int16; it must be torch.int64 or torch.int32"):
+        kernels.write_kv(key, key, cache, cache, slots.short())
     with pytest.raises(ValueError, match=r"key \[5, 1, 32\]"):
         kernels.write_kv(key[:, :1], key, cache, cache, slots)
     with pytest.raises(ValueError, match=r"pairs is torch.int32 \[1, 2\]"):
