@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import ClassVar
 
 from textual import events
@@ -62,14 +63,14 @@ class Inspector(Pane, can_focus=True):
 
 def block_lines(view: View, width: int) -> list[Line]:
     """What the block is now."""
-    block, pool = view.block, view.snapshot.device
+    block, pool = view.inspected, view.snapshot.device
     if not 0 <= block < len(pool):
         return [[("move the cursor over the map,", "dim")], [("or click a block", "dim")]]
     size = view.snapshot.stats.block_size
     refs, fill, flags = int(pool.refs[block]), int(pool.fill[block]), int(pool.flags[block])
     lines: list[Line] = [
         [(f"block {block}", "strong"), (f"  ref {refs}  {fill}/{size} slots", "text")],
-        [(_state(refs, flags), "dim")],
+        *([(text, "dim")] for text in textwrap.wrap(_state(refs, flags), max(10, width))),
     ]
     owners = view.snapshot.owners(block)
     if owners:
@@ -112,10 +113,11 @@ def _text(view: View, owner: tuple[int, int], fill: int, width: int) -> list[Lin
 
 def past_lines(view: View, width: int, room: int, chosen: int) -> list[Line]:
     """The block's events, the newest last; `chosen` counts from the newest, 0 for none."""
-    if room < 2 or view.block < 0:
+    watching = view.block < 0 <= view.inspected
+    if room < 2 or view.inspected < 0:
         return []
     if not view.past:
-        return [[("nothing has happened to it yet", "faint")]]
+        return [[("newest event; arrows choose a block" if watching else "nothing has happened to it yet", "faint")]]
     marked = len(view.past) + chosen if chosen else -1
     first = max(0, len(view.past) - (room - 1))
     if 0 <= marked < first:
@@ -135,7 +137,7 @@ def describe(view: View, past: Past) -> str:
     if event.kind == "copy":
         return (
             f"copied to {event.other} for {who}"
-            if event.block == view.block
+            if event.block == view.inspected
             else f"copied from {event.block} for {who}"
         )
     words = {

@@ -17,6 +17,7 @@ from textual.screen import Screen
 from textual.theme import Theme
 
 from minipaged.trace.live import LiveSource
+from minipaged.trace.records import StepDelta
 from tui.actions import Actions
 from tui.bars import Caption, Header, HostStrip, Keys, Legend
 from tui.blockmap import BlockMap
@@ -207,8 +208,14 @@ class ScreenApp(Actions):
             shadows=session.shadows(),
             hindsight=session.live is None,
         )
-        if view.block >= 0 and self._inspecting():
-            view.past = tuple(self._history.of(session.source, view.block, session.position))
+        if view.block < 0 and (watched := telling_block(session.delta)) >= 0:
+            view.watched = watched
+        still = (
+            view.block >= 0 or not session.playing
+        )  # the past of a block that changes with each step is not read back
+        view.past = ()
+        if view.inspected >= 0 and still and self._inspecting():
+            view.past = tuple(self._history.of(session.source, view.inspected, session.position))
         self._show_all(view, None if change is None else change.ids, everything=change is None)
 
     def _show_all(self, view: View, ids: Any, *, everything: bool) -> None:
@@ -262,6 +269,13 @@ class ScreenApp(Actions):
     def on_resize(self, _: events.Resize) -> None:
         """Titles depend on the size."""
         self.call_after_refresh(self.paint)
+
+
+def telling_block(delta: StepDelta | None) -> int:
+    """The block of a step's most telling event: a copy's new block, else one found, forgotten or taken; -1: there is none."""
+    events = delta.events if delta is not None else ()
+    found = {event.kind: event.other if event.kind == "copy" else event.block for event in events if event.block > 0}
+    return next((found[kind] for kind in ("copy", "cache_hit", "evict", "swap_in", "alloc") if kind in found), -1)
 
 
 def _titled(pane: Pane, title: str) -> Pane:

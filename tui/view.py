@@ -52,6 +52,7 @@ class View:
     moves: Mapping[int, str] = field(default_factory=dict)  # sequence -> the queue event it was just seen in
     flash: frozenset[int] = frozenset()  # blocks that a lesson has just changed
     block: int = -1  # the cursor's block; -1: none
+    watched: int = -1  # without a cursor: the block that something told of has just happened to
     only: int = -1  # the sequence that is not dimmed; -1: all are equal
     bookmarks: tuple[int, ...] = ()
     past: tuple[Past, ...] = ()  # of the cursor's block
@@ -93,6 +94,11 @@ class View:
         size = max(1, self.snapshot.stats.block_size)
         levels = self.glyphs.filling
         return levels[min(len(levels) - 1, max(0, fill * len(levels) // size))]
+
+    @property
+    def inspected(self) -> int:
+        """The block to look at from near: the cursor's, else the watched one; -1: none."""
+        return self.block if self.block >= 0 else self.watched
 
     @property
     def at_edge(self) -> bool:
