@@ -13,13 +13,15 @@ from typing import Any
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.trace.live import EngineProcess, LiveSource
+from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
 from tui.keys import load_keys
 from tui.screen import ScreenApp, binding_ids
-from tui.session import Session
+from tui.session import REPLAY_SPEED, Session
 
 Factory = Callable[..., Any]
 Prompts = Sequence[str | tuple[str, SamplingParams]]
+WATCH_SECONDS = 25.0  # that a short recording takes
 START_SECONDS = 600.0  # headless: a model may have to be fetched first
 QUIET_SECONDS = 120.0  # headless: the longest time without a step
 
@@ -53,7 +55,9 @@ def run_screen(
     elif callable(given):
         runner = EngineRunner(given, {}, record=record)
     else:
-        return _show(Session(given, speed=speed), look, None, headless, steps, screenshot)
+        recorded = Session(given, speed=speed if speed is not None else play_speed(len(given)))
+        recorded.playing = not headless and not given.live and len(given) > 0
+        return _show(recorded, look, None, headless, steps, screenshot)
     try:
         session = Session(runner.start(), speed=speed)
         for prompt in prompts:
@@ -103,6 +107,11 @@ class EngineRunner:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def play_speed(length: int) -> float:
+    """Steps a second at which a recording starts to play: a short one slowly enough to be followed, a long one no faster than usual."""
+    return next((speed for speed in SPEEDS if speed >= REPLAY_SPEED or length <= speed * WATCH_SECONDS), REPLAY_SPEED)
 
 
 def _say_progress(done: int, size: int) -> None:

@@ -16,6 +16,7 @@ from tui.blockcells import Ints
 from tui.mapmodel import TITLES, MapModel, Zoom
 from tui.view import View
 
+READABLE = 3  # cells a slot from which on words can be made out
 WHOLE = 0.7  # share of visible rows beyond which the whole widget is painted
 
 
@@ -51,6 +52,7 @@ class BlockMap(ScrollView, can_focus=True):
         super().__init__(id=id)
         self.model = MapModel(view, host=host)
         self._base: Style | None = None  # what the style sheet says, asked once
+        self._laid_out = (-1, -1)
         self._fitting = True  # until somebody zooms: as close as the whole pool stays in view
         self._screens = 2  # that it may take, a block a cell: letters say more than dots that all fit; 1 once somebody asked for all
 
@@ -62,10 +64,10 @@ class BlockMap(ScrollView, can_focus=True):
 
     def show(self, view: View, ids: Ints | None) -> None:
         """Show this view, painting what differs. ids: the blocks that may differ from the last view; None: any."""
-        blocks = self.model.num_blocks
         dirty = self.model.update(view, ids)
-        if blocks != self.model.num_blocks:
+        if self._laid_out != self._shape():
             self._lay_out()
+            dirty = None
         top, height = self.scroll_offset.y, self.size.height
         if dirty is None:
             self.refresh()
@@ -76,7 +78,12 @@ class BlockMap(ScrollView, can_focus=True):
         elif rows:
             self.refresh(*(Region(0, row, self.size.width, 1) for row in rows))
 
+    def _shape(self) -> tuple[int, int]:
+        """What the layout depends on beside the room: blocks, and slots of each. The snapshot changes in place, so it is kept."""
+        return self.model.num_blocks, self.model.view.snapshot.stats.block_size
+
     def _lay_out(self) -> None:
+        self._laid_out = self._shape()
         size = self.scrollable_content_region.size
         self.model.resize(size.width, size.height)
         if self._fitting:
@@ -121,6 +128,8 @@ class BlockMap(ScrollView, can_focus=True):
         for zoom in (Zoom.SLOTS, Zoom.FOUR, Zoom.CELL, Zoom.HALF, Zoom.HEAT):
             self.model.set_zoom(zoom)
             room = max(1, self.model.height)
+            if zoom == Zoom.SLOTS and self.model.slot_width < READABLE:
+                continue  # a letter a token is for those who ask for it
             if self.model.num_rows <= (room * self._screens if zoom == Zoom.CELL else room):
                 break
 

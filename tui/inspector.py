@@ -117,7 +117,7 @@ def past_lines(view: View, width: int, room: int, chosen: int) -> list[Line]:
     if room < 2 or view.inspected < 0:
         return []
     if not view.past:
-        return [[("newest event; arrows choose a block" if watching else "nothing has happened to it yet", "faint")]]
+        return [[("newest event's; arrows: another" if watching else "nothing has happened to it yet", "faint")]]
     marked = len(view.past) + chosen if chosen else -1
     first = max(0, len(view.past) - (room - 1))
     if 0 <= marked < first:

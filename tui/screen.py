@@ -18,6 +18,7 @@ from textual.theme import Theme
 
 from minipaged.trace.live import LiveSource
 from minipaged.trace.records import StepDelta
+from minipaged.trace.snapshot import Snapshot
 from tui.actions import Actions
 from tui.bars import Caption, Header, HostStrip, Keys, Legend
 from tui.blockmap import BlockMap
@@ -208,8 +209,11 @@ class ScreenApp(Actions):
             shadows=session.shadows(),
             hindsight=session.live is None,
         )
-        if view.block < 0 and (watched := telling_block(session.delta)) >= 0:
-            view.watched = watched
+        if view.block < 0:
+            watched = telling_block(session.delta)
+            view.watched = (
+                watched if watched >= 0 else view.watched if view.watched > 0 else most_shared(session.snapshot)
+            )
         still = (
             view.block >= 0 or not session.playing
         )  # the past of a block that changes with each step is not read back
@@ -276,6 +280,12 @@ def telling_block(delta: StepDelta | None) -> int:
     events = delta.events if delta is not None else ()
     found = {event.kind: event.other if event.kind == "copy" else event.block for event in events if event.block > 0}
     return next((found[kind] for kind in ("copy", "cache_hit", "evict", "swap_in", "alloc") if kind in found), -1)
+
+
+def most_shared(snapshot: Snapshot) -> int:
+    """The block that most tables name; -1 where none is shared."""
+    refs = snapshot.device.refs
+    return int(refs.argmax()) if len(refs) and refs.max() > 1 else -1
 
 
 def _titled(pane: Pane, title: str) -> Pane:

@@ -29,12 +29,18 @@ def waste_lines(view: View, width: int) -> list[Line]:
     rows.append(("paged (real)" if rows else "paged", stats.tail_slots / slots if slots else 0.0, "hue2"))
     name_width = max(len(name) for name, _, _ in rows) + 1
     room = max(4, width - name_width - 6)
+    anybody = any(state.alive for state in view.snapshot.sequences.values())
     lines: list[Line] = []
     for name, share, role in rows:
         lines.append(
             [
                 (f"{fit(name, name_width - 1):<{name_width}}", "text"),
-                (bar(share, room) if share == share else fit("not one request fits", room).ljust(room), role),
+                (
+                    bar(share, room)
+                    if share == share
+                    else fit("not one request fits" if anybody else "nobody is here", room).ljust(room),
+                    role,
+                ),
                 (f"{share:>5.0%}" if share == share else "    –", "strong"),
             ]
         )

@@ -144,7 +144,7 @@ def _tick_line(view: View, ticks: str, caret: int, width: int) -> Line:
     edge = f"┊live {view.length}"
     if (
         not view.at_edge
-        and view.word != "REPLAY"
+        and not view.hindsight
         and at + len(label) + len(edge) + 1 < width
         and view.length < width - len(edge)
     ):

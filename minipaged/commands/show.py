@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,8 @@ def show(
 
         serve_screen([word for word in sys.argv[1:] if word != "--web"])
         return 0
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
+    terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())
     if replay is None and not headless and not terminal:
         from minipaged.commands.plain import run_plain
 

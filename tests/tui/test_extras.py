@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -312,13 +315,45 @@ def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
 
 
 def test_a_browser_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     from tui.web import serve_screen
 
     monkeypatch.setitem(sys.modules, "textual_serve.server", None)
     with pytest.raises(InputError, match=r"minipaged\[web\]"):
         serve_screen(["tui"])
+
+
+def test_a_browser_gets_the_screen_over_pipes() -> None:
+    """What textual-serve runs: no terminal, its driver named in the environment."""
+    environment = {
+        **os.environ,
+        "TEXTUAL_DRIVER": "textual.drivers.web_driver:WebDriver",
+        "COLUMNS": "100",
+        "ROWS": "30",
+    }
+    served = subprocess.Popen(
+        [sys.executable, "-m", "minipaged", "tui", "--scenario", "cow"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert served.stdout is not None
+        told = b""
+        while b"Timeline" not in told:
+            part = os.read(served.stdout.fileno(), 1 << 16)
+            assert part, "it went away without a picture"
+            told += part
+        assert told.startswith(b"__GANGLION__"), "the handshake of the web driver"
+    finally:
+        served.kill()
+        served.communicate()
+
+
+@pytest.mark.parametrize(("length", "speed"), [(0, 1), (14, 1), (45, 2), (106, 5), (249, 10), (1_000_000, 10)])
+def test_a_short_recording_plays_slowly_enough_to_be_followed(length: int, speed: float) -> None:
+    from tui.app import play_speed
+
+    assert play_speed(length) == speed
 
 
 def test_the_command_palette_names_the_keys() -> None:
