@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from minipaged.commands.learn import app
 from minipaged.lessons.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
 from minipaged.lessons.checking import check
 from minipaged.lessons.runner import load, run
@@ -239,6 +240,16 @@ def test_readme_lists_every_lesson() -> None:
     text = (tutorials_folder() / "README.md").read_text(encoding="utf-8")
     for one in lessons():
         assert re.search(rf"\| {one.number} \| .*{re.escape(one.title)}.* \| {one.minutes} \|", text), one.title
+
+
+def test_every_command_that_the_lessons_name_is_there() -> None:
+    commands = {info.name or getattr(info.callback, "__name__", "") for info in app.registered_commands}
+    texts = [prose(one.path) for one in lessons()] + [(tutorials_folder() / "README.md").read_text(encoding="utf-8")]
+    named = {word for text in texts for word in re.findall(r"minipaged learn (\w+)", text)}
+    assert named <= commands
+    assert {"start", "check", "watch", "hint", "show"} <= named
+    files = {name for text in texts for name in re.findall(r"(?:python|pytest) (\d\d_\w+\.py)", text)}
+    assert files <= {one.path.name for one in lessons()}
 
 
 def script(path: Path) -> subprocess.CompletedProcess[str]:
