@@ -53,6 +53,7 @@ if ON_GPU:
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -61,6 +62,11 @@ from torch import Tensor
 if ON_GPU and not torch.cuda.is_available():
     raise RuntimeError(
         "LESSON_ON_GPU=1, but torch sees no GPU here: leave it out, and the interpreter runs your kernel"
+    )
+version = np.lib.NumpyVersion
+if not ON_GPU and version(triton.__version__) < "3.7.0" and version(np.__version__) >= "2.4.0":
+    raise RuntimeError(
+        f"the interpreter of Triton {triton.__version__} cannot run loops with numpy {np.__version__}: pip install 'numpy<2.4'"
     )
 DEVICE = "cuda" if ON_GPU else "cpu"
 torch.set_num_threads(1)  # steady timings
