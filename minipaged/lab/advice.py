@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from minipaged.config import ModelConfig, check_int, check_real
+from minipaged.config import ModelConfig, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.execution.hardware import GPU
 from minipaged.execution.roofline import FEMTO, roofline
 from minipaged.lab.calculators import Deployment, Load, capacity
 from minipaged.lab.figures_costs import COPY_SECONDS
 from minipaged.lab.servers import Server
-from minipaged.lab.simulate import simulate
+from minipaged.lab.simulate import Result, simulate
 from minipaged.lab.tables import seconds
 from minipaged.lab.workloads import Lengths, Workload
 
+AS_IT_STANDS = "as it stands"
 WORTHWHILE = 1.05  # a gain below this is called none
 
 
@@ -63,6 +66,35 @@ class Use:
         return Load(self.prompt, self.output)
 
 
+class Preset(NamedTuple):
+    """A kind of use and its lengths in tokens."""
+
+    prompt: int
+    output: int
+    shared: int
+    source: str
+
+
+PAPER = "PagedAttention paper"
+PRESETS = {
+    "chat": Preset(161, 338, 0, f"ShareGPT's means, {PAPER}, section 6.1"),
+    "instructions": Preset(19, 58, 0, f"Alpaca's means, {PAPER}, section 6.1"),
+    "long-chat": Preset(1024, 338, 0, f"histories cut to 1024, {PAPER}, section 6.5"),
+    "translation": Preset(
+        371, 40, 341, f"five examples before each sentence, {PAPER}, section 6.4; sentence lengths assumed"
+    ),
+    "documents": Preset(4000, 250, 0, "assumed: questions about a text of some pages"),
+    "code": Preset(1500, 60, 0, "assumed: completion in an editor"),
+    "agents": Preset(6000, 300, 4000, "assumed: tools and instructions before every turn"),
+}
+
+
+def preset(name: str) -> Preset:
+    """The kind of use of that name. InputError lists them."""
+    check_choice("use", name, PRESETS)
+    return PRESETS[name]
+
+
 @dataclass(frozen=True, slots=True)
 class Advice:
     """A technique and whether it helps here."""
@@ -71,26 +103,54 @@ class Advice:
     helps: bool
     why: str
 
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.technique == AS_IT_STANDS:
+            return "" if self.helps else "too slow"
+        return "helps" if self.helps else "does not"
+
+
+def as_it_stands(use: Use) -> Advice:
+    """The time between tokens that the roofline allows, against the goal."""
+    step, rows = _step_seconds(use), _rows(use, use.deployment())
+    met = use.latency is None or step <= use.latency
+    tokens = _throughput(use, use.deployment())
+    return Advice(
+        AS_IT_STANDS,
+        met,
+        f"{rows} of {_asked(use)} rows run, {seconds(step)} between tokens, {tokens:,.0f} tok/s at most{_goal(use, step)}",
+    )
+
 
 def paging(use: Use) -> Advice:
     """Batch on the same memory, paged against reserved to the limit and against reserved by an oracle."""
-    load, server = _traffic(use), _server(use)
-    rows = use.users * use.samples
-    runs = {s: simulate(s, load, server, max_rows=rows) for s in ("orca-max", "orca-oracle", "vllm")}
+    runs = {system: _run(use, system) for system in ("orca-max", "orca-oracle", "vllm")}
     batch = {name: run.mean_batch for name, run in runs.items()}
     gain = runs["vllm"].tokens_per_second / runs["orca-oracle"].tokens_per_second
     return Advice(
         "paging",
         gain >= WORTHWHILE,
-        f"simulated with {use.users} requests: {batch['vllm']:.0f} run at once; {batch['orca-max']:.0f} if each reserved the limit, "
-        f"{batch['orca-oracle']:.0f} even with lengths known beforehand; throughput over the latter {gain:.2f}x",
+        f"simulated with {_count(use.users, 'request')}: {batch['vllm']:.0f} run at once; {batch['orca-max']:.0f} if each reserved "
+        f"the limit, {batch['orca-oracle']:.0f} even with lengths known beforehand; throughput over the latter {gain:.2f}x",
+    )
+
+
+def continuous_batching(use: Use) -> Advice:
+    """Rows that join and leave at every step against batches that wait for their slowest row, both contiguous."""
+    static, joined = (_run(use, system).tokens_per_second for system in ("static", "orca-max"))
+    return Advice(
+        "continuous batching",
+        joined / static >= WORTHWHILE,
+        f"simulated, both reserving the limit: static batches {static:,.0f} tok/s, joining at every step {joined:,.0f}: "
+        f"{joined / static:.2f}x",
     )
 
 
 def prefix_caching(use: Use) -> Advice:
     """Prompt work and memory that a shared prefix saves."""
     if not use.shared:
-        return Advice("prefix caching", False, "0 shared prompt tokens: 0 hits")
+        return Advice("prefix caching", False, f"0 of {use.prompt} prompt tokens are shared: nothing hits")
     blocks = use.shared // 16
     full, cut = (use.deployment().prefill_seconds(n) for n in (use.prompt, use.prompt - blocks * 16))
     first = _rate(use, use.prompt, held=use.prompt)
@@ -105,9 +165,9 @@ def prefix_caching(use: Use) -> Advice:
 
 def sharing_samples(use: Use) -> Advice:
     """Blocks saved by forking samples."""
-    if use.samples == 1:
-        return Advice("copy-on-write sharing", False, "1 sample a request: nothing to share")
     own = -(-(use.prompt + use.output) // 16)
+    if use.samples == 1:
+        return Advice("copy-on-write sharing", False, f"1 sample a request: 0 of {own} blocks shared")
     shared = use.prompt // 16
     saving = (use.samples - 1) * shared / (use.samples * own)
     return Advice(
@@ -122,6 +182,10 @@ def chunked_prefill(use: Use) -> Advice:
     step, prompt = _step_seconds(use), use.deployment().prefill_seconds(use.prompt)
     chunk = use.deployment().prefill_seconds(min(512, use.prompt))
     limit = use.latency or 2 * step
+    if _asked(use) == 1:
+        return Advice(
+            "chunked prefill", False, f"1 row at a time: its prompt takes {seconds(prompt)} and holds up nobody"
+        )
     return Advice(
         "chunked prefill",
         use.users > 1 and prompt > limit and chunk < prompt,
@@ -154,12 +218,8 @@ def tensor_parallel(use: Use) -> Advice:
     return Advice(
         f"tensor parallel ({2 * use.tp})",
         meets or per_gpu >= WORTHWHILE,
-        f"next token {seconds(before)} -> {seconds(after)} at {rows} rows; throughput bound a GPU {per_gpu:.2f}x"
-        + (
-            f"; the goal of {seconds(use.latency)} is {'met' if after <= use.latency else 'not met'}"
-            if use.latency
-            else ""
-        ),
+        f"next token {seconds(before)} -> {seconds(after)} at {_count(rows, 'row')}; throughput bound a GPU {per_gpu:.2f}x"
+        + _goal(use, after),
     )
 
 
@@ -170,10 +230,13 @@ def swap_or_recompute(use: Use) -> Advice:
     again = clock.step(tokens, 1, tokens, tokens * (tokens + 1) // 2) / FEMTO
     copies = 2 * -(-tokens // 16) * use.model.num_layers * 2
     swap = 2 * tokens * clock.swap_fs / FEMTO + copies * COPY_SECONDS
+    outcome = _run(use, "vllm").outcome
+    share = outcome.preemptions / len(outcome.finish)
     return Advice(
         "swap to host",
-        swap * WORTHWHILE < again,
-        f"bringing back {tokens} tokens: swap out and in {seconds(swap)}, recompute {seconds(again)}",
+        outcome.preemptions > 0 and swap * WORTHWHILE < again,
+        f"{share:.2f} preemptions a request (simulated); bringing back {tokens} tokens: swap out and in {seconds(swap)}, "
+        f"recompute {seconds(again)}",
     )
 
 
@@ -182,14 +245,18 @@ def bigger_batch(use: Use) -> Advice:
     now, rows = use.deployment(), _rows(use, use.deployment())
     mean = use.prompt + use.output / 2
     gain = 2 * now.decode_seconds(rows, mean) / now.decode_seconds(2 * rows, mean)
+    waiting = _asked(use) - rows
+    state = f"{waiting} of {_asked(use)} rows wait" if waiting else f"{_count(rows, 'row')} asked for, all run already"
     return Advice(
-        "a larger batch",
-        gain >= WORTHWHILE and use.users > rows,
-        f"{rows} rows run (of {use.users} users); twice as many would decode {gain:.2f}x the tokens a second",
+        "memory for more rows",
+        gain >= WORTHWHILE and waiting > 0,
+        f"{state}; twice as many at once would decode {gain:.2f}x the tokens a second",
     )
 
 
 TECHNIQUES: tuple[Callable[[Use], Advice], ...] = (
+    as_it_stands,
+    continuous_batching,
     paging,
     prefix_caching,
     sharing_samples,
@@ -208,8 +275,30 @@ def advise(use: Use) -> list[Advice]:
     return [technique(use) for technique in TECHNIQUES]
 
 
+def _goal(use: Use, step: float) -> str:
+    """Whether a time between tokens meets the goal, if there is one."""
+    if use.latency is None:
+        return ""
+    return f"; the goal of {seconds(use.latency)} is {'met' if step <= use.latency else 'missed'}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s'[: number != 1]}"
+
+
+def _asked(use: Use) -> int:
+    """Rows that the users would run if memory allowed."""
+    return use.users * use.samples
+
+
+@lru_cache(maxsize=16)
+def _run(use: Use, system: str) -> Result:
+    """That system on this use's traffic."""
+    return simulate(system, _traffic(use), _server(use), max_rows=_asked(use))
+
+
 def _rows(use: Use, deployment: Deployment) -> int:
-    return min(use.users * use.samples, capacity(deployment, use.load()).mean_sequences)
+    return min(_asked(use), capacity(deployment, use.load()).mean_sequences)
 
 
 def _step_seconds(use: Use) -> float:
@@ -218,7 +307,7 @@ def _step_seconds(use: Use) -> float:
 
 
 def _throughput(use: Use, deployment: Deployment) -> float:
-    return capacity(deployment, use.load(), max_rows=use.users * use.samples).tokens_per_second
+    return capacity(deployment, use.load(), max_rows=_asked(use)).tokens_per_second
 
 
 def _rate(use: Use, computed: int, *, held: int) -> float:
@@ -241,7 +330,7 @@ def _against(name: str, use: Use, other: Deployment) -> Advice:
         name,
         max(after / before, slow / fast) >= WORTHWHILE,
         f"pool {now.slots():,} -> {other.slots():,} tokens; throughput bound {after / before:.2f}x; "
-        f"next token {seconds(slow)} -> {seconds(fast)} at {rows} rows",
+        f"next token {seconds(slow)} -> {seconds(fast)} at {_count(rows, 'row')}{_goal(use, fast)}",
     )
 
 

@@ -30,26 +30,31 @@ INSTRUCTIONS = (
     "Write a short poem about the sea at night.",
     "Explain why the sky is blue to a child of six.",
     "Name five countries in South America and their capitals.",
-    "Rewrite this sentence in the passive voice: The cat chased the mouse across the garden.",
-    "Summarize the story of Romeo and Juliet in two sentences.",
+    "Rewrite this sentence in the passive voice: The cat chased the small grey mouse across the garden, under the fence and into the "
+    "neighbour's kitchen.",
+    "Summarize this in one sentence: The library opens at nine and closes at six. On Saturdays it closes at noon. Members may borrow ten "
+    "books for four weeks, and may renew them twice unless another reader waits.",
     "Describe how to make a cup of tea, step by step.",
     "What is the difference between weather and climate?",
     "Suggest a name for a small bakery that sells bread and cakes.",
-    "Translate the following phrase into French: Where is the nearest train station, please?",
+    "Translate the following message into French: Good morning! Could you tell me where the nearest railway station is, and when the next "
+    "train to Lyon leaves, please?",
     "List four uses of a paper clip other than holding paper.",
-    "Write an email that asks a colleague to move the meeting from Monday to Wednesday.",
+    "Write an email that asks a colleague to move the weekly meeting from Monday morning to Wednesday afternoon, because two people of the "
+    "team will be travelling.",
     "Which planet is the largest in the solar system, and how large is it?",
     "Give an example of a metaphor and say what it means.",
     "How does a bicycle stay upright when it is moving?",
-    "Classify these animals as mammals or birds: bat, penguin, whale, owl.",
+    "Classify these animals as mammals, birds or fish, and give one reason for each: bat, penguin, whale, owl, salmon, dolphin, ostrich.",
     "Write a headline for an article about a new public library.",
     "Explain what a hash table is and when one would use it.",
-    "Find the mistake in this sentence and correct it: She don't like apples.",
+    "Find the mistakes in this text and correct them: She don't like apples, but her brothers eats it every days with their breakfast.",
     "Describe a sunset for somebody who has never seen one.",
-    "What are the main causes of soil erosion?",
+    "What are the main causes of soil erosion, and what can a farmer on a steep hillside do against each of them without much money?",
     "Make a list of things to pack for a weekend in the mountains.",
     "Compare cats and dogs as pets in a short paragraph.",
-    "Tell a joke about a programmer and a light bulb.",
+    "Edit this paragraph for grammar and style: we was going to the market yesterday when it start to rain, so we has to run home very "
+    "quick.",
 )
 
 

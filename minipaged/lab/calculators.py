@@ -166,6 +166,25 @@ def capacity(deployment: Deployment, load: Load, *, block_size: int = 16, max_ro
     )
 
 
+def rows_within(deployment: Deployment, load: Load, goal: float) -> int:
+    """The most rows that decode together with at most `goal` seconds between two tokens. InputError where one is too slow."""
+    check_real("latency", goal, 0.0, open_low=True)
+    mean = load.prompt + load.output / 2
+    alone = deployment.decode_seconds(1, mean)
+    if alone > goal:
+        raise InputError(
+            f"even one row takes {1e3 * alone:.3g} ms between two tokens, {1e3 * goal:g} are wanted: more GPUs a layer (tp), fewer "
+            "bits a weight or a faster GPU shorten it"
+        )
+    low, high = 1, 2
+    while deployment.decode_seconds(high, mean) <= goal and high < 1 << 20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if deployment.decode_seconds(middle, mean) <= goal else (low, middle)
+    return low
+
+
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """Copies for a load, and what they cost if a price was given."""

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from minipaged.config import check_choice
+from minipaged.config import check_choice, check_real
 from minipaged.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -121,6 +121,10 @@ def plan(
     price: Annotated[float | None, typer.Option(help="Dollars an hour for one GPU.")] = None,
     block_size: BlockSize = 16,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences that run side by side.")] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Goal between two tokens, milliseconds: limits the batch.")
+    ] = None,
+    efficiency: Annotated[float, typer.Option(help="Share of the data sheet's rates that is reached.")] = 1.0,
     json_file: JsonFile = None,
 ) -> None:
     """Calculator: KV bytes a token, weights, pool, sequences that fit, bounds on speed, GPUs and cost for a load."""
@@ -130,13 +134,17 @@ def plan(
     from minipaged.lab.tables import write_json
 
     deployment = calculators.Deployment(
-        calculators.find_model(model), find_gpu(gpu), tp, pp, dtype, kv_dtype, weight_bits
+        calculators.find_model(model), find_gpu(gpu), tp, pp, dtype, kv_dtype, weight_bits, efficiency=efficiency
     )
     if price is not None and rate is None:
         raise InputError("--price needs --rate: a cost is for a load")
     if max_num_seqs is not None and max_num_seqs < 1:
         raise InputError(f"max-num-seqs must be at least 1, not {max_num_seqs}")
     load = calculators.Load(prompt, output, rate)
+    if latency_ms is not None:
+        check_real("latency-ms", latency_ms, 0.0, open_low=True)
+        within = calculators.rows_within(deployment, load, latency_ms / 1e3)
+        max_num_seqs = within if max_num_seqs is None else min(within, max_num_seqs)
     fits = calculators.capacity(deployment, load, block_size=block_size, max_rows=max_num_seqs)
     fleet = None if rate is None else calculators.fleet(deployment, load, fits, price=price)
     print_plan(deployment, load, fits, fleet)
@@ -273,7 +281,6 @@ def ablate(
     """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, and
     whether the factors multiply."""
     from minipaged.commands.progress import status_line
-    from minipaged.config import check_real
     from minipaged.lab import device_report
     from minipaged.lab.ablate import Ablation
     from minipaged.lab.ablate import ablate as measure
@@ -417,37 +424,49 @@ def advise(
     tp: Annotated[
         int | None, typer.Option("--tp", help="GPUs that share every layer; the fewest that hold it if left out.")
     ] = None,
-    prompt: Annotated[int | None, typer.Option(help="Mean prompt tokens; asked for if left out.")] = None,
-    output: Annotated[int | None, typer.Option(help="Mean answer tokens; asked for if left out.")] = None,
+    use: Annotated[
+        str | None,
+        typer.Option(help="chat, instructions, long-chat, translation, documents, code or agents: gives the lengths."),
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="Mean prompt tokens, if not the use's.")] = None,
+    output: Annotated[int | None, typer.Option(help="Mean answer tokens, if not the use's.")] = None,
     users: Annotated[int | None, typer.Option(help="Requests at any time; asked for if left out.")] = None,
-    shared: Annotated[int, typer.Option(help="Leading prompt tokens that requests share.")] = 0,
+    shared: Annotated[int | None, typer.Option(help="Leading prompt tokens that requests share.")] = None,
     samples: Annotated[int, typer.Option(help="Samples or beams a request.")] = 1,
     latency_ms: Annotated[float | None, typer.Option(help="Goal between two tokens, milliseconds.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Which techniques help a given use and which do not, each with the figure that says so."""
+    """Which techniques help a given use and which do not, each with the figure that says so. Asks for what is left out."""
     from minipaged.execution.hardware import find_gpu
     from minipaged.lab import advice
     from minipaged.lab.calculators import find_model, smallest_tp
     from minipaged.lab.tables import table, write_json
 
     shape, device = find_model(model), find_gpu(gpu)
-    prompt = prompt if prompt is not None else typer.prompt("Mean prompt tokens", type=int, default=161)
-    output = output if output is not None else typer.prompt("Mean answer tokens", type=int, default=338)
-    users = users if users is not None else typer.prompt("Requests at any time", type=int, default=32)
+    notes = ["Computed from rooflines and simulation for this very use: what is said to help gains at least 5 %."]
+    if use is None and (prompt is None or output is None):
+        use = typer.prompt(f"What is it for ({', '.join(advice.PRESETS)})", default="chat")
+    known = advice.preset(use) if use is not None else None
+    if known is not None:
+        notes.append(f"{use}: {known.prompt} tokens in, {known.output} out; {known.source}.")
+    if users is None:
+        users = typer.prompt("Requests at any time", type=int, default=32)
     ranks = tp if tp is not None else smallest_tp(shape, gpu)
-    goal = None if latency_ms is None else latency_ms / 1e3
-    use = advice.Use(shape, device, ranks, prompt, output, users, shared, samples, goal)
-    found = advice.advise(use)
-    title = f"{shape.name} on {ranks} x {device.name}: {use.prompt} tokens in, {use.output} out, {use.users} requests at a time"
-    rows = [(a.technique, "helps" if a.helps else "does not", a.why) for a in found]
-    table(
-        title,
-        ("technique", "verdict", "why"),
-        rows,
-        words=2,
-        notes=("Computed from rooflines and simulation for this very use.",),
+    what = advice.Use(
+        shape,
+        device,
+        ranks,
+        prompt if prompt is not None else known.prompt if known is not None else 0,
+        output if output is not None else known.output if known is not None else 0,
+        users,
+        shared if shared is not None else known.shared if known is not None and prompt is None else 0,
+        samples,
+        None if latency_ms is None else latency_ms / 1e3,
     )
+    found = advice.advise(what)
+    title = f"{shape.name} on {ranks} x {device.name}: {what.prompt} tokens in, {what.output} out, {users} at a time"
+    rows = [(a.technique, a.verdict, a.why) for a in found]
+    table(title, ("technique", "verdict", "why"), rows, words=2, notes=notes)
     if json_file is not None:
         write_json(json_file, found)
 

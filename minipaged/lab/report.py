@@ -96,12 +96,19 @@ def print_plan(deployment: Deployment, load: Load, fits: Capacity, fleet: Fleet 
         ("pool", f"{fits.slots:,} tokens", "what is left, over the KV of a token"),
         ("sequences, full", f"{fits.full_sequences:,}", f"each holding {load.prompt} + {load.output} tokens"),
         ("sequences, on average", f"{fits.mean_sequences:,}", f"each holding {load.prompt} + {load.output}/2 tokens and half a block"),
-        ("next token", seconds(fits.seconds_per_token), f"at {fits.rows:,} rows, bound by {fits.bound_by}"),
+        ("rows that run", f"{fits.rows:,}", "what fits" if fits.rows == fits.mean_sequences else "fewer than fit, as asked"),
+        ("next token", seconds(fits.seconds_per_token), f"bound by {fits.bound_by}"),
         ("first token", seconds(fits.first_token_seconds), f"of a lone prompt of {load.prompt} tokens"),
         ("answers", f"{fits.tokens_per_second:,.0f} tok/s", f"{fits.requests_per_second:,.2f} requests a second at most"),
     ]  # fmt: skip
     if fleet is not None:
-        rows.append(("copies", f"{fleet.copies:,}", f"{fleet.gpus:,} GPUs for {load.rate:g} requests a second"))
+        rows.append(
+            (
+                "copies",
+                f"{fleet.copies:,}",
+                f"{fleet.gpus:,} GPU{'s'[: fleet.gpus != 1]} for {load.rate:g} requests a second",
+            )
+        )
         if fleet.dollars_per_hour is not None and fleet.dollars_per_million_tokens is not None:
             cost = f"${fleet.dollars_per_million_tokens:,.2f} per million answer tokens at that load"
             rows.append(("cost", f"${fleet.dollars_per_hour:,.2f} an hour", cost))
@@ -109,7 +116,11 @@ def print_plan(deployment: Deployment, load: Load, fits: Capacity, fleet: Fleet 
         f"{model.name} on {gpus} x {deployment.gpu.name} (tp {deployment.tp}, pp {deployment.pp})",
         ("what", "value", "how"),
         rows,
-        notes=("Speeds are rooflines of the data sheet: nothing real is faster.",),
+        notes=(
+            "Speeds are rooflines of the data sheet: nothing real is faster."
+            if deployment.efficiency == 1
+            else f"Speeds are {100 * deployment.efficiency:g} % of the data sheet's.",
+        ),
     )
 
 

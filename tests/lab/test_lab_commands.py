@@ -72,10 +72,20 @@ def test_figures_print_the_papers_numbers(tmp_path: Path) -> None:
 
 
 def test_advise_asks_for_what_is_left_out() -> None:
-    result = CliRunner().invoke(app, ["advise", "--users", "4"], input="100\n50\n", env={"COLUMNS": "160"})
+    result = CliRunner().invoke(app, ["advise"], input="instructions\n4\n", env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
-    assert "Mean prompt tokens" in result.output
-    assert "100 tokens in, 50 out" in result.output
+    assert "What is it for" in result.output
+    assert "19 tokens in, 58 out, 4 at a time" in result.output
+    text = run("advise", "--prompt", "100", "--output", "50", "--users", "4", "--latency-ms", "1")
+    assert "100 tokens in, 50 out, 4 at a time" in text
+    assert "too slow" in text
+    assert "is missed" in text
+
+
+def test_a_uses_lengths_can_be_overruled() -> None:
+    text = run("advise", "--use", "agents", "--users", "2", "--model", "llama-3-8b", "--output", "30")
+    assert "6000 tokens in, 30 out" in text
+    assert "4000 of 6000 prompt tokens hit" in text
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,10 @@ def test_advise_asks_for_what_is_left_out() -> None:
         (["compare", "--rates", "0"], "rates"),
         (["plan", "--price", "2"], "rate"),
         (["plan", "--max-num-seqs", "0"], "max-num-seqs"),
-        (["plan", "--gpu", "t4"], "GiB"),
+        (["plan", "--gpu", "t4"], "at least 2"),
+        (["plan", "--latency-ms", "0"], "latency-ms"),
+        (["plan", "--latency-ms", "1"], "even one row"),
+        (["advise", "--use", "games", "--users", "1"], "games"),
         (["figures", "--only", "11"], "11"),
         (["simulate", "--requests", "5", "--json", "/nowhere/x.json"], "cannot write"),
     ],
