@@ -91,9 +91,9 @@ def blocks_for(tokens: int) -> int:
 #
 # ```
 #  submit ──► waiting ──── admitted ────► running ──── finished ────►
-#                ▲                         │  ▲  │
-#                └─────── recompute ───────┘  │  └─── swap_out ───► swapped
-#                                             └────── swap_in ─────────┘
+#                ▲                         │ ▲ │
+#                └──────── recompute ──────┘ │ └─── swap_out ───► swapped
+#                                            └───────── swap_in ─────┘
 # ```
 #
 # Each step: every running request gets room for the tokens it has not computed yet, one after the other; if
