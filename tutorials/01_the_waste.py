@@ -23,9 +23,9 @@
 #
 #  ├── prompt ──┼── answer so far ──┼── answer to come ──┼───────────── the rest of the reservation ─────────────┤
 #  ████████████████████████████████ ░░░░░░░░░░░░░░░░░░░░░ ·······················································
-#          token: holds KV            reserved: will be                internal: will never be used
+#           token: holds KV         reserved: yet to fill            internal: will never be used
 #
-#  and outside of every reservation: holes too short for the next one, and whatever the allocator rounded up.   external
+#  external: what lies outside of every reservation, holes too short for the next one, and what the allocator rounded up
 # ```
 #
 # Token, reserved, internal, external: these four words are those of the PagedAttention paper (section 3.1).

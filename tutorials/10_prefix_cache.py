@@ -17,8 +17,8 @@
 #
 # ```
 #  tokens     the cat sat on │ the mat and it │ slept
-#  key         h(∅, ────────) │ h( ↑ , ───────) │          only full blocks have keys: the last one will still change
-#                  k0         │       k1        │
+#  key        h(∅, ────────) │ h( ↑ , ──────) │          only full blocks have keys: the last one will still change
+#                   k0       │       k1       │
 # ```
 #
 # A new prompt computes its keys and looks them up, from the left, until the first miss. What was found, it
