@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 12. The Triton kernel
 #
-# *45 minutes. You need lesson 5. No GPU is needed; if you have one, it joins in at the end.*
+# *45 minutes. You need lesson 5, and Linux, for Triton is made for it. No GPU is needed; if you have one, it
+# joins in at the end.*
 #
 # ## Why
 #

@@ -22,6 +22,10 @@ from typing import Any
 from minipaged.lessons.asserting import LEFT, telling
 
 MARK = "::lesson:: "
+MISSING = {  # a module that a lesson needs and minipaged itself does without -> what to do
+    "hypothesis": f"this lesson needs Hypothesis: {sys.executable} -m pip install hypothesis",
+    "triton": "this lesson needs Triton, which is made for Linux: read along here, or write it there",
+}
 LONGEST_SAID = 4_000  # characters of what a test printed: the last ones
 _TEST = re.compile(r"test_(\d+)_\w+")
 
@@ -80,8 +84,8 @@ def _describe(error: Exception, path: Path) -> dict[str, str]:
         where = where.partition(":")[0]  # the line would only say the same again
     elif not message:
         message = "this does not hold"
-    if isinstance(error, ModuleNotFoundError) and error.name == "hypothesis":
-        message = f"this lesson needs Hypothesis: {sys.executable} -m pip install hypothesis"
+    if isinstance(error, ModuleNotFoundError) and error.name in MISSING:
+        message = MISSING[error.name]
     return {"message": stub or "\n".join(filter(None, (message, notes))), "where": where, "stub": stub}
 
 

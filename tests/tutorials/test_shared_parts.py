@@ -162,6 +162,10 @@ def test_what_a_test_printed_comes_with_its_result(tmp_path: Path) -> None:
     assert second["message"] == "ZeroDivisionError: division by zero"
 
 
-def test_a_missing_hypothesis_is_named_with_the_command_that_brings_it(tmp_path: Path) -> None:
+def test_a_missing_module_is_named_with_what_to_do(tmp_path: Path) -> None:
     message, _ = told_by(tmp_path, "raise ModuleNotFoundError('x', name='hypothesis')\n")
     assert message.endswith("-m pip install hypothesis")
+    message, _ = told_by(tmp_path, "raise ModuleNotFoundError('x', name='triton')\n")
+    assert "Linux" in message
+    message, _ = told_by(tmp_path, "raise ModuleNotFoundError('no x', name='x')\n")
+    assert message == "ModuleNotFoundError: no x"
