@@ -481,7 +481,7 @@ if __name__ == "__main__":
     what_was_won()
 
 # %% [markdown]
-# On a GPU your kernel will hardly reach the copy, and you can now say why:
+# Where your kernel stays behind the copy on a GPU, you can now say why:
 #
 # 1. Each query head of a group reads the same keys again. Let one program serve the whole group, with the
 #    heads as rows of a small matrix product.
