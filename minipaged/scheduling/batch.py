@@ -112,7 +112,6 @@ class Batch:
         slot = sequence.slot
         sequence.computed = int(self.computed[slot])
         sequence.marked = int(self.marked[slot])
-        sequence.in_flight = int(self.total[slot] - self.known[slot])
         sequence.slot = -1
         self.sequences[slot] = None
         self.seq_id[slot] = -1

@@ -91,7 +91,6 @@ def _extend(scheduler: Scheduler, sequence: Sequence, token: int, logprobs: Toke
         if sequence.request.params.logprobs is not None:
             sequence.logprobs.append(logprobs)
     if slot < 0:
-        sequence.in_flight -= 1
         return
     batch.known[slot] += 1
     batch.busy[slot] = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 
 from minipaged.scheduling.request import Request
 
@@ -15,8 +16,9 @@ class RequestQueue:
 
     def __init__(self, rank: Callable[[Request], Rank], members: Iterable[Request] = ()) -> None:
         self._rank = rank
-        self._heap: list[tuple[Rank, int, Request]] = []
-        self._members: set[int] = set()
+        self._heap: list[tuple[Rank, int, int, Request]] = []  # rank, request id, ticket, request
+        self._members: dict[int, int] = {}  # request id -> the ticket of its entry; others of it are left over
+        self._tickets = count()
         for request in members:
             self.push(request)
 
@@ -24,15 +26,19 @@ class RequestQueue:
         """Take a request in at its rank. ValueError if it is here already."""
         if request.request_id in self._members:
             raise ValueError(f"request {request.request_id} is queued already")
-        self._members.add(request.request_id)
-        heapq.heappush(self._heap, (self._rank(request), request.request_id, request))
+        ticket = self._members[request.request_id] = next(self._tickets)
+        heapq.heappush(self._heap, (self._rank(request), request.request_id, ticket, request))
 
     def peek(self) -> Request | None:
         """The next request, or None."""
         heap = self._heap
-        while heap and heap[0][1] not in self._members:
+        while heap and not self._counts(heap[0]):
             heapq.heappop(heap)  # it left from the middle
-        return heap[0][2] if heap else None
+        return heap[0][3] if heap else None
+
+    def _counts(self, entry: tuple[Rank, int, int, Request]) -> bool:
+        """Whether this is its request's entry, and not one that the request has left."""
+        return self._members.get(entry[1]) == entry[2]
 
     def pop(self) -> Request:
         """Take the next request out. IndexError if there is none."""
@@ -40,14 +46,14 @@ class RequestQueue:
         if request is None:
             raise IndexError("pop from an empty queue")
         heapq.heappop(self._heap)
-        self._members.discard(request.request_id)
+        del self._members[request.request_id]
         return request
 
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it stands. KeyError if it is not here."""
-        self._members.remove(request.request_id)
+        del self._members[request.request_id]
         if len(self._heap) > 64 and len(self._heap) > 2 * len(self._members):
-            self._heap = [entry for entry in self._heap if entry[1] in self._members]
+            self._heap = [entry for entry in self._heap if self._counts(entry)]
             heapq.heapify(self._heap)
 
     def __contains__(self, request: Request) -> bool:
@@ -58,4 +64,4 @@ class RequestQueue:
 
     def __iter__(self) -> Iterator[Request]:
         """In serving order."""
-        return (entry[2] for entry in sorted(self._heap, key=lambda e: e[:2]) if entry[1] in self._members)
+        return (entry[3] for entry in sorted(self._heap, key=lambda e: e[:3]) if self._counts(entry))

@@ -17,9 +17,9 @@ class SchedulerEvent(NamedTuple):
 
     kind: str
     seq_id: int
-    amount: int = 0
-    detail: str = ""
-    sequence: Sequence | None = None
+    amount: int
+    detail: str
+    sequence: Sequence | None
 
 
 class Flight(NamedTuple):

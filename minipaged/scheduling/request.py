@@ -46,15 +46,15 @@ class Sequence:
     """One line of tokens: the prompt, then what was drawn.
 
     The KV of token_ids[:computed] is written or scheduled to be; token_ids[computed:] is still to be computed. While the sequence holds a
-    slot, the batch's columns own `computed`, `marked` and `in_flight`; this object's copies are what it resumes with.
+    slot, the batch's columns own `computed` and `marked`; this object's copies are what it resumes with.
     """
 
     __slots__ = (
         "computed",
         "cumulative_logprob",
         "finish_reason",
-        "in_flight",
         "index",
+        "left_at",
         "logprobs",
         "marked",
         "num_cached",
@@ -80,7 +80,9 @@ class Sequence:
         self.computed = 0
         self.marked = 0  # tokens reported computed to the block manager
         self.num_cached = 0  # tokens found in the prefix cache when it was last admitted
-        self.in_flight = 0  # draws launched and not yet committed
+        self.left_at = (
+            0  # steps that had been launched when it last lost its seat: it comes back once all of them are committed
+        )
         self.finish_reason = ""
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []

@@ -48,6 +48,7 @@ class Residents:
             0, np.int64
         )  # running slots in serving order; None: out of date
         self._num_groups = 0
+        self._launched = self._settled = 0  # steps that were launched, and of these those that were committed
         self._next_seq_id = 0
         self._arrivals = 0
         self._events: list[SchedulerEvent | BlockEvent] = []
@@ -105,10 +106,14 @@ class Residents:
                 return
 
     def _fits_batch(self, draft: Draft, request: Request) -> bool:
-        """Whether slots and token budget are left for every sequence of the request, and no draw of it is in flight."""
+        """Whether slots and token budget are left for every sequence of the request, and no step that has it is in flight."""
         alive = request.alive
         width = request.params.num_sequences if not request.forked else len(alive)
-        return width <= self.batch.num_free and len(alive) <= draft.budget and all(s.in_flight == 0 for s in alive)
+        return (
+            width <= self.batch.num_free
+            and len(alive) <= draft.budget
+            and all(s.left_at <= self._settled for s in alive)
+        )
 
     def _resume(self, draft: Draft, request: Request) -> bool:
         if not self._fits_batch(draft, request):
@@ -296,6 +301,7 @@ class Residents:
     def unseat(self, sequence: Sequence) -> None:
         """Take a sequence out of the batch; what it was doing is kept in the sequence."""
         self.batch.remove(sequence)
+        sequence.left_at = self._launched
         self._order = None
 
     # ---- who they are
@@ -321,7 +327,7 @@ class Residents:
 
     # ---- what happened
 
-    def log(self, kind: str, sequence: Sequence, amount: int = 0, detail: str = "") -> None:
+    def log(self, kind: str, sequence: Sequence, amount: int, detail: str = "") -> None:
         """Note an event after the block events that led to it."""
         self._events.extend(self.manager.take_events())
         self._events.append(SchedulerEvent(kind, sequence.seq_id, amount, detail, sequence))

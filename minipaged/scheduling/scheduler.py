@@ -37,7 +37,6 @@ class Scheduler(Residents):
     ) -> None:
         super().__init__(config, manager, block_size, cost)
         self._flights: deque[Flight] = deque()
-        self._step = 0
         self._touched: list[Request] = []  # ended outside a step's draws: reported by the next commit
 
     # ---- arrivals and departures
@@ -76,6 +75,7 @@ class Scheduler(Residents):
     def give_up(self) -> None:
         """A step was lost on its way: end every request with `error`, and forget the steps in flight and the prefix cache."""
         self._flights.clear()
+        self._settled = self._launched
         for request in list(self.requests.values()):
             for sequence in request.alive:
                 self.end(sequence, "error")
@@ -168,8 +168,10 @@ class Scheduler(Residents):
         batch = self.batch
         draws = draws_of(batch, slots, takes)
         copies = tuple(pair for pairs in draft.copies.values() for pair in pairs) if draft.copies else ()
-        plan = build_plan(self._step, batch, slots, takes, draws, tuple(draft.swap_outs), tuple(draft.swap_ins), copies)
-        self._step += 1
+        plan = build_plan(
+            self._launched, batch, slots, takes, draws, tuple(draft.swap_outs), tuple(draft.swap_ins), copies
+        )
+        self._launched += 1
         self.counters.copies += len(copies)
         self.counters.computed_tokens += plan.num_tokens
         batch.computed[slots] += takes
@@ -191,6 +193,7 @@ class Scheduler(Residents):
         if not self._flights or self._flights[0].plan is not plan:
             raise ValueError("commit takes the oldest plan in flight")
         flight = self._flights.popleft()
+        self._settled = plan.step + 1
         batch = self.batch
         self._mark_full_blocks(plan)
         ids = np.asarray(tokens.token_ids, np.int32)

@@ -7,6 +7,7 @@ computed twice changes the text. Everything a step did is kept, so that a law ca
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from minipaged.scheduling.scheduler import Scheduler
 VOCAB = 40
 EOS = 5
 UNWRITTEN = -7
+STUCK = 400  # steps in which no sequence gets further than it ever was: more than the largest workload here computes anew in a row
+MOST_CALLS = 5000  # of the block manager within one step
 
 
 class TokenRunner:
@@ -127,11 +130,49 @@ class Step:
     plan: StepPlan | None
     events: list[SchedulerEvent | BlockEvent]
     outputs: list[RequestOutput]
-    running: list[int]  # request ids in serving order, after the step
+    running: list[int]  # request ids in serving order, after the step; ids are given in the order of arrival
     waiting: list[int]
     swapped: list[int]
     rows: dict[int, int]  # request -> rows of the plan
     finished: set[int]
+    dry: bool  # whether somebody asked for room and found none
+
+
+class Progress:
+    """L43, watched while a world runs: a step that goes round in circles, or steps that get nowhere, end the run at once."""
+
+    def __init__(self, manager: Any) -> None:
+        self._furthest: dict[int, int] = {}  # sequence -> the position up to which it was ever computed
+        self._idle = self._calls = 0
+        self.dry = False
+        for name in ("append", "can_admit", "swap_in"):
+            setattr(manager, name, self._counted(getattr(manager, name)))
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self._calls += 1
+            assert self._calls < MOST_CALLS, "L43: one step asks the block manager again and again and does not end"
+            answer = method(*args, **options)
+            self.dry |= answer is None
+            return answer
+
+        return call
+
+    def begin(self) -> None:
+        """Before a step."""
+        self._calls, self.dry = 0, False
+
+    def look(self, step: Step) -> None:
+        """After a step: did anything get further?"""
+        moved = bool(step.finished)
+        if step.plan is not None:
+            ends = (step.plan.starts + step.plan.lengths).tolist()
+            for seq_id, end in zip(step.plan.seq_ids.tolist(), ends, strict=True):
+                if end > self._furthest.get(seq_id, 0):
+                    self._furthest[seq_id] = end
+                    moved = True
+        self._idle = 0 if moved else self._idle + 1
+        assert self._idle < STUCK, "L43: step after step computes only what was computed before"
 
 
 @dataclass
@@ -159,6 +200,7 @@ class World:
         )
         config = EngineConfig(**{"max_model_len": 300, **self.limits})
         self.config = config
+        self._progress = Progress(self.manager)
         self.control = self.scheduler(config, self.manager, self.block_size)
         self.runner = TokenRunner(self.num_blocks, self.block_size, self.num_host_blocks)
         self.engine = Engine(self.control, self.runner, eos_token_ids=(EOS,))
@@ -173,6 +215,7 @@ class World:
 
         def noting_launch(plan: StepPlan) -> TokenPending:
             self._plan = plan
+            self._check_plan(plan)
             return launch(plan)
 
         self.control.take_events = noting_take
@@ -181,6 +224,7 @@ class World:
     def step(self) -> Step:
         """One engine step."""
         self._plan, self._noted = None, []
+        self._progress.begin()
         outputs = self.engine.step()
         control = self.control
         owners = {s.seq_id: s.request.request_id for r in control.requests.values() for s in r.sequences}
@@ -200,9 +244,39 @@ class World:
             swapped=[r.request_id for r in control.swapped],
             rows=rows,
             finished={o.request_id for o in outputs if o.finished},
+            dry=self._progress.dry,
         )
         self.steps.append(done)
+        self._progress.look(done)
+        self._check_swapped()
         return done
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        """L45: what a step copies or swaps to belongs to somebody; nothing goes to the block of a victim that has left.
+        L29: what a row reads of earlier steps was written in them. L13: what it writes into is its own."""
+        fresh = [b for _, b in plan.copies] + [d for _, d in plan.swap_ins]
+        for target in fresh:
+            assert self.manager.ref_count(target) > 0, f"the step writes to block {target}, which nobody holds"
+        rows = zip(plan.seq_ids.tolist(), plan.tables, plan.starts.tolist(), plan.lengths.tolist(), strict=True)
+        for seq_id, table, start, length in rows:
+            for block in table[start // self.block_size : (start + length - 1) // self.block_size + 1].tolist():
+                assert self.manager.ref_count(block) == 1, (
+                    f"sequence {seq_id} writes into block {block}, which is shared"
+                )
+            tokens = self.control.sequences[seq_id].token_ids
+            for index, block in enumerate(table[: -(-start // self.block_size)].tolist()):
+                if block not in fresh:
+                    first = index * self.block_size
+                    known = tokens[first : min(start, first + self.block_size)]
+                    there = self.runner.slots[block, : len(known)].tolist()
+                    assert there == known, f"sequence {seq_id} counts on block {block}, which no step has written"
+
+    def _check_swapped(self) -> None:
+        """L45: a victim on the host holds what it has computed, and no room that it was given for the step in which it left."""
+        for request in self.control.swapped:
+            for sequence in request.alive:
+                held = self.manager.host_table(sequence.seq_id)
+                assert len(held) == -(-sequence.computed // self.block_size), f"{sequence} left with {len(held)} blocks"
 
     def run(self, workload: list[Asked], limit: int = 5000) -> list[RequestOutput]:
         """Feed a workload in and run it to the end."""
