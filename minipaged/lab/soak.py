@@ -1,5 +1,9 @@
 """A long run of everything at once, without a model: forks, aborts, swaps, priorities, a pool that is always too small. What must hold is
 checked at every step for a while and then at every 64th; nothing may be lost, and memory may not grow.
+
+How oversubscribed the pool is: the blocks that are held (a shared one once) and those that the same sequences still need to reach their
+full length, over the blocks there are. Of the running sequences this can be 2 only while they are young, since a full pool ends their
+growth; "admitted" adds those that are swapped out, "alive" those that wait as well: all that the pool is asked to serve at that moment.
 """
 
 from __future__ import annotations
@@ -25,13 +29,17 @@ EVERY_STEP, THEN_EVERY = 10_000, 64
 
 @dataclass
 class SoakReport:
-    """What a soak saw. memory_mib: resident size after a tenth of the requests, and at the end."""
+    """What a soak saw. demand_*: blocks needed at full length over blocks of the pool; memory_mib: resident size after a tenth of the
+    requests, and at the end."""
 
     requests: int
     steps: int
     tokens: int
     mean_output: float
-    oversubscription: float
+    demand_running_peak: float
+    demand_running_mean: float
+    demand_admitted_mean: float
+    demand_alive_mean: float
     forked: int
     aborted: int
     swaps: int
@@ -69,6 +77,37 @@ class Dice:
         return self._tokens
 
 
+@dataclass
+class Demand:
+    """What the sequences will need, in pools, over the steps that were looked at."""
+
+    looks: int = 0
+    peak: float = 0.0
+    running: float = 0.0
+    admitted: float = 0.0
+    alive: float = 0.0
+
+    def look(self, scheduler: Scheduler) -> None:
+        """Add this moment."""
+        manager, usage = scheduler.manager, scheduler.manager.usage()
+        running = swapped = waiting = 0
+        for sequence in scheduler.sequences.values():
+            request = sequence.request
+            full = -(-(request.num_prompt + request.params.max_tokens) // BLOCK)
+            if sequence.status is Status.RUNNING:
+                running += max(0, full - len(manager.table(sequence.seq_id)))
+            elif sequence.status is Status.SWAPPED:
+                swapped += full
+            else:
+                waiting += full * request.params.num_sequences
+        pool = usage.total - usage.null
+        self.looks += 1
+        self.peak = max(self.peak, (usage.referenced + running) / pool)
+        self.running += (usage.referenced + running) / pool
+        self.admitted += (usage.referenced + running + swapped) / pool
+        self.alive += (usage.referenced + running + swapped + waiting) / pool
+
+
 def check(scheduler: Scheduler) -> None:
     """What can be read off the tables: every reference counted, every block somewhere, none twice. RuntimeError if not."""
     manager = scheduler.manager
@@ -97,19 +136,18 @@ def soak(
 ) -> SoakReport:
     """Run `num_requests` simulated requests through engine, scheduler and block manager."""
     rng = np.random.default_rng(seed)
-    mean_blocks = (40 + 40) // BLOCK + 1
-    num_blocks = max_num_seqs * mean_blocks * 2 // 5  # less than half of what the running sequences would come to need
-    manager = BlockManager(num_blocks, BLOCK, num_host_blocks=num_blocks // 2)
+    num_blocks = 3 * max_num_seqs // 2  # a request needs four on average
+    manager = BlockManager(num_blocks, BLOCK, num_host_blocks=num_blocks)
     config = EngineConfig(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=512, max_model_len=512, policy="priority", preemption="swap"
     )
     scheduler = Scheduler(config, manager, BLOCK)
     engine = Engine(scheduler, Dice(seed))
-    stems = [rng.integers(0, VOCAB, 48).tolist() for _ in range(32)]
+    stems = [rng.integers(0, VOCAB, 2 * BLOCK).tolist() for _ in range(32)]
     seen = Counter[str]()
     checks = submitted = steps = 0
     early_memory, started, alive = 0.0, time.perf_counter(), []
-    peak_demand = 0.0
+    demand = Demand()
     while submitted < num_requests or engine.has_work:
         while submitted < num_requests and submitted - seen["ended"] < max_num_seqs + 64:
             alive.append(_submit(engine, rng, stems, seen))
@@ -131,8 +169,7 @@ def soak(
         if steps <= EVERY_STEP or steps % THEN_EVERY == 0:
             check(scheduler)
             checks += 1
-            wanted = sum(-(-int(n) // BLOCK) for n in scheduler.batch.limit[scheduler.order()])
-            peak_demand = max(peak_demand, wanted / (num_blocks - 1))
+            demand.look(scheduler)
     usage = manager.usage()
     if usage.referenced or usage.host_free != usage.host_total or seen["ended"] != num_requests:
         raise RuntimeError(f"something was lost: {usage}, {seen['ended']} of {num_requests} requests ended")
@@ -142,7 +179,10 @@ def soak(
         steps=steps,
         tokens=counters.generated_tokens,
         mean_output=counters.generated_tokens / num_requests,
-        oversubscription=peak_demand,
+        demand_running_peak=demand.peak,
+        demand_running_mean=demand.running / demand.looks,
+        demand_admitted_mean=demand.admitted / demand.looks,
+        demand_alive_mean=demand.alive / demand.looks,
         forked=seen["forked"],
         aborted=seen["aborted"],
         swaps=counters.swaps,
@@ -158,9 +198,9 @@ def soak(
 
 def _submit(engine: Engine, rng: np.random.Generator, stems: list[list[int]], seen: Counter[str]) -> int:
     """One request: a third with a common beginning, a tenth with several samples, a fifth more or less urgent than the rest."""
-    prompt = rng.integers(0, VOCAB, int(rng.integers(4, 60))).tolist()
+    prompt = rng.integers(0, VOCAB, int(rng.integers(2, 20))).tolist()
     if rng.random() < 0.33:
-        prompt = stems[int(rng.integers(len(stems)))] + prompt[:20]
+        prompt = stems[int(rng.integers(len(stems)))] + prompt[:8]
     several = int(rng.integers(2, 4)) if rng.random() < 0.1 else 1
     priority = int(rng.integers(-2, 3)) if rng.random() < 0.2 else 0
     seen["forked"] += several > 1
@@ -168,7 +208,7 @@ def _submit(engine: Engine, rng: np.random.Generator, stems: list[list[int]], se
     params = SamplingParams(
         n=several,
         temperature=1.0 if several > 1 else 0.0,
-        max_tokens=int(rng.integers(8, 72)),
+        max_tokens=int(rng.integers(8, 88)),
         ignore_eos=True,
         priority=priority,
     )
