@@ -28,12 +28,16 @@ from tests.mutants.automatic_operators import Mutant, count_changes, mutant_of, 
 
 FOLDERS = ("minipaged/memory", "minipaged/scheduling")
 CI_SECONDS = 400  # of processor time for a child under the ci profile
+OPEN = "open"  # a survivor that is to be run again
 STATE_MACHINE = "tests/spec/test_laws_machine.py"  # its items share one run
 
 
 @dataclass
 class Row:
-    """A mutant and what became of it. by: the test that killed it, or in which it hung; under_ci: whether the second pass was run."""
+    """A mutant and what became of it: killed, hung, survived, open, or gone (the code that it changed is no more).
+
+    by: the test that killed it, or in which it hung; under_ci: whether the second pass was run.
+    """
 
     mutant: Mutant
     state: str
@@ -178,13 +182,15 @@ def say(place: str, profile: str, told: Told, mutant: Mutant) -> None:
 
 def first_pass(mutants: list[Mutant], results: Results, seconds: int) -> None:
     """Every mutant that has no verdict yet, under the quick profile."""
-    waiting = [m for m in mutants if (m.module, m.number) not in results.rows]
+    known = {key: row for key, row in results.rows.items() if row.state != OPEN}
+    waiting = [m for m in mutants if (m.module, m.number) not in known]
     if not waiting:
         return
     reach = Reach("quick", seconds)
     for number, mutant in enumerate(waiting, len(mutants) - len(waiting) + 1):
+        before = results.rows.get((mutant.module, mutant.number))
         told = put_under(mutant, reach, "quick", seconds)
-        results.put(Row(mutant, told.state, told.test, told.seconds))
+        results.put(Row(mutant, told.state, told.test, told.seconds, first=before.first if before else ""))
         say(f"{number:4}/{len(mutants)}", "quick", told, mutant)
 
 
@@ -200,19 +206,20 @@ def second_pass(results: Results) -> None:
         say(f"{number:4}/{len(waiting)}", "ci", told, row.mutant)
 
 
-def reopen(results: Results) -> None:
-    """Let the survivors be run again. The code of their modules must be what it was."""
+def reopen(results: Results) -> list[Mutant]:
+    """Let the survivors be run again, and return them: each as the same change to today's code."""
+    reopened = []
     for key, row in list(results.rows.items()):
-        if row.state != "survived":
+        if row.state not in ("survived", OPEN):
             continue
-        now = mutant_of(row.mutant.module, Path(row.mutant.path), row.mutant.number)
-        if now is None or (now.kind, now.before, now.after) != (row.mutant.kind, row.mutant.before, row.mutant.after):
-            now = same_change(row.mutant)
+        now = same_change(row.mutant)
         if now is None:
-            print(f"gone from the code: {row.mutant.name}: {row.mutant.before} -> {row.mutant.after}")
+            results.put(Row(row.mutant, "gone", "", 0.0, first="survived"))
             continue
         del results.rows[key]
-        results.put(Row(now, "survived", "", row.seconds, False, row.first or "survived"))
+        results.put(Row(now, OPEN, "", 0.0, first="survived"))
+        reopened.append(now)
+    return reopened
 
 
 def same_change(old: Mutant) -> Mutant | None:
@@ -229,15 +236,15 @@ def same_change(old: Mutant) -> Mutant | None:
 def print_table(results: Results) -> None:
     """Verdicts by module, then what survived, as markdown."""
     rows = list(results.rows.values())
-    states = ("killed", "hung", "survived")
+    states = ("killed", "hung", "survived", "gone")
     count = Counter((row.mutant.module, row.state) for row in rows)
-    print("\n| module | mutants | killed | hung | survived |\n|---|---|---|---|---|")
+    print("\n| module | mutants | killed | hung | survived | gone |\n|---|---|---|---|---|---|")
     for module in sorted({row.mutant.module for row in rows}):
         of = [count[module, state] for state in states]
-        print(f"| {module.removeprefix('minipaged.')} | {sum(of)} | {of[0]} | {of[1]} | {of[2]} |")
+        print(f"| {module.removeprefix('minipaged.')} | {sum(of)} | {of[0]} | {of[1]} | {of[2]} | {of[3]} |")
     of = [sum(row.state == state for row in rows) for state in states]
-    print(f"| all | {len(rows)} | {of[0]} | {of[1]} | {of[2]} |\n")
-    first = sum(row.state == "survived" or row.first == "survived" for row in rows)
+    print(f"| all | {len(rows)} | {of[0]} | {of[1]} | {of[2]} | {of[3]} |\n")
+    first = sum("survived" in (row.state, row.first) for row in rows)
     print(
         f"{100 * (of[0] + of[1]) / max(1, len(rows)):.1f} % killed (hung ones included); by the tests of the first run ",
         end="",
@@ -271,7 +278,7 @@ def main() -> None:
 
     if chosen.again:
         results = Results.read(chosen.results)
-        reopen(results)
+        first_pass(reopen(results), results, chosen.seconds)
     else:
         mutants, total = sample(chosen.sample, chosen.seed, chosen.only)
         head = {"seed": chosen.seed, "changes": total, "sampled": len(mutants), "seconds": chosen.seconds}

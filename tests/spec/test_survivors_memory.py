@@ -315,3 +315,59 @@ def test_bands_of_the_smallest_pools_and_of_released_entries() -> None:
     assert (bands.token, bands.reserved, bands.internal, bands.external, bands.idle) == (1, 1, 2, 12, 0)
     with pytest.raises(InputError, match="block 5"):
         paged_bands([TableUse([5], 1, 2)], 5, 4, waiting=True)
+
+
+# ---- found by the run of seed 2027
+
+
+def test_minus_one_is_the_bad_token() -> None:
+    """Just below the first token there is."""
+    with pytest.raises(InputError, match=r"not -1$"):
+        manager_with(3).match_prefix([4, -1])
+
+
+def test_nothing_new_is_asked_for_unless_said() -> None:
+    """A prompt that fills the pool can be admitted where no new tokens are named, and never with one."""
+    manager = BlockManager(6, 4, watermark=0.0)
+    assert manager.can_admit(20) is Admission.OK
+    assert manager.can_admit(20, 1) is Admission.NEVER
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_admission_counts_on_what_is_found(caching: bool) -> None:
+    """Two of three blocks are held by another: one free block is enough, if there is a cache."""
+    manager = manager_with(8, num_blocks=4, prefix_caching=caching)
+    expected = Admission.OK if caching else Admission.LATER
+    assert manager.can_admit(9, token_ids=range(9)) is expected
+    assert manager.can_admit(9) is Admission.LATER
+
+
+def test_a_copy_that_was_written_to_is_not_given_up() -> None:
+    """L14: after the write the copy was made; giving the room back leaves the copy in the table."""
+    manager = manager_with(6)
+    manager.fork(0, 1)
+    manager.begin_step()
+    copied = manager.append(1, 1)
+    assert copied is not None
+    [(source, target)] = copied.copies
+    manager.mark_computed(1, [6])
+    manager.truncate(1, 6)
+    assert manager.table(1)[-1] == target
+    assert manager.table(0)[-1] == source
+    assert (manager.ref_count(source), manager.ref_count(target)) == (1, 1)
+
+
+def test_the_original_stays_as_whoever_may_come_back_needs_it() -> None:
+    """L16, L20: while a child's copy can be given up, the last holder may go on behind the child's slots, and not inside them."""
+    behind, inside = manager_with(6), manager_with(6)
+    for manager in (behind, inside):
+        manager.fork(0, 1)
+        manager.begin_step()
+        assert manager.append(1, 1) is not None
+    after = behind.append(0, 1)
+    assert after is not None
+    assert after.copies == ()
+    inside.truncate(0, 5)
+    within = inside.append(0, 1)
+    assert within is not None
+    assert len(within.copies) == 1

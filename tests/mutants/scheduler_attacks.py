@@ -1,0 +1,445 @@
+"""Bugs found by reading the real scheduler as an attacker would. The docstring is the bug; the spec must find every one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.memory.types import Admission, Allocation
+from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.records import Draft
+from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
+from minipaged.scheduling.scheduler import Scheduler
+
+Slots = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int64]
+
+
+class PlanChanged(Scheduler):
+    """A scheduler whose plans are changed by `change` on their way out."""
+
+    def change(self, plan: StepPlan) -> StepPlan:
+        """Change a plan."""
+        raise NotImplementedError
+
+    def schedule(self) -> StepPlan | None:
+        plan = super().schedule()
+        if plan is None:
+            return None
+        plan = self.change(plan)
+        self._flights[-1] = self._flights[-1]._replace(plan=plan)
+        return plan
+
+
+class CopiesLost(PlanChanged):
+    """The plan has no copies."""
+
+    def change(self, plan: StepPlan) -> StepPlan:
+        return replace(plan, copies=())
+
+
+class SwapOutsLost(PlanChanged):
+    """The plan does not say what is swapped out."""
+
+    def change(self, plan: StepPlan) -> StepPlan:
+        return replace(plan, swap_outs=())
+
+
+class SwapInsLost(PlanChanged):
+    """The plan does not say what is swapped in."""
+
+    def change(self, plan: StepPlan) -> StepPlan:
+        return replace(plan, swap_ins=())
+
+
+class SwapsCrossed(PlanChanged):
+    """Two blocks that are swapped in exchange their places."""
+
+    def change(self, plan: StepPlan) -> StepPlan:
+        ins = plan.swap_ins
+        if len(ins) < 2:
+            return plan
+        return replace(plan, swap_ins=((ins[0][0], ins[1][1]), (ins[1][0], ins[0][1]), *ins[2:]))
+
+
+class BudgetByOne(Scheduler):
+    """A step may have one token more than its budget."""
+
+    def _share_budget(self, budget: int, slots: Slots, need: npt.NDArray[np.int32]) -> Counts:
+        return super()._share_budget(budget + 1, slots, need)
+
+
+class GroupsForFree(Scheduler):
+    """The budget counts the first sequence of a request only."""
+
+    def _schedule_running(self, draft: Draft) -> None:
+        budget = draft.budget
+        super()._schedule_running(draft)
+        slots = draft.slots[-1] if draft.slots else np.zeros(0, np.int64)
+        first = [s for s in slots.tolist() if (q := self.batch.sequences[s]) and q.index == 0]
+        draft.budget = budget - len(first)
+
+
+class SamplesDrift(Scheduler):
+    """The samples of a request are served one by one, as if they were strangers: some draw before the others."""
+
+    def _share_budget(self, budget: int, slots: Slots, need: npt.NDArray[np.int32]) -> Counts:
+        before = np.cumsum(need) - need
+        return np.clip(budget - before, 0, need).astype(np.int64)
+
+
+class OneSequenceTooMany(Scheduler):
+    """Samples that are not born yet are given no seats: more sequences run than the limit allows."""
+
+    def _fits_batch(self, draft: Draft, request: Request) -> bool:
+        return bool(self.batch.num_free) and len(request.alive) <= draft.budget
+
+
+class ComesBackInFlight(Scheduler):
+    """Whoever was sent away may come back while steps that have it are still in flight."""
+
+    def _fits_batch(self, draft: Draft, request: Request) -> bool:
+        for sequence in request.alive:
+            sequence.left_at = 0
+        return super()._fits_batch(draft, request)
+
+
+class NewBeforeSwapped(Scheduler):
+    """Under fcfs new requests start before swapped ones return."""
+
+    def _resume_and_admit(self, draft: Draft) -> None:
+        while draft.budget > 0 and (waiting := self.waiting.peek()) is not None and self._admit(draft, waiting):
+            pass
+        super()._resume_and_admit(draft)
+
+
+class SwappedFirstWhateverTheRank(Scheduler):
+    """Under priority, swapped requests return before more urgent ones that wait."""
+
+    def _resume_and_admit(self, draft: Draft) -> None:
+        while draft.budget > 0 and (swapped := self.swapped.peek()) is not None:
+            if not self._resume(draft, swapped):
+                return
+        super()._resume_and_admit(draft)
+
+
+class HeadIsOvertaken(Scheduler):
+    """Where the head of the queue finds no room, the one behind it is let in."""
+
+    def _resume_and_admit(self, draft: Draft) -> None:
+        super()._resume_and_admit(draft)
+        head = self.waiting.peek()
+        if head is not None and len(self.waiting) > 1 and draft.budget > 0 and self.swapped.peek() is None:
+            self.waiting.pop()
+            second = self.waiting.peek()
+            if second is not None:
+                self._admit(draft, second)
+            self.waiting.push(head)
+
+
+class LatestFirstAmongEquals(Scheduler):
+    """Of two requests with the same priority the later is served first."""
+
+    def add(self, request: Request) -> None:
+        super().add(request)
+        self.waiting.remove(request)
+        if self.config.policy == "priority":
+            request.arrival = -request.arrival
+        self.waiting.push(request)
+
+
+class LessUrgentFirst(Scheduler):
+    """The larger number is taken for the more urgent."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        rank = self.rank
+        self.rank = lambda request: (-rank(request)[0], rank(request)[1])
+        self.turn_order()
+
+    def turn_order(self) -> None:
+        """The queues by the new rank."""
+        self.waiting, self.swapped = (type(q)(self.rank, q) for q in (self.waiting, self.swapped))
+
+
+class OneSampleStaysBehind(Scheduler):
+    """A request that is preempted leaves its first sample running."""
+
+    def _preempt(self, draft: Draft, request: Request) -> None:
+        alive = request.alive
+        super()._preempt(draft, request)
+        if len(alive) > 1 and request in self.waiting:
+            self.waiting.remove(request)
+            self._seat_one(alive[0], request)
+
+    def _seat_one(self, sequence: Sequence, request: Request) -> None:
+        if self.manager.allocate(sequence.seq_id, sequence.token_ids) is not None:
+            [slot] = self.batch.reserve(1)
+            self.batch.put(sequence, slot, len(sequence.token_ids), self.seed_of(request))
+            self.batch.set_table(slot, self.manager.table(sequence.seq_id))
+            sequence.status = Status.RUNNING
+        self.waiting.push(request)
+
+
+class FullHostStopsAll(Scheduler):
+    """Where the host has no room, the victim keeps its seat and waits for it."""
+
+    def _preempt(self, draft: Draft, request: Request) -> None:
+        usage, table = self.manager.usage(), self.manager.table(request.alive[0].seq_id)
+        if usage.host_total and usage.host_free < len(table):
+            draft.preempted = True
+            return
+        super()._preempt(draft, request)
+
+
+class RecomputeDrawsAnew(Scheduler):
+    """A request that comes back draws from another stream."""
+
+    def seed_of(self, request: Request) -> int:
+        return super().seed_of(request) + self.counters.preemptions
+
+
+class HitsReachTooFar(Scheduler):
+    """One token more than was found is taken as computed."""
+
+    def _seat(self, request: Request, rooms: list[int]) -> None:
+        for sequence in request.alive:
+            if sequence.num_cached and sequence.num_cached < len(sequence.token_ids) - 1:
+                sequence.computed += 1
+        super()._seat(request, rooms)
+
+
+class ChunksSkipAToken(Scheduler):
+    """A prompt that is cut in chunks loses the token at the cut."""
+
+    def _launch(self, draft: Draft, slots: Slots, takes: Counts) -> StepPlan:
+        plan = super()._launch(draft, slots, takes)
+        cut = slots[self.batch.computed[slots] < self.batch.total[slots] - 1]
+        self.batch.computed[cut] += 1
+        return plan
+
+
+class SaltForgotten(Scheduler):
+    """Requests with a salt are admitted without it."""
+
+    def _admit(self, draft: Draft, request: Request) -> bool:
+        params, request.params = request.params, replace(request.params, cache_salt=None)
+        try:
+            return super()._admit(draft, request)
+        finally:
+            request.params = params
+
+
+class PromptLogprobsReadTheCache(Scheduler):
+    """A request that needs the log-probabilities of its prompt starts behind what is cached."""
+
+    def _admit(self, draft: Draft, request: Request) -> bool:
+        params, request.params = request.params, replace(request.params, prompt_logprobs=None)
+        try:
+            return super()._admit(draft, request)
+        finally:
+            request.params = params
+
+
+class AbortLeavesItQueued(Scheduler):
+    """A request that is aborted while it waits stays in the queue."""
+
+    def _retire(self, request: Request) -> None:
+        waits = request in self.waiting
+        super()._retire(request)
+        if waits:
+            self.waiting.push(request)
+
+
+class AbortedSwapsLeak(Scheduler):
+    """A request that is aborted while it is swapped out keeps its host blocks."""
+
+    def end(self, sequence: Sequence, reason: str) -> None:
+        if sequence.status is Status.SWAPPED:
+            sequence.status = Status.WAITING
+        super().end(sequence, reason)
+
+
+class UnbornSeatsLeak(Scheduler):
+    """The seats of samples that were not born yet are lost when their request leaves."""
+
+    def _retire(self, request: Request) -> None:
+        request.slots.clear()
+        super()._retire(request)
+
+
+class AbortUntold(Scheduler):
+    """An aborted request is never reported as ended."""
+
+    def abort(self, request_id: int) -> bool:
+        done = super().abort(request_id)
+        self._touched.clear()
+        return done
+
+
+class DrawsGoToTheSlot(Scheduler):
+    """A draw goes to whoever sits in the slot by now."""
+
+    def commit(self, plan: StepPlan, tokens: StepTokens) -> list[RequestOutput]:
+        flight = self._flights[0]
+        seated = [self.batch.sequences[slot] for slot in flight.plan.draw_slots.tolist()]
+        draws = [now or then for now, then in zip(seated, flight.draws, strict=True)]
+        self._flights[0] = flight._replace(draws=draws)
+        return super().commit(plan, tokens)
+
+
+class ForksBeforeTheTokens(Scheduler):
+    """A child does not know what its parent has computed: it computes it again in the shared blocks."""
+
+    def fork(self, parent: Sequence, slot: int, index: int) -> Sequence:
+        child = super().fork(parent, slot, index)
+        self.batch.computed[slot] = max(0, int(self.batch.computed[slot]) - 1)
+        return child
+
+
+class SamplesShareAStream(Scheduler):
+    """Every sample of a request draws from the first one's stream."""
+
+    def fork(self, parent: Sequence, slot: int, index: int) -> Sequence:
+        child = super().fork(parent, slot, index)
+        child.index = 0
+        return child
+
+
+class OneSampleEndsAll(Scheduler):
+    """The first sample that stops ends its request."""
+
+    def end(self, sequence: Sequence, reason: str) -> None:
+        super().end(sequence, reason)
+        if reason == "stop" and sequence.request.beams is None:
+            for other in sequence.request.alive:
+                super().end(other, reason)
+
+
+class OneTokenMore(Scheduler):
+    """An answer may have one token more than was asked for."""
+
+    def _seat(self, request: Request, rooms: list[int]) -> None:
+        super()._seat(request, rooms)
+        for sequence in request.alive:
+            self.batch.limit[sequence.slot] += 1
+
+
+class StopsUnseen(Scheduler):
+    """A sequence goes on past its stop token."""
+
+    def _seat(self, request: Request, rooms: list[int]) -> None:
+        super()._seat(request, rooms)
+        for sequence in request.alive:
+            self.batch.stop[sequence.slot] = -2
+            self.batch.watched[sequence.slot] = False
+
+
+class RefusedAndCounted(Scheduler):
+    """A request that is refused has been taken in all the same."""
+
+    def check(self, request: Request) -> None:
+        try:
+            super().check(request)
+        except Exception:
+            self.requests[request.request_id] = request
+            raise
+
+
+class WatermarkStopsTheOnlyOne(Scheduler):
+    """Nobody is let in while less than a fifth of the pool is free, whoever runs."""
+
+    def _admit(self, draft: Draft, request: Request) -> bool:
+        usage = self.manager.usage()
+        needed = -(-len(request.prompt_token_ids) // self.block_size)
+        return usage.free - needed > usage.total // 5 and super()._admit(draft, request)
+
+
+class GrowthNeedsTheWatermark(Scheduler):
+    """A running request is given a block only where one would be admitted."""
+
+    def _extend(self, draft: Draft, sequence: Sequence, end: int) -> bool:
+        if len(self.running) > 1 and self.manager.can_admit(self.block_size) is not Admission.OK:
+            return False
+        return super()._extend(draft, sequence, end)
+
+
+class TablesOneBlockBehind(Scheduler):
+    """A block that was appended is not written into the sequence's row of the tables."""
+
+    def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
+        super()._note_allocation(draft, sequence, allocation._replace(new_blocks=()))
+
+
+class CopiedTableKept(Scheduler):
+    """After a copy the row of the tables still names the block that was copied from."""
+
+    def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
+        if allocation.copies:
+            draft.copies[sequence.seq_id] = allocation.copies
+            self.batch.extend_table(sequence.slot, allocation.new_blocks)
+        else:
+            super()._note_allocation(draft, sequence, allocation)
+
+
+class SecondCopyForgotten(Scheduler):
+    """A step knows one sequence's copies only: the last one's."""
+
+    def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
+        if allocation.copies:
+            draft.copies.clear()
+        super()._note_allocation(draft, sequence, allocation)
+
+
+class TheClockDecides(Scheduler):
+    """What the scheduler does depends on the time of day."""
+
+    def _share_budget(self, budget: int, slots: Slots, need: npt.NDArray[np.int32]) -> Counts:
+        import time
+
+        return super()._share_budget(max(1, budget - time.perf_counter_ns() // 1000 % 3), slots, need)
+
+
+ATTACKS: list[tuple[type[Scheduler], str]] = [
+    (CopiesLost, "L55"),
+    (SwapOutsLost, "L50"),
+    (SwapInsLost, "L50"),
+    (SwapsCrossed, "L50"),
+    (BudgetByOne, "L37"),
+    (GroupsForFree, "L37"),
+    (SamplesDrift, "L51"),
+    (OneSequenceTooMany, "L37"),
+    (ComesBackInFlight, "L55"),
+    (NewBeforeSwapped, "L50"),
+    (SwappedFirstWhateverTheRank, "L50"),
+    (HeadIsOvertaken, "L50"),
+    (LatestFirstAmongEquals, "L45"),
+    (LessUrgentFirst, "L45"),
+    (OneSampleStaysBehind, "L48"),
+    (FullHostStopsAll, "L48"),
+    (RecomputeDrawsAnew, "L46"),
+    (HitsReachTooFar, "L38"),
+    (ChunksSkipAToken, "L38"),
+    (SaltForgotten, "L25_a_salt"),
+    (PromptLogprobsReadTheCache, "L25_a_salt"),
+    (AbortLeavesItQueued, "L53"),
+    (AbortedSwapsLeak, "L53"),
+    (UnbornSeatsLeak, "L53"),
+    (AbortUntold, "L53"),
+    (DrawsGoToTheSlot, "L53"),
+    (ForksBeforeTheTokens, "L51"),
+    (SamplesShareAStream, "samples_differ"),
+    (OneSampleEndsAll, "L55"),
+    (OneTokenMore, "L55"),
+    (StopsUnseen, "L55"),
+    (RefusedAndCounted, "L41"),
+    (WatermarkStopsTheOnlyOne, "L42"),
+    (GrowthNeedsTheWatermark, "L40"),
+    (TablesOneBlockBehind, "the_columns_agree"),
+    (CopiedTableKept, "the_columns_agree"),
+    (SecondCopyForgotten, "a_group_that_runs_dry"),
+    (TheClockDecides, "L54"),
+]
