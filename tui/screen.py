@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from textual import events
 from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.filter import ANSIToTruecolor, LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
 
@@ -169,6 +170,10 @@ class ScreenApp(Actions):
             yield SystemCommand(f"Lesson: {name}", "beat by beat", partial(self.start_lesson, name))
 
     # Painting.
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's, without the one that looks for the sixteen terminal colours: none is used, and it reads every cell of a frame."""
+        return [found for found in super().get_line_filters() if not isinstance(found, ANSIToTruecolor)]
 
     def frame(self) -> None:
         """Take in what is new and paint it."""
