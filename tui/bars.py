@@ -121,7 +121,7 @@ def legend_lines(view: View, width: int) -> list[Line]:
         (g.free, "free", "free"),
         ("".join(g.filling), "hue0", "filling"),
         *([("A1", "hue0", "owner")] if view.close else [("A", "hue0", "full")]),
-        ("A2" if view.close else "2", "shared0", "shared by 2"),
+        ("A2", "shared0", "shared") if view.close else ("2", "shared0", "shared by 2"),
     ]
     second = [
         (g.cached, "cached", "cached"),

@@ -222,13 +222,11 @@ def preemption() -> Lesson:
 
 def swapping() -> Lesson:
     """The pool runs dry; a sequence moves to CPU memory."""
-    stage = Stage(8, num_host_blocks=8)
+    stage = Stage(7, num_host_blocks=8)
     stage.admit(0, "Once upon a time there was a king who")
     stage.admit(1, "My bread needs flour and also salt and water")
     stage.step()
-    stage.say(
-        f"A holds {stage.table(0)}, B holds {stage.table(1)}. Only {stage.manager.usage().free} block is free, and both will grow."
-    )
+    stage.say(f"A holds {stage.table(0)}, B holds {stage.table(1)}: all six blocks there are. And both will grow.")
     stage.swap(1, "out")
     stage.step()
     host = len(stage.manager.host_table(1))
@@ -242,7 +240,7 @@ def swapping() -> Lesson:
     stage.swap(1, "in")
     stage.step()
     stage.say(
-        f"A is done. B comes back, into blocks {stage.table(1)}: other numbers than before. "
+        f"A is done. B comes back, into blocks {stage.table(1)}: other places than before. "
         "Its table says so, and nothing is computed again."
     )
     return stage.lesson("Swapping to CPU memory")

@@ -9,14 +9,14 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
-from rich.cells import cell_len
+from rich.cells import set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 
 from minipaged.trace.snapshot import Pool
 from tui.blockcells import FREE, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
 from tui.palette import Glyphs
-from tui.safe import clean_bytes, fit, to_ascii
+from tui.safe import clean_bytes, to_ascii
 from tui.view import View
 
 SELECT = len(STYLES)
@@ -407,8 +407,7 @@ class MapModel:
         piece = clean_bytes(self.view.pieces.get(token, b""))
         shown = piece.strip() or ("␣" if piece else "▪")
         if width > 1:
-            cut = fit(shown, width)
-            return cut + " " * (width - cell_len(cut))
+            return set_cell_size(shown, width)
         return shown[0] if len(shown[0].encode()) < 3 or shown[0] in "↵␣▪" else "▪"
 
 

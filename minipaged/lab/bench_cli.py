@@ -192,6 +192,9 @@ def screen(
     Console(width=110).print(table)
     pairwise = ", ".join(f"{ratio:.1%}" for ratio in outcome.ratios)
     print(f"with the screen: {outcome.ratio:.1%} of the tokens per second without (median; pairs {pairwise})")
+    print(
+        f"by the engine's own processor time a token: {outcome.processor_ratio:.1%} (less disturbed by other work here)"
+    )
     print(f"{outcome.terminal_bytes:,} bytes went to the terminal; {len(outcome.pictures)} pictures")
     results.add({"model": model, "screen": on, **figures} for on, figures in outcome.rounds)
 

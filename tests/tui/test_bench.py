@@ -36,8 +36,12 @@ def test_what_cannot_run_says_why() -> None:
 
 
 def test_the_ratio_is_the_median_pairs() -> None:
-    rounds = [Round(number % 2 == 1, {"tokens_per_second": v}) for number, v in enumerate((10, 9, 10, 5, 10, 10))]
+    rounds = [
+        Round(number % 2 == 1, {"tokens_per_second": v, "cpu_seconds": 9 / v, "tokens": 9})
+        for number, v in enumerate((10, 9, 10, 5, 10, 10))
+    ]
     assert Outcome(tuple(rounds), 0, ()).ratio == 0.9
+    assert Outcome(tuple(rounds), 0, ()).processor_ratio == pytest.approx(0.9)
 
 
 def test_made_up_words_are_words_and_tell_ids_apart() -> None:
