@@ -105,7 +105,7 @@ class Choice(Static, can_focus=True):
     def action_turn(self, by: int) -> None:
         """Another word."""
         self.at = (self.at + by) % len(self.options)
-        self.update("  ".join(f"[{word}]" if n == self.at else f" {word} " for n, word in enumerate(self.options)))
+        self.update("".join(f"[{word}]" if n == self.at else f" {word} " for n, word in enumerate(self.options)))
 
     def action_done(self) -> None:
         """Say that it is enough."""
@@ -142,7 +142,7 @@ class Knobs(Window):
                     yield Label(knob.about, classes="hint")
                 yield Label("num_blocks")
                 yield Input(value=str(self._settings["num_blocks"]), id="num_blocks", compact=True)
-                yield Label("of the next run: R runs all again", classes="hint")
+                yield Label("of the next run: R starts it", classes="hint")
             yield Label("", id="problem")
             yield Label("tab: next · ← →: choose · enter: turn · escape: leave", classes="hint")
 

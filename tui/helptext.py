@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from tui.palette import Glyphs
 
-ABOUT = """The memory that a model needs for each token it has read (its keys and values)
-is cut into blocks of equal size. Each sequence has a table: its 1st, 2nd, 3rd …
-block lies in any physical block. So nothing is reserved ahead and any free
-block will do (paging); two sequences may name the same block (sharing); and a
-block that several name is copied when one of them writes to it (copy-on-write).
-"""
+ABOUT = (
+    "The memory that a model needs for each token it has read (its keys and values) is cut into blocks of equal size. Each sequence has a "
+    "table: its 1st, 2nd, 3rd … block lies in any physical block. So nothing is reserved ahead and any free block will do (paging); two "
+    "sequences may name the same block (sharing); and a block that several name is copied when one of them writes to it (copy-on-write).\n"
+)
 
 PANES: dict[str, str] = {
     "blocks": "1 Blocks: every block of the pool, in order of its number (left margin).",
@@ -22,7 +21,7 @@ PANES: dict[str, str] = {
 }
 
 KEYS = """space     run, pause              ] [       one step on, one back
-} {       next, previous event    / n N     find: cow, preempt, seq B, block 31, 40
+} {       next, previous event    / n N     find: cow, seq B, block 31
 g G       start, newest           < >       slower, faster
 + - 0     zoom in, out, fit       arrows    move the cursor (or h j k l)
 enter     inspect the block       w         why: go to the cause

@@ -94,8 +94,8 @@ def _setting(name: str) -> Callable[[Scheduler, str | float], None]:
 
 
 KNOBS: tuple[Knob, ...] = (  # only ever extended at the end: traces name knobs by their place
-    Knob("temperature", "of all requests that are here now", _temperature, highest=10.0),
-    Knob("watermark", "share of the pool kept from newcomers", _watermark, highest=0.5),
+    Knob("temperature", "of all requests here now", _temperature, highest=10.0),
+    Knob("watermark", "share kept from newcomers", _watermark, highest=0.5),
     Knob("batching", "who may join the running", _setting("batching"), options=BATCHING),
     Knob("policy", "who is served first", _setting("policy"), options=ORDERS),
     Knob("preemption", "how a victim leaves", _setting("preemption"), options=PREEMPTION),
