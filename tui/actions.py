@@ -264,10 +264,18 @@ class Actions(App[int]):
 
     def action_pane(self, name: str) -> None:
         """Go to a pane; one that has no room opens over the others."""
-        target = self.query_one("#map" if name == "blocks" else f"#{name}", Widget)
+        base = self.screen_stack[0]
+        if name in ("blocks", "tables") and base.has_class("-compare"):
+            base.remove_class("-compare")  # they stand where the comparison is
+            self.call_after_refresh(self.paint)
+        target = base.query_one("#map" if name == "blocks" else f"#{name}", Widget)
         if target.display:
             if target.can_focus:
                 target.focus()
+            return
+        if name == "timeline":
+            self.session.message = "this screen is too low for the timeline beside a lesson"
+            self.paint()
             return
         makers: dict[str, Callable[[View], Pane]] = {"inspector": Inspector, "waste": WastePane, "tree": TreePane}
         title = {"inspector": "5 Inspector", "waste": "6 Waste", "tree": "7 Tree"}[name]

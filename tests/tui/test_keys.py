@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from screens import SIZES, drive, replay, text, until
 from scripted import failing_engine, scripted_engine, sharing_scene
+from textual.binding import Binding
 from textual.geometry import Offset
 from textual.pilot import Pilot
 from textual.widgets import Input, Label
@@ -23,6 +24,8 @@ from tui.screen import ScreenApp
 from tui.session import Session
 
 at_each_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+
+LEAVING = ("quit", "quit.now")
 
 
 @at_each_size
@@ -209,6 +212,9 @@ def test_focus_why_bookmark_maximise_help_panes(size: tuple[int, int]) -> None:
         assert "needs a live engine" in text(app)
         await pilot.press("x")
         assert "nothing can be aborted" in text(app)
+        for key, words in (("e", "it has no knobs"), ("B", "only a live run can branch"), ("R", "can be run again")):
+            await pilot.press(key)
+            assert words in text(app), key
         await pilot.press("q")
         await pilot.pause()
         assert app.return_value == 0
@@ -216,9 +222,29 @@ def test_focus_why_bookmark_maximise_help_panes(size: tuple[int, int]) -> None:
     drive(app, size, script)
 
 
-def test_every_binding_has_an_id_and_none_is_taken_by_multiplexers() -> None:
-    from textual.binding import Binding
+@at_each_size
+def test_every_key_in_a_row_keeps_the_screen(size: tuple[int, int]) -> None:
+    """All bindings of the screen and of the panes that have the focus, one after another; each window is left again."""
+    app = replay(at=5)
 
+    async def script(pilot: Pilot[int]) -> None:
+        bindings = [b for cls in (ScreenApp, BlockMap, Inspector) for b in cls.BINDINGS if isinstance(b, Binding)]
+        keys = [key for binding in bindings if binding.id not in LEAVING for key in binding.key.split(",")]
+        assert len(keys) > 40
+        for key in keys:
+            await pilot.press(key)
+            await pilot.pause()
+            while len(app.screen_stack) > 1:
+                await pilot.press("escape")
+                await pilot.pause()
+            assert app.is_running, key
+        await pilot.press("1", "g", "G")
+        await until(pilot, lambda: "4 Timeline" in text(app) and "10/10" in text(app))
+
+    drive(app, size, script)
+
+
+def test_every_binding_has_an_id_and_none_is_taken_by_multiplexers() -> None:
     bindings = [b for cls in (ScreenApp, BlockMap, Inspector) for b in cls.BINDINGS if isinstance(b, Binding)]
     assert all(binding.id for binding in bindings)
     assert len({binding.id for binding in bindings}) == len(bindings)
