@@ -283,8 +283,8 @@ class _Work:
         sizes, first = self.sizes, math.nan
         self.bench.warm_up(sizes.draws)
         for system, name in self.BATCHING:
-            engine, slots = self.bench.engine(system, sizes.draws, sizes.max_new, sizes.pool)
-            result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, lambda done: None)
+            engine, slots, fits = self.bench.engine(system, sizes.draws, sizes.max_new, sizes.pool)
+            result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, lambda done: None, fits=fits)
             self.found.runs[system] = result
             self.rows_of[system] = result.mean_rows
             first = result.tokens_per_second if math.isnan(first) else first

@@ -205,7 +205,7 @@ def compare(
     from minipaged.lab.simulate import parse_systems
     from minipaged.lab.tables import table, write_json
 
-    pool = None if slots == "all" else int(_number("slots", slots))
+    pool = None if slots == "all" else _whole("slots", slots)
     names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=pool)
     others = [_number("rates", text) for text in rates.split(",") if text.strip()]
     with status_line() as say:
@@ -245,7 +245,7 @@ def _compare_on_device(
     from minipaged.lab.transformers_peer import PEERS, run_peer
 
     names = parse_systems(systems)
-    sizes = [None if text.strip() == "all" else int(_number("slots", text)) for text in pools.split(",")]
+    sizes = [None if text.strip() == "all" else _whole("slots", text) for text in pools.split(",")]
     beside = [name.strip() for name in peers.split(",") if name.strip()]
     for peer in beside:
         check_choice("beside", peer, PEERS)
@@ -321,7 +321,7 @@ def beams(
     from minipaged.lab.tables import percent, table
 
     kept = Results(json_file)
-    counts = [int(_number("widths", text)) for text in widths.split(",") if text.strip()]
+    counts = [_whole("widths", text) for text in widths.split(",") if text.strip()]
     with status_line() as say:
         found = beam_run.measure(
             model=model, widths=counts, requests=requests, device=device, say=say, done=lambda s: kept.add([asdict(s)])
@@ -364,7 +364,9 @@ def figures(
     with status_line() as say:
         found = [FIGURES[name](say) for name in names]
     for figure in found:
-        table(f"Fig. {figure.name}: {figure.title}", FIGURE_COLUMNS, figure_rows(figure), notes=figure.notes)
+        table(
+            f"Fig. {figure.name}: {figure.title}", FIGURE_COLUMNS, figure_rows(figure), notes=(" ".join(figure.notes),)
+        )
     if json_file is not None:
         write_json(json_file, found)
     if html is not None:
@@ -476,6 +478,13 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"{name} must be numbers with commas between them, not {text.strip()!r}") from None
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{name} must be whole numbers with commas between them, not {text.strip()!r}") from None
 
 
 def _not_negative(name: str, value: float) -> float:

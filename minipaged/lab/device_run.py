@@ -30,6 +30,7 @@ from minipaged.scheduling.request import RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
 
 STEP_BUDGET = 8_192  # tokens a step where requests join and leave
+Fits = Callable[[Draw], bool]
 SMALL_VOCABULARY = 250  # ids that every model has
 LAST_BATCH = 3  # a batch that nobody joins is let end, until the time limit has passed so often
 BATCH_BUDGET = 16_384  # tokens a step for batches that nobody joins: they start together
@@ -140,8 +141,8 @@ def run_systems(
             def tell(n: int, system: str = system, before: int = before) -> None:
                 say(system, before + n, whole)
 
-            engine, slots = bench.engine(system, draws, max_new, pool)
-            result, answers = serve(engine, system, draws, slots, seconds, tell)
+            engine, slots, fits = bench.engine(system, draws, max_new, pool)
+            result, answers = serve(engine, system, draws, slots, seconds, tell, fits=fits)
             first = references.setdefault(pool, answers)
             both = [
                 (a, b)
@@ -201,31 +202,36 @@ class Bench:
             if few and room < 0:
                 break
             few.append((prompt, max(1, length)))
-        engine, _ = self.engine("vllm", few, 0, None)
+        engine, _, _ = self.engine("vllm", few, 0, None)
         for prompt, length in few:
             engine.ask(prompt, SamplingParams(max_tokens=length, ignore_eos=True))
         while engine.has_work:
             engine.step()
 
-    def engine(self, system: str, draws: Sequence[Draw], max_new: int, pool: int | None) -> tuple[Engine, int]:
-        """An engine of that system around the loaded model and a pool of that many slots; also the slots it has."""
+    def engine(self, system: str, draws: Sequence[Draw], max_new: int, pool: int | None) -> tuple[Engine, int, Fits]:
+        """An engine of that system around the loaded model and a pool of that many slots; also the slots it has, and which
+        draws an empty pool would hold.
+        """
         runner: Any = self.parts.engine.runner
         num_blocks = self.num_blocks if pool is None else pool // self.block_size + 1
         slots = (num_blocks - 1) * self.block_size
         if system == "vllm":
             paged = BlockManager(num_blocks, self.block_size, prefix_caching=False)
-            return Engine(Scheduler(self.config, paged, self.block_size), runner), slots
+            return Engine(Scheduler(self.config, paged, self.block_size), runner), slots, lambda draw: True
         manager = ContiguousBlockManager(num_blocks, self.block_size, system, max_len=self.max_len)
         joins = system not in ("webui", "static", "fastertransformer")
         config = self.config if joins else replace(self.config, max_num_batched_tokens=BATCH_BUDGET)
         scheduler = Scheduler(config, cast(BlockManager, manager), self.block_size)
 
         def ask(seq_id: int) -> Ask:
-            length = draws[scheduler.sequences[seq_id].request.request_id][1]
+            length = scheduler.sequences[seq_id].request.params.max_tokens
             return Ask(max(max_new, length), length)
 
+        def fits(draw: Draw) -> bool:
+            return manager.fits(len(draw[0]), Ask(max(max_new, draw[1]), draw[1]))
+
         manager.ask_of = ask
-        return Engine(scheduler, runner), slots
+        return Engine(scheduler, runner), slots, fits
 
 
 def serve(
@@ -235,9 +241,14 @@ def serve(
     slots: int,
     seconds: float | None,
     progress: Callable[[int], None],
+    *,
+    fits: Fits = lambda draw: True,
 ) -> tuple[DeviceResult, list[list[int]]]:
+    """Answer the draws; those that do not fit are refused, as are those that the engine refuses."""
+    served = [i for i, draw in enumerate(draws) if fits(draw)]
     outputs: list[RequestOutput] = []
-    for prompt, length in draws:
+    for i in served:
+        prompt, length = draws[i]
         outputs.append(engine.ask(prompt, SamplingParams(max_tokens=length, ignore_eos=True)))
     count = len(draws)
     first, finish = np.full(count, math.nan), np.full(count, math.nan)
@@ -257,7 +268,7 @@ def serve(
         weighted_tokens += (now - before) * float(batch.computed[running].sum())
         before = now
         for output in changed:
-            index = output.request_id
+            index = served[output.request_id]
             if math.isnan(first[index]) and output.outputs[0].token_ids:
                 first[index] = now - start
             if output.finished and math.isnan(finish[index]):
@@ -267,12 +278,14 @@ def serve(
     took = before - start
     cut_short = engine.has_work
     engine.drain()
-    answers = [list(o.outputs[0].token_ids) if o.error is None else [] for o in outputs]
+    answers: list[list[int]] = [[] for _ in draws]
+    for i, output in zip(served, outputs, strict=True):
+        answers[i] = list(output.outputs[0].token_ids) if output.error is None else []
     written = np.array([len(answer) for answer in answers])
     last = np.where(np.isnan(finish), took, finish)
     spaced = (written > 1) & ~np.isnan(first)
     gaps = (last - first)[spaced] / (written[spaced] - 1)
-    refused = sum(o.error is not None for o in outputs)
+    refused = count - len(served) + sum(o.error is not None for o in outputs)
     whole = finish / np.array([length for _, length in draws])
     result = DeviceResult(
         system=system,
@@ -289,7 +302,7 @@ def serve(
         normalized_latency=float(np.nanmean(whole)) if done else math.nan,
         preemptions=engine.scheduler.counters.preemptions,
         same_answers=1.0,
-        note=f"stopped after {took:.0f} s" if cut_short else "",
+        note=f"stopped after {took:.0f} s" if cut_short else f"{refused} never fit" if refused else "",
     )
     return result, answers
 

@@ -107,10 +107,13 @@ class ContiguousBlockManager:
         check_int("num_sequences", num_sequences, 1)
         if num_tokens + max_new_tokens > self._max_len:
             return Admission.NEVER
-        empty = ContiguousBlockManager(self._num_blocks, self._block_size, self.system, max_len=self._max_len)
         most = max(1, max_new_tokens)
-        fits = all(empty._reserve(num_tokens, Ask(most, most)) is not None for _ in range(num_sequences))
-        return Admission.OK if fits else Admission.NEVER
+        return Admission.OK if self.fits(num_tokens, Ask(most, most, num_sequences)) else Admission.NEVER
+
+    def fits(self, num_tokens: int, ask: Ask) -> bool:
+        """Whether an empty pool would hold a request: what does not, waits for ever."""
+        empty = ContiguousBlockManager(self._num_blocks, self._block_size, self.system, max_len=self._max_len)
+        return all(empty._reserve(num_tokens, ask) is not None for _ in range(ask.rows))
 
     def match_prefix(self, token_ids: Iterable[int], *, salt: str | None = None) -> int:
         """0: nothing is cached."""

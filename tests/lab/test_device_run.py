@@ -71,10 +71,25 @@ def test_systems_run_ahead_as_the_engine_does_on_a_gpu() -> None:
     for depth in (0, 1):
         bench.config = replace(bench.config, depth=depth)
         for system in ("vllm", *RESERVING):
-            engine, slots = bench.engine(system, DRAWS, 30, 256)
+            engine, slots, fits = bench.engine(system, DRAWS, 30, 256)
             assert engine.depth == depth
-            _, texts[system, depth] = serve(engine, system, DRAWS, slots, None, lambda done: None)
+            _, texts[system, depth] = serve(engine, system, DRAWS, slots, None, lambda done: None, fits=fits)
     assert all(text == texts["vllm", 0] for text in texts.values())
+
+
+@pytest.mark.parametrize("system", sorted(RESERVING))
+def test_what_an_empty_pool_could_not_hold_is_refused_and_the_others_are_served(system: str) -> None:
+    """Clients allow 40 tokens; some rules reserve them, and a pool of 60 slots then holds only short prompts."""
+    (result,) = run_systems(
+        (system,), DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(60,), max_len=64, max_new=40,
+        say=lambda message, done, total: None,
+    )  # fmt: skip
+    assert result.finished + result.refused == len(DRAWS)
+    assert (result.note != "") == (result.refused > 0)
+    if system == "static":
+        assert result.refused == sum(len(p) + max(40, n) > 60 for p, n in DRAWS) > 0
+    if system == "orca-max":
+        assert result.refused == len(DRAWS), "a whole context is 16 blocks; the largest buddy of 15 has 8"
 
 
 def test_percentiles_count_what_never_came_as_infinitely_late() -> None:
