@@ -71,6 +71,14 @@ def figure_12(say: Say) -> Figure:
             if (model, load, system) == ("opt-175b", "alpaca", "orca-oracle"):
                 paper = 1.0  # "less pronounced": the null result of Fig. 12f
             rows.append(Row(f"{model}, {load}: over {system}", _ratio(rates[PAGED], rates[system]), paper, "x"))
+    say("Fig. 12f: rows not capped", len(panels) * len(systems), len(panels) * len(systems))
+    free = [
+        simulate(s, make_workload("alpaca", rate=math.inf, count=6000), paper_server("opt-175b"), max_rows=2048)
+        for s in (PAGED, "orca-oracle")
+    ]
+    of_oracle = "opt-175b, alpaca, rows not capped at 256, over orca-oracle"
+    rows.append(Row(f"{of_oracle}: batch", free[0].mean_batch / free[1].mean_batch, unit="x"))
+    rows.append(Row(f"{of_oracle}: speed", free[0].tokens_per_second / free[1].tokens_per_second, unit="x"))
     curves = []
     server = paper_server("opt-13b")
     for system in systems:
