@@ -27,7 +27,9 @@ from minipaged.trace import codec
 from minipaged.trace.sources import RecordSource
 from minipaged.trace.stream import Header, Kind, Record, StreamWriter, command, read_header, read_record
 
-WINDOW = 4  # permits ahead of the newest step while the engine runs: it never waits for the pipe, and stops within as many steps
+WINDOW = 32  # permits ahead of the newest step while the engine runs; a pause takes them back
+PIPE_BYTES = 1 << 20  # of records under way: the engine does not wait while the reader is busy with a frame
+SWITCH_SECONDS = 0.0005  # Python's own 5 ms would pass between two reads while the screen draws
 Note = dict[str, Any]
 
 
@@ -247,6 +249,7 @@ class EngineProcess:
             self.log_path, self._own_log = Path(log_path), False
         command_out, command_in = os.pipe()
         record_out, record_in = os.pipe()
+        _widen(record_in)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, str(command_out), str(record_in)],
@@ -261,7 +264,8 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             commands.write(len(payload).to_bytes(8, "little") + payload)
             commands.flush()
-        self.source = LiveSource(os.fdopen(record_out, "rb"), commands, recording=recording)
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
+        self.source = LiveSource(os.fdopen(record_out, "rb", PIPE_BYTES), commands, recording=recording)
 
     @property
     def pid(self) -> int:
@@ -299,6 +303,14 @@ class EngineProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _widen(pipe: int) -> None:
+    """Let a pipe hold PIPE_BYTES, where the system can and allows it."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 # The child's first lines: nothing of ours is imported before the parent's import path is known.
