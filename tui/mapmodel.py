@@ -23,6 +23,7 @@ SELECT = len(STYLES)
 NAMES = (*STYLES, "select")
 GAP = 2  # cells between blocks that show their slots
 WIDEST_SLOT = 9
+LARGEST_TILE = 3
 
 
 class Zoom(IntEnum):
@@ -93,7 +94,7 @@ class MapModel:
         if self.zoom == Zoom.CELL:
             return self._rounded(self.columns)
         if self.zoom == Zoom.FOUR:
-            return self._rounded(max(1, self.columns // 5))
+            return self._in_a_row(self._tile)
         return max(1, (self.width + GAP) // self._slot_cells)
 
     @staticmethod
@@ -103,6 +104,21 @@ class MapModel:
             if columns >= step and columns % step <= columns // 8:
                 return columns - columns % step
         return columns
+
+    @property
+    def _tile(self) -> int:
+        """How large four cells a block are drawn where there is room: 0 a line; n: 5n - 1 cells and n lines of bar below the first."""
+        for size in range(LARGEST_TILE, 0, -1):
+            if (size + 1) * -(-self.num_blocks // self._in_a_row(size)) <= self.height:
+                return size
+        return 0
+
+    @property
+    def _tile_cells(self) -> int:
+        return 5 * max(1, self._tile) - 1
+
+    def _in_a_row(self, tile: int) -> int:
+        return self._rounded(max(1, self.columns // (5 * max(1, tile))))
 
     @property
     def slot_width(self) -> int:
@@ -129,7 +145,7 @@ class MapModel:
     @property
     def _lines_per_block(self) -> int:
         if self.zoom == Zoom.FOUR:
-            return 2 if 2 * -(-self.num_blocks // self.per_row) <= self.height else 1
+            return 1 + self._tile
         if self.zoom != Zoom.SLOTS:
             return 1
         room = max(1, self.width - self._head)
@@ -158,7 +174,9 @@ class MapModel:
                 return -1
             per_row = self.per_row
             if self.zoom == Zoom.FOUR:
-                column //= 5
+                if column % (self._tile_cells + 1) == self._tile_cells:
+                    return -1  # between two
+                column //= self._tile_cells + 1
                 row //= self._lines_per_block
             elif self.zoom == Zoom.HEAT:
                 column *= self.per_cell
@@ -245,8 +263,7 @@ class MapModel:
             codes = self._codes(first, first + self.per_row)
             marked = self.view.block - first
             if self.zoom == Zoom.FOUR:
-                tiles = self._lines_per_block > 1
-                return [number, *(self._tile_bars(first, codes) if part else self._four(first, codes, tiles=tiles))]
+                return [number, *(self._tile_bars(first, codes) if part else self._four(first, codes))]
             if self.zoom == Zoom.HALF:
                 return [number, *self._half(first, codes)]
         if not self.host and 0 <= marked < len(codes) and self.view.block >= 0:
@@ -270,39 +287,45 @@ class MapModel:
         return found
 
     def _tile_bars(self, first: int, codes: Ints) -> list[Segment]:
-        """The lower line of tiles: how many of a block's slots are written, to an eighth of a cell."""
+        """The lower lines of tiles: how many of a block's slots are written, to an eighth of a cell."""
         view, pool = self.view, self.pool
-        size = max(1, view.snapshot.stats.block_size)
+        size, cells = max(1, view.snapshot.stats.block_size), self._tile_cells
         made = []
         for block, code in enumerate(codes.tolist(), start=first):
             role = NAMES[code % STYLE_BITS].replace("shared", "hue")
             if pool.refs[block]:
                 role = "mark" if block in view.flash else role
-                text = _fill_bar(int(pool.fill[block]), size, view.glyphs)
+                text = _fill_bar(int(pool.fill[block]), size, cells, view.glyphs)
             else:
-                text = self.looks.alphabet[code // STYLE_BITS] * 4
+                text = self.looks.alphabet[code // STYLE_BITS] * cells
             made += [Segment(text, self.base + view.style(role)), Segment(" ", self.base)]
         return made
 
-    def _four(self, first: int, codes: Ints, *, tiles: bool) -> list[Segment]:
-        """`A2▆◆`: owner, count, how full, copied now. As the upper line of tiles without the fill, which the lower line tells."""
+    def _four(self, first: int, codes: Ints) -> list[Segment]:
+        """`A2▆◆`: owner, count, how full, copied now. As the upper line of tiles the fill is a number, or left to the bar below."""
         view, pool, glyphs = self.view, self.pool, self.view.glyphs
+        size, cells, tile = max(1, view.snapshot.stats.block_size), self._tile_cells, self._tile
         made = []
         for block, code in enumerate(codes.tolist(), start=first):
             refs, fill = int(pool.refs[block]), int(pool.fill[block])
             state = self.looks.alphabet[code // STYLE_BITS]
             if refs:
-                size = max(1, view.snapshot.stats.block_size)
                 level = glyphs.heat[-1] if fill >= size else view.fill_glyph(fill) if fill else glyphs.free
                 copied = glyphs.copied if state == glyphs.copied else " "
-                rest = f"{copied} " if tiles else f"{level}{copied}"
                 head = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}"
+                rest = (
+                    f"{level}{copied}"
+                    if not tile
+                    else f"{copied}{f'{fill}/{size}' if tile > 1 and fill < size else ''}"
+                )
             else:
-                head, rest = state * 2, state * 2
+                head, rest = state * 2, state * (cells - 2)
             role = "select" if block == view.block and not self.host else NAMES[code % STYLE_BITS]
             role = "mark" if block in view.flash else role
             made.append(Segment(head, self.base + view.style(role)))
-            made.append(Segment(rest, self.base + view.style(role.replace("shared", "hue"))))
+            made.append(
+                Segment(f"{rest:<{cells - 2}.{cells - 2}}", self.base + view.style(role.replace("shared", "hue")))
+            )
             made.append(Segment(" ", self.base))
         return made
 
@@ -411,9 +434,9 @@ class MapModel:
         return shown[0] if len(shown[0].encode()) < 3 or shown[0] in "↵␣▪" else "▪"
 
 
-def _fill_bar(fill: int, size: int, glyphs: Glyphs) -> str:
-    """Four cells, filled from the left."""
+def _fill_bar(fill: int, size: int, cells: int, glyphs: Glyphs) -> str:
+    """Cells filled from the left."""
     if glyphs.ascii:
-        return ("#" * round(4 * fill / size)).ljust(4, glyphs.free)
-    full, eighths = divmod(32 * min(fill, size) // size, 8)
-    return ("█" * full + ("▏▎▍▌▋▊▉"[eighths - 1] if eighths else "")).ljust(4, glyphs.free)
+        return ("#" * round(cells * fill / size)).ljust(cells, glyphs.free)
+    full, eighths = divmod(8 * cells * min(fill, size) // size, 8)
+    return ("█" * full + ("▏▎▍▌▋▊▉"[eighths - 1] if eighths else "")).ljust(cells, glyphs.free)

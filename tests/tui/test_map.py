@@ -87,6 +87,9 @@ def test_tiles_show_how_full_a_block_is_where_there_is_room() -> None:
     assert row(model, 1).startswith("   ○○○○ ████ ████ ███· ████")
     assert model.block_at(8, 0) == model.block_at(8, 1) == 1
     assert model.row_of(9) == 2
+    model.resize(94, 29)
+    assert row(model, 0).startswith(" 0 ○○○○○○○○○○○○○○ A2             A2             A1 3/4         B1 ")
+    assert row(model, 2).startswith("   ○○○○○○○○○○○○○○ ██████████████ ██████████████ ██████████▌···")
 
 
 def test_slots_widen_to_words_where_there_is_room() -> None:
