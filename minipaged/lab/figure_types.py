@@ -66,3 +66,4 @@ class Figure:
     curves: tuple[Curve, ...] = ()
     x_label: str = ""
     y_label: str = ""
+    log_x: bool = False

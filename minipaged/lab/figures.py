@@ -113,14 +113,14 @@ def figure_13(say: Say) -> Figure:
             tally = simulate(system, load, server).outcome.tally
             fitted = (name, system) == ("alpaca", PAGED)
             ours = (tally.whole if fitted else tally.steady).mean_requests
-            rows.append(Row(f"{name} at {rate:g} req/s, {system}", ours, batch, "requests", fitted))
+            rows.append(Row(f"{name} at {rate:g} req/s, {system}", ours, batch, fitted=fitted))
     full = simulate(PAGED, make_workload("alpaca", rate=math.inf, count=8000), server).mean_batch
-    rows.append(Row("alpaca, vllm, with a queue that never empties", full, unit="requests"))
+    rows.append(Row("alpaca, vllm, with a queue that never empties", full))
     notes = (
         "Orca and ShareGPT: the mean while requests wait. vLLM with Alpaca is not saturated at 30 requests a second: the mean",
         "over the run, and the point to which the A100's one constant was fitted.",
     )
-    return Figure("13", "Mean batch, OPT-13B", tuple(rows), notes)
+    return Figure("13", "Requests that run on average, OPT-13B", tuple(rows), notes)
 
 
 def figure_14(say: Say) -> Figure:
@@ -142,8 +142,8 @@ def figure_14(say: Say) -> Figure:
     notes = (
         "The paper's text gives 1.3x for basic sampling and 2.3x for beams of width 6; the other panels are curves only.",
         "Orca computes a prompt once and copies it to its rows; it is not charged for moving beams' caches about.",
-        "Basic sampling gains more here than in the paper: past 70 rows a roofline still speeds up with the batch. A 2023 engine",
-        "spent time on the host for every row, which no share of a data sheet shows; a fixed cost a step (last row) even less.",
+        "Basic sampling gains more here than in the paper: past 70 rows a roofline still speeds up with the batch. The host's work",
+        "for every row may be the reason: neither a share of the data sheet nor a fixed cost a step (last row) has it.",
     )
     return Figure("14", "Several sequences a request, OPT-13B with Alpaca", tuple(rows), notes)
 

@@ -43,7 +43,9 @@ def figure_18b(say: Say) -> Figure:
         "The paper: ShareGPT is best at 16 to 128, Alpaca at 16 to 32. Large blocks lose memory in their tails: that comes out here. Small",
         "ones lost time in the paper's 2023 kernel; a roofline knows no such loss, so the lower ends of the ranges are not reproduced.",
     )
-    return Figure("18b", "Block size, OPT-13B", tuple(rows), notes, tuple(curves), "block size", "rate, of the best")
+    return Figure(
+        "18b", "Block size, OPT-13B", tuple(rows), notes, tuple(curves), "block size", "rate, of the best", log_x=True
+    )
 
 
 def swap_seconds(tokens: int, block_size: int) -> float:
@@ -78,4 +80,6 @@ def figure_19(say: Say) -> Figure:
         f"Data-sheet rates and {COPY_SECONDS * 1e6:g} us a copy (assumed), {tokens} tokens. The paper draws curves: similar from 16 to 64,",
         "read here as within a factor of 2; recompute does not depend on the block size at all.",
     )
-    return Figure("19", "Recompute against swap, OPT-13B", tuple(rows), notes, curves, "block size", "milliseconds")
+    return Figure(
+        "19", "Recompute against swap, OPT-13B", tuple(rows), notes, curves, "block size", "milliseconds", log_x=True
+    )

@@ -140,5 +140,7 @@ def figure_page(figures: Sequence[Figure]) -> Page:
         page.table(FIGURE_COLUMNS, figure_rows(figure))
         page.notes(figure.notes)
         if figure.curves:
-            page.svg(line_chart(f"Fig. {figure.name}", figure.curves, figure.x_label, figure.y_label))
+            page.svg(
+                line_chart(f"Fig. {figure.name}", figure.curves, figure.x_label, figure.y_label, log_x=figure.log_x)
+            )
     return page

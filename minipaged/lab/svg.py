@@ -25,13 +25,18 @@ BAND_COLOURS = {
 }
 
 
-def line_chart(title: str, curves: Sequence[Curve], x_label: str, y_label: str, *, log_y: bool = False) -> str:
+def line_chart(
+    title: str, curves: Sequence[Curve], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
+) -> str:
     """Lines over common axes. Points that a logarithm cannot show are left out; an empty plot says so."""
-    shown = [(c.name, [p for p in c.points if _finite(p) and (p[1] > 0 or not log_y)]) for c in curves]
+    shown = [
+        (c.name, [p for p in c.points if _finite(p) and (p[0] > 0 or not log_x) and (p[1] > 0 or not log_y)])
+        for c in curves
+    ]
     points = [p for _, line in shown for p in line]
     if not points:
         return _frame(title, x_label, y_label, [_text(WIDTH / 2, HEIGHT / 2, "nothing to show", "middle")])
-    x_low, x_high = _span([p[0] for p in points])
+    x_low, x_high = _span([math.log10(p[0]) if log_x else p[0] for p in points])
     ys = [math.log10(p[1]) if log_y else p[1] for p in points]
     y_low, y_high = _span(ys if log_y else [0.0, *ys])
     parts = []
@@ -39,16 +44,16 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str, y_label: str, 
     def place(x: float, y: float) -> tuple[float, float]:
         value = math.log10(y) if log_y else y
         return (
-            LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT),
+            LEFT + ((math.log10(x) if log_x else x) - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM),
         )
 
-    for tick in _ticks(x_low, x_high):
+    for tick in sorted({p[0] for p in points}) if log_x else _ticks(x_low, x_high):
         x = place(tick, 10**y_low if log_y else y_low)[0]
         parts.append(_text(x, HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
         parts.append(_line(x, TOP, x, HEIGHT - BOTTOM, "#eee"))
     for value in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high):
-        y = place(x_low, value)[1]
+        y = place(points[0][0], value)[1]
         parts.append(_text(LEFT - 6, y + 4, f"{value:.3g}", "end"))
         parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "#eee"))
     for i, (name, line) in enumerate(shown):

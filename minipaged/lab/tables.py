@@ -14,6 +14,8 @@ from rich.table import Table
 
 from minipaged.errors import InputError
 
+LONGEST_NAME = 24
+
 
 def table(
     title: str,
@@ -30,8 +32,9 @@ def table(
     console = Console()
     grid = Table(title=title, title_justify="left", show_lines=lines)
     for i, name in enumerate(columns):
-        left = i < words or name in ("how", "why")
-        grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=words == 1 and not i)
+        prose = name in ("how", "why")
+        whole = all(len(row[i]) <= LONGEST_NAME for row in rows) if i < words else not prose
+        grid.add_column(name, justify="left" if i < words or prose else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         grid.add_row(*row)
     console.print(grid)

@@ -15,7 +15,7 @@ from minipaged.lab.cli import app
 from minipaged.lab.figure_types import Curve, Row
 from minipaged.lab.figures import FIGURES, parse_figures
 from minipaged.lab.html import Page
-from minipaged.lab.svg import line_chart, stacked_bars
+from minipaged.lab.svg import bars, line_chart, stacked_bars
 from minipaged.lab.tables import seconds, size
 
 
@@ -123,6 +123,8 @@ def test_plots_are_well_formed_and_escape_names() -> None:
     for picture in (
         line_chart("t & u", curves, "x", "y"),
         line_chart("logs", [Curve("a", ((1.0, 0.0), (2.0, 10.0), (3.0, float("nan"))))], "x", "y", log_y=True),
+        line_chart("both logs", [Curve("a", ((1.0, 5.0), (16.0, 10.0), (0.0, 1.0)))], "x", "y", log_x=True, log_y=True),
+        bars("groups", {"g<": [("a & b", 1.0, "1"), ("nothing", float("nan"), "-")], "empty": []}, "x"),
         line_chart("nothing", [], "x", "y"),
         line_chart("flat", [Curve("a", ((1.0, 2.0),))], "x", "y", log_y=True),
         stacked_bars("bars", {"vllm": {"token": 0.9, "idle": 0.1}}, "%"),
