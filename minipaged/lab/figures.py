@@ -90,7 +90,8 @@ def figure_12(say: Say) -> Figure:
     notes = (
         "A rate is sustained while mean latency a token stays at or below 0.5 s over 20 minutes of arrivals.",
         "Absolute rates carry the one fitted constant; ratios hardly depend on it. The paper prints ratios as ranges over models.",
-        "Fig. 12f: with 60,100 slots and short answers Orca too batches past the roofline's ridge; more memory buys nothing.",
+        "Fig. 12f: with 60,100 slots and short answers Orca too batches past the roofline's ridge; more memory buys nothing. With",
+        "ShareGPT, 175B falls below the ranges for the same reason: there Orca (Max) already runs 29 requests at once.",
         "FasterTransformer lacks the paper's own scheduler here: the batch is the largest that fits, at its model's 2048 tokens a row.",
     )
     return Figure(
