@@ -392,13 +392,15 @@ def shadow(
     names = shadows.DEFAULT_SYSTEMS if systems == "all" else tuple(n.strip() for n in systems.split(",") if n.strip())
     deltas = read_deltas(trace)
     found = shadows.summarise(deltas, names, max_len=max_len)
-    rows = [
-        (s.system, f"{s.running:.2f}", f"{s.waiting:.2f}", str(s.refused), *(percent(b) for b in s.bands.values()))
-        for s in found
-    ]
-    columns = ("system", "would run", "would wait", "never fit", *WASTE_COLUMNS[1:])
-    note = "Mean over the steps of the trace; bands in percent of the pool. Rows grow as the engine's did: accounting, not speed."
-    table(f"{trace.name}: {len(deltas):,} steps", columns, rows, notes=(note,))
+    notes = ["Means over the steps of the trace. Rows grow as the engine's did: accounting, not speed."]
+    if any(s.refused for s in found):
+        notes.append(
+            f"Where requests never fit, the trace's pool holds no reservation of {max_len} tokens: try a smaller --max-len."
+        )
+    rows = [(s.system, f"{s.running:.2f}", f"{s.waiting:.2f}", f"{s.refused:,}") for s in found]
+    table(f"{trace.name}: {len(deltas):,} steps", ("system", "would run", "would wait", "never fit"), rows, notes=notes)
+    shares = [(s.system, *(percent(b) for b in s.bands.values())) for s in found]
+    table("percent of the pool", WASTE_COLUMNS, shares)
     if out is not None:
         write_with_shadows(trace, out, names, max_len=max_len)
     if json_file is not None:

@@ -31,10 +31,19 @@ def table(
     """
     console = Console()
     grid = Table(title=title, title_justify="left", show_lines=lines)
+    numbers = (
+        [max(len(name), *(len(row[i]) for row in rows)) for i, name in enumerate(columns) if i >= words] if rows else []
+    )
+    fits = sum(numbers) + 3 * len(columns) + 8 < console.width
     for i, name in enumerate(columns):
         prose = name in ("how", "why")
         whole = all(len(row[i]) <= LONGEST_NAME for row in rows) if i < words else not prose
-        grid.add_column(name, justify="left" if i < words or prose else "right", overflow="fold", no_wrap=whole)
+        grid.add_column(
+            name,
+            justify="left" if i < words or prose else "right",
+            overflow="fold",
+            no_wrap=whole and (fits or i < words),
+        )
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
