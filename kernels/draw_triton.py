@@ -34,7 +34,7 @@ def _base_2(temperature):
 @triton.jit
 def _parts_kernel(
     best_ptr,  # float32 [rows, parts]: the largest logit
-    place_ptr,  # int32 [rows, parts]: where it is
+    place_ptr,  # int32 [rows, parts]: where it is; not written for a row of another temperature than 0
     weight_ptr,  # float32 [rows, parts]: sum of exp((logit - largest) / temperature); not written for a row of temperature 0
     logits_ptr,
     temperature_ptr,
@@ -48,16 +48,18 @@ def _parts_kernel(
     row = tl.program_id(1)
     column = part * PART + tl.arange(0, PART)
     wait_for_previous(DEPENDENT)
+    temperature = 0.0
+    if WARM:
+        temperature = tl.load(temperature_ptr + row).to(tl.float32)
     logits = _load_logits(logits_ptr, row, column, vocab, stride)
     best = tl.max(logits, 0)
     at = row * tl.num_programs(0) + part
     tl.store(best_ptr + at, best)
-    tl.store(place_ptr + at, tl.min(tl.where(logits == best, column, vocab - 1), 0))
-    if WARM:
-        temperature = tl.load(temperature_ptr + row).to(tl.float32)
-        if temperature > 0.0:
-            shift = tl.where(best == float("-inf"), 0.0, best)  # a part of banned tokens alone
-            tl.store(weight_ptr + at, tl.sum(tl.exp2((logits - shift) * _base_2(temperature)), 0))
+    if temperature > 0.0:
+        shift = tl.where(best == float("-inf"), 0.0, best)  # a part of banned tokens alone
+        tl.store(weight_ptr + at, tl.sum(tl.exp2((logits - shift) * _base_2(temperature)), 0))
+    else:
+        tl.store(place_ptr + at, tl.min(tl.where(logits == best, column, vocab - 1), 0))
 
 
 @triton.jit
