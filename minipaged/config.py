@@ -47,7 +47,7 @@ def check_real(name: str, value: object, low: float, high: float = math.inf, *, 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise unless `value` is one of `allowed`."""
     names = tuple(allowed)
-    if value not in names:
+    if not isinstance(value, str | int | float | None) or value not in names:
         raise InputError(f"{name} must be one of {', '.join(map(str, names))}, not {value!r}")
 
 

@@ -18,6 +18,8 @@ def check_request(
     request: Request, config: EngineConfig, manager: BlockManager, block_size: int, taken: Container[int]
 ) -> None:
     """RequestError if the request can never be served. taken: request ids that are in use. Nothing is changed."""
+    if not isinstance(request, Request):
+        raise RequestError(f"a request must be a Request, not {request!r}")
     request.check()
     params = request.params
     if params.beam_width is not None:

@@ -143,7 +143,10 @@ class Request:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
 
     def check(self) -> None:
-        """Raise RequestError for a prompt that is empty, or where something else than token ids stands for them."""
+        """Raise RequestError for a number that is none, and for a prompt that is empty or has something else than token ids."""
+        number = self.request_id
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
+            raise RequestError(f"request_id must be a whole number from 0 to {2**63 - 1}, not {number!r}")
         if not self.prompt_token_ids:
             raise RequestError("the prompt is empty: give at least one token")
         for token in self.prompt_token_ids:

@@ -12,12 +12,13 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-from minipaged.config import EngineConfig
+from minipaged.config import EngineConfig, check_int
+from minipaged.errors import InputError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling import groups
 from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.door import check_request
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.planner import build_plan, draws_of
 from minipaged.scheduling.policies import PreemptionCost
 from minipaged.scheduling.records import Draft, Flight
@@ -64,6 +65,7 @@ class Scheduler(Residents):
 
     def abort(self, request_id: int) -> bool:
         """End a request wherever it is and give back all it holds; False if it has ended already or was never here."""
+        check_int("request_id", request_id, 0)
         request = self.requests.get(request_id)
         if request is None:
             return False
@@ -89,6 +91,8 @@ class Scheduler(Residents):
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End one sequence from outside (a stop string); does nothing if it has ended."""
+        if not isinstance(sequence, Sequence):
+            raise InputError(f"a sequence must be a Sequence, not {sequence!r}")
         if sequence.status is not Status.FINISHED:
             self.end(sequence, reason)
 
@@ -188,15 +192,16 @@ class Scheduler(Residents):
     def commit(self, plan: StepPlan, tokens: StepTokens) -> list[RequestOutput]:
         """Take in what a launched step drew, oldest first: append, publish full blocks, fork and prune, finish, free.
 
-        Returns the outputs of every request that gained a token or ended. ValueError if `plan` is not the oldest in flight.
+        Returns the outputs of every request that gained a token or ended. ValueError if `plan` is not the oldest in flight, or if these
+        are no tokens of its draws; nothing is changed then.
         """
         if not self._flights or self._flights[0].plan is not plan:
             raise ValueError("commit takes the oldest plan in flight")
+        ids = _drawn_ids(plan, tokens)
         flight = self._flights.popleft()
         self._settled = plan.step + 1
         batch = self.batch
         self._mark_full_blocks(plan)
-        ids = np.asarray(tokens.token_ids, np.int32)
         if tokens.prompt_logprobs:
             groups.note_prompt_logprobs(self, plan, tokens.prompt_logprobs)
         slots = plan.slots[plan.draw_rows]  # of the rows that drew; samples not born yet have none of their own
@@ -241,3 +246,15 @@ class Scheduler(Residents):
             sequence = batch.sequences[int(slots[i])]
             if sequence is not None:
                 self.mark(sequence, int(done[i]))
+
+
+def _drawn_ids(plan: StepPlan, tokens: StepTokens) -> IntArray:
+    """The drawn token ids, [draws]. InputError unless there is a whole number for each draw of the plan."""
+    if not isinstance(tokens, StepTokens):
+        raise InputError(f"what a step drew must be StepTokens, not {tokens!r}")
+    ids = np.asarray(tokens.token_ids)
+    if ids.shape != plan.draw_rows.shape or (ids.size and ids.dtype.kind not in "iu"):
+        raise InputError(
+            f"the step drew {len(plan.draw_rows)} tokens: token_ids must be as many whole numbers, not {ids!r}"
+        )
+    return ids.astype(np.int32, copy=False)

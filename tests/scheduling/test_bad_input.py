@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,14 +110,43 @@ def test_a_request_id_in_use_and_a_plan_out_of_turn() -> None:
     other.add(Request(1, (1, 2, 3), SamplingParams(max_tokens=2)))
     stranger = other.schedule()
     assert stranger is not None
-    import numpy as np
-
     drawn = StepTokens(np.array([7], np.int32))
     with pytest.raises(ValueError, match="oldest"):
         scheduler.commit(stranger, drawn)
     assert scheduler.commit(plan, drawn)[0].outputs[0].token_ids == [7]
     with pytest.raises(ValueError, match="oldest"):
         scheduler.commit(plan, drawn)
+
+
+STRANGE: list[Any] = [None, -1, 1.5, math.nan, True, "x", [], [None], {}, object(), np.array([1, 2]), 10**30]
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=repr)
+def test_calls_with_something_else_change_nothing(value: Any) -> None:
+    """Every public call of the scheduler with what is no request, no number, no sequence, no tokens: one clear error."""
+    scheduler = make()
+    scheduler.add(Request(1, (1, 2, 3), SamplingParams(max_tokens=2)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.take_events()
+    before = scheduler.manager.usage(), dict(scheduler.requests), list(scheduler.running)
+    calls = [
+        lambda: scheduler.add(value),
+        lambda: scheduler.check(value),
+        lambda: scheduler.finish(value, "stop"),
+        lambda: scheduler.commit(plan, value),
+        lambda: scheduler.commit(plan, StepTokens(value)),
+        lambda: scheduler.commit(value, StepTokens(np.array([7], np.int32))),
+    ]
+    if not isinstance(value, int) or value < 2:  # a large number is that of a stranger
+        calls.append(lambda: scheduler.abort(value))
+    calls.append(lambda: scheduler.add(Request(value, (1,), SamplingParams(max_tokens=2))))
+    for call in calls:
+        with pytest.raises(ValueError, match=r"must be|oldest"):
+            call()
+        assert (scheduler.manager.usage(), scheduler.requests, scheduler.running) == before
+        assert scheduler.take_events() == []
+    assert scheduler.commit(plan, StepTokens(np.array([7], np.int32)))[0].outputs[0].token_ids == [7]
 
 
 def test_aborting_twice_or_a_stranger_does_nothing() -> None:
