@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.automatic_child import Child, Chosen, Told
-from tests.mutants.automatic_operators import Mutant, count_changes, mutant_of, statement_of
+from tests.mutants.automatic_operators import Mutant, count_changes, mutant_of, statement_of, texts_of
 
 FOLDERS = ("minipaged/memory", "minipaged/scheduling")
 CI_SECONDS = 400  # of processor time for a child under the ci profile
@@ -226,8 +226,9 @@ def same_change(old: Mutant) -> Mutant | None:
     """The same change to the same text as it stands today, in its own module or in one that it moved to, the nearest line first."""
     alike: list[Mutant] = []
     for name, path in sorted(modules(), key=lambda module: module[0] != old.module):
-        found = [mutant_of(name, path, i) for i in range(count_changes(path))]
-        alike = [m for m in found if m and (m.kind, m.before, m.after) == (old.kind, old.before, old.after)]
+        numbers = [i for i, text in enumerate(texts_of(path)) if text == (old.kind, old.before)]
+        found = [mutant_of(name, path, i) for i in numbers]
+        alike = [m for m in found if m and m.after == old.after]
         if alike:
             break
     return min(alike, key=lambda m: abs(m.line - old.line), default=None)

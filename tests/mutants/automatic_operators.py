@@ -36,6 +36,7 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 }
 EXTREMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
 HINTS = {"annotation", "returns", "decorator_list", "type_params"}
+SHOWN = 160  # characters of a change that are kept
 YES_OR_NO = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
 
 Change = Callable[[], ast.AST]
@@ -213,6 +214,11 @@ def count_changes(path: Path) -> int:
     return sum(1 for _ in _all_changes(ast.parse(path.read_text())))
 
 
+def texts_of(path: Path) -> list[tuple[str, str]]:
+    """Kind and changed text of every change of the module, in order."""
+    return [(kind, _shown(site.node)[:SHOWN]) for site, kind, _ in _all_changes(ast.parse(path.read_text()))]
+
+
 def mutant_of(module: str, path: Path, number: int) -> Mutant | None:
     """Change `number` of the module; None if the compiled code is the module's own."""
     original = compile(ast.parse(path.read_text()), str(path), "exec", dont_inherit=True)
@@ -220,7 +226,7 @@ def mutant_of(module: str, path: Path, number: int) -> Mutant | None:
         return None
     site, kind, _ = list(_all_changes(ast.parse(path.read_text())))[number]
     _, before, after = _changed(path, number)
-    return Mutant(module, str(path), number, kind, _line_of(site.node, site.parent), before[:160], after[:160])
+    return Mutant(module, str(path), number, kind, _line_of(site.node, site.parent), before[:SHOWN], after[:SHOWN])
 
 
 def statement_of(path: Path, number: int) -> tuple[int, int, bool]:
