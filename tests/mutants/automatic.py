@@ -102,7 +102,7 @@ class Reach:
             told = Child(None, Chosen(self._profile, 10 * CI_SECONDS, watch=table, files=files)).wait()
             if told.state != "survived" or not told.finished:
                 raise SystemExit(
-                    f"the tests do not pass on the code as it is, so nothing can be said of mutants: {told}"
+                    f"the tests do not pass on the code as it is, so nothing can be said of mutants: {told.state} by {told.test}"
                 )
             found: dict[str, Any] = json.loads(table.read_text())
             return found
@@ -135,7 +135,7 @@ class Results:
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path, self.head = path, head
-        self.rows: dict[tuple[str, int], Row] = {}
+        self.rows: dict[Mutant, Row] = {}
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -146,12 +146,12 @@ class Results:
         for entry in known["mutants"]:
             mutant = Mutant(**{k: v for k, v in entry.items() if k in names})
             row = Row(mutant, **{k: v for k, v in entry.items() if k not in names})
-            results.rows[mutant.module, mutant.number] = row
+            results.rows[mutant] = row
         return results
 
     def put(self, row: Row) -> None:
         """Take a verdict in, and keep it."""
-        self.rows[row.mutant.module, row.mutant.number] = row
+        self.rows[row.mutant] = row
         entries = [
             {**asdict(r.mutant), **{k: v for k, v in asdict(r).items() if k != "mutant"}} for r in self.rows.values()
         ]
@@ -183,12 +183,12 @@ def say(place: str, profile: str, told: Told, mutant: Mutant) -> None:
 def first_pass(mutants: list[Mutant], results: Results, seconds: int) -> None:
     """Every mutant that has no verdict yet, under the quick profile."""
     known = {key: row for key, row in results.rows.items() if row.state != OPEN}
-    waiting = [m for m in mutants if (m.module, m.number) not in known]
+    waiting = [m for m in mutants if m not in known]
     if not waiting:
         return
     reach = Reach("quick", seconds)
     for number, mutant in enumerate(waiting, len(mutants) - len(waiting) + 1):
-        before = results.rows.get((mutant.module, mutant.number))
+        before = results.rows.get(mutant)
         told = put_under(mutant, reach, "quick", seconds)
         results.put(Row(mutant, told.state, told.test, told.seconds, first=before.first if before else ""))
         say(f"{number:4}/{len(mutants)}", "quick", told, mutant)

@@ -121,7 +121,7 @@ def test_a_request_id_in_use_and_a_plan_out_of_turn() -> None:
 STRANGE: list[Any] = [None, -1, 1.5, math.nan, True, "x", [], [None], {}, object(), np.array([1, 2]), 10**30]
 
 
-@pytest.mark.parametrize("value", STRANGE, ids=repr)
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: type(value).__name__)
 def test_calls_with_something_else_change_nothing(value: Any) -> None:
     """Every public call of the scheduler with what is no request, no number, no sequence, no tokens: one clear error."""
     scheduler = make()
