@@ -54,7 +54,7 @@ def system_lines(view: View, name: str, width: int, rows: int) -> list[Line]:
     bands = shadow.stats if shadow is not None else real_bands(view)
     running = _running(view, shadow)
     alive = sum(state.alive for state in view.snapshot.sequences.values())
-    none = " · not one request fits" if alive and not running else ""
+    none = " · none fits" if alive and not running else ""
     head: Line = [(name, "strong"), (f" · runs {running} · waits {max(0, alive - running)}{none}", "dim")]
     shares: Line = [(fit(share_text(bands, real=shadow is None), width), "text")]
     if width >= width_of(head) + width_of(shares) + 2:
