@@ -92,7 +92,7 @@ def ablate(
     model: str,
     *,
     device: str = "auto",
-    seconds: float = 5.0,
+    seconds: float = 8.0,
     say: Say,
     done: Callable[[Ablation], None] = lambda ablation: None,
 ) -> Ablation:
@@ -226,7 +226,9 @@ class _Work:
             layers = [self.pool.cells(i, sizes.rows, sizes.context, BLOCK, tables) for i in range(config.num_layers)]
             alone = time_of(partial(_attend_all, attend, query, layers), self.device) / len(layers)
             first = 1 / alone if math.isnan(first) else first
-            self._add("layout", f"{sizes.rows} x {sizes.context}, one layer: {name}", alone, first=first)
+            gathers = attend is paged and self.device.type == "cpu"
+            note = "on a CPU torch gathers the blocks before attention reads them" if gathers else ""
+            self._add("layout", f"{sizes.rows} x {sizes.context}, one layer: {name}", alone, first=first, note=note)
         first = math.nan
         for name, attend, shuffled in ways:
             step = self._step(attend, sizes.rows, sizes.context, shuffled=shuffled)

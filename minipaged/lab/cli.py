@@ -274,7 +274,7 @@ def _compare_on_device(
 def ablate(
     model: Annotated[str, typer.Option(help="A zoo name or random:SHAPE.")] = "random:smollm2-135m",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    limit: Annotated[float, typer.Option("--seconds", help="Limit of each run of the engine.")] = 5.0,
+    limit: Annotated[float, typer.Option("--seconds", help="Limit of each run of the engine.")] = 8.0,
     json_file: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
