@@ -5,36 +5,34 @@ Knows flags; knows nothing of how anything is computed. The imports of a command
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minipaged.config import check_choice, check_real
+from minipaged.config import check_real
 from minipaged.errors import InputError
+from minipaged.lab.cli_measured import ablate, beams, compare_on_device, plot
+from minipaged.lab.cli_options import (
+    BlockSize,
+    GPUName,
+    HtmlFile,
+    JsonFile,
+    ModelName,
+    Rate,
+    Requests,
+    Seed,
+    Slots,
+    Systems,
+    TensorParallel,
+    Traffic,
+    not_negative,
+    number,
+    whole,
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-
-ModelName = Annotated[str, typer.Option(help="A known shape (llama-13b), or the path of a config.json.")]
-GPUName = Annotated[str, typer.Option("--gpu", help="A known GPU; `minipaged lab gpus` lists them.")]
-Traffic = Annotated[
-    str,
-    typer.Option(
-        help="sharegpt, alpaca, alpaca-n4, alpaca-beam4, prefix-341, chatbot, uniform, or a .csv/.jsonl file."
-    ),
-]
-Rate = Annotated[float, typer.Option(help="Requests a second (Poisson); inf: all at once.")]
-Requests = Annotated[int, typer.Option(help="How many requests.")]
-Seed = Annotated[int, typer.Option(help="Makes another draw of the same traffic.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
-TensorParallel = Annotated[int, typer.Option("--tp", help="GPUs that share every layer.")]
-Slots = Annotated[int | None, typer.Option(help="KV slots of the pool; computed from the GPU's memory if left out.")]
-Systems = Annotated[str, typer.Option(help="Names with commas between them, or all.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
-
-HtmlFile = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page to this file.")]
 
 
 @app.callback()
@@ -94,7 +92,7 @@ def simulate(
         tp=tp,
         slots=slots,
         efficiency=efficiency,
-        overhead_seconds=_not_negative("overhead-ms", overhead_ms) / 1e3,
+        overhead_seconds=not_negative("overhead-ms", overhead_ms) / 1e3,
     )
     load = load_workload(trace, rate=rate, count=requests, seed=seed)
     with status_line() as say:
@@ -194,7 +192,7 @@ def compare(
     if device is not None:
         if html is not None or rates:
             raise InputError("--rates and --html are for simulations: leave them out with --device")
-        _compare_on_device(systems, trace, model, device, requests, seed, block_size, slots, limit, beside, json_file)
+        compare_on_device(systems, trace, model, device, requests, seed, block_size, slots, limit, beside, json_file)
         return
     if limit is not None or beside:
         raise InputError("--seconds and --beside need --device")
@@ -205,9 +203,9 @@ def compare(
     from minipaged.lab.simulate import parse_systems
     from minipaged.lab.tables import table, write_json
 
-    pool = None if slots == "all" else _whole("slots", slots)
+    pool = None if slots == "all" else whole("slots", slots)
     names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=pool)
-    others = [_number("rates", text) for text in rates.split(",") if text.strip()]
+    others = [number("rates", text) for text in rates.split(",") if text.strip()]
     with status_line() as say:
         found = comparing.compare(
             names, trace, server,
@@ -224,128 +222,8 @@ def compare(
         comparing.comparison_page(found).write(html)
 
 
-def _compare_on_device(
-    systems: str,
-    trace: str,
-    model: str,
-    device: str,
-    requests: int,
-    seed: int,
-    block_size: int,
-    pools: str,
-    limit: float | None,
-    peers: str,
-    json_file: Path | None,
-) -> None:
-    from minipaged.commands.progress import status_line
-    from minipaged.lab.bench_results import Results
-    from minipaged.lab.device_report import device_dict, print_device
-    from minipaged.lab.device_run import DeviceResult, draws_for, run_systems
-    from minipaged.lab.simulate import parse_systems
-    from minipaged.lab.transformers_peer import PEERS, run_peer
-
-    names = parse_systems(systems)
-    sizes = [None if text.strip() == "all" else _whole("slots", text) for text in pools.split(",")]
-    beside = [name.strip() for name in peers.split(",") if name.strip()]
-    for peer in beside:
-        check_choice("beside", peer, PEERS)
-    draws = draws_for(trace, model, count=requests, seed=seed)
-    kept = Results(json_file)
-    found: list[DeviceResult] = []
-
-    def done(result: DeviceResult) -> None:
-        found.append(result)
-        kept.add([device_dict(result)])
-
-    with status_line() as say:
-        for peer in beside:  # first, while the device is empty: each is a process of its own
-            say(f"transformers {peer}", 0, 1)
-            largest = None if None in sizes else max(size for size in sizes if size is not None)
-            done(run_peer(peer, model, draws, device=device, pool=largest, seconds=limit))
-        run_systems(
-            names, draws,
-            model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, say=say, done=done,
-        )  # fmt: skip
-    title = f"{trace} on {'this device' if device == 'auto' else device}, {len(draws)} requests, {model}"
-    print_device(title, found)
-
-
-@app.command()
-def ablate(
-    model: Annotated[str, typer.Option(help="A zoo name or random:SHAPE.")] = "random:smollm2-135m",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    limit: Annotated[float, typer.Option("--seconds", help="Limit of each run of the engine.")] = 8.0,
-    json_file: JsonFile = None,
-    html: HtmlFile = None,
-) -> None:
-    """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, and
-    whether the factors multiply."""
-    from minipaged.commands.progress import status_line
-    from minipaged.lab import device_report
-    from minipaged.lab.ablate import Ablation
-    from minipaged.lab.ablate import ablate as measure
-    from minipaged.lab.bench_results import Results
-
-    check_real("seconds", limit, 0.0, open_low=True)
-
-    kept = Results(json_file)
-
-    def done(found: Ablation) -> None:
-        kept.rows = device_report.ablation_dicts(found)
-        kept.write()
-
-    with status_line() as say:
-        found = measure(model, device=device, seconds=limit, say=say, done=done)
-    note = device_report.load_note(os.getloadavg()[0], os.cpu_count() or 1, found.device)
-    if note:
-        kept.note(note)
-    device_report.print_ablation(found, note)
-    if html is not None:
-        device_report.ablation_page(found).write(html)
-
-
-@app.command()
-def beams(
-    model: Annotated[str, typer.Option(help="A zoo name.")] = "smollm2-135m",
-    widths: Annotated[str, typer.Option(help="Beams, or samples, a request; with commas.")] = "2,4,6",
-    requests: Annotated[int, typer.Option(help="How many of the 24 instructions.")] = 24,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json_file: JsonFile = None,
-) -> None:
-    """Blocks that a real model's beams and samples share, measured; Fig. 15 shows them beside the simulated ones."""
-    from dataclasses import asdict
-
-    from minipaged.commands.progress import status_line
-    from minipaged.lab import beam_run
-    from minipaged.lab.bench_results import Results
-    from minipaged.lab.tables import percent, table
-
-    kept = Results(json_file)
-    counts = [_whole("widths", text) for text in widths.split(",") if text.strip()]
-    with status_line() as say:
-        found = beam_run.measure(
-            model=model, widths=counts, requests=requests, device=device, say=say, done=lambda s: kept.add([asdict(s)])
-        )
-    rows = [(f"{s.width} {s.kind}", percent(s.saving), f"{s.steps:,}", f"{s.answer_tokens:.1f}") for s in found]
-    title = f"{model}: {requests} instructions, blocks of {beam_run.BLOCK}"
-    table(title, ("a request", "blocks saved %", "steps", "answer tokens"), rows)
-
-
-@app.command()
-def plot(
-    results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
-    out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
-) -> None:
-    """A plot of a results file, as SVG."""
-    from minipaged.lab.bench_results import read_results
-    from minipaged.lab.device_report import plot_of
-
-    text = plot_of(read_results(results))
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
-    typer.echo(f"wrote {out}")
+for measured in (ablate, beams, plot):
+    app.command()(measured)
 
 
 @app.command()
@@ -473,23 +351,3 @@ def advise(
     table(title, ("technique", "verdict", "why"), rows, words=2, notes=notes)
     if json_file is not None:
         write_json(json_file, found)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{name} must be numbers with commas between them, not {text.strip()!r}") from None
-
-
-def _whole(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{name} must be whole numbers with commas between them, not {text.strip()!r}") from None
-
-
-def _not_negative(name: str, value: float) -> float:
-    if not 0 <= value < float("inf"):
-        raise InputError(f"{name} must be a finite number, at least 0, not {value:g}")
-    return value
