@@ -40,6 +40,8 @@ def show(
     chosen = dict(settings or {})
     if prompts is None and chosen.get("num_blocks") is None:
         chosen |= DEMO_SETTINGS
+        if model == "toy" or model.startswith("random:"):  # a byte a token: the same prompts take more blocks
+            chosen["num_blocks"] *= 2
     if steps is not None:
         check_int("steps", steps, 1)
     check_int("block_size", chosen.get("block_size", 16), 1, 256)
