@@ -28,16 +28,22 @@ class TextStream:
             return
         early = max(0, min(self._min_tokens - self.consumed, len(tokens)))
         self.consumed += len(tokens)
-        self._read(tokens[:early])
+        if early:
+            self._read(tokens[:early])
         searched = len(self.text)
-        self._read(tokens[early:])
         if early < len(tokens):
-            self._find_stop(searched)
-        self.stable = len(self.text) - (0 if self.stopped else self._held_back())
+            self._read(tokens[early:] if early else tokens)
+            if self._stop:
+                self._find_stop(searched)
+        self.stable = len(self.text) - (self._held_back() if self._stop and not self.stopped else 0)
 
     def _read(self, tokens: list[int]) -> None:
         """The whole characters of more tokens become text."""
-        self._pending += b"".join(self._token_bytes(token) for token in tokens)
+        self._pending += b"".join(map(self._token_bytes, tokens))
+        if self._pending.isascii():  # each byte is a character
+            self.text += self._pending.decode("ascii")
+            self._pending = b""
+            return
         whole = _whole_characters(self._pending)
         self.text += self._pending[:whole].decode("utf-8", errors="replace")
         self._pending = self._pending[whole:]

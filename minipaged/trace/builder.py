@@ -114,12 +114,11 @@ class TraceBuilder:
     def _forget_ended(self, told: Iterable[Sequence]) -> None:
         """What has ended is told once; it is remembered as long as a sibling of it may be told of."""
         for sequence in told:
-            request = sequence.request
             if sequence.status is Status.FINISHED:
                 self._shown.pop(sequence.seq_id, None)
                 self._ended.add(sequence.seq_id)
-            if request.finished:
-                self._ended.difference_update(s.seq_id for s in request.sequences)
+                if sequence.request.finished:
+                    self._ended.difference_update(s.seq_id for s in sequence.request.sequences)
 
     # ---- sequences
 
@@ -147,12 +146,14 @@ class TraceBuilder:
     def _sequence_patch(self, sequence: Sequence) -> SequencePatch:
         request = sequence.request
         told = self._shown.get(sequence.seq_id)
-        text = sequence.text if sequence.status is Status.FINISHED else sequence.text[: sequence.stable_text]
+        text = sequence.text
+        state = sequence.text_state  # read with the text
+        end = len(text) if state is None or sequence.status is Status.FINISHED else state.stable
         if told is None:
-            tokens, added = tuple(sequence.token_ids), self._prompt_bytes(request) + text.encode()
+            tokens, added = tuple(sequence.token_ids), self._prompt_bytes(request) + text[:end].encode()
         else:
-            tokens, added = tuple(sequence.token_ids[told[0] :]), text[told[1] :].encode()
-        self._shown[sequence.seq_id] = (len(sequence.token_ids), len(text))
+            tokens, added = tuple(sequence.token_ids[told[0] :]), text[told[1] : end].encode()
+        self._shown[sequence.seq_id] = (len(sequence.token_ids), end)
         slot = sequence.slot
         computed = int(self._scheduler.batch.computed[slot]) if slot >= 0 else sequence.computed
         reason, status = sequence.finish_reason, sequence.status.value
@@ -368,25 +369,24 @@ class _PoolView:
             dirty.update(block for block in table[start // size : (start + length - 1) // size + 1] if block)
 
     def _columns(self, ids: np.ndarray) -> BlockPatch:
-        n = len(ids)
-        owner, refs = np.full(n, -1, np.int32), np.zeros(n, np.int32)
-        fill, flags = np.zeros(n, np.int32), np.zeros(n, np.uint8)
-        manager = self._scheduler.manager
+        n, count = len(ids), self._scheduler.manager.ref_count
+        owners, counts, fills, marks = [-1] * n, [0] * n, [0] * n, [0] * n
         for i, block in enumerate(ids.tolist()):
             holders = self._holders.get(block)
             if holders:
-                owner[i] = holders[0]
-                refs[i] = manager.ref_count(block)
-                fill[i] = max(self._fill_of(seq_id, block) for seq_id in holders)
+                owners[i], counts[i] = holders[0], count(block)
             if block in self._cached:
-                flags[i] |= FLAG_CACHED
-                fill[i] = self._size
+                marks[i], fills[i] = FLAG_CACHED, self._size
+            elif holders:
+                fills[i] = max([self._fill_of(seq_id, block) for seq_id in holders])
             if block in self._copied:
-                flags[i] |= FLAG_COPIED
+                marks[i] |= FLAG_COPIED
         if n and ids[0] == 0:
-            flags[0] |= FLAG_NULL
+            marks[0] |= FLAG_NULL
+        owner, refs, fill = (np.array(column, np.int32) for column in (owners, counts, fills))
         self._fill[ids] = fill
-        return BlockPatch(ids, owner, refs, fill, flags, np.full(n, TIER_DEVICE, np.uint8), np.zeros(n, np.int32))
+        flags, tier = np.array(marks, np.uint8), np.full(n, TIER_DEVICE, np.uint8)
+        return BlockPatch(ids, owner, refs, fill, flags, tier, np.zeros(n, np.int32))
 
     def _fill_of(self, seq_id: int, block: int) -> int:
         """Slots of the block that this sequence has written."""
