@@ -11,12 +11,14 @@ from torch import Tensor
 from kernels.checks import FLOAT_DTYPES, shape_of
 from kernels.dispatch import use_triton
 
+COLDEST = 1e-5  # below this temperature a draw is greedy: logits over it would leave what float32 can hold
+
 
 def draw_tokens(logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
-    """One token a row, int64 [rows]: the first most likely one where temperature is 0 (or not given), else the token at which the
-    cumulative distribution of softmax(logits / temperature) passes `uniform`.
+    """One token a row, int64 [rows]: the first most likely one where temperature is below COLDEST (or not given), else the token at
+    which the cumulative distribution of softmax(logits / temperature) passes `uniform`.
 
-    logits: [rows, vocab], its last dimension contiguous. temperature: float32 or float64 [rows], 0 or positive. uniform: float64
+    logits: [rows, vocab], its last dimension contiguous. temperature: float32 or float64 [rows]. uniform: float64
     [rows], each in [0, 1). A row's draw depends on that row alone. Reads the logits once, and one part of them again. Raises ValueError
     on shapes, dtypes or devices that do not fit.
     """
@@ -50,7 +52,7 @@ def draw_tokens_torch(logits: Tensor, temperature: Tensor | None = None, uniform
     best = logits.argmax(dim=-1)
     if temperature is None or uniform is None:
         return best
-    warm = temperature > 0
+    warm = temperature >= COLDEST
     scaled = logits.float() / temperature.where(warm, 1.0).float()[:, None]
     cumulative = scaled.softmax(dim=-1).double().cumsum(dim=-1)
     threshold = uniform[:, None] * cumulative[:, -1:]

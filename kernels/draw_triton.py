@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 
 from kernels.dependent_launch import dependent_launch, wait_for_previous
+from kernels.draw import COLDEST as LEAST_WARMTH
 from kernels.launch_table import next_power_of_two
 
 PART = 2048  # logits a program
+COLDEST = tl.constexpr(LEAST_WARMTH)
 
 
 @triton.jit
@@ -34,8 +36,8 @@ def _base_2(temperature):
 @triton.jit
 def _parts_kernel(
     best_ptr,  # float32 [rows, parts]: the largest logit
-    place_ptr,  # int32 [rows, parts]: where it is; not written for a row of another temperature than 0
-    weight_ptr,  # float32 [rows, parts]: sum of exp((logit - largest) / temperature); not written for a row of temperature 0
+    place_ptr,  # int32 [rows, parts]: where it is; not written for a row that is drawn
+    weight_ptr,  # float32 [rows, parts]: sum of exp((logit - largest) / temperature); not written for a greedy row
     logits_ptr,
     temperature_ptr,
     vocab,
@@ -55,7 +57,7 @@ def _parts_kernel(
     best = tl.max(logits, 0)
     at = row * tl.num_programs(0) + part
     tl.store(best_ptr + at, best)
-    if temperature > 0.0:
+    if temperature >= COLDEST:
         shift = tl.where(best == float("-inf"), 0.0, best)  # a part of banned tokens alone
         tl.store(weight_ptr + at, tl.sum(tl.exp2((logits - shift) * _base_2(temperature)), 0))
     else:
@@ -89,7 +91,7 @@ def _token_kernel(
     token = tl.min(tl.where(best == top, place, vocab - 1), 0)
     if WARM:
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
-        if temperature > 0.0:
+        if temperature >= COLDEST:
             weight = tl.load(weight_ptr + at, mask=part < num_parts, other=0.0)
             weight = weight.to(tl.float64) * tl.exp2((best - top) * _base_2(temperature)).to(tl.float64)
             ends = tl.cumsum(weight, 0)

@@ -29,7 +29,8 @@ def linear(
 
     x: [T, inputs], its last dimension contiguous. weight: [outputs, inputs], contiguous. bias: [outputs]. norm: [inputs].
     residual: [T, outputs], changed and returned; else a new tensor [T, outputs]. Moves the weight once: inputs * outputs elements,
-    which is all that counts while T is small. Raises ValueError on shapes, dtypes or devices that do not fit.
+    which is all that counts while T is small. On a GPU the weight must have been written before the kernel launched last: its first tiles
+    are read while that one may still run. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     _check(x, weight, bias, norm, 1)
     if residual is not None and (

@@ -33,7 +33,8 @@ def _load_weight(
     if WHOLE_N and WHOLE_K:
         tile = tl.load(pointers, eviction_policy="evict_first")
     else:
-        tile = tl.load(pointers, mask=(column < n_size)[:, None] & (k < k_size)[None, :], other=0.0)
+        mask = (column < n_size)[:, None] & (k < k_size)[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
@@ -86,8 +87,9 @@ def _one_row_kernel(
         if HAS_NORM:
             wide = x.to(tl.float32)
             squares += wide * wide
-            x = (wide * tl.load(norm_ptr + k, mask=k < k_size, other=0.0).to(tl.float32)).to(x.dtype)
-        wide_x = x.to(tl.float32)[None, :]
+            wide_x = (wide * tl.load(norm_ptr + k, mask=k < k_size, other=0.0).to(tl.float32))[None, :]
+        else:
+            wide_x = x.to(tl.float32)[None, :]
         sums += weight.to(tl.float32) * wide_x
         if GATED:
             up_sums += up.to(tl.float32) * wide_x

@@ -147,10 +147,10 @@ def build_runner(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    if graphs and device.type == "cuda" and config.depth <= 1:  # its host buffers are for one step in flight
+    if graphs and device.type == "cuda":
         from minipaged.execution.graph_runner import GraphRunner
 
-        return GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len)
+        return GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len, depth=config.depth)
     return TorchRunner(loaded.model, store, config.max_num_seqs)
 
 

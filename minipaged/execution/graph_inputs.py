@@ -14,10 +14,10 @@ import numpy as np
 from minipaged.scheduling.plan import StepPlan
 
 MOST_TOKENS = 1024  # of a step with prompt chunks that is replayed: the GPU is busy with more for longer than the host with launching it
-MOST_CHUNKS = 32
 # Steps with chunks have coarser buckets than decodes alone, since there are more shapes.
 TOKEN_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024)
-ROW_BUCKETS = (16, 64, 256, 1024)
+ROW_BUCKETS = (16, 64, 256, 512, 1024)
+CHUNK_BUCKETS = (4, 32)
 
 
 class Shape(NamedTuple):
@@ -45,10 +45,11 @@ def shape_of(plan: StepPlan) -> Shape | None:
         return Shape(bucket_of(rows), bucket_of(rows), 0)
     decodes = int((plan.lengths == 1).sum())
     needed = max(decodes, len(plan.draw_rows), 1)
-    if tokens > MOST_TOKENS or rows - decodes > MOST_CHUNKS or needed > MOST_TOKENS:
+    if tokens > MOST_TOKENS or rows - decodes > CHUNK_BUCKETS[-1] or needed > MOST_TOKENS:
         return None
     rows_bucket = _bucket(ROW_BUCKETS, needed)
-    return Shape(max(_bucket(TOKEN_BUCKETS, tokens), rows_bucket), rows_bucket, MOST_CHUNKS)
+    tokens_bucket = max(_bucket(TOKEN_BUCKETS, tokens), rows_bucket)
+    return Shape(tokens_bucket, rows_bucket, _bucket(CHUNK_BUCKETS, rows - decodes))
 
 
 def _bucket(buckets: tuple[int, ...], needed: int) -> int:
@@ -58,7 +59,7 @@ def _bucket(buckets: tuple[int, ...], needed: int) -> int:
 def largest_shapes(max_num_seqs: int) -> tuple[Shape, Shape]:
     """The shapes that need most room in an engine of so many sequences: of decodes alone, and with chunks."""
     alone = Shape(bucket_of(max_num_seqs), bucket_of(max_num_seqs), 0)
-    return alone, Shape(MOST_TOKENS, _bucket(ROW_BUCKETS, min(max_num_seqs, MOST_TOKENS)), MOST_CHUNKS)
+    return alone, Shape(MOST_TOKENS, _bucket(ROW_BUCKETS, min(max_num_seqs, MOST_TOKENS)), CHUNK_BUCKETS[-1])
 
 
 class Inputs(NamedTuple):

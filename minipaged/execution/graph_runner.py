@@ -23,9 +23,8 @@ from minipaged.execution.runner import Pending
 from minipaged.execution.torch_runner import StepInputs, TorchRunner, attend_pages
 from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
 from minipaged.model.llama import Layer, Llama
+from minipaged.model.placement import to_device
 from minipaged.scheduling.plan import SamplingColumns, StepPlan, StepTokens
-
-NUM_STAGES = 4  # steps whose host buffers may be in use at once: more than any flight's depth needs
 
 
 class Draws(Enum):
@@ -64,10 +63,11 @@ class GraphPending:
 class GraphRunner(TorchRunner):
     """A TorchRunner that replays graphs wherever a step has a shape for one; CUDA only.
 
-    max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with.
+    max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with. depth: the engine's, steps in
+    flight beyond the one being committed.
     """
 
-    def __init__(self, model: Llama, store: KVStore, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, model: Llama, store: KVStore, max_num_seqs: int, max_model_len: int, *, depth: int = 1) -> None:
         super().__init__(model, store, max_num_seqs)
         if self.device.type != "cuda":
             raise ValueError(f"graphs need a CUDA device, not {self.device}")
@@ -83,7 +83,9 @@ class GraphRunner(TorchRunner):
         self._angles = angle_table(model, max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
-        self._stages = [self._new_stage(size) for _ in range(NUM_STAGES)]
+        self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._too_large: set[tuple[Shape, Draws]] = set()  # no memory was left to capture these
+        self._stages = [self._new_stage(size) for _ in range(depth + 2)]
         self._turn = 0
 
     def _new_stage(self, size: int) -> Stage:
@@ -100,21 +102,25 @@ class GraphRunner(TorchRunner):
         shape = shape_of(plan)
         if shape is None:
             return super().launch(plan)
+        draws = draws_of(plan, shape)
+        captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
+        if captured is None:
+            return super().launch(plan)
         self.store.swap_out(plan.swap_outs)
         self.store.swap_in(plan.swap_ins)
         self.store.copy(plan.copies)
-        count, draws = len(plan.draw_rows), draws_of(plan, shape)
+        count = len(plan.draw_rows)
         stage = self._stages[self._turn]
-        self._turn = (self._turn + 1) % NUM_STAGES
-        stage.done.synchronize()  # its last copy was made long ago
+        self._turn = (self._turn + 1) % len(self._stages)
+        stage.done.synchronize()  # its last copy was made depth + 2 steps ago
         self._send(plan, stage, shape, draws)
-        graph, result = self._graphs.get((shape, draws)) or self._capture(shape, draws)
+        graph, result = captured
         graph.replay()
         if draws is Draws.NONE:
             stage.done.record()
             if shape.chunks or np.array_equal(plan.draw_rows, np.arange(len(plan.seq_ids))):
                 return self._draw(plan, result[:count])
-            return self._draw(plan, result[torch.from_numpy(plan.draw_rows.astype(np.int64)).to(self.device)])
+            return self._draw(plan, result[to_device(plan.draw_rows, self.device, torch.int64)])
         stage.drawn[:count].copy_(result[:count], non_blocking=True)
         stage.done.record()
         return GraphPending(stage, count)
@@ -128,7 +134,7 @@ class GraphRunner(TorchRunner):
         if plan.sampling is not None and draws is Draws.WARM:
             count, chances = len(plan.draw_rows), stage.chances.numpy()
             chances[0, :count], chances[1, :count] = plan.sampling.temperature, plan.sampling.uniform
-            self._chances[:, :count].copy_(stage.chances[:, :count], non_blocking=True)
+            self._chances.copy_(stage.chances, non_blocking=True)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, fused: for the steps that are not replayed."""
@@ -190,18 +196,29 @@ class GraphRunner(TorchRunner):
             )
         return self._logits
 
-    def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Capture the graph of a shape. Warming up runs the step, which must not be seen: what it draws is put back."""
-        kept = self._drawn.clone()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(shape, draws)
-            self._drawn.copy_(kept)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        """Capture the graph of a shape, over inputs of padding alone, so that warming it up writes nothing; None where the memory is
+        short.
+        """
+        if (shape, draws) in self._too_large:
+            return None
+        inputs = views(self._inputs, shape, self._width)
+        for part in (inputs.draws, inputs.lengths, inputs.chunk_lengths, inputs.chunk_starts):
+            part.zero_()
+        inputs.tokens.copy_(torch.tensor([[0], [0], [-1], [self._parking]], dtype=torch.int32, device=self.device))
+        inputs.draws[1] = self._parking
+        self._capturing.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            result = self._step(shape, draws)
+        try:
+            with torch.cuda.stream(self._capturing):
+                self._step(shape, draws)
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing):
+                result = self._step(shape, draws)
+        except torch.OutOfMemoryError:
+            self._too_large.add((shape, draws))
+            return None
+        finally:
+            torch.cuda.current_stream().wait_stream(self._capturing)
         self._graphs[shape, draws] = graph, result
         return graph, result
 

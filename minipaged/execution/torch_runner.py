@@ -14,6 +14,7 @@ from minipaged.execution.kv_store import KVStore
 from minipaged.execution.runner import Pending
 from minipaged.generation import sampler
 from minipaged.model.llama import Llama
+from minipaged.model.placement import to_device
 from minipaged.scheduling.plan import IN_FLIGHT, PromptLogprobs, StepPlan, StepTokens
 
 PROMPT_ROWS = 256  # prompt tokens whose log-probabilities are computed at a time
@@ -30,7 +31,7 @@ class StepInputs:
         blocks = plan.tables[row_of, positions // block_size].astype(np.int64)
 
         def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+            return to_device(array, device, dtype)
 
         self.token_ids = tensor(plan.token_ids, torch.int64)
         self.positions = tensor(positions, torch.int64)
@@ -138,8 +139,7 @@ class TorchRunner:
         """Tokens that the host does not know are the newest of their row's slot."""
         unknown = np.flatnonzero(plan.token_ids == IN_FLIGHT)
         rows = np.repeat(plan.slots, plan.lengths)[unknown].astype(np.int64)
-        at = torch.from_numpy(unknown).to(self.device)
-        inputs.token_ids[at] = self._drawn[torch.from_numpy(rows).to(self.device)]
+        inputs.token_ids[to_device(unknown, self.device)] = self._drawn[to_device(rows, self.device)]
 
     def _draw(self, plan: StepPlan, logits: torch.Tensor) -> TorchPending:
         """One token for each draw. logits: float32 [draws, vocab]."""
@@ -150,11 +150,11 @@ class TorchRunner:
             if plan.penalty_tokens or plan.banned_tokens:
                 logits = logits.clone()
             if plan.penalty_tokens:
-                penalties = torch.from_numpy(plan.sampling.repetition_penalty).to(self.device)
+                penalties = to_device(plan.sampling.repetition_penalty, self.device)
                 sampler.penalize(logits, plan.penalty_tokens, penalties)
             sampler.ban(logits, plan.banned_tokens)
             drawn = sampler.sample(logits, plan.sampling)
-        self._drawn[torch.from_numpy(plan.draw_slots.astype(np.int64)).to(self.device)] = drawn
+        self._drawn[to_device(plan.draw_slots, self.device, torch.int64)] = drawn
         if plan.top_logprobs < 0:
             return TorchPending(drawn)
         logprobs = raw.log_softmax(dim=-1)

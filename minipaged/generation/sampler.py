@@ -4,9 +4,11 @@ its stream and its logits alone, never on its neighbours in the batch.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 import kernels
+from minipaged.model.placement import to_device
 from minipaged.scheduling.plan import SamplingColumns
 
 SORTED_ROWS = 32  # truncated draws at a time: each takes about 100 bytes a token of the vocabulary while it is sorted
@@ -19,7 +21,7 @@ def penalize(logits: torch.Tensor, tokens: tuple[tuple[int, ...], ...], penaltie
     """
     for row, seen in enumerate(tokens):
         if seen:
-            index = torch.tensor(seen, dtype=torch.int64, device=logits.device)
+            index = to_device(np.array(seen, np.int64), logits.device)
             values = logits[row, index]
             logits[row, index] = torch.where(values > 0, values / penalties[row], values * penalties[row])
 
@@ -28,7 +30,7 @@ def ban(logits: torch.Tensor, tokens: tuple[tuple[int, ...], ...]) -> None:
     """Make tokens impossible, in place. logits [draws, vocab]; tokens: per draw."""
     for row, banned in enumerate(tokens):
         if banned:
-            logits[row, list(banned)] = float("-inf")
+            logits[row, to_device(np.array(banned, np.int64), logits.device)] = float("-inf")
 
 
 def sample(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
@@ -40,14 +42,14 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     warm = columns.temperature > 0
     if not warm.any():
         return kernels.draw_tokens(logits)
-    temperature = torch.from_numpy(columns.temperature).to(device)
-    uniform = torch.from_numpy(columns.uniform).to(device)
+    temperature = to_device(columns.temperature, device)
+    uniform = to_device(columns.uniform, device)
     drawn = kernels.draw_tokens(logits, temperature, uniform)
     truncated = warm & ((columns.top_k > 0) | (columns.top_p < 1.0) | (columns.min_p > 0.0))
     if truncated.any():
-        rows = torch.from_numpy(truncated.nonzero()[0]).to(device)
+        rows = to_device(truncated.nonzero()[0], device)
         top_k, top_p, min_p = (
-            torch.from_numpy(column[truncated]).to(device) for column in (columns.top_k, columns.top_p, columns.min_p)
+            to_device(column[truncated], device) for column in (columns.top_k, columns.top_p, columns.min_p)
         )
         parts = (torch.split(column, SORTED_ROWS) for column in (rows, top_k.long(), top_p, min_p))
         for part, k, p, floor in zip(*parts, strict=True):

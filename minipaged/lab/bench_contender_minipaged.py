@@ -33,6 +33,6 @@ def load(name: str, job: Job) -> Runs:
     def answer(workload: str, asked: list[Draw], temperature: float) -> int:
         params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for _, n in asked]
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked], params)
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
+        return sum(output.request.sequences[0].num_output for output in outputs)
 
     return Runs(answer)

@@ -1,13 +1,12 @@
 """`minipaged bench host`: what a decode step costs beside the GPU's work, at a full batch.
 
-The host gap is what lies between one step's last kernel and the next one's first, read from events on the stream around every replay of a
-graph: launch gaps inside a graph are the device's, so they count as busy; copies to and from the device around a graph count as gap.
+The host gap is the wall time of a step less the time that its graph takes when the next replay always waits on the GPU already: launch gaps
+inside a graph are the device's; whatever the host, and copies to and from it, add is the gap.
 Every measurement is a phase of its own over the same contexts: requests are submitted, brought to plain decoding, measured and aborted.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from minipaged.scheduling.plan import StepPlan, StepTokens
 from minipaged.trace.records import StepDelta
 from minipaged.trace.stream import StreamWriter, header_of
 
+REPLAYS = 20
 STEPS, PHASES = 60, 3  # decode steps of a phase, and phases of a measurement: medians over the phases
 WARM_TOKENS = 8  # of every answer, before a phase is measured
 PAIRS, PAIR_STEPS = 10, 30  # of the trace's cost: steps with and without a listener, in turn
@@ -85,36 +85,41 @@ def step_us(engine: Engine, steps: int) -> float:
 
 
 @contextmanager
-def marked_replays() -> Iterator[list[tuple[Any, Any]]]:
-    """Events on the stream before and after every graph that is replayed meanwhile."""
-    marks: list[tuple[Any, Any]] = []
+def replayed_graphs() -> Iterator[list[Any]]:
+    """Every graph that is replayed meanwhile, in order."""
+    graphs: list[Any] = []
     kind: Any = torch.cuda.CUDAGraph
     replay = kind.replay
 
-    def marked(graph: torch.cuda.CUDAGraph) -> None:
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        before.record()
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        graphs.append(graph)
         replay(graph)
-        after.record()
-        marks.append((before, after))
 
-    kind.replay = marked
+    kind.replay = noted
     try:
-        yield marks
+        yield graphs
     finally:
         kind.replay = replay
 
 
-def busy_and_gap_us(marks: list[tuple[Any, Any]]) -> tuple[float, float]:
-    """(from a step's first kernel to its last, from there to the next step's first), means: steps that need new blocks count as well.
+def busy_us(graph: Any) -> float:
+    """Microseconds that the GPU takes for a step's graph when the next replay is always there already."""
+    for _ in range(3):
+        graph.replay()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3 / REPLAYS
 
-    InputError if no graphs were replayed.
-    """
-    if len(marks) < 2:
+
+def last_graph(graphs: list[Any]) -> Any:
+    """The newest of them. InputError if no graphs were replayed."""
+    if not graphs:
         raise InputError("no graphs were replayed: the host gap is that of graph steps, so graphs must be on")
-    busy = statistics.fmean(before.elapsed_time(after) for before, after in marks)
-    gaps = (last[1].elapsed_time(following[0]) for last, following in itertools.pairwise(marks))
-    return busy * 1e3, statistics.fmean(gaps) * 1e3
+    return graphs[-1]
 
 
 def kernel_us(engine: Engine, steps: int) -> float:
@@ -127,25 +132,27 @@ def kernel_us(engine: Engine, steps: int) -> float:
 
 
 def gpu_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
-    """Wall time of a step, the GPU's busy interval, what is left for the host, and the sum of the kernels."""
-    walls: list[float] = []
+    """Wall time of a step, the GPU's part of it, what is left for the host, and the sum of the kernels."""
     found: list[tuple[float, float]] = []
 
-    def marked() -> None:
-        with marked_replays() as marks:
-            step_us(engine, STEPS)
-        found.append(busy_and_gap_us(marks))
+    def measured() -> None:
+        with replayed_graphs() as graphs:
+            step_us(engine, 2)
+        before = busy_us(last_graph(graphs))
+        with replayed_graphs() as graphs:
+            wall = step_us(engine, STEPS)
+        found.append((wall, (before + busy_us(last_graph(graphs))) / 2))  # contexts grow meanwhile
 
     for _ in range(PHASES):
-        phase(engine, batch, STEPS, lambda: walls.append(step_us(engine, STEPS)))
-        phase(engine, batch, STEPS, marked)
-    busy, gap = (statistics.median(values) for values in zip(*found, strict=True))
+        phase(engine, batch, STEPS, measured)
+    wall, busy = (statistics.median(values) for values in zip(*found, strict=True))
+    gap = max(0.0, wall - busy)
     sums: list[float] = []
     phase(engine, batch, STEPS, lambda: sums.append(kernel_us(engine, STEPS)))
-    yield HostRow("step, wall time", statistics.median(walls), "us")
-    yield HostRow("GPU busy, first kernel to last", busy, "us")
-    yield HostRow("host gap, last kernel to the next step's first", gap, "us", 100.0)
-    yield HostRow("host gap, part of a step", 100 * gap / (busy + gap), "%", 2.0)
+    yield HostRow("step, wall time", wall, "us")
+    yield HostRow("GPU busy: the step's graph, replayed without a pause", busy, "us")
+    yield HostRow("host gap, wall time less busy time", gap, "us", 100.0)
+    yield HostRow("host gap, part of a step", 100 * gap / wall, "%", 2.0)
     yield HostRow("kernels, summed", sums[0], "us")
 
 

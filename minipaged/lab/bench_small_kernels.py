@@ -1,4 +1,5 @@
-"""The kernels around attention, as GB/s of the bytes they must move: rotation with the cache write, norm with the residual, SiLU, draws.
+"""The kernels around attention, as GB/s of the bytes they must move: rotation with the cache write, norm with the residual, SiLU, draws,
+and products of few rows.
 
 Each call moves at least 64 MB; buffers rotate past the cache. What must move is each input and each output once, whatever a kernel does.
 """
@@ -80,6 +81,18 @@ def draws(rows: int, vocabulary: int) -> Small:
     return Small("sampling", f"{rows} x {vocabulary} logits", rows * vocabulary * 2, prepare)
 
 
+def product(rows: int, inputs: int, outputs: int) -> Small:
+    """Rows times a weight, added to a residual: the weight in, once; x and the sums are next to nothing."""
+
+    def prepare(device: str) -> Work:
+        x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+        weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) * inputs**-0.5
+        residual = torch.zeros(rows, outputs, device=device, dtype=torch.bfloat16)
+        return lambda: kernels.linear(x, weight, residual=residual)
+
+    return Small(f"product of {rows}", f"{rows} x {inputs} x {outputs}", inputs * outputs * 2, prepare)
+
+
 SMALL = (
     rope_write(4096, 32, 32, 128),
     rope_write(8192, 32, 8, 128),
@@ -90,6 +103,9 @@ SMALL = (
     silu(8192, 3072),
     draws(256, 151936),
     draws(1024, 32000),
+    product(1, 4096, 12288),
+    product(1, 11008, 4096),
+    product(16, 11008, 4096),
 )
 
 

@@ -1,10 +1,11 @@
-"""Where a model goes and in what precision, from the words a user gives.
+"""Where a model goes and in what precision, from the words a user gives; and how a step's numbers get there.
 
 Knows torch's names of devices and dtypes. Does not know models.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from minipaged.config import DTYPES
@@ -38,3 +39,10 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
+
+
+def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An array on the device, without waiting for what the device is doing: a GPU fetches it from page-locked memory in its own time."""
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    host = host if dtype is None else host.to(dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

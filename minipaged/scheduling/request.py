@@ -195,7 +195,7 @@ class CompletionOutput(NamedTuple):
 
 
 class RequestOutput:
-    """A live view of a request: reads what stands there when it is asked."""
+    """A live view of a request: reads what stands there when it is asked. For the engine's thread alone: reading text makes it."""
 
     __slots__ = ("request",)
 

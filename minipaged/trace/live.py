@@ -80,7 +80,7 @@ class LiveSource(RecordSource):
         self._arrival.set()
 
     def _top_up(self) -> None:
-        if self._running and self._outstanding < WINDOW:
+        if self._running and self._outstanding <= WINDOW // 2:
             more = WINDOW - self._outstanding
             self._outstanding += more
             self._send(command("permit", steps=more))

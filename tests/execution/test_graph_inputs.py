@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipaged.execution import graph_inputs
-from minipaged.execution.graph_inputs import MOST_CHUNKS, MOST_TOKENS, Shape, bucket_of, fill, shape_of, size_of, views
+from minipaged.execution.graph_inputs import (
+    CHUNK_BUCKETS,
+    MOST_TOKENS,
+    Shape,
+    bucket_of,
+    fill,
+    shape_of,
+    size_of,
+    views,
+)
 from minipaged.scheduling.plan import IN_FLIGHT, PromptQuery, StepPlan
 
 WIDTH, PARKING, STALE = 40, 99, 77
@@ -107,11 +116,12 @@ def test_draws_name_the_token_of_their_row_whatever_their_order() -> None:
 
 def test_decodes_have_a_shape_of_their_own_and_large_steps_none() -> None:
     assert shape_of(plan_of([(3, 1)] * 5)) == Shape(8, 8, 0)
-    assert shape_of(plan_of([(3, 1)] * 5 + [(0, 40)])) == Shape(64, 16, MOST_CHUNKS)
-    assert shape_of(plan_of([(3, 1)] * 20 + [(0, 300)])) == Shape(384, 64, MOST_CHUNKS)
-    assert shape_of(plan_of([(3, 1)] * 100 + [(0, 2)])) == Shape(256, 256, MOST_CHUNKS)
+    assert shape_of(plan_of([(3, 1)] * 5 + [(0, 40)])) == Shape(64, 16, 4)
+    assert shape_of(plan_of([(3, 1)] * 20 + [(0, 300)])) == Shape(384, 64, 4)
+    assert shape_of(plan_of([(3, 1)] * 100 + [(0, 2)])) == Shape(256, 256, 4)
+    assert shape_of(plan_of([(0, 10)] * 5)) == Shape(64, 16, 32)
     assert shape_of(plan_of([(0, MOST_TOKENS + 1)])) is None
-    assert shape_of(plan_of([(0, 2)] * (MOST_CHUNKS + 1))) is None
+    assert shape_of(plan_of([(0, 2)] * (CHUNK_BUCKETS[-1] + 1))) is None
     queried = plan_of([(0, 5)])
     object.__setattr__(queried, "prompt_queries", (PromptQuery(0, (1,), 0),))
     assert shape_of(queried) is None

@@ -127,3 +127,33 @@ def test_bfloat16_logits_are_close(loaded: LoadedModel) -> None:
         expected = model.logits(model(tokens, positions, plain))
         found = fused_logits(model, fused_forward(model, model.embedding[tokens], fused)).float()
     assert float((found - expected).norm() / expected.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 17])
+def test_sixteen_bit_graphs_do_not_depend_on_how_they_are_launched(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row, few rows, many, and prompts among them: every kernel that may start before the one before it has ended, against the same
+    kernels one after the other. Token for token: nothing in them depends on timing.
+    """
+    from kernels.dependent_launch import ENVIRONMENT_VARIABLE, dependent_launch
+
+    loaded = zoo.load("random:qwen3-0.6b", device="cuda", dtype=torch.bfloat16)
+
+    def answers() -> list[list[int]]:
+        config = EngineConfig(max_model_len=256, depth=1, max_num_seqs=32)
+        cache = CacheConfig(num_blocks=600, block_size=16)
+        engine = build_engine(loaded, cache, config, device=torch.device("cuda"), dtype="bfloat16")
+        outputs = []
+        for i, prompt in enumerate(prompts(count)):  # each comes while the ones before it decode
+            outputs.append(engine.ask(prompt, SamplingParams(max_tokens=40 + i, ignore_eos=True)))
+            engine.step()
+        while engine.has_work:
+            engine.step()
+        return [output.outputs[0].token_ids for output in outputs]
+
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "0")
+    dependent_launch.cache_clear()
+    expected = answers()
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    dependent_launch.cache_clear()
+    for _ in range(3):
+        assert answers() == expected

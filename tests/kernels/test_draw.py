@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels.draw import draw_tokens_torch
+from kernels.draw import COLDEST, draw_tokens_torch
 from tests.kernels.paged_cases import examples
 
 pytestmark = pytest.mark.usefixtures("unset_choice")
@@ -29,10 +29,10 @@ def drawn_logits(rows: int, vocab: int, dtype: torch.dtype, seed: int, banned: f
 
 def assert_drawn(tokens: Tensor, logits: Tensor, temperature: Tensor, uniform: Tensor) -> None:
     """Each token's stretch of the cumulative distribution holds its uniform number; cold rows take the first best."""
-    scaled = logits.double() / temperature.where(temperature > 0, 1.0)[:, None]
+    scaled = logits.double() / temperature.where(temperature >= COLDEST, 1.0)[:, None]
     ends = scaled.softmax(-1).cumsum(-1)
     for row, token in enumerate(tokens.tolist()):
-        if temperature[row] == 0:
+        if temperature[row] < COLDEST:
             assert token == int((logits[row] == logits[row].max()).nonzero()[0])
             continue
         begin = float(ends[row, token - 1]) if token else 0.0
@@ -65,6 +65,18 @@ def test_L64_draw_equals_twin(rows: int, vocab: int, dtype: torch.dtype, seed: i
     temperature = torch.tensor([1.0, 0.6, 0.0])[:rows]
     assert_drawn(draw_tokens_triton(logits, temperature, uniform), logits, temperature, uniform)
     assert torch.equal(draw_tokens_triton(logits), draw_tokens_torch(logits))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("temperature", [1e-4, 1e-5, 1e-6, 1e-38, 1e-45, 0.0])
+def test_the_coldest_draws_are_the_most_likely_tokens(temperature: float) -> None:
+    from kernels.draw_triton import draw_tokens_triton
+
+    logits = drawn_logits(2, 5000, torch.float32, 1)
+    logits[0, 1234] = logits[1, 4999] = 40.0
+    cold, uniform = torch.full((2,), temperature), torch.tensor([0.3, 1 - 2**-53], dtype=torch.float64)
+    for draw in (draw_tokens_torch, draw_tokens_triton):
+        assert draw(logits, cold, uniform).tolist() == [1234, 4999]
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

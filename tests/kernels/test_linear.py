@@ -118,6 +118,20 @@ def test_L64_one_row_equals_twin(case: LinearCase, launch: LinearLaunch, gated: 
     assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("gated", [False, True])
+def test_large_activations_do_not_overflow_before_the_norm_divides_them(gated: bool) -> None:
+    from kernels.linear_triton import one_row_triton
+
+    case = LinearCase(1, 128, 20, torch.float16, True, False, False)
+    case.x[0, 5] = 9000.0
+    norm = torch.full((128,), 8.0, dtype=torch.float16)
+    expected = (gated_linear_torch if gated else linear_torch)(case.x, case.weight, norm=norm, eps=EPS)
+    found = one_row_triton(case.x, case.weight, norm=norm, eps=EPS, gated=gated)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_arguments_that_do_not_fit_are_named() -> None:
     x, weight = torch.zeros(3, 8), torch.zeros(6, 8)
     with pytest.raises(ValueError, match=r"x has shape \[3, 8\] and weight \[6, 7\]"):

@@ -181,16 +181,8 @@ def test_host_time_is_told_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
         list(bench_host.part_rows(small.engine, 8))
 
 
-def test_busy_and_gap_are_read_from_the_marks() -> None:
-    class Mark:
-        def __init__(self, at: float) -> None:
-            self.at = at
-
-        def elapsed_time(self, later: Mark) -> float:
-            return later.at - self.at
-
-    marks = [(Mark(0.0), Mark(4.0)), (Mark(4.1), Mark(8.1)), (Mark(8.4), Mark(12.4))]
-    busy, gap = bench_host.busy_and_gap_us(marks)
-    assert (busy, gap) == (pytest.approx(4000.0), pytest.approx(200.0))
+def test_the_host_gap_needs_graphs() -> None:
+    newest = object()
+    assert bench_host.last_graph([object(), newest]) is newest
     with pytest.raises(InputError, match="graphs must be on"):
-        bench_host.busy_and_gap_us(marks[:1])
+        bench_host.last_graph([])
