@@ -6,6 +6,8 @@ import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int64, torch.int32)
+# A hidden score is -inf, and times 0 that would be NaN. Bounded well inside float32, in which the kernels multiply by the scale.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
 
 
 def shape_of(tensor: torch.Tensor) -> list[int]:
@@ -70,6 +72,7 @@ def check_attention(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     num_rows: int,
+    scale: float,
     window: int | None,
     out: torch.Tensor | None,
 ) -> None:
@@ -94,6 +97,8 @@ def check_attention(
             f"block_tables is {block_tables.dtype} on {block_tables.device}; it must be torch.int32 on {query.device}"
         )
     check_integers("context_lens", context_lens, torch.int32, num_rows, query.device)
+    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"scale is {scale}; it must be above 0 and finite, from {SMALLEST_SCALE} to {LARGEST_SCALE}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None for no window")
     if out is not None:

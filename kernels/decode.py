@@ -37,9 +37,10 @@ def paged_decode(
     key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim]. block_tables: int32 [B, width], or [B, kv_heads, width] for
     a table per KV head. context_lens: int32 [B], the new token included (it is in the cache already); a row of length 0 gives zeros.
     window: only the last `window` tokens are seen. out: written and returned, if given.
-    Reads 2 * sum(context_lens) * kv_heads * head_dim elements. Raises ValueError on shapes, dtypes or devices that do not fit.
+    Reads 2 * sum(context_lens) * kv_heads * head_dim elements. Raises ValueError on a scale that is not above 0, and on
+    shapes, dtypes or devices that do not fit.
     """
-    check_attention(query, key_cache, value_cache, block_tables, context_lens, query.shape[0], window, out)
+    check_attention(query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out)
     if use_triton(query):
         from kernels.decode_triton import paged_decode_triton
 

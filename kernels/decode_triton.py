@@ -38,7 +38,6 @@ def _chunks_of_rows(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
-    ROUND_UP: tl.constexpr,
 ):
     """(chunks of each row, their running total): int32 [ROWS] each. At most target + num_rows chunks in all, at least 1 a row."""
     row = tl.arange(0, ROWS)
@@ -47,10 +46,7 @@ def _chunks_of_rows(
         span = tl.minimum(span, window)
     chunk = (tl.sum(span, 0) + target - 1) // target
     chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
-    if ROUND_UP:
-        count = tl.maximum((span + chunk - 1) // chunk, 1)
-    else:  # a row a little over one chunk is not worth a reduction
-        count = tl.maximum((span + chunk // 2) // chunk, 1)
+    count = tl.maximum((span + chunk // 2) // chunk, 1)  # a row a little over one chunk is not worth a reduction
     count = tl.where(row < num_rows, count, 0)
     return count, tl.cumsum(count, 0)
 
@@ -58,17 +54,11 @@ def _chunks_of_rows(
 @triton.jit
 def _attend_tile(
     query,
-    accumulated,
-    top,
-    total,
-    key_ptr,
-    value_ptr,
-    table_ptr,
+    state,  # (accumulated output, top: largest score so far, total: sum of the weights), all float32
+    cache,  # (keys, values, block table, stride of a block, of a slot)
     start,
     limit,
     scale,
-    stride_block,
-    stride_slot,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -77,7 +67,9 @@ def _attend_tile(
     MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One step of the online softmax, in base 2: `scale` holds log2(e) already. top, total and accumulated are float32."""
+    """The state after one more step of the online softmax, in base 2: `scale` holds log2(e) already."""
+    accumulated, top, total = state
+    key_ptr, value_ptr, table_ptr, stride_block, stride_slot = cache
     position = start + tl.arange(0, TILE)
     offset = tile_offsets(table_ptr, position, limit, stride_block, stride_slot, PAGE, MASKED)
     key = load_tile(key_ptr, offset, position, limit, HEAD_DIM, HEAD_BLOCK, MASKED, UPCAST)
@@ -100,7 +92,7 @@ def _attend_tile(
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weight, 1)
         accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
-    return accumulated, new_top, total
+    return (accumulated, new_top, total)
 
 
 @triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head"])
@@ -137,7 +129,6 @@ def _decode_kernel(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
-    ROUND_UP: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -146,9 +137,7 @@ def _decode_kernel(
     kv_head = tl.program_id(0)
     index = tl.program_id(1)
     if SPLIT:
-        counts, ends = _chunks_of_rows(
-            context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK, ROUND_UP
-        )
+        counts, ends = _chunks_of_rows(context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK)
         row = tl.sum((ends <= index).to(tl.int32), 0)
         mine = tl.arange(0, ROWS) == row
         count = tl.sum(tl.where(mine, counts, 0), 0)
@@ -193,51 +182,18 @@ def _decode_kernel(
     table_ptr = block_tables_ptr + row.to(tl.int64) * stride_table + kv_head * stride_table_head
     key_ptr += kv_head * stride_head
     value_ptr += kv_head * stride_head
+    cache = (key_ptr, value_ptr, table_ptr, stride_block, stride_slot)
+    state = (accumulated, top, total)
     whole_end = low + tl.maximum(high - low, 0) // TILE * TILE
     for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
-        accumulated, top, total = _attend_tile(
-            query,
-            accumulated,
-            top,
-            total,
-            key_ptr,
-            value_ptr,
-            table_ptr,
-            start,
-            high,
-            scale,
-            stride_block,
-            stride_slot,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            GROUP,
-            PAGE,
-            TILE,
-            False,
-            UPCAST,
+        state = _attend_tile(
+            query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, False, UPCAST
         )
     if whole_end < high:
-        accumulated, top, total = _attend_tile(
-            query,
-            accumulated,
-            top,
-            total,
-            key_ptr,
-            value_ptr,
-            table_ptr,
-            whole_end,
-            high,
-            scale,
-            stride_block,
-            stride_slot,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            GROUP,
-            PAGE,
-            TILE,
-            True,
-            UPCAST,
+        state = _attend_tile(
+            query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, UPCAST
         )
+    accumulated, top, total = state
 
     total = tl.where(total == 0.0, 1.0, total)  # an empty row's output is 0, its top stays -inf
     inverse = 1.0 / total
@@ -274,7 +230,6 @@ def _reduce_kernel(
     HAS_WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
-    ROUND_UP: tl.constexpr,
     PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -282,9 +237,7 @@ def _reduce_kernel(
     wait_for_previous(DEPENDENT)
     head = tl.program_id(0)
     row = tl.program_id(1)
-    counts, ends = _chunks_of_rows(
-        context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK, ROUND_UP
-    )
+    counts, ends = _chunks_of_rows(context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK)
     mine = tl.arange(0, ROWS) == row
     count = tl.sum(tl.where(mine, counts, 0), 0)
     if count <= 1:
@@ -380,7 +333,6 @@ def paged_decode_triton(
         SPLIT=split,
         ROWS=rows,
         MIN_CHUNK=launch.min_chunk,
-        ROUND_UP=launch.round_up,
         LOOP_STAGES=launch.loop_stages,
         UPCAST=must_upcast(query),
         num_warps=launch.num_warps,
@@ -405,7 +357,6 @@ def paged_decode_triton(
             HAS_WINDOW=window is not None,
             ROWS=rows,
             MIN_CHUNK=launch.min_chunk,
-            ROUND_UP=launch.round_up,
             PARTS=16,
             num_warps=4,
             **dependent,

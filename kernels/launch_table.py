@@ -20,9 +20,8 @@ class DecodeLaunch:
 
     tile: KV positions per step of the loop. loop_stages: stages asked for the loop itself, which pipelines loads that feed no dot
     (None leaves it to num_stages). min_chunk: a row is never split into chunks shorter than this many positions.
-    programs_per_multiprocessor: split rows until about this many programs run per multiprocessor. round_up: cut a row that is at all
-    longer than a chunk; else only from a chunk and a half on. Without a need to split (rows
-    times KV heads at least `enough_waves` times that) the splitting is compiled out.
+    programs_per_multiprocessor: split rows until about this many programs run per multiprocessor. Without a need to split
+    (rows times KV heads at least `enough_waves` times that) the splitting is compiled out.
     """
 
     tile: int
@@ -32,7 +31,6 @@ class DecodeLaunch:
     min_chunk: int = 256
     programs_per_multiprocessor: int = 4
     enough_waves: int = 8
-    round_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,8 @@ class PrefillLaunch:
     """How paged_prefill runs.
 
     query_tile: rows of a tile, which are queries times packed heads. kv_tile: KV positions per step of the loop. pack: heads of a KV group
-    per tile, at most. overlapped: the product with the values runs a tile late, beside the next softmax. one_loop: one loop that asks
-    each tile whether it needs masks, rather than one loop for each kind. section_bytes: so many bytes of keys and values run together,
-    their longest tiles first; 0 is one KV head of one row at a time.
+    per tile, at most. overlapped: the product with the values runs a tile late, beside the next softmax. section_bytes: so many
+    bytes of keys and values run together, their longest tiles first; 0 is one KV head of one row at a time.
     """
 
     query_tile: int
@@ -51,7 +48,6 @@ class PrefillLaunch:
     num_stages: int
     pack: int = 4
     overlapped: bool = False
-    one_loop: bool = False
     section_bytes: int = 16 << 20
 
     def heads_packed(self, group: int) -> int:

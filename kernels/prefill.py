@@ -40,13 +40,14 @@ def paged_prefill(
     already. max_query_len: at least the longest row's number of queries. context_lens: int32 [B], the chunk included. Queries past
     query_starts[B] are padding and their output is undefined. The rest is as in paged_decode.
     About 4 * heads * head_dim operations per (query, key) pair; reads the queries and, per tile of queries, the keys and values up to
-    it. Raises ValueError on shapes, dtypes or devices that do not fit.
+    it. Raises ValueError on a scale that is not above 0, and on
+    shapes, dtypes or devices that do not fit.
     """
     num_rows = query_starts.shape[0] - 1 if query_starts.dim() == 1 else 0
     check_integers("query_starts", query_starts, torch.int32, None, query.device)
     if num_rows < 0:
         raise ValueError("query_starts is empty; it must hold rows + 1 cumulative counts, at least the leading 0")
-    check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, window, out)
+    check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out)
     if max_query_len < 0:
         raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
     if use_triton(query):

@@ -2,20 +2,15 @@
 
 Both keep the online softmax in base 2 and float32. Arguments go in tuples: `state` is (accumulated output, top: each row's largest score
 so far, unscaled, total: the sum of its weights), `cache` (keys, values, block table, stride of a block, of a slot), `sight` (each row's
-query position, window, the row's last position, and from where to where tiles need no mask).
+query position, window, the row's last position). Without MASKED every position of the tiles is seen by every query of the tile.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803, N806, SIM102
+# ruff: noqa: N803, N806
 
 import triton
 import triton.language as tl
 
 from kernels.triton_tiles import clamped_offsets, clamped_pages, load_tokens
-
-# What a loop does about masks: its tiles need none, all do, or each asks whether it lies at an edge.
-NO_MASK = tl.constexpr(0)
-ALL_MASKED = tl.constexpr(1)
-ASK = tl.constexpr(2)
 
 
 @triton.jit
@@ -30,16 +25,13 @@ def _hide(score, start, sight, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _softmax(score, top, total, scale, start, sight, HAS_WINDOW: tl.constexpr, MASKS: tl.constexpr):
+def _softmax(score, top, total, scale, start, sight, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr):
     """The tile's weights, the factor by which earlier ones shrink, and the new top and total."""
-    if MASKS == ALL_MASKED:
+    if MASKED:
         score = _hide(score, start, sight, HAS_WINDOW)
-    elif MASKS == ASK:
-        if (start < sight[3]) | (start >= sight[4]):
-            score = _hide(score, start, sight, HAS_WINDOW)
     new_top = tl.maximum(top, tl.max(score, 1))
     shift = new_top * scale
-    if MASKS != NO_MASK:  # a query that has seen nothing yet: -inf - -inf would be NaN
+    if MASKED:  # a query that has seen nothing yet: -inf - -inf would be NaN
         shift = tl.where(new_top == float("-inf"), 0.0, shift)
     weight = tl.exp2(score * scale - shift[:, None])
     decay = tl.exp2(top * scale - shift)
@@ -59,7 +51,7 @@ def attend_in_turn(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    MASKS: tl.constexpr,
+    MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -69,12 +61,12 @@ def attend_in_turn(
     last = sight[2]
     HEAD_BLOCK: tl.constexpr = query.shape[1]
     for start in tl.range(begin, end, TILE):
-        pages = clamped_pages(table_ptr, start, last, PAGE, TILE, MASKS != NO_MASK)
-        offset = clamped_offsets(pages, start, last, stride_block, stride_slot, PAGE, TILE, MASKS != NO_MASK, WIDE)
+        pages = clamped_pages(table_ptr, start, last, PAGE, TILE, MASKED)
+        offset = clamped_offsets(pages, start, last, stride_block, stride_slot, PAGE, TILE, MASKED, WIDE)
         key = load_tokens(key_ptr, offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
         value = load_tokens(value_ptr, offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
-        weight, decay, top, total = _softmax(score, top, total, scale, start, sight, HAS_WINDOW, MASKS)
+        weight, decay, top, total = _softmax(score, top, total, scale, start, sight, HAS_WINDOW, MASKED)
         accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
     return (accumulated, top, total)
 
@@ -93,7 +85,7 @@ def attend_overlapped(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    MASKS: tl.constexpr,
+    MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -108,13 +100,13 @@ def attend_overlapped(
     last = sight[2]
     HEAD_BLOCK: tl.constexpr = query.shape[1]
     for start in tl.range(begin, end, TILE):
-        next_offset = clamped_offsets(pages, start, last, stride_block, stride_slot, PAGE, TILE, MASKS != NO_MASK, WIDE)
+        next_offset = clamped_offsets(pages, start, last, stride_block, stride_slot, PAGE, TILE, MASKED, WIDE)
         key = load_tokens(key_ptr, next_offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
         value = load_tokens(value_ptr, offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
         pages = clamped_pages(table_ptr, start + TILE, last, PAGE, TILE, True)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
         accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
-        weight, decay, top, total = _softmax(score, top, total, scale, start, sight, HAS_WINDOW, MASKS)
+        weight, decay, top, total = _softmax(score, top, total, scale, start, sight, HAS_WINDOW, MASKED)
         offset = next_offset
     return (accumulated, top, total), (weight, decay, offset, pages)
 

@@ -19,10 +19,8 @@ import triton.language as tl
 
 from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.launch_table import PrefillLaunch, check_layout, head_block, prefill_launch
-from kernels.prefill_loops import ALL_MASKED, ASK, NO_MASK, attend_in_turn, attend_overlapped, last_product
+from kernels.prefill_loops import attend_in_turn, attend_overlapped, last_product
 from kernels.triton_tiles import clamped_offsets, clamped_pages, must_upcast
-
-SMALLEST_SCALE = 1e-30  # in place of 0, which would make NaN of a hidden score's -inf
 
 
 @triton.jit(do_not_specialize=["num_rows", "window", "tiles", "section", "stride_table", "stride_table_head"])
@@ -35,7 +33,7 @@ def _prefill_kernel(
     context_lens_ptr,
     query_starts_ptr,
     num_rows,
-    scale,  # positive; with log2(e) in it, for the softmax is in base 2
+    scale,  # above 0; with log2(e) in it, for the softmax is in base 2
     window,
     tiles,  # of the longest row
     section,  # pairs of (row, heads) that run together
@@ -57,9 +55,7 @@ def _prefill_kernel(
     QUERY_TILE: tl.constexpr,
     KV_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    NEGATIVE: tl.constexpr,
     OVERLAPPED: tl.constexpr,
-    ONE_LOOP: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -90,8 +86,6 @@ def _prefill_kernel(
     query = tl.load(
         query_ptr + (token * stride_query + head * stride_query_head)[:, None] + dim[None, :], mask=in_row, other=0.0
     )
-    if NEGATIVE:
-        query = -query
     if UPCAST:
         query = query.to(tl.float32)
 
@@ -109,145 +103,32 @@ def _prefill_kernel(
     key_ptr += kv_head.to(tl.int64) * stride_head
     value_ptr += kv_head.to(tl.int64) * stride_head
     cache = (key_ptr, value_ptr, table_ptr, stride_block, stride_slot)
-    sight = (query_position, window, length - 1, body, diagonal)
+    sight = (query_position, window, length - 1)
     accumulated = tl.zeros([QUERY_TILE, HEAD_BLOCK], tl.float32)
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_TILE], tl.float32)
     state = (accumulated, top, total)
+    edges = (low, body, diagonal, high)
+    FIRST_PART: tl.constexpr = 0 if HAS_WINDOW else 1
     if OVERLAPPED:
         pages = clamped_pages(table_ptr, low, length - 1, PAGE, KV_TILE, True)
         offset = clamped_offsets(pages, low, length - 1, stride_block, stride_slot, PAGE, KV_TILE, True, WIDE)
         weight = tl.zeros([QUERY_TILE, KV_TILE], tl.float32)  # there is no tile before the first: it weighs nothing
         decay = tl.full([QUERY_TILE], 1.0, tl.float32)
         late = (weight, decay, offset, pages)
-        if ONE_LOOP:
+        for part in tl.static_range(FIRST_PART, 3):  # three loops, of which the middle one has no masks
             state, late = attend_overlapped(
-                query,
-                state,
-                late,
-                cache,
-                sight,
-                scale,
-                low,
-                high,
-                HEAD_DIM,
-                PAGE,
-                KV_TILE,
-                HAS_WINDOW,
-                ASK,
-                UPCAST,
-                WIDE,
-            )
-        else:
-            if HAS_WINDOW:
-                state, late = attend_overlapped(
-                    query,
-                    state,
-                    late,
-                    cache,
-                    sight,
-                    scale,
-                    low,
-                    body,
-                    HEAD_DIM,
-                    PAGE,
-                    KV_TILE,
-                    HAS_WINDOW,
-                    ALL_MASKED,
-                    UPCAST,
-                    WIDE,
-                )
-            state, late = attend_overlapped(
-                query,
-                state,
-                late,
-                cache,
-                sight,
-                scale,
-                body,
-                diagonal,
-                HEAD_DIM,
-                PAGE,
-                KV_TILE,
-                HAS_WINDOW,
-                NO_MASK,
-                UPCAST,
-                WIDE,
-            )
-            state, late = attend_overlapped(
-                query,
-                state,
-                late,
-                cache,
-                sight,
-                scale,
-                diagonal,
-                high,
-                HEAD_DIM,
-                PAGE,
-                KV_TILE,
-                HAS_WINDOW,
-                ALL_MASKED,
-                UPCAST,
-                WIDE,
-            )
-        accumulated, top, total = last_product(state, late, cache, HEAD_DIM, UPCAST)
+                query, state, late, cache, sight, scale, edges[part], edges[part + 1],
+                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, UPCAST, WIDE,
+            )  # fmt: skip
+        state = last_product(state, late, cache, HEAD_DIM, UPCAST)
     else:
-        if ONE_LOOP:
+        for part in tl.static_range(FIRST_PART, 3):
             state = attend_in_turn(
-                query, state, cache, sight, scale, low, high, HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, ASK, UPCAST, WIDE
-            )
-        else:
-            if HAS_WINDOW:
-                state = attend_in_turn(
-                    query,
-                    state,
-                    cache,
-                    sight,
-                    scale,
-                    low,
-                    body,
-                    HEAD_DIM,
-                    PAGE,
-                    KV_TILE,
-                    HAS_WINDOW,
-                    ALL_MASKED,
-                    UPCAST,
-                    WIDE,
-                )
-            state = attend_in_turn(
-                query,
-                state,
-                cache,
-                sight,
-                scale,
-                body,
-                diagonal,
-                HEAD_DIM,
-                PAGE,
-                KV_TILE,
-                HAS_WINDOW,
-                NO_MASK,
-                UPCAST,
-                WIDE,
-            )
-            state = attend_in_turn(
-                query,
-                state,
-                cache,
-                sight,
-                scale,
-                diagonal,
-                high,
-                HEAD_DIM,
-                PAGE,
-                KV_TILE,
-                HAS_WINDOW,
-                ALL_MASKED,
-                UPCAST,
-                WIDE,
-            )
-        accumulated, top, total = state
+                query, state, cache, sight, scale, edges[part], edges[part + 1],
+                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, UPCAST, WIDE,
+            )  # fmt: skip
+    accumulated, top, total = state
 
     # The output's addresses are computed from what is read again, so that they hold no registers during the loop.
     first_query = tl.load(query_starts_ptr + row, volatile=True)
@@ -309,7 +190,7 @@ def paged_prefill_triton(
         context_lens,
         query_starts,
         num_rows,
-        max(abs(scale) * math.log2(math.e), SMALLEST_SCALE),
+        scale * math.log2(math.e),
         window or 0,
         tiles,
         section,
@@ -331,9 +212,7 @@ def paged_prefill_triton(
         QUERY_TILE=launch.query_tile,
         KV_TILE=launch.kv_tile,
         HAS_WINDOW=window is not None,
-        NEGATIVE=scale < 0,
         OVERLAPPED=launch.overlapped,
-        ONE_LOOP=launch.one_loop,
         UPCAST=must_upcast(query),
         WIDE=(num_blocks - 1) * key_cache.stride(0) + block_size * key_cache.stride(1) >= 2**31,
         num_warps=launch.num_warps,

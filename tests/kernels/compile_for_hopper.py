@@ -112,8 +112,7 @@ def main() -> None:
             launch_table.prefill_launch(head_dim, dtype.itemsize, torch.device("cpu"), longest=longest, **grid)
             for longest in (64, launch_table.LONG_CONTEXT)
         }:
-            for one_loop in (False, True):
-                paged_prefill_triton(*case.prefill(), window=window, launch=replace(settings, one_loop=one_loop))
+            paged_prefill_triton(*case.prefill(), window=window, launch=settings)
         for enough_waves in (0, 1000):  # without and with splitting
             settings = launch_table.decode_launch(head_dim, dtype.itemsize, torch.device("cpu"))
             settings = replace(settings, enough_waves=enough_waves, min_chunk=1)

@@ -111,6 +111,10 @@ def make_case(
     )
 
 
+ANY_HEADS = st.tuples(st.integers(1, 3), st.sampled_from([1, 1, 2, 3, 4, 7]))  # (KV heads, query heads of each)
+FEW_HEADS = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (1, 4), (1, 7)])
+
+
 @st.composite
 def paged_cases(
     draw: st.DrawFn,
@@ -119,16 +123,19 @@ def paged_cases(
     dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     block_sizes: st.SearchStrategy[int],
     longest: int = 150,
+    fewest_rows: int = 0,
     most_rows: int = 4,
+    heads: st.SearchStrategy[tuple[int, int]] = ANY_HEADS,
 ) -> PagedCase:
     """Cases for decode, or for prefill with ragged chunks, of any head dimension, grouping, window and table form."""
-    context_lens = draw(st.lists(st.integers(0, longest), max_size=most_rows))
+    context_lens = draw(st.lists(st.integers(0, longest), min_size=fewest_rows, max_size=most_rows))
     query_lens = [draw(st.integers(0, n)) if prefill else 1 for n in context_lens]
+    kv_heads, group = draw(heads)
     return make_case(
         context_lens,
         query_lens,
-        kv_heads=draw(st.integers(1, 3)),
-        group=draw(st.sampled_from([1, 1, 2, 3, 4, 7])),
+        kv_heads=kv_heads,
+        group=group,
         head_dim=draw(st.sampled_from([32, 64, 80, 96, 128, 256])),
         block_size=draw(block_sizes),
         dtype=draw(st.sampled_from(dtypes)),

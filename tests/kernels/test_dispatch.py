@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,10 @@ def changed(case: PagedCase, **changes: object) -> dict[str, object]:
         (lambda c: {"query_starts": c.query_starts.long()}, "query_starts is torch.int64"),
         (lambda c: {"query_starts": c.query_starts[:0]}, "query_starts is empty"),
         (lambda c: {"max_query_len": -1}, "max_query_len is -1"),
+        *(
+            (lambda c, scale=scale: {"scale": scale}, f"scale is {scale}; it must be above 0 and finite")
+            for scale in (0.0, -0.125, 1e-40, math.inf, math.nan)
+        ),
         (lambda c: {"window": 0}, "window is 0"),
         (lambda c: {"out": c.query[:1]}, r"out has shape \[1, 4, 32\]"),
     ],
@@ -92,6 +98,14 @@ def test_arguments_that_do_not_fit_are_named(change: Callable[[PagedCase], dict[
     case = make_case([5, 7], [3, 1], kv_heads=2, group=2, head_dim=32, block_size=4)
     with pytest.raises(ValueError, match=message):
         kernels.paged_prefill(**changed(case, **change(case)))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unset_choice")
+@pytest.mark.parametrize("scale", [0.0, -0.125, math.nan])
+def test_decode_takes_positive_scales_only(scale: float) -> None:
+    case = replace(make_case([5, 7], [1, 1], kv_heads=2, group=2, head_dim=32, block_size=4), scale=scale)
+    with pytest.raises(ValueError, match=r"scale is .*; it must be above 0 and finite"):
+        kernels.paged_decode(*case.decode())
 
 
 @pytest.mark.usefixtures("unset_choice")
