@@ -64,6 +64,19 @@ def test_L64_prefill_equals_twin(overlapped: bool, data: st.DataObject, case: Pa
     assert_close(out, paged_prefill_torch(*case.prefill(), window=case.window))
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("pack", [1, 4])
+@pytest.mark.parametrize("window", [None, 41])
+def test_L64_prefill_over_tiles_of_every_kind(window: int | None, pack: int, overlapped: bool) -> None:
+    """Tiles at the window's edge, tiles without masks, tiles at the diagonal. One query stands a position before a tile's last."""
+    from kernels.prefill_triton import paged_prefill_triton
+
+    launch = PrefillLaunch(64, 16, 1, 1, pack=pack, overlapped=overlapped, section_bytes=0)
+    case = make_case([110, 33], [48, 33], kv_heads=1, group=4, head_dim=32, block_size=8, window=window)
+    out = paged_prefill_triton(*case.prefill(), window=window, launch=launch)
+    assert_close(out, paged_prefill_torch(*case.prefill(), window=window))
+
+
 @examples(10)
 @given(PREFILL_CASES)
 def test_L64_prefill_as_the_launch_table_says_equals_twin(case: PagedCase) -> None:
