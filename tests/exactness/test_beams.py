@@ -119,6 +119,7 @@ SMOLLM2_PROMPTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_smollm2_beams_equal_transformers() -> None:
     from transformers import AutoModelForCausalLM
 

@@ -100,6 +100,7 @@ def test_seeded_samples_differ_and_repeat(loaded: LoadedModel, prompts: list[lis
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_L55_sixteen_requests_under_every_schedule(loaded: LoadedModel) -> None:
     """The same 16 requests alone, batched, chunked, preempted by recompute and by swap, with the cache on and off: identical text."""
     texts = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,25 @@ def test_a_broken_law_leaves_a_replay(tmp_path: Path) -> None:
         for block in table:
             counts[block] += block > 0
     assert counts != snapshot.device.refs.tolist(), "the counterexample shows the wrong counts"
+
+
+def test_a_schedulers_law_that_fails_leaves_a_replay(tmp_path: Path) -> None:
+    """In a pytest of its own: the report names the command; the file ends where the law broke, or with the run."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += [
+        "tests/spec/test_scheduler_laws.py",
+        "-k",
+        "L37",
+        "--scheduler",
+        "tests.mutants.scheduler_attacks:CopiesLost",
+    ]
+    told = subprocess.run([*command, "--replay-dir", str(tmp_path)], capture_output=True, text=True, timeout=240).stdout
+    assert "1 failed" in told
+    [path] = tmp_path.glob("*.trace")
+    assert f"See it: minipaged tui --replay {path}" in told
+    source = FileSource(path)
+    assert not source.damage
+    player = Player(source)
+    player.seek(len(source))
+    assert player.snapshot.sequences
+    assert (player.snapshot.device.refs > 1).any(), "the last step is the fork after which a copy is missing"

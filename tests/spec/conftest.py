@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
 from hypothesis import settings
@@ -10,10 +10,31 @@ from hypothesis import settings
 from tests import spec_options
 from tests.spec.model import BrokenLawError
 from tests.spec.run import run_machine
+from tests.spec.token_world import World
+from tests.spec.world_replay import leave_replay
 
 SHARED_EXAMPLES = 15  # times the profile's, for the one run in which all laws are watched together
 AT_ONCE = 3000  # examples of one run: Hypothesis remembers each of them, so a longer one is several
 FEW = 3  # laws asked for: each then has a run of its own
+
+
+@pytest.fixture(autouse=True)
+def _no_world_before() -> None:
+    """A test shows no world of an earlier one."""
+    World.last = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed law of a scheduler says how to see its run; the state machine's say so themselves (run.py)."""
+    report = yield
+    if report.when == "call" and report.failed and World.last is not None:
+        name = "".join(c if c.isalnum() else "_" for c in item.name)
+        path = spec_options.replay_dir() / f"{name}.trace"
+        report.sections.append(("replay", f"See it: {leave_replay(World.last, path, item.name)}"))
+    return report
 
 
 @pytest.fixture(scope="session")

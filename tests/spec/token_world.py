@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ VOCAB = 40
 EOS = 5
 UNWRITTEN = -7
 STUCK = 400  # steps in which no sequence gets further than it ever was: more than the largest workload here computes anew in a row
-MOST_CALLS = 5000  # of the block manager within one step
+MOST_CALLS = 500  # of the block manager within one step
 
 
 class TokenRunner:
@@ -189,6 +189,8 @@ class World:
     limits: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
+    workload: list[Asked] = field(default_factory=list)
+    last: ClassVar[World | None] = None  # the one that was run last, to be shown if its law fails
 
     def __post_init__(self) -> None:
         self.manager = self.block_manager(
@@ -280,6 +282,7 @@ class World:
 
     def run(self, workload: list[Asked], limit: int = 5000) -> list[RequestOutput]:
         """Feed a workload in and run it to the end."""
+        World.last, self.workload = self, workload
         outputs: dict[int, RequestOutput] = {}
         left = dict(enumerate(workload))
         aborts = {i: a.aborted for i, a in left.items() if a.aborted is not None}
