@@ -12,12 +12,11 @@ from kernels.decode import paged_decode
 from kernels.draw import draw_tokens
 from kernels.embed import embed_tokens
 from kernels.linear import gated_linear, linear
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import rms_norm
 from kernels.prefill import paged_prefill
 from kernels.rope_write import rope_write_kv
 
 __all__ = [
-    "add_rms_norm",
     "copy_blocks",
     "draw_tokens",
     "embed_tokens",

@@ -1,4 +1,4 @@
-"""RMS norm, alone and with the residual sum before it.
+"""RMS norm of rows, and of the heads in them.
 
 Knows rows of hidden states; knows nothing of layers. The Triton kernels are in norm_triton.py.
 Source: Zhang and Sennrich, 2019. Rounding is that of transformers' Llama: the mean and the quotient in float32, rounded to x's dtype
@@ -29,27 +29,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_torch(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype before it is normalised.
-
-    x, residual: [T, size]. Both results are new tensors. Moves x and residual in, the sum and its norm out: four passes where the
-    separate operations need six. Raises ValueError on shapes, dtypes or devices that do not fit.
-    """
-    check_norm(x, weight, eps)
-    if x.dim() != 2 or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
-        raise ValueError(
-            f"x is {x.dtype} {shape_of(x)} on {x.device}, residual {residual.dtype} {shape_of(residual)} on "
-            f"{residual.device}; both must be alike, [tokens, size]"
-        )
-    if residual.stride(-1) != 1:
-        raise ValueError(f"residual has strides {residual.stride()}; its last dimension must be contiguous")
-    if use_triton(x):
-        from kernels.norm_triton import add_rms_norm_triton
-
-        return add_rms_norm_triton(x, residual, weight, eps)
-    return add_rms_norm_torch(x, residual, weight, eps)
-
-
 def check_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     """The arguments of a norm fit each other."""
     if x.dim() not in (2, 3) or weight.shape != x.shape[-1:]:
@@ -74,9 +53,3 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
-
-
-def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The twin of add_rms_norm_triton."""
-    total = x + residual
-    return rms_norm_torch(total, weight, eps), total

@@ -40,32 +40,6 @@ def _norm_kernel(
     tl.store(out_ptr + row * SIZE + column, normed.to(x.dtype), mask=mask)
 
 
-@triton.jit
-def _add_norm_kernel(
-    normed_ptr,
-    total_ptr,
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    eps,
-    stride_x,
-    stride_residual,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < SIZE
-    wait_for_previous(DEPENDENT)
-    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0)
-    residual = tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0)
-    total = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-    tl.store(total_ptr + row * SIZE + column, total, mask=mask)
-    normed = _normalised(total.to(tl.float32), weight_ptr, column, mask, eps, SIZE, x.dtype)
-    tl.store(normed_ptr + row * SIZE + column, normed.to(x.dtype), mask=mask)
-
-
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
@@ -92,29 +66,3 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
         **dependent_launch(x.device),
     )
     return out
-
-
-def add_rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See kernels.add_rms_norm."""
-    normed, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    if x.numel() == 0:
-        return normed, total
-    num_tokens, size = x.shape
-    block = next_power_of_two(size)
-    _add_norm_kernel[(num_tokens,)](
-        normed,
-        total,
-        x,
-        residual,
-        weight,
-        eps,
-        x.stride(0),
-        residual.stride(0),
-        SIZE=size,
-        BLOCK=block,
-        num_warps=_warps(block),
-        **dependent_launch(x.device),
-    )
-    return normed, total

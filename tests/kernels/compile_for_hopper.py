@@ -33,7 +33,7 @@ from kernels.decode_triton import paged_decode_triton
 from kernels.draw_triton import draw_tokens_triton
 from kernels.embed_triton import embed_tokens_triton
 from kernels.linear_triton import few_rows_triton, one_row_triton
-from kernels.norm_triton import add_rms_norm_triton, rms_norm_triton
+from kernels.norm_triton import rms_norm_triton
 from kernels.prefill_triton import paged_prefill_triton
 from kernels.rope_write_triton import rope_write_kv_triton
 from tests.kernels.paged_cases import make_case
@@ -125,7 +125,6 @@ def main() -> None:
         rope_write_kv_triton(case.query, new, new, slots, angles, case.key_cache, case.value_cache, slots, **norms)
         rms_norm_triton(case.query, angles[0].to(dtype), 1e-5)
         flat = case.query.flatten(1)
-        add_rms_norm_triton(flat, flat, flat[0], 1e-5)
         silu_mul_triton(flat)
         copy_blocks_triton([case.key_cache, torch.zeros(2, 3, dtype=torch.int8)], torch.zeros(1, 2, dtype=torch.int64))
 

@@ -196,12 +196,8 @@ def test_L64_fusions_on_the_gpu(dtype: torch.dtype, heads: int, kv_heads: int, h
         return torch.randn(shape, generator=generator).to(dtype)
 
     tokens, size, block_size = 37, heads * head_dim, 16
-    x, residual, weight = normal(tokens, size), normal(tokens, size), normal(size)
+    x, weight = normal(tokens, size), normal(size)
     assert_close(kernels.rms_norm(x.cuda(), weight.cuda(), 1e-5).cpu(), kernels.rms_norm(x, weight, 1e-5))
-    normed, total = kernels.add_rms_norm(x.cuda(), residual.cuda(), weight.cuda(), 1e-5)
-    expected_normed, expected_total = kernels.add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(total.cpu(), expected_total)
-    assert_close(normed.cpu(), expected_normed)
     gate_up = normal(tokens, 2 * inner)
     assert_close(kernels.silu_mul(gate_up.cuda()).cpu(), kernels.silu_mul(gate_up))
 

@@ -119,12 +119,6 @@ def norm(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
 
 
 @prepared
-def norm_of_a_sum(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
-    x, residual = normal(0, 2, 5, 577).to(dtype).unbind(0)
-    return lambda *given: kernels.add_rms_norm(*given, EPS), [x, residual, normal(1, 577).to(dtype)]
-
-
-@prepared
 def gate(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
     return kernels.silu_mul, [normal(0, 5, 2 * 531).to(dtype)]
 
