@@ -212,7 +212,7 @@ def reopen(results: Results) -> list[Mutant]:
     for key, row in list(results.rows.items()):
         if row.state not in ("survived", OPEN):
             continue
-        now = same_change(row.mutant)
+        now = same_change(row.mutant, reopened)
         if now is None:
             results.put(Row(row.mutant, "gone", "", 0.0, first="survived"))
             continue
@@ -222,13 +222,13 @@ def reopen(results: Results) -> list[Mutant]:
     return reopened
 
 
-def same_change(old: Mutant) -> Mutant | None:
-    """The same change to the same text as it stands today, in its own module or in one that it moved to, the nearest line first."""
+def same_change(old: Mutant, taken: list[Mutant]) -> Mutant | None:
+    """The same change to the same line as it stands today, in its own module or in one that it moved to, the nearest first."""
     alike: list[Mutant] = []
     for name, path in sorted(modules(), key=lambda module: module[0] != old.module):
         numbers = [i for i, text in enumerate(texts_of(path)) if text == (old.kind, old.before)]
         found = [mutant_of(name, path, i) for i in numbers]
-        alike = [m for m in found if m and m.after == old.after]
+        alike = [m for m in found if m and (m.after, m.text) == (old.after, old.text) and m not in taken]
         if alike:
             break
     return min(alike, key=lambda m: abs(m.line - old.line), default=None)

@@ -53,6 +53,7 @@ class Mutant:
     line: int
     before: str
     after: str
+    text: str = ""  # the line of the module that it stands in
 
     @property
     def name(self) -> str:
@@ -226,7 +227,9 @@ def mutant_of(module: str, path: Path, number: int) -> Mutant | None:
         return None
     site, kind, _ = list(_all_changes(ast.parse(path.read_text())))[number]
     _, before, after = _changed(path, number)
-    return Mutant(module, str(path), number, kind, _line_of(site.node, site.parent), before[:SHOWN], after[:SHOWN])
+    line = _line_of(site.node, site.parent)
+    text = path.read_text().splitlines()[line - 1].strip()
+    return Mutant(module, str(path), number, kind, line, before[:SHOWN], after[:SHOWN], text)
 
 
 def statement_of(path: Path, number: int) -> tuple[int, int, bool]:
