@@ -235,13 +235,12 @@ class ContiguousBlockManager:
                 f"sequence {parent_id} reserved no row for another sample: {self.system} runs no beam search"
             )
         child = spares.pop(0)
-        sources = {copy[1]: copy[0] for copy in parent.pending}
         count = self._blocks_for(parent.computed)
         self._tell("fork", child_id, -1, parent_id, count)
         self._show(child_id, child, parent.computed)
         for source, destination in zip(parent.blocks[:count], child.blocks[:count], strict=True):
-            child.pending.append((sources.get(source, source), destination))
-            self._tell("copy", child_id, child.pending[-1][0], destination, len(child.pending) - 1)
+            child.pending.append((source, destination))
+            self._tell("copy", child_id, source, destination, len(child.pending) - 1)
         child.computed = parent.computed
         self._runs[child_id] = child
 

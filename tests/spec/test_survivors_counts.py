@@ -120,7 +120,10 @@ def test_a_resumed_requests_hits_are_its_own() -> None:
 def test_the_columns_agree_with_the_block_tables(
     block_manager_class: type, scheduler_class: type, workload: list[Asked], arrangement: dict[str, Any], depth: int
 ) -> None:
-    """L10 for the scheduler: after every step each running sequence has the table that its promised room needs, and no more."""
+    """L10 for the scheduler: after every step each running sequence has the table that its promised room needs, and no more.
+
+    What the scheduler counts beside its queues agrees with them too: a wrong count of groups would cost the fast path.
+    """
     settings = {**arrangement, "limits": {**arrangement["limits"], "depth": depth}}
     blocks = 1 + most_blocks(workload, settings["block_size"]) + settings.pop("slack")
     world = World(block_manager_class, scheduler_class, num_blocks=blocks, **settings)
@@ -128,7 +131,8 @@ def test_the_columns_agree_with_the_block_tables(
 
     def watched() -> Step:
         done = step()
-        batch = world.control.batch
+        control, batch = world.control, world.control.batch
+        assert control._num_groups == sum(request.params.num_sequences > 1 for request in control.running)
         for line in world.control.sequences.values():
             if line.slot < 0:
                 continue

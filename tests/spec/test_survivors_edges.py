@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 
 from minipaged.config import SamplingParams
-from minipaged.scheduling.batch import Batch
+from minipaged.scheduling.batch import NO_TOKEN, Batch
 from minipaged.scheduling.beam import BeamSearch
-from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.plan import IN_FLIGHT, StepPlan
 from minipaged.scheduling.queue import RequestQueue
 from minipaged.scheduling.request import Request, Sequence
 from tests.spec.test_scheduler_laws import ran, tight, workloads
@@ -51,6 +51,19 @@ def test_no_rows_have_no_tables() -> None:
     """A step that only swaps has tables of no rows and no columns."""
     batch = Batch(4)
     assert batch.table_rows(np.zeros(0, np.int64)).shape == (0, 0)
+
+
+def test_a_seat_that_was_left_looks_like_one_never_taken() -> None:
+    """It names nobody, by a number that no sequence has; the marks in the columns are no tokens, and are told apart."""
+    batch = Batch(2)
+    sequence = Sequence(5, Request(0, (1, 2), SamplingParams()), [1, 2])
+    [slot] = batch.reserve(1)
+    batch.put(sequence, slot, 2, 0)
+    assert batch.seq_id[slot] == 5
+    batch.remove(sequence)
+    assert batch.seq_id[0] == batch.seq_id[1] < 0
+    assert batch.sequences == [None, None]
+    assert NO_TOKEN < 0 > IN_FLIGHT != NO_TOKEN
 
 
 def test_tables_widen_seldom() -> None:
