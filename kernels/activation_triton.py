@@ -1,4 +1,7 @@
-"""silu_mul on the GPU: one program per (token, a stretch of the inner dimension)."""
+"""silu_mul on the GPU: one program per (token, a stretch of the inner dimension).
+
+`inner` is specialised: only where it is known to be a multiple of 16 can the halves be read in whole vectors.
+"""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: N803
 
@@ -10,7 +13,7 @@ from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.launch_table import next_power_of_two
 
 
-@triton.jit(do_not_specialize=["inner"])
+@triton.jit
 def _silu_mul_kernel(out_ptr, gate_up_ptr, inner, stride_in, stride_out, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,6 +1,6 @@
 """How each Triton kernel is launched: tile sizes, warps and stages by head dimension, dtype and grouping, as data.
 
-The rows for head dimension 128 in sixteen bits were chosen by measuring on an H200 (kernels/README.md), the others by hand; nothing is
+The rows for head dimension 128 in sixteen bits were chosen by measuring on an H100 (kernels/README.md), the others by hand; nothing is
 searched at run time, so that a run's first step is like its second. Imports torch only to ask the device for its limits.
 """
 

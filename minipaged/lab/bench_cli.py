@@ -203,12 +203,15 @@ def screen(
 def report(
     folder: Annotated[Path, typer.Argument(help="Where the results (*.json) are.")],
     into: Annotated[Path | None, typer.Option(help="A Markdown file whose marked part is replaced.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Groups, separated by commas: engine, kernels, host, systems, ablation.")
+    ] = "",
 ) -> None:
     """Turn results files into Markdown tables, printed or written into the marked part of a file."""
     from minipaged.lab.bench_report import insert
     from minipaged.lab.bench_report import report as tables_of
 
-    tables = tables_of(folder)
+    tables = tables_of(folder, _names(only))
     if into is None:
         typer.echo(tables, nl=False)
         return

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minipaged.config import check_choice
 from minipaged.errors import InputError
 from minipaged.lab.bench_results import read_results
 from minipaged.lab.bench_rows import OURS
@@ -22,24 +23,30 @@ KERNEL_TITLES = {
 Rows = list[dict[str, Any]]
 
 
-def report(folder: Path) -> str:
-    """The tables of every results file in `folder`. InputError if there is none, or one that cannot be read."""
+GROUPS = ("engine", "kernels", "host", "systems", "ablation")
+
+
+def report(folder: Path, only: Sequence[str] = ()) -> str:
+    """The tables of every results file in `folder`, and what was left out; or, of the groups in `only`, the tables alone.
+
+    InputError if there is no file, or one that cannot be read, or an unknown group.
+    """
+    for group in only:
+        check_choice("only", group, GROUPS)
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise InputError(f"{folder}: no results (*.json) there")
     documents = [read_results(path) for path in paths]
     parts: list[str] = []
-    for title, key, tables in (
-        ("engine", "workload", engine_tables),
-        ("kernels", "kernel", kernel_tables),
-        ("host", "what", host_tables),
-        ("systems", "system", system_tables),
-        ("ablation", "section", ablation_tables),
-    ):
+    keys = ("workload", "kernel", "what", "system", "section")
+    makers = (engine_tables, kernel_tables, host_tables, system_tables, ablation_tables)
+    for title, key, tables in zip(GROUPS, keys, makers, strict=True):
+        if only and title not in only:
+            continue
         found = [document for document in documents if document["rows"] and key in document["rows"][0]]
         if found:
             parts += [origin(title, found), *tables([row for document in found for row in document["rows"]])]
-            parts += [f"Left out: {text}." for text in _notes(found)]
+            parts += [f"Left out: {text}." for text in _notes(found) if not only]
     return "\n\n".join(parts) + "\n"
 
 

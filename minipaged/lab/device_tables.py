@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ TITLES = {
     "ladder": "One thing after the other: decode steps at the batches measured above",
     "heads": "Heads of keys and values",
 }
+
+
+def _first_sentence(note: str) -> str:
+    """What an error says first; the rest of it is advice."""
+    return re.split(r"\.(?=[A-Z ])", note, maxsplit=1)[0].removesuffix(".")
 
 
 def system_tables(rows: Rows) -> list[str]:
@@ -43,7 +49,11 @@ def system_tables(rows: Rows) -> list[str]:
         "from the start. The pool is in slots; P99 over the requests, those that a time limit cut off counted as later than it."
     )
     head = ("system", "pool", "tok/s", "mean batch", "pool used", "finished", "first token P99", "next tokens P99")
-    whole = [f"{row['system']}: {row['note']}." for row in rows if row["note"] and not row["note"].endswith(" s")]
+    whole = [
+        f"{row['system']}: {_first_sentence(row['note'])}."
+        for row in rows
+        if row["note"] and not row["note"].endswith(" s")
+    ]
     return [text, markdown(head, lines), *whole]
 
 

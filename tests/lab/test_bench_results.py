@@ -110,12 +110,16 @@ def test_the_marked_part_of_a_file_is_replaced(tmp_path: Path) -> None:
     assert "| host gap | 1.0 us |  |" in run("report", str(tmp_path))
     with pytest.raises(InputError, match="cannot be read"):
         run("report", str(tmp_path), "--into", str(tmp_path / "none.md"))
+    with pytest.raises(InputError, match="only must be one of engine, kernels"):
+        run("report", str(tmp_path), "--only", "engines")
 
 
-def test_the_readmes_figures_are_those_of_the_files() -> None:
-    text = (RESULTS.parents[2] / "README.md").read_text()
-    if BEGIN in text:
-        assert insert(text, report(RESULTS)) == text, "minipaged bench report minipaged/lab/results --into README.md"
+@pytest.mark.parametrize(
+    ("file", "only"), [(RESULTS.parents[2] / "README.md", ("engine", "systems")), (RESULTS / "README.md", ())]
+)
+def test_the_readmes_figures_are_those_of_the_files(file: Path, only: tuple[str, ...]) -> None:
+    text = file.read_text()
+    assert insert(text, report(RESULTS, only)) == text, "minipaged bench report minipaged/lab/results --into FILE"
     for path in RESULTS.glob("*.json"):
         assert read_results(path)["rows"]
 
