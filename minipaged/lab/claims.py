@@ -62,13 +62,13 @@ def kernel_cost() -> Claim:
             f"measured ({measured.origin(kernels)}): this project's paged decode takes {ratios[0]:.2f} to {ratios[-1]:.2f} times as long "
             f"as torch's dense attention over {len(ratios)} shapes, {middle:.2f} in the middle"
         )
-    if ablation is not None:
-        cost = measured.layout_cost(ablation)
+    cost = measured.layout_cost(ablation) if ablation is not None else None
+    if ablation is not None and cost is not None:
         verdict = _at_most_five_percent(cost)
         parts.append(
             f"one kernel, shuffled against consecutive blocks ({measured.origin(ablation)}): {100 * cost:+.1f} %"
         )
-    if ablation is None:
+    else:
         parts.append("shuffled against consecutive blocks under one kernel: minipaged lab ablate, on a GPU")
     return Claim(said, verdict, "; ".join((paper, *parts)))
 
@@ -129,9 +129,10 @@ def factors_multiply() -> Claim:
 
 def _measured_factors() -> str:
     found = measured.newest("section")
-    if found is None:
+    factors = measured.factors(found) if found is not None else None
+    if found is None or factors is None:
         return ""
-    attention, batch, both = measured.factors(found)
+    attention, batch, both = factors
     return (
         f". Measured ({measured.origin(found)}): {attention:.2f}x by attention alone, {batch:.2f}x by the batch alone, "
         f"{both:.2f}x together; the product would be {attention * batch:.2f}x"

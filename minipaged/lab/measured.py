@@ -27,15 +27,17 @@ def origin(document: Document) -> str:
     return f"{document['device']}, {document['date']}"
 
 
-def layout_cost(document: Document) -> float:
-    """Time of shuffled over consecutive blocks under one kernel, less 1: what paging costs in attention. From an ablation."""
+def layout_cost(document: Document) -> float | None:
+    """Time of shuffled over consecutive blocks under one kernel, less 1: what paging costs in attention. From an ablation; None if it was
+    cut short before that.
+    """
     took = {
         name: row["seconds"]
         for row in document["rows"]
         for name in (CONSECUTIVE, SHUFFLED)
         if row["section"] == "layout" and row["name"].endswith(f"one layer: {name}")
     }
-    return float(took[SHUFFLED] / took[CONSECUTIVE] - 1)
+    return float(took[SHUFFLED] / took[CONSECUTIVE] - 1) if len(took) == 2 else None
 
 
 def against_dense(document: Document) -> list[float]:
@@ -48,7 +50,7 @@ def against_dense(document: Document) -> list[float]:
         shape, taken = row["shape"], row["microseconds"]
         if row["contender"] == "minipaged":
             ours[shape] = taken
-        elif row["contender"].startswith("sdpa"):
+        elif row["contender"].startswith("torch"):
             dense[shape] = min(taken, dense.get(shape, taken))
     return sorted(ours[shape] / dense[shape] for shape in ours.keys() & dense.keys())
 
@@ -73,7 +75,7 @@ def shares(document: Document) -> dict[str, float]:
     }
 
 
-def factors(document: Document) -> tuple[float, float, float]:
-    """Attention's factor alone, the batch's alone, and both together. From an ablation."""
-    together = [row["ratio"] for row in document["rows"] if row["section"] == "together"]
-    return float(together[1]), float(together[2]), float(together[3])
+def factors(document: Document) -> tuple[float, float, float] | None:
+    """Attention's factor alone, the batch's alone, and both together; None from an ablation that was cut short before them."""
+    together = [float(row["ratio"]) for row in document["rows"] if row["section"] == "together"]
+    return (together[1], together[2], together[3]) if len(together) >= 4 else None

@@ -24,7 +24,7 @@ LAYOUT = [
 KERNELS = [
     {"kernel": "decode", "shape": shape, "contender": contender, "microseconds": us}
     for shape, contender, us in (
-        ("a", "minipaged", 11.0), ("a", "sdpa", 10.0), ("a", "sdpa-cudnn", 8.0), ("a", "fa3", 1.0), ("b", "minipaged", 5.0),
+        ("a", "minipaged", 11.0), ("a", "torch flash, dense", 10.0), ("a", "torch cuDNN, dense", 8.0), ("a", "fa3", 1.0), ("b", "minipaged", 5.0),
     )
 ]  # fmt: skip
 SYSTEMS = [
@@ -39,6 +39,8 @@ SYSTEMS = [
 def test_numbers_are_read_from_the_rows() -> None:
     assert measured.layout_cost(document(LAYOUT)) == pytest.approx(0.025)
     assert measured.factors(document(LAYOUT)) == (1.5, 4.0, 5.0)
+    assert measured.layout_cost(document(LAYOUT[:1])) is None, "cut short"
+    assert measured.factors(document(LAYOUT[:4])) is None
     assert measured.against_dense(document(KERNELS)) == [pytest.approx(11 / 8)]
     assert measured.speeds(document(SYSTEMS)) == {"transformers generate": 5.0, "static": 10.0, "vllm": 40.0}
     assert measured.shares(document(SYSTEMS)) == {"static": 0.2, "vllm": 0.9}
