@@ -12,7 +12,7 @@ import typer
 from minipaged.commands.learn import app as learn_app
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
-from minipaged.lab.bench_cli import app as bench_app
+from minipaged.lab.bench.cli import app as bench_app
 from minipaged.lab.cli import app as lab_app
 
 DEFAULT_MODEL = "smollm2-135m"

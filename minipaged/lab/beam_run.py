@@ -15,7 +15,7 @@ import numpy as np
 
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_int
 from minipaged.errors import InputError
-from minipaged.lab.bench_results import read_results
+from minipaged.lab.bench.results import read_results
 from minipaged.lab.figure_types import Say
 from minipaged.lab.workloads import ALPACA
 from minipaged.trace.records import StepDelta

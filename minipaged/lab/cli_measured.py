@@ -31,7 +31,7 @@ def compare_on_device(
 ) -> None:
     """`lab compare --device`: peers first, while the device is empty, then every system in every pool."""
     from minipaged.commands.progress import status_line
-    from minipaged.lab.bench_results import Results
+    from minipaged.lab.bench.results import Results
     from minipaged.lab.device_report import device_dict, print_device
     from minipaged.lab.device_run import DeviceResult, draws_for, run_systems
     from minipaged.lab.simulate import parse_systems
@@ -76,7 +76,7 @@ def ablate(
     from minipaged.lab import device_report
     from minipaged.lab.ablate import Ablation
     from minipaged.lab.ablate import ablate as measure
-    from minipaged.lab.bench_results import Results
+    from minipaged.lab.bench.results import Results
 
     check_real("seconds", limit, 0.0, open_low=True)
 
@@ -108,7 +108,7 @@ def beams(
 
     from minipaged.commands.progress import status_line
     from minipaged.lab import beam_run
-    from minipaged.lab.bench_results import Results
+    from minipaged.lab.bench.results import Results
     from minipaged.lab.tables import percent, table
 
     kept = Results(json_file)
@@ -127,7 +127,7 @@ def plot(
     out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
 ) -> None:
     """A plot of a results file, as SVG."""
-    from minipaged.lab.bench_results import read_results
+    from minipaged.lab.bench.results import read_results
     from minipaged.lab.device_report import plot_of
 
     text = plot_of(read_results(results))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.lab.ablate import CONSECUTIVE, SHUFFLED
-from minipaged.lab.bench_results import read_results
+from minipaged.lab.bench.results import read_results
 
 FOLDER = Path(__file__).parent / "results"
 Document = dict[str, Any]

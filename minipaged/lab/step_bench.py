@@ -28,7 +28,7 @@ REPLAYS = 12
 def time_of(work: Callable[[], Any], device: torch.device, *, seconds: float = 0.6) -> float:
     """Seconds of one call of `work`, after a first one that is not counted."""
     if device.type == "cuda":
-        from minipaged.lab.bench_timing import capture, replay_us
+        from minipaged.lab.bench.timing import capture, replay_us
 
         return replay_us(capture(work), REPLAYS) / 1e6
     work()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from minipaged.errors import InputError
-from minipaged.lab.bench_engine import Job, Outcome, Pass, check_contenders, measure, requests_of, run_contender
+from minipaged.lab.bench.engine import Job, Outcome, Pass, check_contenders, measure, requests_of, run_contender
 from minipaged.lab.hub_shape import hub_config
 from minipaged.model.hf_config import read_config
 from minipaged.model.shapes import SHAPES, SIMULATED_ONLY
@@ -106,7 +106,9 @@ def test_a_contender_does_not_outlive_the_benchmark() -> None:
     words = ("bench", "engine", "--model", "random:toy", "--workload", "sharegpt", "--device", "cpu")
     benchmark = subprocess.Popen([sys.executable, "-m", "minipaged", *words], stdout=subprocess.DEVNULL)
     contender = wait_for(lambda: next((pid for pid in children_of(benchmark.pid) if pid), None))
-    wait_for(lambda: b"bench_contender" in Path(f"/proc/{contender}/cmdline").read_bytes() and is_importing(contender))
+    wait_for(
+        lambda: b"lab.bench.contender" in Path(f"/proc/{contender}/cmdline").read_bytes() and is_importing(contender)
+    )
     benchmark.kill()
     benchmark.wait()
     wait_for(lambda: not is_alive(contender))

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipaged.lab import bench_kernels, bench_peers
-from minipaged.lab.bench_kernels import check_agreement, decode_rows, prefill_rows, ragged
-from minipaged.lab.bench_peers import PEERS, make_case, minipaged
-from minipaged.lab.bench_pools import BLOCK, Pool, make_pool
-from minipaged.lab.bench_rows import Ceilings
-from minipaged.lab.bench_small_kernels import SMALL, norm, rope_write, silu, small_rows
-from minipaged.lab.bench_small_kernels import draws as sampling
-from minipaged.lab.bench_timing import Failed, Timing, Work
+from minipaged.lab.bench import kernels as bench_kernels
+from minipaged.lab.bench import peers as bench_peers
+from minipaged.lab.bench.kernels import check_agreement, decode_rows, prefill_rows, ragged
+from minipaged.lab.bench.peers import PEERS, make_case, minipaged
+from minipaged.lab.bench.pools import BLOCK, Pool, make_pool
+from minipaged.lab.bench.rows import Ceilings
+from minipaged.lab.bench.small_kernels import SMALL, norm, rope_write, silu, small_rows
+from minipaged.lab.bench.small_kernels import draws as sampling
+from minipaged.lab.bench.timing import Failed, Timing, Work
 
 CEILINGS = Ceilings(gigabytes=1.0, teraflops=1e-3)
 DECODE = (("small", (40, 40), 4, 2, 32), ("ragged", (33, 7), 4, 2, 32))

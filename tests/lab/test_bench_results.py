@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from minipaged.errors import InputError
-from minipaged.lab import bench_host
-from minipaged.lab.bench_cli import app
-from minipaged.lab.bench_contender_minipaged import make_llm
-from minipaged.lab.bench_report import BEGIN, END, insert, report
-from minipaged.lab.bench_results import HEAD, Results, read_results
+from minipaged.lab.bench import host as bench_host
+from minipaged.lab.bench.cli import app
+from minipaged.lab.bench.contender_minipaged import make_llm
+from minipaged.lab.bench.report import BEGIN, END, insert, report
+from minipaged.lab.bench.results import HEAD, Results, read_results
 
 RESULTS = Path(__file__).parents[2] / "minipaged" / "lab" / "results"
 

@@ -24,7 +24,8 @@ LAYOUT = [
 KERNELS = [
     {"kernel": "decode", "shape": shape, "contender": contender, "microseconds": us}
     for shape, contender, us in (
-        ("a", "minipaged", 11.0), ("a", "torch flash, dense", 10.0), ("a", "torch cuDNN, dense", 8.0), ("a", "fa3", 1.0), ("b", "minipaged", 5.0),
+        ("a", "minipaged", 11.0), ("a", "torch flash, dense", 10.0), ("a", "torch cuDNN, dense", 8.0), ("a", "fa3", 1.0),
+        ("b", "minipaged", 5.0),
     )
 ]  # fmt: skip
 SYSTEMS = [

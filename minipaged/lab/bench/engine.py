@@ -1,6 +1,6 @@
 """`minipaged bench engine`: output tokens per second of whole engines on the workloads that every contender runs.
 
-Each contender is a process of its own (bench_contender.py) that gets a job and writes a line for every pass, so one that is not installed,
+Each contender is a process of its own (contender.py) that gets a job and writes a line for every pass, so one that is not installed,
 fails or takes too long is left out with a note and the others go on. Token ids in and out, random weights, lengths as drawn; a warm pass
 first, then the median of the repeats. Knows processes and medians; imports no torch: this process must take nothing of the GPU's memory.
 """
@@ -138,7 +138,7 @@ def run_contender(name: str, job: Job, *, command: tuple[str, ...] | None = None
     with tempfile.TemporaryDirectory(prefix="minipaged-bench-") as folder:
         told, log = Path(folder, "told"), Path(folder, "log")
         told.touch()
-        words = command or (sys.executable, "-m", "minipaged.lab.bench_contender")
+        words = command or (sys.executable, "-m", "minipaged.lab.bench.contender")
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [*words, name, str(told)],

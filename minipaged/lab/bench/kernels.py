@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from minipaged.errors import InputError
-from minipaged.lab.bench_peers import PEERS, Attend, Case, PeerMissingError, make_case, minipaged
-from minipaged.lab.bench_pools import Pool, make_pool
-from minipaged.lab.bench_rows import OURS, PAST_CACHE_BYTES, Ceilings, Row, make_row
-from minipaged.lab.bench_small_kernels import small_rows
-from minipaged.lab.bench_timing import Notes, Race, Timing, Work, race, race_alone
+from minipaged.lab.bench.peers import PEERS, Attend, Case, PeerMissingError, make_case, minipaged
+from minipaged.lab.bench.pools import Pool, make_pool
+from minipaged.lab.bench.rows import OURS, PAST_CACHE_BYTES, Ceilings, Row, make_row
+from minipaged.lab.bench.small_kernels import small_rows
+from minipaged.lab.bench.timing import Notes, Race, Timing, Work, race, race_alone
 
 MOST_COPIES = 32
 AGREEMENT = 2e-2  # of the norms, bfloat16

@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from minipaged.lab.bench_engine import CONTEXT, ContenderMissingError, Job, Runs
+from minipaged.lab.bench.engine import CONTEXT, ContenderMissingError, Job, Runs
 from minipaged.lab.hub_shape import hub_config
 from minipaged.lab.workloads import Draw
 from minipaged.model.shapes import shape

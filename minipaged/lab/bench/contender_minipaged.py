@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minipaged.config import SamplingParams
-from minipaged.lab.bench_engine import CONTEXT, Job, Runs
+from minipaged.lab.bench.engine import CONTEXT, Job, Runs
 from minipaged.lab.workloads import Draw
 from minipaged.llm import LLM
 

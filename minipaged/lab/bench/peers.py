@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from minipaged.lab.bench_pools import BLOCK, Pool
+from minipaged.lab.bench.pools import BLOCK, Pool
 
 Attend = Callable[[], Tensor]
 WORKSPACE_BYTES = 128 * 2**20  # what flashinfer's documentation asks for

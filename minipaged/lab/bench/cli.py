@@ -13,7 +13,7 @@ from rich.table import Table
 
 from minipaged.config import check_choice, check_int
 from minipaged.errors import InputError
-from minipaged.lab.bench_results import Results
+from minipaged.lab.bench.results import Results
 
 DEFAULT_MODEL = "smollm2-135m"
 WIDTH = 130  # columns of the wide tables
@@ -31,7 +31,7 @@ def bench() -> None:
 def control_plane(json_file: JsonFile = None) -> None:
     """Schedule + commit at many running decodes, and the block manager's primitives; no model, no device."""
     results = Results(json_file)
-    from minipaged.lab.control_plane import measure
+    from minipaged.lab.bench.control_plane import measure
 
     rows = measure()
     table = Table("what", "measured", "unit", "goal", title="Control plane")
@@ -52,7 +52,7 @@ def soak(
     results = Results(json_file)
     from rich.progress import Progress
 
-    from minipaged.lab.soak import soak as run
+    from minipaged.lab.bench.soak import soak as run
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("requests", total=requests)
@@ -74,7 +74,7 @@ def kernels(
     for peer in peers:
         check_choice("against", peer, ("fa3", "flashinfer", "sdpa"))
     results = Results(json_file)
-    from minipaged.lab.bench_kernels import measure
+    from minipaged.lab.bench.kernels import measure
 
     console = Console(width=WIDTH)
     table = Table("kernel", "shape", "contender", "us", "", "of ceiling", "minipaged is", title="Kernels")
@@ -103,7 +103,7 @@ def engine(
     json_file: JsonFile = None,
 ) -> None:
     """Output tokens per second of whole engines on this device, each in a process of its own."""
-    from minipaged.lab.bench_engine import OURS, Job, check_contenders, measure
+    from minipaged.lab.bench.engine import OURS, Job, check_contenders, measure
 
     peers = _names(against)
     check_contenders(peers, model)
@@ -135,8 +135,8 @@ def host(
     """What a decode step costs beside the GPU's work: host gap, each part of the host's time, the trace."""
     check_int("batch", batch, 1, 4096)
     results = Results(json_file)
-    from minipaged.lab.bench_contender_minipaged import make_llm
-    from minipaged.lab.bench_host import measure
+    from minipaged.lab.bench.contender_minipaged import make_llm
+    from minipaged.lab.bench.host import measure
 
     table = Table("what", "measured", "goal", title=f"Host, {model}, batch {batch}")
     for row in measure(make_llm(model, max_num_seqs=batch, device=device), batch):
@@ -208,8 +208,8 @@ def report(
     ] = "",
 ) -> None:
     """Turn results files into Markdown tables, printed or written into the marked part of a file."""
-    from minipaged.lab.bench_report import insert
-    from minipaged.lab.bench_report import report as tables_of
+    from minipaged.lab.bench.report import insert
+    from minipaged.lab.bench.report import report as tables_of
 
     tables = tables_of(folder, _names(only))
     if into is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minipaged.lab.bench_engine import ContenderMissingError, Job, Runs
+from minipaged.lab.bench.engine import ContenderMissingError, Job, Runs
 from minipaged.lab.hub_shape import hub_config
 from minipaged.lab.workloads import Draw
 from minipaged.model.placement import choose_device, choose_dtype

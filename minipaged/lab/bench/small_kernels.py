@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 import kernels
-from minipaged.lab.bench_pools import BLOCK
-from minipaged.lab.bench_rows import OURS, PAST_CACHE_BYTES, Ceilings, Row, make_row
-from minipaged.lab.bench_timing import Race, Work, race, race_alone
+from minipaged.lab.bench.pools import BLOCK
+from minipaged.lab.bench.rows import OURS, PAST_CACHE_BYTES, Ceilings, Row, make_row
+from minipaged.lab.bench.timing import Race, Work, race, race_alone
 
 EPS = 1e-5
 

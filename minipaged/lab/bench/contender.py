@@ -1,7 +1,7 @@
-"""One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.bench_contender NAME FILE < JOB`.
+"""One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.bench.contender NAME FILE < JOB`.
 
 Loads the engine, then for each workload makes a warm pass and the timed ones, and appends a JSON line to FILE for each. Knows the job and
-the clock; each engine's own calls are in bench_contender_*.py.
+the clock; each engine's own calls are in contender_*.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minipaged.lab.bench_engine import ContenderMissingError, Job, Runs, requests_of
+from minipaged.lab.bench.engine import ContenderMissingError, Job, Runs, requests_of
 from minipaged.lab.workloads import Draw
 from minipaged.model.shapes import SHAPES
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WARM_PART = 8  # a warm pass asks for an eighth of each answer: the batch shrinks through the same sizes
 MODULES = {
-    "minipaged": "minipaged.lab.bench_contender_minipaged",
-    "minipaged-plain": "minipaged.lab.bench_contender_minipaged",
-    "vllm": "minipaged.lab.bench_contender_vllm",
-    "transformers": "minipaged.lab.bench_contender_transformers",
+    "minipaged": "minipaged.lab.bench.contender_minipaged",
+    "minipaged-plain": "minipaged.lab.bench.contender_minipaged",
+    "vllm": "minipaged.lab.bench.contender_vllm",
+    "transformers": "minipaged.lab.bench.contender_transformers",
 }
 
 
@@ -61,7 +61,7 @@ def _within(asked: list[Draw], model: str) -> list[Draw]:
 
 
 def _device() -> str:
-    from minipaged.lab.bench_results import device_name
+    from minipaged.lab.bench.results import device_name
 
     return device_name()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minipaged.lab.bench_timing import Timing
+from minipaged.lab.bench.timing import Timing
 
 OURS = "minipaged"
 PAST_CACHE_BYTES = 256 * 2**20  # buffers that rotate are together at least this large

@@ -1,6 +1,6 @@
 """Results files -> the Markdown tables of the README, so that no figure there is typed by hand.
 
-Knows the form of the files (bench_results.py) and of each command's rows; knows nothing of how anything was measured.
+Knows the form of the files (results.py) and of each command's rows; knows nothing of how anything was measured.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from minipaged.config import check_choice
 from minipaged.errors import InputError
-from minipaged.lab.bench_results import read_results
-from minipaged.lab.bench_rows import OURS
+from minipaged.lab.bench.results import read_results
+from minipaged.lab.bench.rows import OURS
 from minipaged.lab.device_tables import ablation_tables, system_tables
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
