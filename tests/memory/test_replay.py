@@ -38,7 +38,7 @@ def test_a_broken_law_leaves_a_replay(tmp_path: Path) -> None:
 
 def test_a_schedulers_law_that_fails_leaves_a_replay(tmp_path: Path) -> None:
     """In a pytest of its own: the report names the command; the file ends where the law broke, or with the run."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     command += [
         "tests/spec/test_scheduler_laws.py",
         "-k",

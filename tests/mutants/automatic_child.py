@@ -24,7 +24,10 @@ from typing import Any
 from tests.mutants.automatic_operators import Mutant, compiled
 
 TESTS = ["tests/memory", "tests/scheduling", "tests/spec"]
-TIMED = "constant_time"  # a clock's verdict on a busy machine is no evidence
+LEFT_OUT = (
+    "constant_time",  # a clock's verdict on a busy machine is no evidence
+    "leaves_a_replay",  # of replays, on mutants of their own
+)
 FACTORS = {"quick": 0.5, "ci": 1.0}  # of the profile's examples: a quick child has to end inside its seconds
 MOST_MEMORY = 6 * 2**30
 SPARE = 1.2  # seconds of processor time that collecting and reporting take
@@ -121,7 +124,7 @@ class Watching:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Only what was asked for, in that order. All laws of the state machine count as one: the first that is broken ends the run."""
-        items[:] = [item for item in items if TIMED not in item.name]
+        items[:] = [item for item in items if not any(words in item.name for words in LEFT_OUT)]
         if self._chosen.order is not None:
             place = {name: i for i, name in enumerate(self._chosen.order)}
             items[:] = sorted((i for i in items if i.nodeid in place), key=lambda i: place[i.nodeid])
