@@ -152,7 +152,7 @@ def soak(
         while submitted < num_requests and submitted - seen["ended"] < max_num_seqs + 64:
             alive.append(_submit(engine, rng, stems, seen))
             submitted += 1
-            if len(alive) > 1 and rng.random() < 0.15:
+            if len(alive) > 1 and rng.random() < 0.22:
                 engine.abort(alive.pop(int(rng.integers(max(0, len(alive) - 200), len(alive)))))
                 seen["abort asked"] += 1
             if submitted % 1000 == 0:
