@@ -221,3 +221,15 @@ def test_pictures_have_no_empty_runs_and_gaps_belong_to_nobody(system: str) -> N
 
 def test_powers_of_two() -> None:
     assert [next_power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [1, 1, 2, 4, 4, 8, 1024, 2048]
+
+
+def test_a_hole_between_rows_belongs_to_nobody() -> None:
+    """The middle one of three rows has ended: what it leaves is a gap like the one at the end."""
+    pool = reservations("orca-oracle", 64, max_len=MAX_LEN)
+    for key in (1, 2, 3):
+        assert pool.admit(key, 8, 8, 8)
+    pool.finish(2)
+    assert [(run.start, run.length, run.sequence) for run in pool.runs(waiting=False) if run.kind == "idle"] == [
+        (16, 16, -1),
+        (48, 16, -1),
+    ]
