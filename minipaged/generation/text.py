@@ -22,6 +22,11 @@ class TextStream:
         self.stopped = False
         self.consumed = 0  # tokens read
 
+    @property
+    def whole(self) -> bool:
+        """Whether all that was read is text: no part of a character is held back."""
+        return not self._pending
+
     def feed(self, tokens: list[int]) -> None:
         """Read more tokens."""
         if self.stopped:

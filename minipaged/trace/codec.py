@@ -33,6 +33,7 @@ from minipaged.trace.records import (
     StepDelta,
     TablePatch,
 )
+from minipaged.trace.rows import EventRows, SequenceRows
 from minipaged.trace.snapshot import COLUMNS, Pool, SequenceState, Snapshot
 
 Array = npt.NDArray[Any]
@@ -85,12 +86,24 @@ def _ints(values: Iterable[int]) -> Array:
 
 
 def _event_columns(events: Sequence[Event]) -> tuple[list[str], Columns]:
-    if not events:
+    appends = events if isinstance(events, EventRows) else None
+    first: Sequence[Event] = appends.first if appends is not None else events
+    if not len(events):
         return [], {}
-    kinds = sorted({event.kind for event in events})
+    names = {event.kind for event in first}
+    kinds = sorted(names | {"append"} if len(events) > len(first) else names)
     code = {kind: index for index, kind in enumerate(kinds)}
-    rows = np.array([(e.id, code[e.kind], e.cause, e.sequence, e.block, e.other, e.amount) for e in events], np.int64)
-    return kinds, {name: rows[:, index] for index, name in enumerate(_EVENT_COLUMNS)}
+    table = np.full((len(_EVENT_COLUMNS), len(events)), -1, np.int64)
+    if first:
+        rows = [(e.id, code[e.kind], e.cause, e.sequence, e.block, e.other, e.amount) for e in first]
+        table[:, : len(first)] = np.array(rows, np.int64).T
+    columns = dict(zip(_EVENT_COLUMNS, table, strict=True))
+    if appends is not None and len(events) > len(first):
+        rest = slice(len(first), None)
+        columns["e.id"][rest] = np.arange(appends.next_id, appends.next_id + len(appends.seq_ids))
+        columns["e.kind"][rest] = code["append"]
+        columns["e.sequence"][rest], columns["e.amount"][rest] = appends.seq_ids, appends.lengths
+    return kinds, columns
 
 
 def _events(head: Head, columns: Columns) -> tuple[Event, ...]:
@@ -119,32 +132,49 @@ def _stats(head: Head) -> Stats:
 
 
 def _sequence_columns(rows: Sequence[SequencePatch]) -> tuple[Head, Columns]:
-    if not rows:
+    if not len(rows):
         return {}, {}
-    statuses = sorted({row.status for row in rows})
+    plain = rows.plain if isinstance(rows, SequenceRows) else None
+    first = rows.first if isinstance(rows, SequenceRows) else rows
+    names = {row.status for row in first}
+    statuses = sorted(names | {"running"} if len(rows) > len(first) else names)
     code = {status: index for index, status in enumerate(statuses)}
-    plain = np.array(
-        [
-            (
-                r.sequence,
-                r.request,
-                r.parent,
-                code[r.status],
-                r.num_computed,
-                r.num_cached,
-                r.num_prompt,
-                len(r.token_ids),
-                len(r.text),
-            )
-            for r in rows
-        ],
-        np.int64,
-    )
-    columns: Columns = {name: plain[:, index] for index, name in enumerate(_SEQUENCE_COLUMNS)}
-    columns["s.token_ids"] = _ints(chain.from_iterable(row.token_ids for row in rows))
-    columns["s.text"] = np.frombuffer(b"".join(row.text for row in rows), np.uint8)
-    columns["s.score"] = np.array([row.score for row in rows], np.float64)
-    return {"statuses": statuses, "reasons": [row.finish_reason for row in rows]}, columns
+    table = np.empty((len(_SEQUENCE_COLUMNS), len(rows)), np.int64)
+    score = np.full(len(rows), np.nan)
+    if first:
+        table[:, : len(first)] = np.array([_numbers(row, code[row.status]) for row in first], np.int64).T
+        score[: len(first)] = [row.score for row in first]
+    token_ids = list(chain.from_iterable(row.token_ids for row in first))
+    texts = [row.text for row in first]
+    if plain is not None and len(rows) > len(first):
+        rest = table[:, len(first) :]
+        running, num_bytes = code["running"], np.zeros_like(plain.num_tokens)
+        num_bytes[plain.num_tokens == 1] = list(map(len, plain.texts))
+        told = (
+            *plain[:3],
+            running,
+            plain.num_computed,
+            plain.num_cached,
+            plain.num_prompt,
+            plain.num_tokens,
+            num_bytes,
+        )
+        for row, column in zip(rest, told, strict=True):
+            row[:] = column
+        token_ids += plain.token_ids
+        texts += plain.texts
+    columns: Columns = dict(zip(_SEQUENCE_COLUMNS, table, strict=True))
+    columns["s.token_ids"] = _ints(token_ids)
+    columns["s.text"] = np.frombuffer(b"".join(texts), np.uint8)
+    columns["s.score"] = score
+    reasons = [row.finish_reason for row in first] + [""] * (len(rows) - len(first))
+    return {"statuses": statuses, "reasons": reasons}, columns
+
+
+def _numbers(row: SequencePatch, status: int) -> tuple[int, ...]:
+    """A patch's part of the columns of whole numbers."""
+    told = row.sequence, row.request, row.parent, status, row.num_computed, row.num_cached, row.num_prompt
+    return (*told, len(row.token_ids), len(row.text))
 
 
 _SEQUENCE_COLUMNS = (

@@ -5,6 +5,7 @@ Knows nothing of engines, files or screens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,14 +110,14 @@ class Stats(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepDelta:
-    """All that one step changed."""
+    """All that one step changed. `events` and `sequences` are tuples, or columns that read as tuples (rows.py)."""
 
     step: int
     t_ns: int
-    events: tuple[Event, ...]
+    events: Sequence[Event]
     blocks: BlockPatch
     tables: tuple[TablePatch, ...]
-    sequences: tuple[SequencePatch, ...]
+    sequences: Sequence[SequencePatch]
     queues: Queues
     stats: Stats
 

@@ -7,7 +7,7 @@ that state changes, so a live engine, a file and a list of deltas that tell the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,6 +26,7 @@ from minipaged.trace.records import (
     StepDelta,
     TablePatch,
 )
+from minipaged.trace.rows import SequenceRows
 
 DEAD = frozenset({"finished", "aborted", "refused"})
 KEPT_DEAD = (
@@ -135,7 +136,7 @@ class Snapshot:
         self.sequences: dict[int, SequenceState] = {}  # in order of appearance
         self.queues = Queues()
         self.stats = Stats()
-        self.events: tuple[Event, ...] = ()  # of the last step
+        self.events: Sequence[Event] = ()  # of the last step
         self.shadows: dict[str, ShadowDelta] = {}  # the newest of each system
         self._copied: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
@@ -149,8 +150,11 @@ class Snapshot:
         for table in delta.tables:
             self._apply_table(table, delta.stats.block_size)
         self._apply_blocks(delta.blocks)
-        for sequence in delta.sequences:
-            self._apply_sequence(sequence)
+        if isinstance(delta.sequences, SequenceRows):
+            self._apply_rows(delta.sequences)
+        else:
+            for sequence in delta.sequences:
+                self._apply_sequence(sequence)
         self.queues, self.stats = delta.queues, delta.stats
 
     def _apply_blocks(self, patch: BlockPatch) -> None:
@@ -188,6 +192,23 @@ class Snapshot:
             if pool.refs[block] == 0:
                 pool.owner[block], pool.fill[block] = sequence, block_size
             pool.refs[block] += 1
+
+    def _apply_rows(self, rows: SequenceRows) -> None:
+        """As their patches one by one, but of those that only grow no more is touched than grows."""
+        for patch in rows.first:
+            self._apply_sequence(patch)
+        plain = rows.plain
+        growth = iter(zip(plain.token_ids, plain.texts, strict=True))
+        known = self.sequences
+        for sequence, computed, grown in zip(
+            plain.sequence.tolist(), plain.num_computed.tolist(), plain.num_tokens.tolist(), strict=True
+        ):
+            state = known[sequence]
+            state.num_computed = computed
+            if grown:
+                token, text = next(growth)
+                state.token_ids.append(token)
+                state.text += text
 
     def _apply_sequence(self, patch: SequencePatch) -> None:
         state = self.sequences.get(patch.sequence)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from minipaged.errors import TraceError
 from minipaged.trace import codec
 from minipaged.trace.records import SCHEMA_MAJOR, SCHEMA_MINOR, Event, ShadowDelta, Stats, StepDelta
+from minipaged.trace.rows import EventRows, SequenceRows
 from minipaged.trace.snapshot import Snapshot
 
 MAGIC = b"mpgtrace"
@@ -202,7 +203,7 @@ MARKS: dict[str, int] = {
 def marks_of(events: Iterable[Event]) -> int:
     """The bits of the kinds that happened."""
     bits = 0
-    for event in events:
+    for event in events.first if isinstance(events, EventRows) else events:  # the rest are appends, which have no mark
         bits |= MARKS.get(event.kind, 0)
     return bits
 
@@ -308,7 +309,12 @@ class Pieces:
         """The bytes of the ids that a delta names for the first time."""
         if self._token_bytes is None:
             return {}
-        new = {token for patch in delta.sequences for token in patch.token_ids if token >= 0} - self._known
+        rows = delta.sequences
+        first = rows.first if isinstance(rows, SequenceRows) else rows
+        named = {token for patch in first for token in patch.token_ids}
+        if isinstance(rows, SequenceRows):
+            named.update(rows.plain.token_ids)
+        new = {token for token in named - self._known if token >= 0}
         self._known |= new
         return {token: self._token_bytes(token) for token in sorted(new)}
 

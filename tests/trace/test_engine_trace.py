@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
+from minipaged.execution.runner import Pending, Runner
+from minipaged.lab.trace_cost import DRAWN, decoding_engine
 from minipaged.llm import LLM
+from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.trace.codec import decode_delta, encode_delta
 from minipaged.trace.player import Player
 from minipaged.trace.records import StepDelta
+from minipaged.trace.rows import EventRows, SequenceRows
 from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.trace.sources import FileSource
-from minipaged.trace.stream import open_recorder
+from minipaged.trace.stream import StreamWriter, header_of, open_recorder
 
 SHARED = "An operating system keeps memory in pages. "
 LONG = SamplingParams(max_tokens=40)
@@ -52,6 +60,10 @@ def check(engine: Engine, snapshot: Snapshot) -> None:
         state = snapshot.sequences[sequence.seq_id]
         assert tuple(state.token_ids) == tuple(sequence.token_ids)
         assert state.status == sequence.status.value
+        # all of the text, since nothing here has a stop string
+        assert state.text.decode() == f"{sequence.request.prompt}{sequence.text}"
+        seated = sequence.slot
+        assert state.num_computed == (int(scheduler.batch.computed[seated]) if seated >= 0 else sequence.computed)
     assert sum(map(len, snapshot.host_tables.values())) == int(snapshot.host.refs.sum())
     assert {seq for seq, _ in snapshot.tables} <= {sequence.seq_id for sequence in alive}
     assert int(snapshot.device.fill[snapshot.device.refs > 0].sum()) == stats.token_slots
@@ -74,6 +86,9 @@ def test_the_fold_follows_the_engine(name: str, tmp_path: Path) -> None:
         engine.step()
         snapshot.apply(deltas[-1])
         check(engine, snapshot)
+        read = decode_delta(deltas[-1].step, encode_delta(deltas[-1]))
+        assert read.events == deltas[-1].events
+        assert repr(read.sequences) == repr(deltas[-1].sequences)  # repr: nan equals itself here
     recorder.close()
     kinds = {event.kind for delta in deltas for event in delta.events}
     assert {"sharing": "copy", "beams": "prune", "recompute": "preempt", "swap": "swap_in"}[name] in kinds
@@ -102,3 +117,77 @@ def test_the_queue_is_shown_in_serving_order(policy: str) -> None:
     longest = max((d.queues.waiting for d in deltas), key=len)
     assert len(longest) == 3
     assert (list(longest) == sorted(longest)) is (policy == "fcfs")
+
+
+def test_plain_decodes_are_columns_that_read_as_patches() -> None:
+    """No object a sequence is made by the engine, a fold or a recorder; whoever looks finds the same as in a record that was read."""
+    engine = decoding_engine(8)
+    deltas: list[StepDelta] = []
+    engine.trace.subscribe(deltas.append)
+    for _ in range(40):
+        engine.step()
+    sink = io.BytesIO()
+    writer = StreamWriter(sink, header_of(engine))
+    by_columns, by_patches = Snapshot(), Snapshot()
+    for delta in deltas:
+        rows, events = delta.sequences, delta.events
+        assert isinstance(rows, SequenceRows)
+        assert isinstance(events, EventRows)
+        assert len(rows.plain.sequence) == (0 if delta is deltas[0] else 8)
+        writer.delta(delta)
+        by_columns.apply(delta)
+        assert rows._made is None
+        assert events._made is None
+        by_patches.apply(replace(delta, sequences=tuple(rows), events=tuple(events)))
+        assert by_columns == by_patches
+        assert rows == tuple(rows)
+        assert tuple(rows) == rows
+        assert rows[-1] == rows[-1:][0]
+        assert len(rows) == len(tuple(rows))
+        assert len(events) == len(tuple(events))
+    assert deltas[-1].sequences[0].token_ids == (DRAWN,)
+    assert deltas[-1].sequences[0].text == f" {DRAWN}".encode()
+
+
+def test_parts_of_characters_wait_for_the_rest() -> None:
+    """Bytes of one character a token: the trace tells whole characters, whichever way the sequence is told."""
+    text = "aé€b😀c"
+    llm = LLM("toy", block_size=4, num_blocks=64, device="cpu", dtype="float32")
+    engine = llm.engine
+    data = text.encode()
+    runner = _Scripted(engine.runner, data)
+    engine.runner = runner
+    deltas: list[StepDelta] = []
+    engine.trace.subscribe(deltas.append)
+    engine.submit("x", SamplingParams(max_tokens=len(data), ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    told = [patch.text for delta in deltas for patch in delta.sequences]
+    assert b"".join(told).decode() == "x" + text
+    for part in told:
+        part.decode()  # each is whole
+    columns = [delta.sequences.plain.texts for delta in deltas if isinstance(delta.sequences, SequenceRows)]
+    assert [b"b"] in columns
+    assert all(piece.isascii() for pieces in columns for piece in pieces)
+
+
+class _Scripted:
+    """A runner whose draws are replaced by given tokens, one a step."""
+
+    def __init__(self, runner: Runner, tokens: bytes) -> None:
+        self._runner = runner
+        self._tokens = iter(tokens)
+
+    def num_blocks(self) -> int:
+        return self._runner.num_blocks()
+
+    def launch(self, plan: StepPlan) -> Pending:
+        return _ScriptedDraws([next(self._tokens) for _ in plan.draw_rows])
+
+
+class _ScriptedDraws:
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def tokens(self) -> StepTokens:
+        return StepTokens(np.array(self._tokens, np.int32))

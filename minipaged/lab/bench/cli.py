@@ -29,7 +29,7 @@ def bench() -> None:
 
 @app.command("control-plane")
 def control_plane(json_file: JsonFile = None) -> None:
-    """Schedule + commit at many running decodes, and the block manager's primitives; no model, no device."""
+    """Schedule + commit at many running decodes, and the block manager's primitives, and the trace; no model, no device."""
     results = Results(json_file)
     from minipaged.lab.bench.control_plane import measure
 

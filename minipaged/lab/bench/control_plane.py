@@ -1,5 +1,5 @@
-"""What the control plane costs: schedule and commit at many running decodes, and the block manager's primitives. No
-model, no device.
+"""What the control plane costs: schedule and commit at many running decodes, the block manager's primitives, and the trace. No model,
+no device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minipaged.config import EngineConfig, SamplingParams
+from minipaged.lab.trace_cost import measure_trace
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.plan import StepTokens
 from minipaged.scheduling.request import Request
@@ -111,4 +112,10 @@ def measure() -> list[Measured]:
         for pool in (10_000, large):
             name = f"allocate + free, {blocks} blocks of {pool:,}"
             rows.append(Measured(name, allocate_and_free_us(blocks, pool), "us a block", None))
+    trace = measure_trace()
+    rows += [
+        Measured("an engine's step, 256 decodes, nobody listening", trace.alone, "ms of processor", None),
+        Measured("a listener of the trace adds", trace.heard - trace.alone, "ms of processor", 1.0),
+        Measured("recording what it hears adds", trace.recorded - trace.heard, "ms of processor", 1.0),
+    ]
     return rows

@@ -1,0 +1,132 @@
+"""Which running sequences are in plain decoding, and how much of each was told.
+
+By slot, so that a step of them is a handful of array operations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.generation.detokenizer import TextCodec
+from minipaged.generation.text import TextStream
+from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.request import Request, Sequence
+from minipaged.scheduling.scheduler import Scheduler
+from minipaged.trace.rows import PlainColumns
+
+Told = tuple[int, int]  # tokens, characters of text
+
+
+class PlainDecodes:
+    """The sequences that only grow: seated, the only one of their request, no scores, no stop strings, all they have drawn is text.
+
+    A sequence is learned when it was told in full, and forgotten before anything else than growth is told of it. Events name every
+    other change (its end, a preemption), so whoever forgets what the events name can trust the rest.
+    """
+
+    def __init__(self, scheduler: Scheduler, codec: TextCodec | None) -> None:
+        self._scheduler = scheduler
+        self._reads = codec is not None
+        self._pieces = _Pieces(codec)
+        n = len(scheduler.batch.seq_id)
+        self._seq_id = np.full(n, -1, np.int64)
+        self._request, self._parent, self._cached, self._prompt = (np.zeros(n, np.int64) for _ in range(4))
+        self._tokens, self._characters = np.zeros(n, np.int64), np.zeros(n, np.int64)  # told
+        self._slots: dict[int, int] = {}  # of the sequences known here
+        self.requests: set[Request] = set()  # theirs
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._seq_id[:] = -1
+        self._slots.clear()
+        self.requests.clear()
+
+    def forget(self, sequence: Sequence) -> Told | None:
+        """What was told of it, if it is known here; it is not any more."""
+        slot = self._slots.pop(sequence.seq_id, None)
+        if slot is None:
+            return None
+        self.requests.discard(sequence.request)
+        self._seq_id[slot] = -1
+        return int(self._tokens[slot]), int(self._characters[slot])
+
+    def learn(self, sequence: Sequence, told: Told) -> bool:
+        """Know it from now on, if all that it can do is grow. It must have just been told, up to `told`."""
+        slot, request, state = sequence.slot, sequence.request, sequence.text_state
+        if (
+            slot < 0
+            or self._scheduler.batch.watched[slot]
+            or len(request.sequences) > 1
+            or sequence.cumulative_logprob != 0.0
+            or request.params.stop
+            or (state is not None if not self._reads else not isinstance(state, TextStream) or not state.whole)
+        ):
+            return False
+        self._seq_id[slot] = sequence.seq_id
+        self._request[slot], self._parent[slot] = request.request_id, sequence.parent
+        self._cached[slot], self._prompt[slot] = sequence.num_cached, request.num_prompt
+        self._tokens[slot], self._characters[slot] = told
+        self._slots[sequence.seq_id] = slot
+        self.requests.add(request)
+        return True
+
+    def is_known(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Whether the sequence seated in each slot is known here."""
+        seated = self._scheduler.batch.seq_id[slots]
+        known: npt.NDArray[np.bool_] = (seated >= 0) & (seated == self._seq_id[slots])
+        return known
+
+    def take(self, plan: StepPlan | None) -> tuple[PlainColumns, list[Sequence]]:
+        """What the plan computes or the last commit made grow, as told from now on; and those that must be told one by one."""
+        batch = self._scheduler.batch
+        moved = batch.known > self._tokens
+        if plan is not None:
+            moved[plan.slots] = True
+        slots = np.flatnonzero(moved & (self._seq_id >= 0) & (self._seq_id == batch.seq_id))
+        new = batch.known[slots] - self._tokens[slots]
+        odd = new > 1  # several commits in one step, as a pause makes
+        grown = np.flatnonzero(new == 1)
+        sequences = batch.sequences
+        tokens: list[int] = [sequences[slot].token_ids[-1] for slot in slots[grown].tolist()]
+        pieces = list(map(self._pieces.__getitem__, tokens))
+        if None in pieces:  # a part of a character: the text stream must hold it back
+            odd[grown[[piece is None for piece in pieces]]] = True
+            tokens = [token for token, piece in zip(tokens, pieces, strict=True) if piece is not None]
+        found = [piece for piece in pieces if piece is not None]
+        others: list[Sequence] = []
+        if odd.any():
+            others = [s for s in (sequences[slot] for slot in slots[odd].tolist()) if s is not None]
+            slots, new = slots[~odd], new[~odd]
+        at = slots[new == 1]
+        self._tokens[at] += 1
+        self._characters[at] += np.fromiter((length for _, length in found), np.int64, len(found))
+        columns = PlainColumns(
+            self._seq_id[slots],
+            self._request[slots],
+            self._parent[slots],
+            batch.computed[slots].astype(np.int64),
+            self._cached[slots],
+            self._prompt[slots],
+            new.astype(np.int64),
+            tokens,
+            [text for text, _ in found],
+        )
+        return columns, others
+
+
+class _Pieces(dict[int, tuple[bytes, int] | None]):
+    """Token -> its bytes and how many characters they are; None where they are not whole characters. Filled as tokens are met."""
+
+    def __init__(self, codec: TextCodec | None) -> None:
+        super().__init__()
+        self._codec = codec
+
+    def __missing__(self, token: int) -> tuple[bytes, int] | None:
+        data = self._codec.token_bytes(token) if self._codec is not None else b""
+        try:
+            piece = (data, len(data.decode()))
+        except UnicodeDecodeError:
+            piece = None
+        self[token] = piece
+        return piece
