@@ -23,6 +23,7 @@ from minipaged.trace.rows import EventRows, SequenceRows
 
 Listener = Callable[[StepDelta], None]
 MAX_WAITING_SHOWN = 64  # sequences of the waiting queue that a delta names; Stats counts them all
+_TABLE_KEPT = frozenset({"publish", "evict", "submit"})  # events that change the table of no sequence
 _ENDS = frozenset({"finish", "abort", "prune", "preempt"})
 
 
@@ -79,7 +80,7 @@ class TraceBuilder:
             self._plain.clear()
             self._pool.forget()
         sequences = self._singled_out(plan, outputs, raw)
-        named = {event.seq_id for event in raw if event.seq_id >= 0}
+        named = {event.seq_id for event in raw if event.seq_id >= 0 and event.kind not in _TABLE_KEPT}
         if self._newcomer:
             self._newcomer = False
             named |= {s.seq_id for r in scheduler.requests.values() for s in r.alive}

@@ -203,10 +203,13 @@ class Snapshot:
         for sequence, computed, grown in zip(
             plain.sequence.tolist(), plain.num_computed.tolist(), plain.num_tokens.tolist(), strict=True
         ):
-            state = known[sequence]
+            token, text = next(growth) if grown else (None, b"")
+            state = known.get(sequence)
+            if state is None:  # a fold that began in the middle: it is known from here on
+                self._apply_sequence(next(patch for patch in rows if patch.sequence == sequence))
+                continue
             state.num_computed = computed
-            if grown:
-                token, text = next(growth)
+            if token is not None:
                 state.token_ids.append(token)
                 state.text += text
 

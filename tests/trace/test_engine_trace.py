@@ -145,6 +145,8 @@ def test_plain_decodes_are_columns_that_read_as_patches() -> None:
         assert rows[-1] == rows[-1:][0]
         assert len(rows) == len(tuple(rows))
         assert len(events) == len(tuple(events))
+    patches = [replace(delta, sequences=tuple(delta.sequences)) for delta in deltas]
+    assert fold(deltas[5:]) == fold(patches[5:]), "a fold may begin in the middle"
     assert deltas[-1].sequences[0].token_ids == (DRAWN,)
     assert deltas[-1].sequences[0].text == f" {DRAWN}".encode()
 
