@@ -1,6 +1,7 @@
 """What the trace costs the engine: steps of plain decoding with nobody listening, with a listener, with one that records. No model.
 
-The runner draws constant tokens at once, so all the time that is seen is the control plane's and the trace's.
+The runner draws at once tokens that mean nothing, varied as a text's are (the same one every time would compress too well): all the time
+that is seen is the control plane's and the trace's.
 """
 
 from __future__ import annotations
@@ -14,36 +15,37 @@ import numpy as np
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.memory.block_manager import BlockManager
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.trace.records import StepDelta
 from minipaged.trace.stream import StreamWriter, header_of
 
-PROMPT, BLOCK, VOCABULARY, DRAWN = 128, 16, 1000, 333
+PROMPT, BLOCK, VOCABULARY = 128, 16, 10_000
 STEPS, STRETCHES = 64, 6  # a stretch of one kind follows one of another; the quietest of each counts
 
 
 class _Drawn:
     """What a step drew."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, token_ids: IntArray) -> None:
+        self._token_ids = token_ids
 
     def tokens(self) -> StepTokens:
-        return StepTokens(np.full(self._count, DRAWN, np.int32))
+        return StepTokens(self._token_ids)
 
 
-class _ConstantRunner:
-    """Computes nothing: every draw is the same token."""
+class _IdleRunner:
+    """Computes nothing."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
+        self._rng = np.random.default_rng(1)
 
     def num_blocks(self) -> int:
         return self._num_blocks
 
     def launch(self, plan: StepPlan) -> _Drawn:
-        return _Drawn(len(plan.draw_rows))
+        return _Drawn(self._rng.integers(0, VOCABULARY, len(plan.draw_rows), np.int32))
 
 
 class _NumberCodec:
@@ -85,7 +87,7 @@ def decoding_engine(num_seqs: int) -> Engine:
     num_blocks = num_seqs * -(-longest // BLOCK) + 1
     config = EngineConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(8192, num_seqs), max_model_len=longest)
     scheduler = Scheduler(config, BlockManager(num_blocks, BLOCK), BLOCK)
-    engine = Engine(scheduler, _ConstantRunner(num_blocks), codec=_NumberCodec())
+    engine = Engine(scheduler, _IdleRunner(num_blocks), codec=_NumberCodec())
     rng = np.random.default_rng(0)
     for _ in range(num_seqs):
         prompt = rng.integers(0, VOCABULARY, PROMPT + int(rng.integers(0, BLOCK))).tolist()

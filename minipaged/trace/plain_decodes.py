@@ -125,7 +125,7 @@ class _Pieces(dict[int, tuple[bytes, int] | None]):
     def __missing__(self, token: int) -> tuple[bytes, int] | None:
         data = self._codec.token_bytes(token) if self._codec is not None else b""
         try:
-            piece = (data, len(data.decode()))
+            piece = (data, len(data) if data.isascii() else len(data.decode()))
         except UnicodeDecodeError:
             piece = None
         self[token] = piece

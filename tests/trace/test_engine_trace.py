@@ -12,7 +12,7 @@ import pytest
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.execution.runner import Pending, Runner
-from minipaged.lab.trace_cost import DRAWN, decoding_engine
+from minipaged.lab.trace_cost import decoding_engine
 from minipaged.llm import LLM
 from minipaged.scheduling.plan import StepPlan, StepTokens
 from minipaged.trace.codec import decode_delta, encode_delta
@@ -147,8 +147,9 @@ def test_plain_decodes_are_columns_that_read_as_patches() -> None:
         assert len(events) == len(tuple(events))
     patches = [replace(delta, sequences=tuple(delta.sequences)) for delta in deltas]
     assert fold(deltas[5:]) == fold(patches[5:]), "a fold may begin in the middle"
-    assert deltas[-1].sequences[0].token_ids == (DRAWN,)
-    assert deltas[-1].sequences[0].text == f" {DRAWN}".encode()
+    for sequence, patch in zip(engine.scheduler.sequences.values(), deltas[-1].sequences, strict=True):
+        assert patch.token_ids == (sequence.token_ids[-1],)
+        assert patch.text == f" {sequence.token_ids[-1]}".encode()
 
 
 def test_parts_of_characters_wait_for_the_rest() -> None:
