@@ -114,13 +114,15 @@ class Actions(App[int]):
         self.paint()
 
     def action_maximise(self) -> None:
-        """The focused pane alone, or all again."""
-        if self.screen.maximized is not None:
-            self.screen.minimize()
-            return
-        focused = self.screen.focused
-        if focused is not None:
-            self.screen.maximize(focused)
+        """The focused pane alone, between the status line and the keys; or all again."""
+        screen, focused = self.screen, self.screen.focused
+        panes = [
+            widget for widget in screen.query(".pane") if focused is not None and widget in focused.ancestors_with_self
+        ]
+        alone = not screen.has_class("-alone") and bool(panes)
+        for widget in screen.query(".pane, #upper, #middle"):
+            widget.set_class(alone and (widget in panes or widget in panes[0].ancestors), "alone")
+        screen.set_class(alone, "-alone")
 
     def action_add(self) -> None:
         """Ask for a prompt."""
@@ -249,8 +251,10 @@ class Actions(App[int]):
         self.paint()
 
     def action_leave_lesson(self) -> None:
-        """Back to where the lesson was opened."""
-        if self._outer is not None:
+        """All panes again, or back to where the lesson was opened."""
+        if self.screen.has_class("-alone"):
+            self.action_maximise()
+        elif self._outer is not None:
             self.session, self._outer = self._outer, None
             self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
             self.session.refresh()

@@ -187,10 +187,14 @@ def test_focus_why_bookmark_maximise_help_panes(size: tuple[int, int]) -> None:
         assert "same step" in text(app)
         await pilot.press("b", "g", "right_curly_bracket", "right_curly_bracket", "right_curly_bracket")
         assert app.session.bookmarks == {4}
-        await pilot.press("z")
-        assert app.screen.maximized is not None
-        await pilot.press("escape")
-        assert app.screen.maximized is None
+        for key, name in (("1", "blocks"), ("2", "tables"), ("3", "text"), ("4", "timeline")):
+            await pilot.press(key, "z")
+            pane = app.query_one(f"#{name}")
+            room = size[1] - 2  # all but the status line and the keys
+            await until(pilot, lambda pane=pane, room=room: pane.outer_size == (size[0], room))  # type: ignore[misc]
+            assert [p.id for p in app.query(".pane") if p.display] == [name]
+            await pilot.press("escape" if name == "text" else "z")
+            await until(pilot, lambda pane=pane: pane.outer_size.height < size[1] - 2)  # type: ignore[misc]
         await pilot.press("question_mark")
         assert isinstance(app.screen, Reading)
         assert "copy-on-write" in text(app)
