@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from minipaged.trace.records import PoolBands, ShadowDelta
+from minipaged.memory.types import PoolBands
+from minipaged.trace.records import ShadowDelta
 from tui.pane import Pane
 from tui.safe import fit
 from tui.view import Line, Run, View, width_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from minipaged.trace.records import PoolBands
+from minipaged.memory.types import PoolBands
 from minipaged.trace.snapshot import SequenceState
 from tui.pane import Pane
 from tui.safe import clean_bytes, fit, tail

@@ -21,9 +21,10 @@ from minipaged.lab.servers import Server
 from minipaged.lab.tally import Sample, Tally
 from minipaged.lab.workloads import FloatColumn, Workload
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.types import PoolBands
 from minipaged.scheduling.request import RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
-from minipaged.trace.records import PoolBands, Stats, StepDelta
+from minipaged.trace.records import Stats, StepDelta
 
 
 def run_engine(

@@ -11,7 +11,7 @@ from minipaged.lab.html import Page
 from minipaged.lab.simulate import Result
 from minipaged.lab.svg import line_chart
 from minipaged.lab.tables import percent, seconds, size, table
-from minipaged.trace.records import PoolBands
+from minipaged.memory.types import PoolBands
 
 
 def result_dict(result: Result) -> dict[str, Any]:

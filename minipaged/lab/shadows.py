@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from minipaged.config import check_int
 from minipaged.errors import InputError
 from minipaged.memory.systems import RESERVING, reservations
-from minipaged.trace.records import PoolBands, SequencePatch, ShadowDelta, StepDelta
+from minipaged.memory.types import PoolBands
+from minipaged.trace.records import SequencePatch, ShadowDelta, StepDelta
 
 ENDED = frozenset({"finished", "aborted", "refused"})
 DEFAULT_SYSTEMS = ("static", "fastertransformer", "orca-max", "orca-pow2", "orca-oracle", "tgi-early", "tgi-paged")

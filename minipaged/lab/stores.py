@@ -12,7 +12,7 @@ from minipaged.config import MAX_BLOCK_SIZE, check_int
 from minipaged.lab.beams import BeamTree, beam_tree
 from minipaged.lab.workloads import Workload
 from minipaged.memory.reservations import Reservations
-from minipaged.trace.records import PoolBands
+from minipaged.memory.types import PoolBands
 
 
 class Store(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from minipaged.trace.records import PoolBands
+from minipaged.memory.types import PoolBands
 
 
 class Sample(NamedTuple):

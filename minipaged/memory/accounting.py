@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from minipaged.config import check_int
 from minipaged.errors import InputError
-from minipaged.memory.types import NULL_BLOCK
-from minipaged.trace.records import PoolBands
+from minipaged.memory.types import NULL_BLOCK, PoolBands
 
 
 class TableUse(NamedTuple):

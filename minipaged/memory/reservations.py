@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from minipaged.config import check_int
 from minipaged.errors import InputError
-from minipaged.trace.records import PoolBands, Run
+from minipaged.memory.types import PoolBands, Run
 
 Piece = tuple[int, int, str, int]  # start, length, kind, key
 

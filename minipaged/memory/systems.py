@@ -10,7 +10,7 @@ from collections.abc import Callable
 from minipaged.errors import InputError
 from minipaged.memory.buddy import BuddyAllocator, next_power_of_two
 from minipaged.memory.reservations import Piece, Reservations, Row, body, cover, lay
-from minipaged.trace.records import PoolBands, Run
+from minipaged.memory.types import PoolBands, Run
 
 
 class Orca(Reservations):

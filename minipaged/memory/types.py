@@ -1,4 +1,4 @@
-"""The words that the block manager speaks: plain values, no behaviour."""
+"""The words that the managers speak, the block manager's and other systems': plain values, no behaviour."""
 
 from __future__ import annotations
 
@@ -68,3 +68,23 @@ class BlockEvent(NamedTuple):
     index: int  # type: ignore[assignment]  # the contract's name, though tuples have a method of it
     tier: str  # device or host
     group: int
+
+
+class Run(NamedTuple):
+    """Consecutive slots of another system's pool. kind: token reserved internal external padding idle."""
+
+    start: int
+    length: int
+    kind: str
+    sequence: int
+
+
+class PoolBands(NamedTuple):
+    """Slots of a pool by what they hold; they sum to the pool."""
+
+    token: int
+    reserved: int
+    internal: int
+    external: int
+    padding: int
+    idle: int

@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.errors import TraceError
+from minipaged.memory.types import PoolBands, Run
 from minipaged.trace.records import (
     TIER_DEVICE,
     TIER_HOST,
     BlockPatch,
     Event,
-    PoolBands,
     Queues,
-    Run,
     SequencePatch,
     ShadowDelta,
     Stats,

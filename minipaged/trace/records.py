@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from minipaged.memory.types import PoolBands, Run
+
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
 
 # Bits of BlockPatch.flags
@@ -120,26 +122,6 @@ class StepDelta:
     sequences: Sequence[SequencePatch]
     queues: Queues
     stats: Stats
-
-
-class Run(NamedTuple):
-    """Consecutive slots of another system's pool. kind: token reserved internal external padding idle."""
-
-    start: int
-    length: int
-    kind: str
-    sequence: int
-
-
-class PoolBands(NamedTuple):
-    """Slots of a pool by what they hold; they sum to the pool."""
-
-    token: int
-    reserved: int
-    internal: int
-    external: int
-    padding: int
-    idle: int
 
 
 @dataclass(frozen=True, slots=True)

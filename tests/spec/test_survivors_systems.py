@@ -14,8 +14,7 @@ from minipaged.memory import Admission, BlockEvent
 from minipaged.memory.buddy import next_power_of_two
 from minipaged.memory.contiguous import Ask, ContiguousBlockManager
 from minipaged.memory.systems import RESERVING, reservations
-from minipaged.memory.types import PoolUsage
-from minipaged.trace.records import Run
+from minipaged.memory.types import PoolUsage, Run
 
 MAX_LEN, BLOCK_SIZE = 64, 4
 

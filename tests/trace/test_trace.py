@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from scripted import Scene, sharing_scene
 
 from minipaged.errors import TraceError
+from minipaged.memory.types import PoolBands, Run
 from minipaged.trace import codec
 from minipaged.trace.player import Player
-from minipaged.trace.records import FLAG_CACHED, PoolBands, Run, ShadowDelta, StepDelta
+from minipaged.trace.records import FLAG_CACHED, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import KEPT_DEAD, Snapshot, fold
 from minipaged.trace.sources import FileSource, ListSource
 from minipaged.trace.stream import Header, Kind, Record, StreamWriter, note, read_header, read_record

@@ -14,8 +14,9 @@ from textual.pilot import Pilot
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
+from minipaged.memory.types import PoolBands, Run
 from minipaged.trace.player import Player
-from minipaged.trace.records import PoolBands, Run, ShadowDelta
+from minipaged.trace.records import ShadowDelta
 from minipaged.trace.sources import FileSource, ListSource
 from tui.app import run_screen
 from tui.compare import compare_lines, real_bands, share_text

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from scripted import Scene, sharing_scene
 
+from minipaged.memory.types import PoolBands
 from minipaged.trace.player import Player
-from minipaged.trace.records import PoolBands, ShadowDelta, StepDelta
+from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import ListSource
 from tui.bars import header_line, host_line, keys_line, legend_lines

@@ -17,7 +17,8 @@ from minipaged.lessons.catalog import HINT_LEVELS, Lesson, lessons, tutorials_fo
 from minipaged.lessons.checking import check
 from minipaged.lessons.runner import load, run
 from minipaged.lessons.strip import bodies, strip
-from minipaged.trace.records import Event, PoolBands
+from minipaged.memory.types import PoolBands
+from minipaged.trace.records import Event
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_A_PROCESS_OF_ITS_OWN = (12,)  # it asks Triton for the interpreter, which must not reach other tests
