@@ -131,7 +131,7 @@ def tui(
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Letters and signs of ASCII alone.")] = False,
     light: Annotated[bool, typer.Option("--light", help="For terminals with a light background.")] = False,
     scenario: Annotated[
-        str | None, typer.Option(help="A recorded scene: cow, prefix, beam, preempt, swap or orca.")
+        str | None, typer.Option(help="A recorded scene: cow, prefix, beam, preempt, swap, evict or orca.")
     ] = None,
     web: Annotated[bool, typer.Option("--web", help="In a browser on this machine (extra `web`).")] = False,
     device: Device = "auto",
