@@ -176,6 +176,13 @@ def test_readme_and_glossary_name_only_what_exists() -> None:
                 assert not missing, f"{name}: {path} has no {missing}"
 
 
+@each_lesson
+def test_the_readme_lists_the_lessons_tasks(lesson: Lesson) -> None:
+    text = (tutorials_folder() / "README.md").read_text(encoding="utf-8")
+    row = f"| {lesson.number} | [{lesson.title}]({lesson.path.name}) | {lesson.minutes} | "
+    assert row + ", ".join(f"`{task.name}`" for task in lesson.tasks) + " |" in text
+
+
 EMPHASIS = {  # bold in a lesson, but no term of the field
     "and for the token it will compute next",
     "and stay findable",
