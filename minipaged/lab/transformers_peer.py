@@ -183,7 +183,8 @@ def _continuous(name: str, settings: dict[str, Any]) -> DeviceResult:
     )
     times: list[list[float]] = [[] for _ in draws]
     finish = [math.nan] * count
-    with torch.inference_mode():
+    # no_grad: its own thread may not be in inference mode (5.17 is not), and may not write what was made in it
+    with torch.no_grad():
         if hasattr(manager, "warmup"):
             manager.warmup()
         manager.start()

@@ -36,7 +36,7 @@ def load(name: str, job: Job) -> Runs:
 
     def answer(workload: str, asked: list[Draw], temperature: float) -> int:
         generation.do_sample, generation.temperature = temperature > 0, temperature or None
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: in 5.17 the thread of its continuous batching is outside of it
             return _batch(model, asked) if workload.startswith("batch:") else _continuous(model, asked)
 
     return Runs(answer, most_requests=MOST_REQUESTS, repeats=1)
