@@ -91,7 +91,9 @@ def measure(plan: Plan) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="minipaged-bench-") as folder:
         told, log = Path(folder) / "outcome.json", Path(folder) / "log"
         words = json.dumps({name: getattr(plan, name) for name in Plan.__dataclass_fields__})
-        code, written = _on_a_terminal([sys.executable, "-m", "tui.bench", words, str(told), str(log)], SIZE)
+        code, written = _on_a_terminal(
+            [sys.executable, "-m", "tui.bench", words, str(told), str(log)], SIZE, _cores(plan.threads)[1]
+        )
         if code or not told.exists():
             lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
             raise InputError(f"the run ended with code {code}: {lines[-1] if lines else 'it said nothing'}")
@@ -100,8 +102,16 @@ def measure(plan: Plan) -> Outcome:
     return Outcome(rounds, written, tuple(found["pictures"]))
 
 
-def _on_a_terminal(command: Sequence[str], size: tuple[int, int]) -> tuple[int, int]:
-    """Run a command on a pty of that size. Returns its exit code and how many bytes it wrote."""
+def _cores(threads: int | None) -> tuple[list[int], list[int]]:
+    """The engine's cores, and those of all else: the first `threads`, and the others as far as there are; (): any."""
+    if threads is None:
+        return [], []
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[:threads], cores[threads:] or cores
+
+
+def _on_a_terminal(command: Sequence[str], size: tuple[int, int], cores: Sequence[int]) -> tuple[int, int]:
+    """Run a command on a pty of that size, reading what it writes on these cores. Returns its exit code and how many bytes it wrote."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
@@ -109,6 +119,9 @@ def _on_a_terminal(command: Sequence[str], size: tuple[int, int]) -> tuple[int, 
     # It is that terminal's own session, so that it is hung up on when this process goes, however it goes.
     process = subprocess.Popen(command, env=environment, preexec_fn=lambda: os.login_tty(theirs))
     os.close(theirs)
+    if cores:
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)
     written = 0
     while True:
         try:
@@ -119,6 +132,8 @@ def _on_a_terminal(command: Sequence[str], size: tuple[int, int]) -> tuple[int, 
             break
         written += len(part)
     os.close(ours)
+    if cores:
+        os.sched_setaffinity(0, before)
     return process.wait(), written
 
 
@@ -140,11 +155,11 @@ class TimedScreen(ScreenApp):
 def run_rounds(plan: Plan) -> tuple[list[Round], list[str]]:
     """A warm round whose trace the pictures are of, then the pairs."""
     asked = requests(plan.num_requests, plan.max_tokens)
-    if plan.threads is not None:
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[plan.threads :] or cores)
-    arguments = {"model": plan.model, "settings": plan.settings, "threads": plan.threads}
+    engine_cores, cores = _cores(plan.threads)
+    arguments = {"model": plan.model, "settings": plan.settings, "cores": engine_cores}
     rounds: list[Round] = []
+    if cores:
+        os.sched_setaffinity(0, cores)  # the engine's process goes to its own, by name
     with EngineProcess(timed_engine, arguments) as engine:
         source = engine.source
         _wait(source, lambda: source.ready, LOAD_SECONDS, engine)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,15 +40,25 @@ _ASKED = (
 class MadeUpWords(ByteTokenizer):
     """Text for a model drawn at random: bytes for prompts, and for every id beyond them a word that can be read aloud."""
 
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        # Made once, as a vocabulary is looked up and not made; 0 to 256 are bytes and the end.
+        self._words = [_word(token_id) if token_id > 256 else b"" for token_id in range(vocab_size)]
+
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        if token_id <= 256 or token_id >= self.vocab_size:
-            return super().token_bytes(token_id, skip_special=skip_special)
-        syllables, rest = "", token_id
-        while rest:
-            rest, number = divmod(rest, len(CONSONANTS) * len(VOWELS))
-            consonant, vowel = divmod(number, len(VOWELS))
-            syllables += CONSONANTS[consonant] + VOWELS[vowel]
-        return f" {syllables}".encode()
+        if 256 < token_id < self.vocab_size:
+            return self._words[token_id]
+        return super().token_bytes(token_id, skip_special=skip_special)
+
+
+def _word(number: int) -> bytes:
+    """A number in syllables."""
+    syllables = ""
+    while number:
+        number, syllable = divmod(number, len(CONSONANTS) * len(VOWELS))
+        consonant, vowel = divmod(syllable, len(VOWELS))
+        syllables += CONSONANTS[consonant] + VOWELS[vowel]
+    return f" {syllables}".encode()
 
 
 def requests(count: int, max_tokens: int) -> list[tuple[str, SamplingParams]]:
@@ -63,14 +73,14 @@ def requests(count: int, max_tokens: int) -> list[tuple[str, SamplingParams]]:
 
 
 def timed_engine(
-    model: str, settings: dict[str, Any], threads: int | None = None, progress: Callable[..., None] | None = None
+    model: str, settings: dict[str, Any], cores: Sequence[int] = (), progress: Callable[..., None] | None = None
 ) -> TimedEngine:
-    """A factory for EngineProcess. threads: torch's on a CPU, which also pins this process to as many cores."""
+    """A factory for EngineProcess. cores: those that this process keeps to, with a thread of torch's on each; (): any, as torch likes."""
     import torch
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if cores:
+        torch.set_num_threads(len(cores))
+        os.sched_setaffinity(0, cores)
     given = dict(settings)
     device = choose_device(given.pop("device", "auto"))
     precision = choose_dtype(given.pop("dtype", "auto"), device)

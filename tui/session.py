@@ -18,6 +18,7 @@ from minipaged.errors import TraceError
 from minipaged.trace.live import LiveSource
 from minipaged.trace.player import SPEEDS, Player
 from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
+from minipaged.trace.rows import beside_appends
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 from tui.finding import cause_of, find, next_event
@@ -183,7 +184,8 @@ class Session:
     def _follow_moves(self, applied: list[StepDelta], now: float) -> bool:
         """Note who went from queue to queue; True when a note has stood long enough and goes."""
         for delta in applied:
-            self._moves.update({event.sequence: (event.kind, now) for event in delta.events if event.kind in MOVES})
+            events = beside_appends(delta.events)
+            self._moves.update({event.sequence: (event.kind, now) for event in events if event.kind in MOVES})
         if not self.playing:
             self._moves.clear()
         gone = [sequence for sequence, (_, since) in self._moves.items() if now - since > MOVE_SECONDS]
@@ -196,7 +198,7 @@ class Session:
         """Who has just gone from queue to queue: while it runs for long enough to be seen, else in this very step."""
         if self.playing:
             return {sequence: kind for sequence, (kind, _) in self._moves.items()}
-        events = self.delta.events if self.delta is not None else ()
+        events = beside_appends(self.delta.events) if self.delta is not None else ()
         return {event.sequence: event.kind for event in events if event.kind in MOVES}
 
     @property

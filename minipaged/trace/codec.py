@@ -1,25 +1,15 @@
-"""Records as bytes: a JSON head and named little-endian columns, compressed, and the trace's values to and from
-them.
-
-A body is zlib(u32 length of head, head, columns one after another); the head's "columns" lists [name, dtype,
-length]. Empty columns are left out. A reader takes the columns it knows by name and keeps the rest with the record.
-No pickle: a trace may come from anywhere.
-"""
+"""The trace's values as columns, and back. Knows what each column means; packing.py knows how columns are bytes."""
 
 from __future__ import annotations
 
-import json
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from minipaged.errors import TraceError
 from minipaged.memory.types import PoolBands, Run
+from minipaged.trace.packing import Array, Columns, Head, pack, unpack
 from minipaged.trace.records import (
     TIER_DEVICE,
     TIER_HOST,
@@ -32,63 +22,25 @@ from minipaged.trace.records import (
     StepDelta,
     TablePatch,
 )
-from minipaged.trace.rows import EventRows, SequenceRows
+from minipaged.trace.rows import EventRows, PlainColumns, SequenceRows
 from minipaged.trace.snapshot import COLUMNS, Pool, SequenceState, Snapshot
 
-Array = npt.NDArray[Any]
-Columns = dict[str, Array]
-Head = dict[str, Any]
-
-MAX_BODY_BYTES = 1 << 28  # uncompressed; a larger one is damage or malice
 MAX_BLOCKS = 1 << 24
-_U32 = struct.Struct("<I")
-_DTYPES = frozenset({"<i8", "<i4", "<f8", "|u1", "<u2", "<u4", "<u8"})
 _EVENT_COLUMNS = ("e.id", "e.kind", "e.cause", "e.sequence", "e.block", "e.other", "e.amount")
 _NO_INT = np.zeros(0, np.int32)
 _NO_BYTE = np.zeros(0, np.uint8)
-
-
-def pack(head: Head, columns: Columns, *, level: int = 1) -> bytes:
-    """A record's body."""
-    kept = [(name, column) for name, column in columns.items() if len(column)]
-    head = {**head, "columns": [[name, column.dtype.str, len(column)] for name, column in kept]}
-    text = json.dumps(head, separators=(",", ":")).encode()
-    return zlib.compress(b"".join([_U32.pack(len(text)), text, *(column.tobytes() for _, column in kept)]), level)
-
-
-def unpack(body: bytes) -> tuple[Head, Columns]:
-    """Head and columns of a body. Raises TraceError if it is not one."""
-    try:
-        stream = zlib.decompressobj()
-        raw = stream.decompress(body, MAX_BODY_BYTES)
-        if not stream.eof:
-            raise TraceError(f"a trace record is cut short or larger than {MAX_BODY_BYTES} bytes")
-        (size,) = _U32.unpack_from(raw)
-        head = json.loads(raw[4 : 4 + size])
-        columns: Columns = {}
-        offset = 4 + size
-        for name, dtype, length in head.pop("columns"):
-            if dtype not in _DTYPES:
-                raise TraceError(f"a trace column of type {dtype!r} cannot be read")
-            column = np.frombuffer(raw, dtype, length, offset)
-            columns[name] = column
-            offset += column.nbytes
-        return head, columns
-    except TraceError:
-        raise
-    except (zlib.error, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TraceError(f"a trace record cannot be read: {error}") from None
 
 
 def _ints(values: Iterable[int]) -> Array:
     return np.fromiter(values, np.int64)
 
 
-def _event_columns(events: Sequence[Event]) -> tuple[list[str], Columns]:
+def _event_columns(events: Sequence[Event]) -> tuple[Head, Columns]:
+    """The head's `appends` says how many rows at the end are appends numbered one by one: a reader may keep them as columns."""
     appends = events if isinstance(events, EventRows) else None
     first: Sequence[Event] = appends.first if appends is not None else events
     if not len(events):
-        return [], {}
+        return {}, {}
     names = {event.kind for event in first}
     kinds = sorted(names | {"append"} if len(events) > len(first) else names)
     code = {kind: index for index, kind in enumerate(kinds)}
@@ -102,15 +54,27 @@ def _event_columns(events: Sequence[Event]) -> tuple[list[str], Columns]:
         columns["e.id"][rest] = np.arange(appends.next_id, appends.next_id + len(appends.seq_ids))
         columns["e.kind"][rest] = code["append"]
         columns["e.sequence"][rest], columns["e.amount"][rest] = appends.seq_ids, appends.lengths
-    return kinds, columns
+    return {"kinds": kinds, "appends": len(events) - len(first)}, columns
 
 
-def _events(head: Head, columns: Columns) -> tuple[Event, ...]:
+def _events(head: Head, columns: Columns) -> Sequence[Event]:
     if "e.id" not in columns:
         return ()
     kinds = head["kinds"]
-    lists = [columns[name].tolist() for name in _EVENT_COLUMNS]
-    return tuple(Event(row[0], kinds[row[1]], *row[2:]) for row in zip(*lists, strict=True))
+    end = _end_of_first(head.get("appends", 0), [columns[name] for name in _EVENT_COLUMNS])
+    lists = [columns[name][:end].tolist() for name in _EVENT_COLUMNS]
+    first = tuple(Event(row[0], kinds[row[1]], *row[2:]) for row in zip(*lists, strict=True))
+    if end == len(columns["e.id"]):
+        return first
+    return EventRows(first, int(columns["e.id"][end]), columns["e.sequence"][end:], columns["e.amount"][end:])
+
+
+def _end_of_first(rest: object, columns: list[Array]) -> int:
+    """Rows before the last `rest`, which may stay columns. Raises TraceError unless there are as many and the columns are of one length."""
+    total = len(columns[0])
+    if any(len(column) != total for column in columns) or not isinstance(rest, int) or not 0 <= rest <= total:
+        raise TraceError("a trace record's columns differ in length")
+    return total - rest
 
 
 def _queue_columns(queues: Queues) -> Columns:
@@ -131,6 +95,7 @@ def _stats(head: Head) -> Stats:
 
 
 def _sequence_columns(rows: Sequence[SequencePatch]) -> tuple[Head, Columns]:
+    """The head's `plain` says how many rows at the end are plain decodes: a reader may keep them as columns."""
     if not len(rows):
         return {}, {}
     plain = rows.plain if isinstance(rows, SequenceRows) else None
@@ -167,7 +132,7 @@ def _sequence_columns(rows: Sequence[SequencePatch]) -> tuple[Head, Columns]:
     columns["s.text"] = np.frombuffer(b"".join(texts), np.uint8)
     columns["s.score"] = score
     reasons = [row.finish_reason for row in first] + [""] * (len(rows) - len(first))
-    return {"statuses": statuses, "reasons": reasons}, columns
+    return {"statuses": statuses, "reasons": reasons, "plain": len(rows) - len(first)}, columns
 
 
 def _numbers(row: SequencePatch, status: int) -> tuple[int, ...]:
@@ -189,15 +154,16 @@ _SEQUENCE_COLUMNS = (
 )
 
 
-def _sequences(head: Head, columns: Columns) -> tuple[SequencePatch, ...]:
+def _sequences(head: Head, columns: Columns) -> Sequence[SequencePatch]:
     if "s.sequence" not in columns:
         return ()
-    lists = [columns[name].tolist() for name in _SEQUENCE_COLUMNS]
+    end = _end_of_first(head.get("plain", 0), [columns[name] for name in _SEQUENCE_COLUMNS])
+    lists = [columns[name][:end].tolist() for name in _SEQUENCE_COLUMNS]
     tokens = columns.get("s.token_ids", _NO_INT).tolist()
     text = columns.get("s.text", _NO_BYTE).tobytes()
-    scores = columns["s.score"].tolist()
+    scores = columns["s.score"][:end].tolist()
     patches, token_at, byte_at = [], 0, 0
-    for row, score, reason in zip(zip(*lists, strict=True), scores, head["reasons"], strict=True):
+    for row, score, reason in zip(zip(*lists, strict=True), scores, head["reasons"][:end], strict=True):
         sequence, request, parent, status, computed, cached, prompt, num_tokens, num_bytes = row
         patches.append(
             SequencePatch(
@@ -215,7 +181,23 @@ def _sequences(head: Head, columns: Columns) -> tuple[SequencePatch, ...]:
             )
         )
         token_at, byte_at = token_at + num_tokens, byte_at + num_bytes
-    return tuple(patches)
+    if end == len(columns["s.sequence"]):
+        return tuple(patches)
+    return SequenceRows(tuple(patches), _plain(columns, end, tokens[token_at:], text[byte_at:]))
+
+
+def _plain(columns: Columns, end: int, tokens: list[int], text: bytes) -> PlainColumns:
+    """The rows from `end` on, and the tokens and text that are theirs."""
+    sequence, request, parent, _, computed, cached, prompt, num_tokens, num_bytes = (
+        columns[name][end:] for name in _SEQUENCE_COLUMNS
+    )
+    ends = np.cumsum(num_bytes[num_tokens == 1])
+    fits = len(tokens) == len(ends) == int(num_tokens.sum()) and int(num_bytes.sum()) == len(text)
+    if not fits or num_tokens.min() < 0 or num_bytes.min() < 0 or (len(ends) and int(ends[-1]) != len(text)):
+        raise TraceError("a trace record's tokens and texts are not those of its sequences")
+    stops = ends.tolist()
+    texts = [text[a:b] for a, b in zip([0, *stops], stops, strict=False)]
+    return PlainColumns(sequence, request, parent, computed, cached, prompt, num_tokens, tokens, texts)
 
 
 def _table_columns(rows: Sequence[TablePatch]) -> Columns:
@@ -248,19 +230,17 @@ def _check_ids(ids: Array, least: int = 0) -> None:
         raise TraceError("a trace record names a block that no pool has")
 
 
-def encode_delta(delta: StepDelta) -> bytes:
-    """A StepDelta as a body."""
-    kinds, columns = _event_columns(delta.events)
+def encode_delta(delta: StepDelta, *, level: int = 1) -> bytes:
+    """A StepDelta as a body. level: zlib's; 0 for a stream that goes no farther than to another process."""
+    told, columns = _event_columns(delta.events)
     head: Head = {"t_ns": delta.t_ns, "stats": {n: v for n, v in zip(Stats._fields, delta.stats, strict=True) if v}}
-    if kinds:
-        head["kinds"] = kinds
     blocks = delta.blocks
     columns.update(
         {"b.ids": blocks.ids, "b.tier": blocks.tier, **{f"b.{name}": getattr(blocks, name) for name in COLUMNS}}
     )
     columns.update(_table_columns(delta.tables))
     more, sequence_columns = _sequence_columns(delta.sequences)
-    return pack({**head, **more}, {**columns, **sequence_columns, **_queue_columns(delta.queues)})
+    return pack({**head, **told, **more}, {**columns, **sequence_columns, **_queue_columns(delta.queues)}, level=level)
 
 
 def decode_delta(step: int, body: bytes, *, events: bool = True) -> StepDelta:
@@ -315,7 +295,7 @@ def decode_shadow(step: int, body: bytes) -> ShadowDelta:
 
 def encode_keyframe(snapshot: Snapshot) -> bytes:
     """A whole Snapshot as a body."""
-    kinds, columns = _event_columns(snapshot.events)
+    told, columns = _event_columns(snapshot.events)
     states = list(snapshot.sequences.values())
     rows = [
         SequencePatch(
@@ -343,7 +323,7 @@ def encode_keyframe(snapshot: Snapshot) -> bytes:
     columns.update(_queue_columns(snapshot.queues))
     for tier, pool in (("device", snapshot.device), ("host", snapshot.host)):
         columns.update({f"{tier}.{name}": getattr(pool, name) for name in COLUMNS})
-    head: Head = {"t_ns": snapshot.t_ns, "stats": snapshot.stats._asdict(), "kinds": kinds, **more}
+    head: Head = {"t_ns": snapshot.t_ns, "stats": snapshot.stats._asdict(), **told, **more}
     head["shadows"] = [[s.step, s.system, s.runs, s.stats._asdict()] for s in snapshot.shadows.values()]
     return pack(head, columns)
 

@@ -17,14 +17,14 @@ from typing import Any, BinaryIO, Protocol
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError, TraceError
-from minipaged.trace import codec
+from minipaged.trace import codec, packing
 from minipaged.trace.records import StepDelta
 from minipaged.trace.stream import (
     Header,
     Kind,
     Pieces,
     Record,
-    StreamWriter,
+    RecordPipe,
     header_of,
     note,
     pieces_record,
@@ -32,6 +32,7 @@ from minipaged.trace.stream import (
 )
 
 Command = dict[str, Any]
+PIPE_LEVEL = 0  # zlib's: whoever keeps the stream makes it small, in a process that no token waits for
 
 
 class Publisher(Protocol):
@@ -70,7 +71,7 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(commands, inbox), name="commands", daemon=True).start()
     try:
-        writer = StreamWriter(records, Header())
+        writer = RecordPipe(records, Header())
         try:
             factory, arguments = pickle.loads(call)
             engine = factory(**arguments, progress=Progress(writer))
@@ -96,7 +97,7 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
 def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
     try:
         while (record := read_record(commands)) is not None:
-            told, _ = codec.unpack(record.body)
+            told, _ = packing.unpack(record.body)
             if told.get("do") == "quit":
                 break
             inbox.put(told)
@@ -108,7 +109,7 @@ def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
 class Progress:
     """What a factory reports while it loads: a stage, and how much of it is done. Told at most ten times a second."""
 
-    def __init__(self, writer: StreamWriter) -> None:
+    def __init__(self, writer: RecordPipe) -> None:
         self._writer = writer
         self._stage = ""
         self._told = 0.0
@@ -126,7 +127,7 @@ class Progress:
 class EngineLoop:
     """Commands in, one step a permit, records out."""
 
-    def __init__(self, engine: SteppedEngine, writer: StreamWriter, inbox: queue.SimpleQueue[Command]) -> None:
+    def __init__(self, engine: SteppedEngine, writer: RecordPipe, inbox: queue.SimpleQueue[Command]) -> None:
         self.engine = engine
         self.writer = writer
         self.inbox = inbox
@@ -139,7 +140,7 @@ class EngineLoop:
     def run(self) -> None:
         """Until the process ends."""
         header = header_of(self.engine)
-        self.writer.write(Record(Kind.HEADER, 0, codec.pack(header.to_json(), {})))
+        self.writer.write(Record(Kind.HEADER, 0, packing.pack(header.to_json(), {})))
         while True:
             may_step = self.permits > 0 and self.engine.has_work
             if not may_step:
@@ -201,6 +202,8 @@ class EngineLoop:
 
     def _publish(self, delta: StepDelta) -> None:
         fresh = self._pieces.fresh(delta)
+        told = Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL))
         if fresh:
-            self.writer.write(pieces_record(delta.step, fresh))
-        self.writer.delta(delta)
+            self.writer.write(pieces_record(delta.step, fresh, level=PIPE_LEVEL), told)
+        else:
+            self.writer.write(told)

@@ -23,12 +23,24 @@ from typing import Any, BinaryIO
 
 from minipaged.config import SamplingParams
 from minipaged.errors import TraceError
-from minipaged.trace import codec
+from minipaged.trace import codec, packing
+from minipaged.trace.records import StepDelta
+from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import RecordSource
-from minipaged.trace.stream import Header, Kind, Record, StreamWriter, command, read_header, read_record
+from minipaged.trace.stream import (
+    KEYFRAME_EVERY,
+    Header,
+    Kind,
+    Record,
+    StreamWriter,
+    command,
+    read_header,
+    read_record,
+)
 
 WINDOW = 32  # permits ahead of the newest step while the engine runs; a pause takes them back
 PIPE_BYTES = 1 << 20  # of records under way: the engine does not wait while the reader is busy with a frame
+AT_HAND = 256  # of the newest deltas stay decoded
 SWITCH_SECONDS = 0.0005  # Python's own 5 ms would pass between two reads while the screen draws
 Note = dict[str, Any]
 
@@ -48,6 +60,10 @@ class LiveSource(RecordSource):
         self.ended = ""  # why no more will come; "" while more may
         self.notes: deque[Note] = deque()  # words for people, not yet taken
         self._stored: list[Record] = []
+        self._folded = Snapshot()  # after all deltas, for the keyframes
+        self._fresh: dict[
+            int, StepDelta
+        ] = {}  # position -> delta: the newest, which whoever follows the engine asks for next
         self._records, self._commands = records, commands
         self._arrived: deque[Record] = deque()
         self._arrival = threading.Event()
@@ -68,11 +84,13 @@ class LiveSource(RecordSource):
         try:
             read_header(self._records, "the engine's stream")
             while (record := read_record(self._records)) is not None:
-                self._arrived.append(record)
                 if record.kind == Kind.DELTA:
                     with self._lock:
                         self._outstanding = max(0, self._outstanding - 1)
                         self._top_up()
+                if record.kind in (Kind.DELTA, Kind.PIECES):
+                    record = record._replace(body=packing.recompress(record.body))
+                self._arrived.append(record)
                 self._arrival.set()
             self._eof = "the engine's process has ended"
         except (TraceError, OSError, ValueError) as error:
@@ -174,18 +192,34 @@ class LiveSource(RecordSource):
 
     def _take(self, record: Record) -> None:
         if record.kind == Kind.NOTE:
-            self._take_note(codec.unpack(record.body)[0])
+            self._take_note(packing.unpack(record.body)[0])
         elif record.kind == Kind.HEADER:
-            self.header = Header.from_json(codec.unpack(record.body)[0])
+            self.header = Header.from_json(packing.unpack(record.body)[0])
             self.ready = True
             self._open_recording()
         else:
-            delta = self._index_record(len(self._stored), record)
-            self._stored.append(record)
-            self.idle = self.idle and delta is None
-            if self._writer is not None:
-                occupied, marks = (int(self.occupied[-1]), int(self.marks[-1])) if delta is not None else (0, 0)
-                self._writer.write(record, occupied, marks)
+            if record.kind == Kind.DELTA and len(self) % KEYFRAME_EVERY == 0:
+                self._keep(Record(Kind.KEYFRAME, self._folded.step, codec.encode_keyframe(self._folded)))
+            self._keep(record)
+
+    def _keep(self, record: Record) -> None:
+        """Store and record; fold a delta, and have it at hand for whoever follows."""
+        delta = self._index_record(len(self._stored), record)
+        self._stored.append(record)
+        occupied = marks = 0
+        if delta is not None:
+            self.idle = False
+            occupied, marks = int(self.occupied[-1]), int(self.marks[-1])
+            self._folded.apply(delta)
+            self._fresh[len(self) - 1] = delta
+            self._fresh.pop(len(self) - 1 - AT_HAND, None)
+        if self._writer is not None:
+            self._writer.write(record, occupied, marks)
+
+    def delta(self, position: int, *, events: bool = True) -> StepDelta:
+        """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there."""
+        fresh = self._fresh.get(position)
+        return fresh if fresh is not None else super().delta(position, events=events)
 
     def _take_note(self, note: Note) -> None:
         if "idle" in note:  # true once the engine has heard all that was asked of it

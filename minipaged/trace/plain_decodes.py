@@ -19,7 +19,8 @@ Told = tuple[int, int]  # tokens, characters of text
 
 
 class PlainDecodes:
-    """The sequences that only grow: seated, the only one of their request, no scores, no stop strings, all they have drawn is text.
+    """The sequences that only grow: seated, no more samples of their request to be born, no scores, no stop strings, all they have drawn
+    is text.
 
     A sequence is learned when it was told in full, and forgotten before anything else than growth is told of it. Events name every
     other change (its end, a preemption), so whoever forgets what the events name can trust the rest.
@@ -34,12 +35,14 @@ class PlainDecodes:
         self._request, self._parent, self._cached, self._prompt = (np.zeros(n, np.int64) for _ in range(4))
         self._tokens, self._characters = np.zeros(n, np.int64), np.zeros(n, np.int64)  # told
         self._slots: dict[int, int] = {}  # of the sequences known here
-        self.requests: set[Request] = set()  # theirs
+        self._known: dict[Request, int] = {}  # how many of a request's are known
+        self.requests: set[Request] = set()  # those of which all that live are known
 
     def clear(self) -> None:
         """Forget them all."""
         self._seq_id[:] = -1
         self._slots.clear()
+        self._known.clear()
         self.requests.clear()
 
     def forget(self, sequence: Sequence) -> Told | None:
@@ -47,7 +50,11 @@ class PlainDecodes:
         slot = self._slots.pop(sequence.seq_id, None)
         if slot is None:
             return None
-        self.requests.discard(sequence.request)
+        request = sequence.request
+        self.requests.discard(request)
+        self._known[request] -= 1
+        if not self._known[request]:
+            del self._known[request]
         self._seq_id[slot] = -1
         return int(self._tokens[slot]), int(self._characters[slot])
 
@@ -56,10 +63,7 @@ class PlainDecodes:
         slot, request, state = sequence.slot, sequence.request, sequence.text_state
         if (
             slot < 0
-            or self._scheduler.batch.watched[slot]
-            or len(request.sequences) > 1
-            or sequence.cumulative_logprob != 0.0
-            or request.params.stop
+            or not _grows_plainly(request)
             or (state is not None if not self._reads else not isinstance(state, TextStream) or not state.whole)
         ):
             return False
@@ -68,7 +72,9 @@ class PlainDecodes:
         self._cached[slot], self._prompt[slot] = sequence.num_cached, request.num_prompt
         self._tokens[slot], self._characters[slot] = told
         self._slots[sequence.seq_id] = slot
-        self.requests.add(request)
+        known = self._known[request] = self._known.get(request, 0) + 1
+        if known == (1 if request.params.num_sequences == 1 else len(request.alive)):
+            self.requests.add(request)
         return True
 
     def is_known(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
@@ -113,6 +119,14 @@ class PlainDecodes:
             [text for text, _ in found],
         )
         return columns, others
+
+
+def _grows_plainly(request: Request) -> bool:
+    """Whether its sequences change by a token at a time and nothing else, from now on to their ends."""
+    params = request.params
+    if params.stop or params.logprobs is not None or params.best_of is not None or params.beam_width is not None:
+        return False
+    return request.forked or params.num_sequences == 1
 
 
 class _Pieces(dict[int, tuple[bytes, int] | None]):

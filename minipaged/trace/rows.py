@@ -78,6 +78,11 @@ class EventRows(Rows[Event]):
         return self.first + tuple(Event(number, "append", -1, seq_id, -1, -1, n) for number, (seq_id, n) in rows)
 
 
+def beside_appends(events: Sequence[Event]) -> Sequence[Event]:
+    """The events without most appends, of which there is one a sequence and step: for whoever looks for others. Makes no row."""
+    return events.first if isinstance(events, EventRows) else events
+
+
 class PlainColumns(NamedTuple):
     """Running sequences that were told before and have gained at most one token since; all columns are of equal length but the last two.
 

@@ -2,7 +2,8 @@
 
     magic (8 bytes) · u32 length, JSON header · records: u32 body length, u8 kind, i64 step, u32 CRC32 of (kind, step, body), body
 
-A keyframe comes first and then before every 256th delta. A file ends in an index record and a trailer that says
+A keyframe comes first and then before every 256th delta, made by whoever keeps the stream: over the pipe from a live
+engine none comes, and nothing is compressed, so that no token waits for it. A file ends in an index record and a trailer that says
 where it is; without them the index is rebuilt by scanning. Knows bytes; knows nothing of who reads them.
 """
 
@@ -12,7 +13,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, BinaryIO, NamedTuple
@@ -21,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.errors import TraceError
-from minipaged.trace import codec
+from minipaged.trace import codec, packing
 from minipaged.trace.records import SCHEMA_MAJOR, SCHEMA_MINOR, Event, ShadowDelta, Stats, StepDelta
-from minipaged.trace.rows import EventRows, SequenceRows
+from minipaged.trace.rows import SequenceRows, beside_appends
 from minipaged.trace.snapshot import Snapshot
 
 MAGIC = b"mpgtrace"
@@ -139,7 +140,7 @@ def read_record(stream: BinaryIO) -> Record | None:
     if rest is None:
         raise TraceError("cut short inside a record")
     size, kind, step, crc = _FRAME.unpack(first + rest)
-    body = read_exactly(stream, size) if size <= codec.MAX_BODY_BYTES else None
+    body = read_exactly(stream, size) if size <= packing.MAX_BODY_BYTES else None
     if body is None:
         raise TraceError("cut short inside a record")
     if zlib.crc32(body, zlib.crc32(_CHECKED.pack(kind, step))) != crc:
@@ -149,25 +150,26 @@ def read_record(stream: BinaryIO) -> Record | None:
 
 def note(**words: Any) -> Record:
     """A word from the engine's process."""
-    return Record(Kind.NOTE, 0, codec.pack(words, {}))
+    return Record(Kind.NOTE, 0, packing.pack(words, {}))
 
 
 def command(do: str, **words: Any) -> Record:
     """A word to the engine's process."""
-    return Record(Kind.COMMAND, 0, codec.pack({"do": do, **words}, {}))
+    return Record(Kind.COMMAND, 0, packing.pack({"do": do, **words}, {}))
 
 
-def pieces_record(step: int, pieces: Mapping[int, bytes]) -> Record:
-    """Token ids and the bytes that they stand for."""
+def pieces_record(step: int, pieces: Mapping[int, bytes], *, level: int = 1) -> Record:
+    """Token ids and the bytes that they stand for. level: zlib's."""
     ids = np.fromiter(pieces, np.int64)
     lengths = np.fromiter((len(piece) for piece in pieces.values()), np.int64)
     text = np.frombuffer(b"".join(pieces.values()), np.uint8)
-    return Record(Kind.PIECES, step, codec.pack({}, {"p.ids": ids, "p.lengths": lengths, "p.bytes": text}))
+    columns: packing.Columns = {"p.ids": ids, "p.lengths": lengths, "p.bytes": text}
+    return Record(Kind.PIECES, step, packing.pack({}, columns, level=level))
 
 
 def decode_pieces(body: bytes) -> dict[int, bytes]:
     """The pieces of a body."""
-    _, columns = codec.unpack(body)
+    _, columns = packing.unpack(body)
     if "p.ids" not in columns:
         return {}
     text = columns["p.bytes"].tobytes() if "p.bytes" in columns else b""
@@ -200,10 +202,10 @@ MARKS: dict[str, int] = {
 }
 
 
-def marks_of(events: Iterable[Event]) -> int:
+def marks_of(events: Sequence[Event]) -> int:
     """The bits of the kinds that happened."""
     bits = 0
-    for event in events.first if isinstance(events, EventRows) else events:  # the rest are appends, which have no mark
+    for event in beside_appends(events):  # appends have no mark
         bits |= MARKS.get(event.kind, 0)
     return bits
 
@@ -264,6 +266,19 @@ class StreamWriter:
         self._out.flush()
 
 
+class RecordPipe:
+    """Says records to another process as they come: no keyframes and no index, which whoever keeps the stream makes."""
+
+    def __init__(self, out: BinaryIO, header: Header) -> None:
+        self._out = out
+        out.write(header.to_bytes())
+
+    def write(self, *records: Record) -> None:
+        """Write records as they are, at once: a reader may be waiting."""
+        self._out.write(b"".join([record.to_bytes() for record in records]))
+        self._out.flush()
+
+
 class Recorder:
     """Records an engine's steps to a file: a listener of its trace."""
 
@@ -309,13 +324,12 @@ class Pieces:
         """The bytes of the ids that a delta names for the first time."""
         if self._token_bytes is None:
             return {}
-        rows = delta.sequences
+        rows, known = delta.sequences, self._known
         first = rows.first if isinstance(rows, SequenceRows) else rows
-        named = {token for patch in first for token in patch.token_ids}
+        new = {token for patch in first for token in patch.token_ids if token not in known and token >= 0}
         if isinstance(rows, SequenceRows):
-            named.update(rows.plain.token_ids)
-        new = {token for token in named - self._known if token >= 0}
-        self._known |= new
+            new.update([token for token in rows.plain.token_ids if token not in known and token >= 0])
+        known |= new
         return {token: self._token_bytes(token) for token in sorted(new)}
 
 
@@ -353,12 +367,12 @@ class Index:
         """As a record's body. Steps are kept as differences, which compress."""
         step = np.diff(self.step, prepend=0)
         columns = {"kind": self.kind, "step": step, "size": self.size, "occupied": self.occupied, "marks": self.marks}
-        return codec.pack({}, {f"i.{name}": column for name, column in columns.items()})
+        return packing.pack({}, {f"i.{name}": column for name, column in columns.items()})
 
     @classmethod
     def decode(cls, body: bytes) -> Index:
         """Raises TraceError."""
-        _, columns = codec.unpack(body)
+        _, columns = packing.unpack(body)
         try:
             found = [columns[f"i.{name}"] for name in ("kind", "step", "size", "occupied", "marks")]
         except KeyError as error:

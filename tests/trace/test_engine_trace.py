@@ -11,10 +11,12 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
+from minipaged.errors import TraceError
 from minipaged.execution.runner import Pending, Runner
 from minipaged.lab.trace_cost import decoding_engine
 from minipaged.llm import LLM
 from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.trace import packing
 from minipaged.trace.codec import decode_delta, encode_delta
 from minipaged.trace.player import Player
 from minipaged.trace.records import StepDelta
@@ -150,6 +152,57 @@ def test_plain_decodes_are_columns_that_read_as_patches() -> None:
     for sequence, patch in zip(engine.scheduler.sequences.values(), deltas[-1].sequences, strict=True):
         assert patch.token_ids == (sequence.token_ids[-1],)
         assert patch.text == f" {sequence.token_ids[-1]}".encode()
+
+
+def test_samples_that_have_parted_are_plain_decodes() -> None:
+    """Each of n samples grows alone once they have parted; one that ends is told in full, and its siblings are columns again."""
+    llm = LLM("toy", block_size=4, num_blocks=64, device="cpu", dtype="float32")
+    engine = llm.engine
+    deltas: list[StepDelta] = []
+    engine.trace.subscribe(deltas.append)
+    engine.submit(SHARED, SamplingParams(n=3, max_tokens=12, temperature=0.9, seed=1, ignore_eos=True))
+    engine.submit(SHARED, SamplingParams(max_tokens=6, stop_token_ids=(1, 2), ignore_eos=True))
+    best = engine.submit(SHARED, SamplingParams(best_of=2, max_tokens=6, temperature=0.9, seed=1, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    plain = [set(d.sequences.plain.request.tolist()) for d in deltas if isinstance(d.sequences, SequenceRows)]
+    assert {0, 1} <= set().union(*plain)
+    assert best not in set().union(*plain), "its score is told in every step"
+    whole = [d.sequences.plain.request.tolist().count(0) for d in deltas if isinstance(d.sequences, SequenceRows)]
+    assert max(whole) == 3
+    assert sum(count == 3 for count in whole) >= 8
+
+
+def test_columns_come_back_as_columns_and_damaged_ones_are_refused() -> None:
+    """A reader makes no object a sequence either; rows that do not fit their tokens and texts are no record."""
+    engine = decoding_engine(8)
+    deltas: list[StepDelta] = []
+    engine.trace.subscribe(deltas.append)
+    for _ in range(3):
+        engine.step()
+    body = encode_delta(deltas[-1])
+    read = decode_delta(2, body)
+    assert isinstance(read.sequences, SequenceRows)
+    assert isinstance(read.events, EventRows)
+    assert read.sequences.plain.token_ids == deltas[-1].sequences.plain.token_ids  # type: ignore[attr-defined]
+    assert read.sequences == deltas[-1].sequences
+    assert read.events == deltas[-1].events
+    assert decode_delta(2, packing.recompress(encode_delta(deltas[-1], level=0))).sequences == read.sequences
+    head, columns = packing.unpack(body)
+    spoiled = [
+        ({"plain": 9}, {}),
+        ({"plain": -1}, {}),
+        ({"appends": "8"}, {}),
+        ({}, {"s.token_ids": columns["s.token_ids"][1:]}),
+        ({}, {"s.text": columns["s.text"][1:]}),
+        ({}, {"s.num_tokens": columns["s.num_tokens"] * 2}),
+        ({}, {"s.num_bytes": -columns["s.num_bytes"]}),
+        ({}, {"s.request": columns["s.request"][1:]}),
+        ({}, {"e.amount": columns["e.amount"][1:]}),
+    ]
+    for change, other in spoiled:
+        with pytest.raises(TraceError):
+            decode_delta(2, packing.pack({**head, **change}, {**columns, **other}))
 
 
 def test_parts_of_characters_wait_for_the_rest() -> None:

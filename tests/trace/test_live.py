@@ -13,6 +13,7 @@ import pytest
 from scripted import failing_engine, scripted_engine
 
 from minipaged.config import SamplingParams
+from minipaged.trace.codec import encode_delta
 from minipaged.trace.live import EngineProcess
 from minipaged.trace.player import Player
 from minipaged.trace.snapshot import fold
@@ -79,6 +80,24 @@ def test_one_trace_through_live_file_and_list(tmp_path: Path) -> None:
         assert snapshots[0] == snapshots[1] == snapshots[2] == fold(deltas[:position])
 
 
+def test_whoever_keeps_a_live_trace_makes_its_keyframes_and_makes_it_small(tmp_path: Path) -> None:
+    """The engine's end sends deltas as they are; the screen's end compresses them, and every 256 puts a state to seek from."""
+    path = tmp_path / "run.mpt"
+    long = SamplingParams(max_tokens=300)
+    with EngineProcess(scripted_engine, {"num_blocks": 400}, recording=path) as engine:
+        live = engine.source
+        live.run()
+        live.submit("abc" * 100, long)
+        assert live.wait(lambda: live.idle and len(live) > 260)
+        live.pause()
+        deltas = [live.delta(position) for position in range(len(live))]
+        assert [live.keyframe(position)[0] for position in (0, 255, 256, len(live))] == [0, 0, 256, 256]
+        assert live.keyframe(256)[1] == fold(deltas[:256])
+        for position in (3, len(live) - 1):
+            assert live._record(live._delta_numbers.view[position]).body == encode_delta(deltas[position])
+    assert FileSource(path).keyframe(300)[0] == 256
+
+
 def test_bad_requests_come_back_as_words_and_the_others_go_on() -> None:
     with EngineProcess(scripted_engine) as engine:
         source = engine.source
@@ -140,6 +159,7 @@ PARENT = """
 import sys
 sys.path[:0] = {path!r}
 from scripted import scripted_engine
+from minipaged.trace.codec import encode_delta
 from minipaged.trace.live import EngineProcess
 engine = EngineProcess(scripted_engine)
 engine.source.wait(lambda: engine.source.ready)

@@ -16,7 +16,7 @@ from scripted import Scene, sharing_scene
 
 from minipaged.errors import TraceError
 from minipaged.memory.types import PoolBands, Run
-from minipaged.trace import codec
+from minipaged.trace import codec, packing
 from minipaged.trace.player import Player
 from minipaged.trace.records import FLAG_CACHED, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import KEPT_DEAD, Snapshot, fold
@@ -250,15 +250,15 @@ def test_a_newer_minor_version_opens_and_unknown_things_are_kept(tmp_path: Path)
     writer = StreamWriter(out, replace(Header("m"), minor=9, extra={"weather": "fine"}))
     writer.write(Record(Kind.KEYFRAME, -1, codec.encode_keyframe(Snapshot())))
     for delta in scene.deltas:
-        head, columns = codec.unpack(codec.encode_delta(delta))
+        head, columns = packing.unpack(codec.encode_delta(delta))
         head["stats"]["moon_phase"] = 3
         columns["b.temperature"] = np.ones(3, np.float64)
-        writer.write(Record(Kind.DELTA, delta.step, codec.pack(head, columns)))
-        writer.write(Record(77, delta.step, codec.pack({"what": "a kind of tomorrow"}, {})))
+        writer.write(Record(Kind.DELTA, delta.step, packing.pack(head, columns)))
+        writer.write(Record(77, delta.step, packing.pack({"what": "a kind of tomorrow"}, {})))
     source = FileSource(saved(tmp_path, out.getvalue()))
     assert source.header.extra == {"weather": "fine"}
     assert Player(source, len(source)).snapshot == fold(scene.deltas)
-    _, columns = codec.unpack(codec.pack(*codec.unpack(codec.pack({}, {"b.temperature": np.ones(3)}))))
+    _, columns = packing.unpack(packing.pack(*packing.unpack(packing.pack({}, {"b.temperature": np.ones(3)}))))
     assert columns["b.temperature"].tolist() == [1, 1, 1]
 
 
@@ -278,12 +278,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_hostile_record_does_not_allocate() -> None:
     """Sizes beyond any pool are refused before memory is taken."""
     delta = sharing_scene().deltas[1]
-    head, columns = codec.unpack(codec.encode_delta(delta))
-    huge = codec.pack({**head, "stats": {**head["stats"], "total_blocks": 1 << 40}}, columns)
+    head, columns = packing.unpack(codec.encode_delta(delta))
+    huge = packing.pack({**head, "stats": {**head["stats"], "total_blocks": 1 << 40}}, columns)
     with pytest.raises(TraceError, match="cannot be shown"):
         codec.decode_delta(1, huge)
     with pytest.raises(TraceError, match="no pool has"):
-        codec.decode_delta(1, codec.pack(head, {**columns, "b.ids": columns["b.ids"] - 100}))
+        codec.decode_delta(1, packing.pack(head, {**columns, "b.ids": columns["b.ids"] - 100}))
 
 
 def test_records_read_back_one_by_one() -> None:
@@ -294,7 +294,7 @@ def test_records_read_back_one_by_one() -> None:
     assert read_header(out).model == "m"
     record = read_record(out)
     assert record is not None
-    assert codec.unpack(record.body)[0] == {"kind": "status", "text": "loading…"}
+    assert packing.unpack(record.body)[0] == {"kind": "status", "text": "loading…"}
     assert read_record(out) is None
 
 
