@@ -142,7 +142,7 @@ class Knobs(Window):
                     yield Label(knob.about, classes="hint")
                 yield Label("num_blocks")
                 yield Input(value=str(self._settings["num_blocks"]), id="num_blocks", compact=True)
-                yield Label("of the next run: R starts it", classes="hint")
+                yield Label("next run (R), null block too", classes="hint")
             yield Label("", id="problem")
             yield Label("tab: next · ← →: choose · enter: turn · escape: leave", classes="hint")
 

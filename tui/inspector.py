@@ -179,11 +179,12 @@ def journey_lines(view: View, sequence: int, position: int, width: int) -> list[
     physical = table[logical]
     sharers = [view.letter(seq) for seq, _ in view.snapshot.owners(physical)]
     written = position < state.num_computed
+    naming = f"{plural(len(sharers), 'table')} name{'s' if len(sharers) == 1 else ''} it"
     lines += [
         [(f"table of {name}[{logical}] → physical block ", "dim"), (f"{physical}", "strong")],
         [("slot number ", "dim"), (f"{physical} × {size} + {slot} = {physical * size + slot}", "strong")],
         [("its keys and values are ", "dim"), ("written" if written else "not written yet", "text")],
-        [(fit(f"read by {listing(sharers)} in every step ({plural(len(sharers), 'table')} name it)", width), "dim")],
+        [(fit(f"read by {listing(sharers)} in every step ({naming})", width), "dim")],
     ]
     per_token = view.header.engine.get("kv_bytes_per_token")
     if isinstance(per_token, int):

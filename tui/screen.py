@@ -180,6 +180,8 @@ class ScreenApp(Actions):
         session, now = self.session, time.monotonic()
         if now < self._rest_until and session.at_full_speed:
             return
+        if not self.screen_stack or not self.screen_stack[0].children:
+            return  # the screen is being taken down, and the clock still ticks
         change = session.tick(now)
         if session.failed and not session.ready:
             self.exit(2 if session.input_error else 1)

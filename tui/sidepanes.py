@@ -8,6 +8,7 @@ from minipaged.memory.types import PoolBands
 from minipaged.trace.snapshot import SequenceState
 from tui.pane import Pane
 from tui.safe import clean_bytes, fit, tail
+from tui.sentences import plural
 from tui.view import Line, View, bar
 
 
@@ -53,7 +54,7 @@ def waste_lines(view: View, width: int) -> list[Line]:
         [(f"{stats.tail_slots} of {slots} slots in {held} blocks", "dim")],
     ]
     if stats.shared_saved_blocks:
-        lines.append([(f"sharing saves {stats.shared_saved_blocks} blocks now", "good")])
+        lines.append([(f"sharing saves {plural(stats.shared_saved_blocks, 'block')} now", "good")])
     if stats.queried_tokens:
         lines.append([(f"prefix cache: {stats.hit_tokens} of {stats.queried_tokens} prompt tokens found", "dim")])
     return [[(fit(text, width), role) for text, role in line] if len(line) == 1 else line for line in lines]

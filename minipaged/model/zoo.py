@@ -5,6 +5,7 @@ Knows every form of a model's name and where each comes from. Does not know engi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,11 @@ def find(name: str, progress: Progress | None = None) -> Path:
     path = Path(name).expanduser()
     if name and path.exists():
         return path
+    if os.sep in name or name.startswith("~") or path.suffix == ".gguf":
+        raise ModelError(
+            f"{name}: there is no such file or folder; give a folder (config.json, *.safetensors), a .gguf file, "
+            f"hf:org/name, or a name: {', '.join((*SOURCES, 'toy'))}"
+        )
     raise ModelError(
         f"no model is called {name!r}; there are {', '.join((*SOURCES, 'toy'))}, a folder (config.json, *.safetensors), "
         f"a .gguf file, hf:org/name, and random:SHAPE with SHAPE one of "

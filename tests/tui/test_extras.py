@@ -369,6 +369,19 @@ def test_the_command_palette_names_the_keys() -> None:
     drive(app, (80, 24), script)
 
 
+def test_a_tick_while_the_screen_is_taken_down_is_no_error() -> None:
+    """The clock may tick between the last pane's end and its own."""
+    app = replay()
+
+    async def script(pilot: Pilot[int]) -> None:
+        app.session.playing = False
+        await app.screen.remove_children()
+        app.session.refresh()
+        app.frame()
+
+    drive(app, (80, 24), script)
+
+
 def test_lists_scroll_and_themes_follow() -> None:
     app = replay(at=8)
 
