@@ -15,12 +15,14 @@ from kernels.linear import gated_linear, linear
 from kernels.norm import rms_norm
 from kernels.prefill import paged_prefill
 from kernels.rope_write import rope_write_kv
+from kernels.truncate import least_kept_logit
 
 __all__ = [
     "copy_blocks",
     "draw_tokens",
     "embed_tokens",
     "gated_linear",
+    "least_kept_logit",
     "linear",
     "paged_decode",
     "paged_prefill",

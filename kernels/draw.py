@@ -1,6 +1,7 @@
 """From logits to tokens: the most likely one, or one drawn at a temperature by looking a uniform number up in the cumulative distribution.
 
-Knows rows of logits; knows nothing of requests, streams or truncation (top-k, top-p). The Triton kernels are in draw_triton.py.
+Knows rows of logits; knows nothing of requests and streams. Truncation (top-k, top-p) is one number a row: see truncate.py. The Triton
+kernels are in draw_triton.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from kernels.dispatch import use_triton
 COLDEST = 1e-5  # below this temperature a draw is greedy: logits over it would leave what float32 can hold
 
 
-def draw_tokens(logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
+def draw_tokens(
+    logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None, least: Tensor | None = None
+) -> Tensor:
     """One token a row, int64 [rows]: the first most likely one where temperature is below COLDEST (or not given), else the token at
     which the cumulative distribution of softmax(logits / temperature) passes `uniform`.
 
     logits: [rows, vocab], its last dimension contiguous. temperature: float32 or float64 [rows]. uniform: float64
-    [rows], each in [0, 1). A row's draw depends on that row alone. Reads the logits once, and one part of them again. Raises ValueError
-    on shapes, dtypes or devices that do not fit.
+    [rows], each in [0, 1). least: float32 [rows]: logits below it weigh nothing (see least_kept_logit); nothing is cut if not given. A
+    row's draw depends on that row alone. Reads the logits once, and one part of them again. Raises ValueError on shapes, dtypes or devices
+    that do not fit.
     """
     if logits.dim() != 2 or logits.shape[1] < 1 or logits.dtype not in FLOAT_DTYPES or logits.stride(1) != 1:
         raise ValueError(
@@ -32,6 +36,7 @@ def draw_tokens(logits: Tensor, temperature: Tensor | None = None, uniform: Tens
     for name, tensor, dtypes in (
         ("temperature", temperature, (torch.float32, torch.float64)),
         ("uniform", uniform, (torch.float64,)),
+        ("least", least, (torch.float32,)),
     ):
         if tensor is not None and (
             tensor.shape != logits.shape[:1] or tensor.dtype not in dtypes or tensor.device != logits.device
@@ -43,12 +48,16 @@ def draw_tokens(logits: Tensor, temperature: Tensor | None = None, uniform: Tens
     if use_triton(logits):
         from kernels.draw_triton import draw_tokens_triton
 
-        return draw_tokens_triton(logits, temperature, uniform)
-    return draw_tokens_torch(logits, temperature, uniform)
+        return draw_tokens_triton(logits, temperature, uniform, least)
+    return draw_tokens_torch(logits, temperature, uniform, least)
 
 
-def draw_tokens_torch(logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
+def draw_tokens_torch(
+    logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None, least: Tensor | None = None
+) -> Tensor:
     """The twin of draw_tokens_triton. Sums in float64, so that a draw near a boundary is decided as exactly as it can be."""
+    if least is not None:
+        logits = logits.masked_fill(logits < least[:, None], float("-inf"))
     best = logits.argmax(dim=-1)
     if temperature is None or uniform is None:
         return best

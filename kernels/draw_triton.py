@@ -3,7 +3,7 @@ inside it, the token.
 
 A part leaves its largest logit and where that is, and the sum of its weights relative to it. From these a row's second program knows in
 which part the threshold falls, and looks at that part alone again. Softmax, cumulative sum and search over the whole vocabulary would
-move a dozen times as much.
+move a dozen times as much. A part is one warp's own: it is summed by shuffles alone, and no warp of the first kernel waits for another.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: N803
@@ -16,19 +16,20 @@ from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.draw import COLDEST as LEAST_WARMTH
 from kernels.launch_table import next_power_of_two
 
-PART = 2048  # logits a program
+PART = 256  # logits of a part: 16 bytes of bfloat16 a thread of one warp
+PARTS_A_PROGRAM = 8
+NUM_WARPS = 4
 COLDEST = tl.constexpr(LEAST_WARMTH)
 
 
 @triton.jit
-def _load_logits(logits_ptr, row, column, vocab, stride):
+def load_logits(row_ptr, column, vocab):
     """float32; -inf past the vocabulary."""
-    logits = tl.load(logits_ptr + row.to(tl.int64) * stride + column, mask=column < vocab, other=float("-inf"))
-    return logits.to(tl.float32)
+    return tl.load(row_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _base_2(temperature):
+def base_2(temperature):
     """What a difference of logits is multiplied by to be an exponent of 2: log2(e) / temperature."""
     return 1.4426950408889634 / temperature
 
@@ -39,29 +40,37 @@ def _parts_kernel(
     place_ptr,  # int32 [rows, parts]: where it is; not written for a row that is drawn
     weight_ptr,  # float32 [rows, parts]: sum of exp((logit - largest) / temperature); not written for a greedy row
     logits_ptr,
+    least_ptr,
     temperature_ptr,
     vocab,
     stride,
+    num_parts,
     PART: tl.constexpr,
+    PARTS_A_PROGRAM: tl.constexpr,
     WARM: tl.constexpr,
+    TRUNCATED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    part = tl.program_id(0)
+    part = tl.program_id(0) * PARTS_A_PROGRAM + tl.arange(0, PARTS_A_PROGRAM)
     row = tl.program_id(1)
-    column = part * PART + tl.arange(0, PART)
+    column = part[:, None] * PART + tl.arange(0, PART)[None, :]
     wait_for_previous(DEPENDENT)
     temperature = 0.0
     if WARM:
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    logits = _load_logits(logits_ptr, row, column, vocab, stride)
-    best = tl.max(logits, 0)
-    at = row * tl.num_programs(0) + part
-    tl.store(best_ptr + at, best)
+    logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
+    if TRUNCATED:
+        logits = tl.where(logits >= tl.load(least_ptr + row), logits, float("-inf"))
+    best = tl.max(logits, 1)
+    at = row * num_parts + part
+    tl.store(best_ptr + at, best, mask=part < num_parts)
     if temperature >= COLDEST:
         shift = tl.where(best == float("-inf"), 0.0, best)  # a part of banned tokens alone
-        tl.store(weight_ptr + at, tl.sum(tl.exp2((logits - shift) * _base_2(temperature)), 0))
+        weight = tl.sum(tl.exp2((logits - shift[:, None]) * base_2(temperature)), 1)
+        tl.store(weight_ptr + at, weight, mask=part < num_parts)
     else:
-        tl.store(place_ptr + at, tl.min(tl.where(logits == best, column, vocab - 1), 0))
+        place = tl.min(tl.where(logits == best[:, None], column, vocab - 1), 1)
+        tl.store(place_ptr + at, place, mask=part < num_parts)
 
 
 @triton.jit
@@ -71,6 +80,7 @@ def _token_kernel(
     place_ptr,
     weight_ptr,
     logits_ptr,
+    least_ptr,
     temperature_ptr,
     uniform_ptr,
     vocab,
@@ -79,38 +89,47 @@ def _token_kernel(
     PARTS: tl.constexpr,
     PART: tl.constexpr,
     WARM: tl.constexpr,
+    TRUNCATED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
-    wait_for_previous(DEPENDENT)
     at = row * num_parts + part
-    best = tl.load(best_ptr + at, mask=part < num_parts, other=float("-inf"))
-    top = tl.max(best, 0)
-    place = tl.load(place_ptr + at, mask=part < num_parts, other=vocab)
-    token = tl.min(tl.where(best == top, place, vocab - 1), 0)
-    if WARM:
+    there = part < num_parts
+    wait_for_previous(DEPENDENT)
+    best = tl.load(best_ptr + at, mask=there, other=float("-inf"))
+    place = tl.load(place_ptr + at, mask=there, other=vocab)
+    temperature = 0.0
+    if WARM:  # all loads at once: a row waits for memory twice, here and for the part's logits
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
-        if temperature >= COLDEST:
-            weight = tl.load(weight_ptr + at, mask=part < num_parts, other=0.0)
-            weight = weight.to(tl.float64) * tl.exp2((best - top) * _base_2(temperature)).to(tl.float64)
-            ends = tl.cumsum(weight, 0)
-            threshold = tl.load(uniform_ptr + row).to(tl.float64) * tl.sum(weight, 0)
-            last = tl.max(tl.where(weight > 0.0, part, 0), 0)
-            chosen = tl.minimum(tl.sum((ends <= threshold).to(tl.int32), 0), last)
-            within = threshold - tl.sum(tl.where(part < chosen, weight, 0.0), 0)
-            column = chosen * PART + tl.arange(0, PART)
-            logits = _load_logits(logits_ptr, row, column, vocab, stride)
-            each = tl.exp2((logits - top) * _base_2(temperature)).to(tl.float64)
-            position = tl.sum((tl.cumsum(each, 0) <= within).to(tl.int32), 0)
-            # Sums of float32 and of float64 differ in their last digits: never past the last token that has any weight.
-            last_column = tl.max(tl.where(each > 0.0, column, 0), 0)
-            token = tl.minimum(chosen * PART + position, last_column)
+        uniform = tl.load(uniform_ptr + row).to(tl.float64)
+        weight = tl.load(weight_ptr + at, mask=there, other=0.0)
+    top = tl.max(best, 0)
+    token = tl.min(tl.where(best == top, place, vocab - 1), 0)
+    if temperature >= COLDEST:
+        share = weight.to(tl.float64) * tl.exp2((best - top) * base_2(temperature)).to(tl.float64)
+        ends = tl.cumsum(share, 0)
+        threshold = uniform * tl.sum(share, 0)
+        last = tl.max(tl.where(share > 0.0, part, 0), 0)
+        chosen = tl.minimum(tl.sum((ends <= threshold).to(tl.int32), 0), last)
+        within = threshold - tl.sum(tl.where(part < chosen, share, 0.0), 0)
+        column = chosen * PART + tl.arange(0, PART)
+        logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
+        if TRUNCATED:
+            logits = tl.where(logits >= tl.load(least_ptr + row), logits, float("-inf"))
+        each = tl.exp2((logits - top) * base_2(temperature)).to(tl.float64)
+        position = tl.sum((tl.cumsum(each, 0) <= within).to(tl.int32), 0)
+        # Sums of float32 and of float64 differ in their last digits: never past the last token that has any weight.
+        last_column = tl.max(tl.where(each > 0.0, column, 0), 0)
+        token = tl.minimum(chosen * PART + position, last_column)
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
 def draw_tokens_triton(
-    logits: torch.Tensor, temperature: torch.Tensor | None = None, uniform: torch.Tensor | None = None
+    logits: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    uniform: torch.Tensor | None = None,
+    least: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See kernels.draw_tokens."""
     rows, vocab = logits.shape
@@ -120,36 +139,39 @@ def draw_tokens_triton(
     num_parts = triton.cdiv(vocab, PART)
     best, weight = torch.empty(2, rows, num_parts, dtype=torch.float32, device=logits.device)
     place = torch.empty(rows, num_parts, dtype=torch.int32, device=logits.device)
-    warm = temperature is not None
-    options = dependent_launch(logits.device)
-    _parts_kernel[(num_parts, rows)](
+    absent = best  # a pointer that is not read
+    logits_of = (
+        logits,
+        absent if least is None else least,
+        absent if temperature is None else temperature,
+    )
+    kinds = {"WARM": temperature is not None, "TRUNCATED": least is not None, **dependent_launch(logits.device)}
+    _parts_kernel[(triton.cdiv(num_parts, PARTS_A_PROGRAM), rows)](
         best,
         place,
         weight,
-        logits,
-        temperature if warm else best,
+        *logits_of,
         vocab,
         logits.stride(0),
+        num_parts,
         PART=PART,
-        WARM=warm,
-        num_warps=4,
-        **options,
+        PARTS_A_PROGRAM=PARTS_A_PROGRAM,
+        num_warps=NUM_WARPS,
+        **kinds,
     )
     _token_kernel[(rows,)](
         out,
         best,
         place,
         weight,
-        logits,
-        temperature if warm else best,
-        uniform if warm else best,
+        *logits_of,
+        absent if uniform is None else uniform,
         vocab,
         logits.stride(0),
         num_parts,
         PARTS=next_power_of_two(num_parts),
         PART=PART,
-        WARM=warm,
         num_warps=4,
-        **options,
+        **kinds,
     )
     return out

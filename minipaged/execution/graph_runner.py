@@ -21,10 +21,14 @@ from minipaged.execution.graph_inputs import Shape, fill, largest_shapes, shape_
 from minipaged.execution.kv_store import KVStore
 from minipaged.execution.runner import Pending
 from minipaged.execution.torch_runner import StepInputs, TorchRunner, attend_pages
+from minipaged.generation.sampler import is_truncated
 from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
 from minipaged.model.llama import Layer, Llama
 from minipaged.model.placement import to_device
-from minipaged.scheduling.plan import SamplingColumns, StepPlan, StepTokens
+from minipaged.scheduling.plan import StepPlan, StepTokens
+
+# Columns of SamplingColumns; a step without truncation sends the first two.
+CHANCES = ("temperature", "uniform", "top_k", "top_p", "min_p")
 
 
 class Draws(Enum):
@@ -32,7 +36,8 @@ class Draws(Enum):
 
     GREEDY = "the most likely token of each row"
     WARM = "a token of each row, drawn at its temperature"
-    NONE = "logits: truncation, penalties, log-probabilities and groups are seen to outside"
+    TRUNCATED = "a token of each row, drawn at its temperature from what top-k, top-p and min-p leave"
+    NONE = "logits: penalties, log-probabilities and groups are seen to outside"
 
 
 @dataclass(slots=True)
@@ -40,7 +45,7 @@ class Stage:
     """Host buffers of one step, pinned so that copies run beside the computation."""
 
     inputs: Tensor  # int32, as on the device
-    chances: Tensor  # float64 [2, rows]: temperature and uniform number of each draw
+    chances: Tensor  # float64 [CHANCES, rows]: of each draw the columns that CHANCES names
     drawn: Tensor  # int64 [rows]
     done: torch.cuda.Event
 
@@ -78,7 +83,7 @@ class GraphRunner(TorchRunner):
         self._rows = max(shape.rows for shape in largest)
         size = max(size_of(shape, self._width) for shape in largest)
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
-        self._chances = torch.zeros(2, self._rows, dtype=torch.float64, device=self.device)
+        self._chances = torch.zeros(len(CHANCES), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
         self._angles = angle_table(model, max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -91,7 +96,7 @@ class GraphRunner(TorchRunner):
     def _new_stage(self, size: int) -> Stage:
         return Stage(
             torch.zeros(size, dtype=torch.int32, pin_memory=True),
-            torch.zeros(2, self._rows, dtype=torch.float64, pin_memory=True),
+            torch.zeros(len(CHANCES), self._rows, dtype=torch.float64, pin_memory=True),
             torch.zeros(self._rows, dtype=torch.int64, pin_memory=True),
             torch.cuda.Event(),  # type: ignore[no-untyped-call]
         )
@@ -131,10 +136,12 @@ class GraphRunner(TorchRunner):
         used = fill(inputs, plan, self.store.block_size, self._parking)
         end = size_of(shape, self._width) - (shape.rows - used) * self._width
         self._inputs[:end].copy_(stage.inputs[:end], non_blocking=True)
-        if plan.sampling is not None and draws is Draws.WARM:
+        if plan.sampling is not None and draws in (Draws.WARM, Draws.TRUNCATED):
             count, chances = len(plan.draw_rows), stage.chances.numpy()
-            chances[0, :count], chances[1, :count] = plan.sampling.temperature, plan.sampling.uniform
-            self._chances.copy_(stage.chances, non_blocking=True)
+            sent = 2 if draws is Draws.WARM else len(CHANCES)
+            for row, name in zip(chances[:sent], CHANCES, strict=False):
+                row[:count] = getattr(plan.sampling, name)
+            self._chances[:sent].copy_(stage.chances[:sent], non_blocking=True)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, fused: for the steps that are not replayed."""
@@ -182,11 +189,17 @@ class GraphRunner(TorchRunner):
         logits = fused_logits(self.model, hidden.index_select(0, drawn_from) if shape.chunks else hidden)
         if draws is Draws.NONE:
             return self._all_logits()[: shape.rows].copy_(logits)
-        temperature, uniform = self._chances[:, : shape.rows].unbind(0)
-        warm = draws is Draws.WARM
-        drawn = kernels.draw_tokens(logits, temperature, uniform) if warm else kernels.draw_tokens(logits)
+        drawn = self._draw_here(logits, draws)
         self._drawn.index_copy_(0, drawn_for.long(), drawn)
         return drawn
+
+    def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
+        """A token of each row, as `sample` draws it."""
+        if draws is Draws.GREEDY:
+            return kernels.draw_tokens(logits)
+        temperature, uniform, *truncation = self._chances[:, : len(logits)].unbind(0)
+        least = kernels.least_kept_logit(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
+        return kernels.draw_tokens(logits, temperature, uniform, least)
 
     def _all_logits(self) -> Tensor:
         """Where the graphs that end in logits leave them, float32 [rows, vocab]: one place for all, read before the next replay."""
@@ -224,19 +237,15 @@ class GraphRunner(TorchRunner):
 
 
 def draws_of(plan: StepPlan, shape: Shape) -> Draws:
-    """What the step's graph is to end in. It draws itself where every draw is greedy or by temperature alone; among decodes alone, only
-    if every row draws one token, for its own place.
+    """What the step's graph is to end in. It draws itself where nothing but tokens is asked for; among decodes alone, only if every row
+    draws one token, for its own place.
     """
     if not shape.chunks and not (
         len(plan.draw_rows) == len(plan.seq_ids) and np.array_equal(plan.draw_slots, plan.slots)
     ):
         return Draws.NONE
-    more_asked = plan.top_logprobs >= 0 or plan.penalty_tokens or plan.banned_tokens
-    if more_asked or (plan.sampling is not None and is_truncated(plan.sampling)):
+    if plan.top_logprobs >= 0 or plan.penalty_tokens or plan.banned_tokens:
         return Draws.NONE
-    return Draws.GREEDY if plan.sampling is None else Draws.WARM
-
-
-def is_truncated(columns: SamplingColumns) -> bool:
-    """Whether any draw asks for top-k, top-p or min-p."""
-    return bool(((columns.top_k > 0) | (columns.top_p < 1.0) | (columns.min_p > 0.0)).any())
+    if plan.sampling is None:
+        return Draws.GREEDY
+    return Draws.TRUNCATED if is_truncated(plan.sampling) else Draws.WARM

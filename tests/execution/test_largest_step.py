@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from kernels import truncate
 from minipaged.assembly import build_runner, choose_num_blocks
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.errors import InputError
 from minipaged.execution import torch_runner
 from minipaged.execution.largest_step import largest_step
-from minipaged.generation import sampler
 from minipaged.llm import LLM
 from minipaged.model import zoo
 from minipaged.model.shapes import shape
@@ -74,7 +74,7 @@ def test_parts_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> Non
     """Truncated draws and prompt log-probabilities are computed some rows at a time: how many changes nothing."""
     answers = []
     for rows in (1, 3, 1000):
-        monkeypatch.setattr(sampler, "SORTED_ROWS", rows)
+        monkeypatch.setattr(truncate, "SORTED_ROWS", rows)
         monkeypatch.setattr(torch_runner, "PROMPT_ROWS", rows)
         llm = LLM("toy", device="cpu", num_blocks=60, block_size=4)
         outputs = llm.generate(

@@ -25,6 +25,7 @@ from kernels import (
     norm_triton,
     prefill_triton,
     rope_write_triton,
+    truncate_triton,
 )
 from kernels.activation_triton import silu_mul_triton
 from kernels.block_copy_triton import copy_blocks_triton
@@ -36,6 +37,7 @@ from kernels.linear_triton import few_rows_triton, one_row_triton
 from kernels.norm_triton import rms_norm_triton
 from kernels.prefill_triton import paged_prefill_triton
 from kernels.rope_write_triton import rope_write_kv_triton
+from kernels.truncate_triton import least_kept_logit_triton
 from tests.kernels.paged_cases import make_case
 from tests.kernels.test_gpu import DTYPES, SHAPES, names
 
@@ -80,6 +82,7 @@ def main() -> None:
         norm_triton,
         prefill_triton,
         rope_write_triton,
+        truncate_triton,
     ):  # as on an H100
         module.dependent_launch = lambda device: {"DEPENDENT": True, "launch_pdl": True}
     for dtype in DTYPES:
@@ -92,7 +95,9 @@ def main() -> None:
             ids = torch.zeros(rows, dtype=torch.int32)
             embed_tokens_triton(weight, ids, torch.zeros(2, dtype=torch.int64), ids)
             draw_tokens_triton(x)
-            draw_tokens_triton(x, torch.zeros(rows), torch.zeros(rows, dtype=torch.float64))
+            chances = torch.zeros(rows, dtype=torch.float64)
+            draw_tokens_triton(x, chances, chances)
+            draw_tokens_triton(x, chances, chances, least_kept_logit_triton(x, chances, chances, chances, chances))
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         print(triton.__version__, names(shape), dtype)

@@ -143,6 +143,19 @@ def most_likely(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]
     return kernels.draw_tokens, [normal(0, 3, 5003).to(dtype)]
 
 
+@prepared
+def truncation(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    columns = [[0.7, 0.0, 1.3], [50, 3, 0], [0.9, 0.5, 0.8], [0.0, 0.0, 0.01]]  # temperature, top-k, top-p, min-p
+    asked = torch.tensor(columns, dtype=torch.float64).unbind(0)
+    return kernels.least_kept_logit, [3 * normal(0, 3, 5003).to(dtype), *asked]
+
+
+@prepared
+def truncated_draw(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    call, (logits, temperature, uniform) = draw(dtype)
+    return call, [logits, temperature, uniform, torch.tensor([2.0, 1.0, float("-inf")])]
+
+
 def product(dtype: torch.dtype, rows: int) -> tuple[Callable[..., object], list[Tensor]]:
     x, weight, weights, residual = normal(0, rows, 576), normal(1, 771, 576) / 24, normal(2, 576), normal(3, rows, 771)
     return (

@@ -69,16 +69,26 @@ def silu(tokens: int, inner: int) -> Small:
     return Small("SiLU * gate", f"{tokens} x {inner}", 3 * tokens * inner * 2, prepare)
 
 
-def draws(rows: int, vocabulary: int) -> Small:
-    """One token a row at temperature 0.6: the logits in, once, in bfloat16 as a step's graph has them."""
+def draws(rows: int, vocabulary: int, *, truncated: bool = False) -> Small:
+    """One token a row at temperature 0.6, of all or of the likeliest 95 %: the logits in, once, in bfloat16 as a step's graph has them."""
 
     def prepare(device: str) -> Work:
         logits = 3 * torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16)
         temperature = torch.full((rows,), 0.6, dtype=torch.float64, device=device)
         uniform = torch.rand(rows, dtype=torch.float64, device=device)
-        return lambda: kernels.draw_tokens(logits, temperature, uniform)
+        if not truncated:
+            return lambda: kernels.draw_tokens(logits, temperature, uniform)
+        no_top_k, top_p, no_min_p = torch.tensor([[0.0], [0.95], [0.0]], device=device).repeat(1, rows).unbind(0)
 
-    return Small("sampling", f"{rows} x {vocabulary} logits", rows * vocabulary * 2, prepare)
+        def work() -> object:
+            least = kernels.least_kept_logit(logits, temperature, no_top_k, top_p, no_min_p)
+            return kernels.draw_tokens(logits, temperature, uniform, least)
+
+        return work
+
+    return Small(
+        "sampling, top-p" if truncated else "sampling", f"{rows} x {vocabulary} logits", rows * vocabulary * 2, prepare
+    )
 
 
 def product(rows: int, inputs: int, outputs: int) -> Small:
@@ -103,6 +113,7 @@ SMALL = (
     silu(8192, 3072),
     draws(256, 151936),
     draws(1024, 32000),
+    draws(256, 151936, truncated=True),
     product(1, 4096, 12288),
     product(1, 11008, 4096),
     product(16, 11008, 4096),

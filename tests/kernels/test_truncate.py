@@ -1,0 +1,141 @@
+"""Top-k, top-p and min-p as one number a row: the twin against the definition, the interpreted Triton kernel too (L64)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernels
+from kernels.truncate import least_kept_logit_torch
+from tests.kernels.paged_cases import examples
+from tests.kernels.test_draw import DTYPES, assert_drawn, drawn_logits
+
+pytestmark = pytest.mark.usefixtures("unset_choice")
+
+NEAR = 1e-5  # sums of float32 and of float64: a share this close to top_p may fall on either side of it
+ROWS = 4
+Asked = dict[str, Tensor]
+
+
+@st.composite
+def truncations(draw: st.DrawFn, vocab: int) -> Asked:
+    """temperature, top_k, top_p, min_p of ROWS rows."""
+    each = {
+        "temperature": st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+        "top_k": st.just(0) | st.integers(1, vocab + 3),
+        "top_p": st.just(1.0) | st.floats(0.01, 0.999),
+        "min_p": st.just(0.0) | st.floats(0.001, 1.0),
+    }
+    return {name: torch.tensor(draw(st.lists(kind, min_size=ROWS, max_size=ROWS))) for name, kind in each.items()}
+
+
+def assert_cut(least: Tensor, logits: Tensor, asked: Asked) -> None:
+    """The tokens that stay are those of the definition, one rule after another; ties stay together."""
+    for row, one in enumerate(logits.double()):
+        temperature, top_k, top_p, min_p = (
+            float(asked[name][row]) for name in ("temperature", "top_k", "top_p", "min_p")
+        )
+        stays = one >= float(least[row])
+        if temperature == 0 or (top_k == 0 and top_p >= 1 and min_p == 0):
+            assert stays.all()
+            continue
+        assert stays[one.argmax()]
+        likelihood = (one / temperature).softmax(-1)
+        by_k = one >= one.sort(descending=True).values[min(int(top_k) or len(one), len(one)) - 1]
+        floor = likelihood >= likelihood.max() * min_p * (1 + NEAR)
+        sure = likelihood >= likelihood.max() * min_p * (1 - NEAR)
+        assert not (stays & ~by_k).any()
+        assert not (stays & ~sure).any()
+        if top_p >= 1:
+            assert torch.equal(stays | ~floor, by_k | ~floor)
+            continue
+        shares = likelihood * by_k / likelihood[by_k].sum()
+        above = torch.stack([shares[one > value].sum() for value in one])  # the share of all likelier tokens
+        assert not (stays & (above > top_p + NEAR)).any()
+        assert stays[by_k & floor & (above < top_p - NEAR)].all()
+
+
+def asked_of(**asked: Any) -> Asked:
+    """One row."""
+    given_all = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **asked}
+    return {name: torch.tensor([value]) for name, value in given_all.items()}
+
+
+@examples(60)
+@given(st.data(), st.sampled_from([1, 2, 30, 300]), DTYPES, st.integers(0, 99))
+def test_twin_keeps_what_the_definition_keeps(data: st.DataObject, vocab: int, dtype: torch.dtype, seed: int) -> None:
+    logits, asked = drawn_logits(ROWS, vocab, dtype, seed), data.draw(truncations(vocab))
+    assert_cut(kernels.least_kept_logit(logits, **asked), logits, asked)
+
+
+@pytest.mark.usefixtures("interpreted")
+@examples(10)
+@given(st.data(), st.sampled_from([1, 2, 300, 9000]), DTYPES, st.integers(0, 99))
+def test_L64_least_kept_logit_keeps_what_the_definition_keeps(
+    data: st.DataObject, vocab: int, dtype: torch.dtype, seed: int
+) -> None:
+    from kernels.truncate_triton import least_kept_logit_triton
+
+    logits, asked = drawn_logits(ROWS, vocab, dtype, seed), data.draw(truncations(vocab))
+    least = least_kept_logit_triton(logits, **asked)
+    assert_cut(least, logits, asked)
+    only_k = asked | {"top_p": torch.ones(ROWS), "min_p": torch.zeros(ROWS)}
+    kept, twins = (
+        logits >= cut(logits, **only_k)[:, None] for cut in (least_kept_logit_triton, least_kept_logit_torch)
+    )
+    assert torch.equal(kept, twins)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_ties_stay_together(kernel: str, request: pytest.FixtureRequest) -> None:
+    if kernel == "triton":
+        request.getfixturevalue("interpreted")
+        from kernels.truncate_triton import least_kept_logit_triton as least_kept
+    else:
+        least_kept = least_kept_logit_torch
+    logits = torch.tensor([[-1.0, 0.0, -0.0, 2.0, 0.0, -3.0]])
+    assert least_kept(logits, **asked_of(top_k=2)) == 0.0
+    assert least_kept(logits, **asked_of(top_k=5)) == -1.0
+    assert least_kept(logits, **asked_of(top_p=0.8)) == 0.0
+    assert least_kept(logits, **asked_of(top_p=0.1)) == 2.0
+    assert least_kept(logits, **asked_of(min_p=1.0)) == 2.0
+
+
+def test_a_draw_takes_nothing_below() -> None:
+    logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    warm, uniform = torch.full((300,), 5.0), torch.linspace(0, 1, 301, dtype=torch.float64)[:300]
+    least = logits.sort(descending=True).values[:, 3].contiguous()
+    drawn = kernels.draw_tokens(logits, warm, uniform, least)
+    assert (logits.gather(1, drawn[:, None])[:, 0] >= least).all()
+    assert len({int((row > row[token]).sum()) for row, token in zip(logits, drawn, strict=True)}) == 4
+
+
+@pytest.mark.usefixtures("interpreted")
+@examples(8)
+@given(DTYPES, st.integers(0, 99))
+def test_L64_truncated_draw_equals_twin(dtype: torch.dtype, seed: int) -> None:
+    from kernels.draw_triton import draw_tokens_triton
+
+    logits = drawn_logits(3, 3000, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(3, generator=generator, dtype=torch.float64)
+    least = logits.float().sort(descending=True).values[torch.arange(3), torch.tensor([0, 7, 2000])]
+    temperature = torch.tensor([1.0, 0.6, 0.0])
+    drawn = draw_tokens_triton(logits, temperature, uniform, least)
+    kept = logits.float().masked_fill(logits < least[:, None], float("-inf"))
+    assert_drawn(drawn, kept, temperature, uniform)
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    logits = torch.zeros(1, 8)
+    with pytest.raises(ValueError, match=r"logits is torch\.int64"):
+        kernels.least_kept_logit(logits.long(), **asked_of())
+    with pytest.raises(ValueError, match=r"top_p is \[2\] on cpu; it must be \[1\]"):
+        kernels.least_kept_logit(logits, **asked_of() | {"top_p": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"least is torch\.float64 \[1\]"):
+        kernels.draw_tokens(logits, torch.ones(1), torch.zeros(1).double(), torch.zeros(1).double())
