@@ -314,7 +314,8 @@ class BlockManager:
             self._arrivals.add(block)
             self._pool.guard(block)
         for sequence in group:
-            self._editor.publish(sequence, 0)
+            for index in range(len(sequence.keys)):
+                self._editor.publish(sequence, index)
         return pairs
 
     # ---- the cache

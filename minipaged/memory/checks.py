@@ -10,19 +10,19 @@ from minipaged.errors import InputError
 from minipaged.memory.prefix_index import TOKEN_TYPE
 
 HIGHEST_TOKEN = 2**32 - 1
-_INT = {int}
+_TEXT, _LISTS = (str, bytes), (list, tuple)
 
 
 def token_array(token_ids: Iterable[int]) -> array[int]:
     """Token ids as unsigned 32-bit numbers."""
-    if isinstance(token_ids, str | bytes):
+    if isinstance(token_ids, _TEXT):
         raise InputError(f"token_ids must be whole numbers from 0 to {HIGHEST_TOKEN}, not text: {token_ids[:20]!r}")
     try:
-        ids = token_ids if isinstance(token_ids, list | tuple) else list(token_ids)
+        ids = token_ids if isinstance(token_ids, _LISTS) else list(token_ids)
         tokens = array(TOKEN_TYPE, ids)
     except (TypeError, OverflowError, ValueError):
         raise InputError(_complaint(token_ids)) from None
-    if len(ids) and bool in set(map(type, ids)):
+    if bool in map(type, ids):
         raise InputError(_complaint(ids))
     return tokens
 

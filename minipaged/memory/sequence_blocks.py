@@ -93,8 +93,9 @@ class SequenceDirectory:
 
     def on_device(self, seq_id: int) -> SequenceBlocks:
         """As `find`; InputError for a sequence that is swapped out."""
-        sequence = self.find(seq_id)
-        if sequence.host is not None:
+        sequence = self._sequences.get(seq_id) if type(seq_id) is int else None
+        if sequence is None or sequence.host is not None:
+            self.find(seq_id)
             raise InputError(f"sequence {seq_id} is swapped out: swap it in first")
         return sequence
 

@@ -53,15 +53,6 @@ class TableEditor:
             self.tell("evict", seq_id, block, -1, -1)
         return block
 
-    def start(self, sequence: SequenceBlocks, found: list[int], keys: list[bytes]) -> None:
-        """The first entries of a table, found by their content. All are protected before anything is taken."""
-        for index, block in enumerate(found):
-            self.pool.share(block)
-            self.tell("cache_hit", sequence.seq_id, block, -1, index)
-        sequence.table = found
-        sequence.keys = keys
-        sequence.computed = sequence.room = len(found) * self.block_size
-
     def grow(self, sequence: SequenceBlocks, count: int) -> tuple[int, ...]:
         """Append `count` new blocks to the table; the caller has seen that they are there."""
         seq_id, table = sequence.seq_id, sequence.table
@@ -102,18 +93,16 @@ class TableEditor:
         sequence.room = num_tokens
 
     def publish_full(self, sequence: SequenceBlocks) -> None:
-        """Key the blocks that have become full."""
+        """Key the blocks that have become full, and let them be found."""
         size, tokens, keys = self.block_size, sequence.tokens, sequence.keys
-        first = len(keys)
         key = keys[-1] if keys else sequence.root
-        for start in range(first * size, sequence.computed - size + 1, size):
-            key = next_key(key, tokens[start : start + size].tobytes())
+        for index in range(len(keys), sequence.computed // size):
+            key = next_key(key, tokens[index * size : (index + 1) * size].tobytes())
             keys.append(key)
-        self.publish(sequence, first)
+            self.publish(sequence, index)
 
-    def publish(self, sequence: SequenceBlocks, first: int) -> None:
-        """Let the keyed blocks from entry `first` on be found, unless others already hold their content."""
-        for index in range(first, len(sequence.keys)):
-            block = sequence.table[index]
-            if block != NULL_BLOCK and self.index.publish(sequence.keys[index], block):
-                self.tell("publish", sequence.seq_id, block, -1, index)
+    def publish(self, sequence: SequenceBlocks, index: int) -> None:
+        """Let the block of a keyed entry be found, unless another already holds its content."""
+        block = sequence.table[index]
+        if block != NULL_BLOCK and self.index.publish(sequence.keys[index], block):
+            self.tell("publish", sequence.seq_id, block, -1, index)

@@ -25,6 +25,8 @@ class Batch:
     def __init__(self, num_slots: int) -> None:
         n = num_slots
         self.sequences: list[Sequence | None] = [None] * n
+        self.tokens = np.full(n, None, object)  # each sequence's own list of token ids
+        self.outputs = np.full(n, None, object)  # the RequestOutput that each belongs to
         self.seq_id = np.full(n, -1, np.int64)
         self.known = np.zeros(n, np.int32)
         self.total = np.zeros(n, np.int32)
@@ -47,7 +49,7 @@ class Batch:
         self.seed = np.zeros(n, np.int64)
         self.index = np.zeros(n, np.int64)
         self.plain = np.ones(n, bool)  # greedy, with nothing else asked
-        self.tables = np.zeros((n, 16), np.int32)
+        self.tables = np.zeros((n, 16), np.int32)  # 0 past each end
         self.table_len = np.zeros(n, np.int32)
         self._free = list(range(n - 1, -1, -1))
 
@@ -70,6 +72,7 @@ class Batch:
         params = request.params
         sequence.slot = slot
         self.sequences[slot] = sequence
+        self.tokens[slot], self.outputs[slot] = sequence.token_ids, request.output
         self.seq_id[slot] = sequence.seq_id
         self.known[slot] = self.total[slot] = len(sequence.token_ids)
         self.computed[slot] = sequence.computed
@@ -113,12 +116,13 @@ class Batch:
         sequence.computed = int(self.computed[slot])
         sequence.marked = int(self.marked[slot])
         sequence.slot = -1
-        self.sequences[slot] = None
+        self.sequences[slot] = self.tokens[slot] = self.outputs[slot] = None
         self.seq_id[slot] = -1
         self._free.append(slot)
 
     def set_table(self, slot: int, table: tuple[int, ...]) -> None:
         """The slot's block table is this one."""
+        self.tables[slot, len(table) :] = 0
         self.table_len[slot] = 0
         self.extend_table(slot, table)
 
@@ -126,20 +130,27 @@ class Batch:
         """Blocks follow at the end of the slot's table."""
         start = int(self.table_len[slot])
         end = start + len(blocks)
-        if end > self.tables.shape[1]:
-            width = max(end, 2 * self.tables.shape[1])
-            self.tables = np.pad(self.tables, ((0, 0), (0, width - self.tables.shape[1])))
+        self._widen(end)
         self.tables[slot, start:end] = blocks
         self.table_len[slot] = end
 
+    def extend_tables(self, slots: npt.NDArray[np.int64], blocks: list[int]) -> None:
+        """One block follows at the end of the table of each of these slots, which differ."""
+        ends = self.table_len[slots]
+        self._widen(int(ends.max(initial=0)) + 1)
+        self.tables[slots, ends] = blocks
+        self.table_len[slots] = ends + 1
+
+    def _widen(self, width: int) -> None:
+        """Let tables of `width` blocks fit."""
+        have = self.tables.shape[1]
+        if width > have:
+            self.tables = np.pad(self.tables, ((0, 0), (0, max(width, 2 * have) - have)))
+
     def table_rows(self, slots: npt.NDArray[np.int64] | IntArray) -> IntArray:
         """A copy of the slots' block tables, [rows, widest], 0 past each end."""
-        lengths = self.table_len[slots]
-        width = int(lengths.max(initial=0))
-        rows: IntArray = self.tables[slots, :width]
-        if len(slots) and int(lengths.min()) < width:
-            rows[np.arange(width) >= lengths[:, None]] = 0
-        return rows
+        rows: IntArray = self.tables.take(slots, axis=0)
+        return rows[:, : int(self.table_len[slots].max(initial=0))]
 
     def draw_pending(self, slots: npt.NDArray[np.int64] | IntArray) -> None:
         """A step that draws one token for each of these slots was launched."""

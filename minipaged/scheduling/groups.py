@@ -6,6 +6,7 @@ all of them can draw in one step.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +14,9 @@ import numpy.typing as npt
 
 from minipaged.scheduling.batch import Batch
 from minipaged.scheduling.plan import PromptLogprobs, StepPlan, StepTokens
-from minipaged.scheduling.request import Logprob, Request, Sequence, Status, TokenLogprobs
+from minipaged.scheduling.request import Logprob, Request, Sequence, TokenLogprobs
 
 if TYPE_CHECKING:
-    from minipaged.scheduling.records import Flight
     from minipaged.scheduling.scheduler import Scheduler
 
 Counts = npt.NDArray[np.int64]
@@ -47,33 +47,31 @@ def share_budget(
     return take
 
 
-def commit_draws(scheduler: Scheduler, flight: Flight, ids: npt.NDArray[np.int32], tokens: StepTokens) -> list[Request]:
-    """Take in a step's draws where some of them need a closer look. Returns the requests that changed, each once."""
-    seen: dict[int, Request] = {}
-    draws = flight.draws
-    start = 0
-    while start < len(draws):
-        request = draws[start].request
-        end = start
-        while end < len(draws) and draws[end].request is request:
-            end += 1
-        if not request.finished:
-            seen[request.request_id] = request
-            if request.beams is not None:
-                _commit_beams(scheduler, request, draws[start:end], start, tokens)
-            elif not request.forked and request.params.num_sequences > 1:
-                _part(scheduler, request, draws[start], start, ids, tokens)
-            else:
-                for i in range(start, end):
-                    append(scheduler, draws[i], int(ids[i]), _logprobs_at(draws[i], i, int(ids[i]), tokens))
-        start = end
-    return list(seen.values())
+def commit_draws(
+    scheduler: Scheduler, draws: list[Sequence | None], ids: npt.NDArray[np.int32], tokens: StepTokens
+) -> list[Request]:
+    """Take in a step's draws where some of them need a closer look. Returns the requests that changed, each once.
+
+    draws: whose each one is; None where the sequence has ended meanwhile, and its extra token is dropped.
+    """
+    alive = [(i, sequence) for i, sequence in enumerate(draws) if sequence is not None]
+    seen: list[Request] = []
+    for request, members in groupby(alive, key=lambda draw: draw[1].request):
+        lines = list(members)
+        start = lines[0][0]
+        seen.append(request)
+        if request.beams is not None:
+            _commit_beams(scheduler, request, [beam for _, beam in lines], start, tokens)
+        elif not request.forked and request.params.num_sequences > 1:
+            _part(scheduler, request, lines[0][1], start, ids, tokens)
+        else:
+            for i, line in lines:
+                append(scheduler, line, int(ids[i]), _logprobs_at(line, i, int(ids[i]), tokens))
+    return seen
 
 
 def append(scheduler: Scheduler, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
-    """One more token for a sequence, wherever it is; the extra token of one that has ended is dropped."""
-    if sequence.status is Status.FINISHED:
-        return
+    """One more token for a sequence that has not ended, wherever it is."""
     scheduler.counters.generated_tokens += 1
     _extend(scheduler, sequence, token, logprobs)
     params = sequence.request.params

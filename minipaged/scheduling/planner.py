@@ -26,12 +26,11 @@ class Draws(NamedTuple):
 
 def draws_of(batch: Batch, slots: Index, takes: Index) -> Draws:
     """One draw for each row that reaches its last token; n of them where n samples part."""
-    rows = np.flatnonzero(batch.computed[slots] + takes == batch.total[slots])
+    rows = (batch.computed[slots] + takes == batch.total[slots]).nonzero()[0]
     owners = slots[rows]
+    if not np.count_nonzero(batch.watched[owners]):
+        return Draws(rows, np.arange(len(rows)), owners, batch.index[owners], batch.repetition_penalty[owners] != 1.0)
     parting = np.zeros(len(rows), np.bool_)
-    if not batch.watched[owners].any():
-        parting |= batch.repetition_penalty[owners] != 1.0
-        return Draws(rows, np.arange(len(rows)), owners, batch.index[owners], parting)
     all_rows: list[int] = []
     first: list[int] = []
     targets: list[int] = []
@@ -63,8 +62,8 @@ def build_plan(
 ) -> StepPlan:
     """The plan for computing `takes` tokens of each of `slots`; the columns still stand as before the step."""
     owners = slots[draws.rows]
-    plain = bool(batch.plain[owners].all())
-    watched = not plain or bool(batch.watched[slots].any())
+    plain = np.count_nonzero(batch.plain[owners]) == len(owners)
+    watched = not plain or np.count_nonzero(batch.watched[slots]) > 0
     return StepPlan(
         step=step,
         swap_outs=swap_outs,
@@ -74,7 +73,7 @@ def build_plan(
         slots=slots.astype(np.int32),
         starts=batch.computed[slots],
         lengths=takes.astype(np.int32),
-        token_ids=_token_ids(batch, slots, takes),
+        token_ids=_token_ids(batch, slots, takes, len(draws.first)),
         tables=batch.table_rows(slots),
         draw_rows=draws.rows.astype(np.int32),
         draw_slots=draws.slots.astype(np.int32),
@@ -86,8 +85,8 @@ def build_plan(
     )
 
 
-def _token_ids(batch: Batch, slots: Index, takes: Index) -> IntArray:
-    if len(slots) == int(takes.sum()) and bool((batch.computed[slots] + 1 == batch.total[slots]).all()):
+def _token_ids(batch: Batch, slots: Index, takes: Index, num_drawing: int) -> IntArray:
+    if int(takes.sum()) == len(slots) == num_drawing:
         return batch.last[slots]  # nothing but decodes
     parts: list[npt.ArrayLike] = []
     for slot, take in zip(slots.tolist(), takes.tolist(), strict=True):

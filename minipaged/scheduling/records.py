@@ -1,4 +1,4 @@
-"""What a scheduler notes down: the events it tells, its counters, the step it is putting together, and the plans in flight."""
+"""What a scheduler notes down: the events it tells, its counters, and the step it is putting together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from minipaged.scheduling.plan import LongArray, StepPlan
 from minipaged.scheduling.request import Sequence
 
 
@@ -20,14 +19,6 @@ class SchedulerEvent(NamedTuple):
     amount: int
     detail: str
     sequence: Sequence | None
-
-
-class Flight(NamedTuple):
-    """A plan that was launched, with the sequences its draws belong to."""
-
-    plan: StepPlan
-    draws: list[Sequence]
-    draw_ids: LongArray
 
 
 @dataclass

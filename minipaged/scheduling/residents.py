@@ -63,23 +63,37 @@ class Residents:
 
     # ---- room
 
-    def _extend(self, draft: Draft, sequence: Sequence, end: int) -> bool:
-        """Room for positions below `end`, promised to the end of its block: the manager is asked once a block, not once a token."""
-        batch, slot = self.batch, sequence.slot
-        goal = -(-end // self.block_size) * self.block_size
-        allocation = self.manager.append(sequence.seq_id, goal - int(batch.room[slot]))
-        if allocation is None:
-            return False
-        batch.room[slot] = goal
-        self._note_allocation(draft, sequence, allocation)
-        return True
+    def _extend(self, draft: Draft, slots: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> int:
+        """Room for positions below ends[i] of slots[i], promised to the end of its block: the manager is asked once a block, not once
+        a token. Returns how many got it: the first for whom there is none ends the round.
+        """
+        batch, append = self.batch, self.manager.append
+        goals = -(-ends // self.block_size) * self.block_size
+        allocations: list[Allocation] = []
+        for seq_id, count in zip(batch.seq_id[slots].tolist(), (goals - batch.room[slots]).tolist(), strict=True):
+            allocation = append(seq_id, count)
+            if allocation is None:
+                break
+            allocations.append(allocation)
+        served = slots[: len(allocations)]
+        batch.room[served] = goals[: len(allocations)]
+        self._note_allocations(draft, served, allocations)
+        return len(allocations)
 
-    def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
-        if allocation.copies:
-            draft.copies[sequence.seq_id] = draft.copies.get(sequence.seq_id, ()) + allocation.copies
-            self.batch.set_table(sequence.slot, self.manager.table(sequence.seq_id))
-        elif allocation.new_blocks:
-            self.batch.extend_table(sequence.slot, allocation.new_blocks)
+    def _note_allocations(self, draft: Draft, slots: npt.NDArray[np.int64], allocations: list[Allocation]) -> None:
+        """Take what the manager gave to each of these slots into the step and the tables."""
+        batch = self.batch
+        blocks = [new[0] for _, new, copies in allocations if len(new) == 1 and not copies]
+        if len(blocks) == len(allocations):  # as in a step of plain decodes
+            batch.extend_tables(slots, blocks)
+            return
+        for slot, (_, new_blocks, copies) in zip(slots.tolist(), allocations, strict=True):
+            if copies:
+                seq_id = int(batch.seq_id[slot])
+                draft.copies[seq_id] = draft.copies.get(seq_id, ()) + copies
+                batch.set_table(slot, self.manager.table(seq_id))
+            else:
+                batch.extend_table(slot, new_blocks)
 
     def mark(self, sequence: Sequence, upto: int) -> None:
         """Tell the manager that the KV of token_ids[:upto] is written."""
@@ -199,9 +213,9 @@ class Residents:
         slots = np.array([s.slot for s in alive], np.int64)
         need = self.batch.total[slots] - self.batch.computed[slots]
         take = groups.lockstep(need, draft.budget)
-        for i, sequence in enumerate(alive):
-            end = int(self.batch.computed[slots[i]] + take[i])
-            if end > self.batch.room[slots[i]] and not self._extend(draft, sequence, end):
+        ends = self.batch.computed[slots] + take
+        for i in np.flatnonzero(ends > self.batch.room[slots]).tolist():
+            if not self._extend(draft, slots[i : i + 1], ends[i : i + 1]):
                 take[i] = 0
         chosen = take > 0
         if chosen.any():

@@ -21,7 +21,7 @@ from minipaged.scheduling.door import check_request
 from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.planner import build_plan, draws_of
 from minipaged.scheduling.policies import PreemptionCost
-from minipaged.scheduling.records import Draft, Flight
+from minipaged.scheduling.records import Draft
 from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
 from minipaged.scheduling.residents import Residents
 
@@ -37,7 +37,7 @@ class Scheduler(Residents):
         self, config: EngineConfig, manager: BlockManager, block_size: int, cost: PreemptionCost | None = None
     ) -> None:
         super().__init__(config, manager, block_size, cost)
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[StepPlan] = deque()  # launched and not committed, oldest first
         self._touched: list[Request] = []  # ended outside a step's draws: reported by the next commit
 
     # ---- arrivals and departures
@@ -126,11 +126,13 @@ class Scheduler(Residents):
         need[(total >= batch.limit[slots]) | batch.busy[slots]] = 0  # only a step in flight is missing
         take = self._share_budget(draft.budget, slots, need)
         ends = computed + take
-        for i in np.flatnonzero(ends > batch.room[slots]).tolist():
+        short = (ends > batch.room[slots]).nonzero()[0]
+        served = self._extend(draft, slots[short], ends[short]) if len(short) else 0
+        for i in short[served:].tolist():
             if take[i]:
-                self._make_room(draft, slots, take, i, int(ends[i]))
-        chosen = take > 0
-        if not chosen.all():
+                self._make_room(draft, slots, take, ends, i)
+        chosen = take.nonzero()[0]
+        if len(chosen) < len(slots):
             slots, take = slots[chosen], take[chosen]
         if len(slots):
             draft.slots.append(slots)
@@ -143,18 +145,25 @@ class Scheduler(Residents):
         """Tokens for each running slot: all it needs, first come first served."""
         if self._num_groups:
             return groups.share_budget(self.batch, self.running, budget, slots, need)
+        if int(need.sum()) <= budget:
+            return need.astype(np.int64)
         before = np.cumsum(need) - need
         take: npt.NDArray[np.int64] = np.clip(budget - before, 0, need)
         return take
 
     def _make_room(
-        self, draft: Draft, slots: npt.NDArray[np.int64], take: npt.NDArray[np.int64], i: int, end: int
+        self,
+        draft: Draft,
+        slots: npt.NDArray[np.int64],
+        take: npt.NDArray[np.int64],
+        ends: npt.NDArray[np.int64],
+        i: int,
     ) -> None:
-        """Find room for slots[i] up to position `end`; the last of the running make way until there is, or will be in the next step."""
+        """Find room for slots[i] up to ends[i]; the last of the running make way until there is, or will be in the next step."""
         sequence = self.batch.sequences[int(slots[i])]
         if sequence is None:
             return
-        while not self._extend(draft, sequence, end):
+        while not self._extend(draft, slots[i : i + 1], ends[i : i + 1]):
             if draft.swap_outs:  # the blocks of whoever left are handed out from the next step on: nobody else need go
                 take[np.isin(slots, [s.slot for s in sequence.request.alive])] = 0
                 return
@@ -182,9 +191,7 @@ class Scheduler(Residents):
         owners = slots[draws.rows[draws.first]]
         batch.draw_pending(owners)
         batch.busy[owners] = draws.parting
-        sequences = batch.sequences
-        drawn: list[Sequence] = [sequences[s] for s in slots[draws.rows].tolist()]
-        self._flights.append(Flight(plan, drawn, batch.seq_id[slots[draws.rows]]))
+        self._flights.append(plan)
         return plan
 
     # ---- what it drew
@@ -195,37 +202,37 @@ class Scheduler(Residents):
         Returns the outputs of every request that gained a token or ended. ValueError if `plan` is not the oldest in flight, or if these
         are no tokens of its draws; nothing is changed then.
         """
-        if not self._flights or self._flights[0].plan is not plan:
+        if not self._flights or self._flights[0] is not plan:
             raise ValueError("commit takes the oldest plan in flight")
         ids = _drawn_ids(plan, tokens)
-        flight = self._flights.popleft()
+        self._flights.popleft()
         self._settled = plan.step + 1
         batch = self.batch
-        self._mark_full_blocks(plan)
+        slots, rows = plan.slots.astype(np.int64), plan.draw_rows.astype(np.int64)
+        self._mark_full_blocks(plan, slots)
         if tokens.prompt_logprobs:
             groups.note_prompt_logprobs(self, plan, tokens.prompt_logprobs)
-        slots = plan.slots[plan.draw_rows]  # of the rows that drew; samples not born yet have none of their own
+        slots, drawers = slots[rows], plan.seq_ids[rows]  # of the rows that drew: samples not born yet have no others
         outputs: list[RequestOutput]
         touched, self._touched = self._touched, []
-        if bool((batch.seq_id[slots] == flight.draw_ids).all()) and not batch.watched[slots].any():
-            self._append_plain(flight.draws, slots, ids)
+        if not np.count_nonzero((batch.seq_id[slots] != drawers) | batch.watched[slots]):
+            outputs = batch.outputs[slots].tolist()
+            self._append_plain(slots, ids)
             self.counters.generated_tokens += len(ids)
-            outputs = [sequence.request.output for sequence in flight.draws]
         else:
-            seen = groups.commit_draws(self, flight, ids, tokens)
+            draws = [self.sequences.get(seq_id) for seq_id in drawers.tolist()]
+            seen = groups.commit_draws(self, draws, ids, tokens)
             outputs = [request.output for request in seen]
             touched = [r for r in touched if r not in seen]
         if touched:
             outputs.extend(request.output for request in touched)
         return outputs
 
-    def _append_plain(
-        self, sequences: list[Sequence], slots: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]
-    ) -> None:
-        """One token for each of these running sequences, none of which asks for more than the token."""
+    def _append_plain(self, slots: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]) -> None:
+        """One token for each of the sequences in these slots, none of which asks for more than the token."""
         batch = self.batch
-        for sequence, token in zip(sequences, ids.tolist(), strict=True):
-            sequence.token_ids.append(token)
+        for tokens, token in zip(batch.tokens[slots].tolist(), ids.tolist(), strict=True):
+            tokens.append(token)
         known = batch.known[slots] + 1
         batch.known[slots] = known
         batch.busy[slots] = False
@@ -233,19 +240,27 @@ class Scheduler(Residents):
         batch.last[slots[newest]] = ids[newest]
         at_limit = known >= batch.limit[slots]
         stopped = (ids == batch.stop[slots]) & (known >= batch.stop_from[slots])
-        for i in np.flatnonzero(at_limit | stopped).tolist():
-            self.end(sequences[i], "stop" if stopped[i] else "length")
-
-    def _mark_full_blocks(self, plan: StepPlan) -> None:
-        """Report to the manager the tokens whose blocks this step has filled."""
-        batch, slots = self.batch, plan.slots
-        done = plan.starts + plan.lengths
-        filled = done // self.block_size > batch.marked[slots] // self.block_size
-        filled &= batch.seq_id[slots] == plan.seq_ids
-        for i in np.flatnonzero(filled).tolist():
-            sequence = batch.sequences[int(slots[i])]
+        ended = (at_limit | stopped).nonzero()[0]
+        for slot, by_token in zip(slots[ended].tolist(), stopped[ended].tolist(), strict=True):
+            sequence = batch.sequences[slot]
             if sequence is not None:
-                self.mark(sequence, int(done[i]))
+                self.end(sequence, "stop" if by_token else "length")
+
+    def _mark_full_blocks(self, plan: StepPlan, slots: npt.NDArray[np.int64]) -> None:
+        """Report to the manager the tokens whose blocks this step has filled."""
+        batch, mark = self.batch, self.manager.mark_computed
+        ends = plan.starts + plan.lengths
+        starts = batch.marked[slots]
+        filled = ends // self.block_size > starts // self.block_size
+        filled &= batch.seq_id[slots] == plan.seq_ids
+        rows = filled.nonzero()[0]
+        if not len(rows):
+            return
+        slots, starts, ends = slots[rows], starts[rows], ends[rows]
+        seated = zip(batch.seq_id[slots].tolist(), batch.tokens[slots].tolist(), strict=True)
+        for (seq_id, tokens), start, end in zip(seated, starts.tolist(), ends.tolist(), strict=True):
+            mark(seq_id, tokens[start:end])
+        batch.marked[slots] = ends
 
 
 def _drawn_ids(plan: StepPlan, tokens: StepTokens) -> IntArray:

@@ -178,11 +178,10 @@ def _rekey(manager: BlockManager, key_of: Any, root_of: Any) -> None:
         return blocks, keys
 
     def publish_full(sequence: SequenceBlocks) -> None:
-        first = len(sequence.keys)
-        for i in range(first, sequence.computed // size):
+        for i in range(len(sequence.keys), sequence.computed // size):
             parent = sequence.keys[-1] if sequence.keys else sequence.root
             sequence.keys.append(key_of(parent, sequence.tokens[i * size : (i + 1) * size].tobytes()))
-        editor.publish(sequence, first)
+            editor.publish(sequence, i)
 
     real = manager.allocate
 

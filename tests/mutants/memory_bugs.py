@@ -166,11 +166,10 @@ class BuiltinHashKeys(BlockManager):
             return blocks, keys
 
         def publish_full(sequence: SequenceBlocks) -> None:
-            first = len(sequence.keys)
-            for i in range(first, sequence.computed // size):
+            for i in range(len(sequence.keys), sequence.computed // size):
                 parent = sequence.keys[-1] if sequence.keys else sequence.root
                 sequence.keys.append(key_of(parent, tuple(sequence.tokens[i * size : (i + 1) * size])))
-            self._editor.publish(sequence, first)
+                self._editor.publish(sequence, i)
 
         index.match = match  # type: ignore[method-assign]
         self._editor.publish_full = publish_full  # type: ignore[method-assign]

@@ -30,7 +30,7 @@ class PlanChanged(Scheduler):
         if plan is None:
             return None
         plan = self.change(plan)
-        self._flights[-1] = self._flights[-1]._replace(plan=plan)
+        self._flights[-1] = plan
         return plan
 
 
@@ -281,14 +281,13 @@ class AbortUntold(Scheduler):
 
 
 class DrawsGoToTheSlot(Scheduler):
-    """A draw goes to whoever sits in the slot by now."""
+    """What a step did goes to whoever sits in the slot by now."""
 
     def commit(self, plan: StepPlan, tokens: StepTokens) -> list[RequestOutput]:
-        flight = self._flights[0]
-        seated = [self.batch.sequences[slot] for slot in flight.plan.draw_slots.tolist()]
-        draws = [now or then for now, then in zip(seated, flight.draws, strict=True)]
-        self._flights[0] = flight._replace(draws=draws)
-        return super().commit(plan, tokens)
+        seated = self.batch.seq_id[plan.slots]
+        changed = replace(plan, seq_ids=np.where(seated >= 0, seated, plan.seq_ids))
+        self._flights[0] = changed
+        return super().commit(changed, tokens)
 
 
 class ForksBeforeTheTokens(Scheduler):
@@ -361,37 +360,39 @@ class WatermarkStopsTheOnlyOne(Scheduler):
 class GrowthNeedsTheWatermark(Scheduler):
     """A running request is given a block only where one would be admitted."""
 
-    def _extend(self, draft: Draft, sequence: Sequence, end: int) -> bool:
+    def _extend(self, draft: Draft, slots: Slots, ends: Slots) -> int:
         if len(self.running) > 1 and self.manager.can_admit(self.block_size) is not Admission.OK:
-            return False
-        return super()._extend(draft, sequence, end)
+            return 0
+        return super()._extend(draft, slots[:1], ends[:1])
 
 
 class TablesOneBlockBehind(Scheduler):
     """A block that was appended is not written into the sequence's row of the tables."""
 
-    def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
-        super()._note_allocation(draft, sequence, allocation._replace(new_blocks=()))
+    def _note_allocations(self, draft: Draft, slots: Slots, allocations: list[Allocation]) -> None:
+        super()._note_allocations(draft, slots, [a._replace(new_blocks=()) for a in allocations])
 
 
 class CopiedTableKept(Scheduler):
     """After a copy the row of the tables still names the block that was copied from."""
 
-    def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
-        if allocation.copies:
-            draft.copies[sequence.seq_id] = allocation.copies
-            self.batch.extend_table(sequence.slot, allocation.new_blocks)
-        else:
-            super()._note_allocation(draft, sequence, allocation)
+    def _note_allocations(self, draft: Draft, slots: Slots, allocations: list[Allocation]) -> None:
+        for i, allocation in enumerate(allocations):
+            if allocation.copies:
+                draft.copies[int(self.batch.seq_id[slots[i]])] = allocation.copies
+                self.batch.extend_table(int(slots[i]), allocation.new_blocks)
+            else:
+                super()._note_allocations(draft, slots[i : i + 1], [allocation])
 
 
 class SecondCopyForgotten(Scheduler):
     """A step knows one sequence's copies only: the last one's."""
 
-    def _note_allocation(self, draft: Draft, sequence: Sequence, allocation: Allocation) -> None:
-        if allocation.copies:
-            draft.copies.clear()
-        super()._note_allocation(draft, sequence, allocation)
+    def _note_allocations(self, draft: Draft, slots: Slots, allocations: list[Allocation]) -> None:
+        for i, allocation in enumerate(allocations):
+            if allocation.copies:
+                draft.copies.clear()
+            super()._note_allocations(draft, slots[i : i + 1], [allocation])
 
 
 class TheClockDecides(Scheduler):

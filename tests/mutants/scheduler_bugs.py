@@ -23,9 +23,9 @@ Slots = npt.NDArray[np.int64]
 class VictimKeepsItsBudget(Scheduler):
     """A victim that was scheduled already in this step keeps its tokens in it."""
 
-    def _make_room(self, draft: Draft, slots: Slots, take: Slots, i: int, end: int) -> None:
+    def _make_room(self, draft: Draft, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
         before, last = take.copy(), {int(s): self.batch.seq_id[s] for s in slots}
-        super()._make_room(draft, slots, take, i, end)
+        super()._make_room(draft, slots, take, ends, i)
         for k, slot in enumerate(slots.tolist()):
             if before[k] and not take[k] and self.batch.sequences[slot] is None:
                 take[k] = before[k]
@@ -107,7 +107,7 @@ class CopiesAfterWrites(Scheduler):
             return None
         late, self._late = self._late, plan.copies
         plan = replace(plan, copies=late)
-        self._flights[-1] = self._flights[-1]._replace(plan=plan)
+        self._flights[-1] = plan
         return plan
 
 
@@ -163,19 +163,19 @@ class NewcomersFirst(Scheduler):
 class EarliestMakesWay(Scheduler):
     """The victim is the earliest of the running requests."""
 
-    def _make_room(self, draft: Draft, slots: Slots, take: Slots, i: int, end: int) -> None:
+    def _make_room(self, draft: Draft, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
         self.running.reverse()
-        super()._make_room(draft, slots, take, i, end)
+        super()._make_room(draft, slots, take, ends, i)
         self.running.reverse()
 
 
 class LatestMakesWayWhateverItsPriority(Scheduler):
     """The victim is the latest arrival, also where it is the most urgent."""
 
-    def _make_room(self, draft: Draft, slots: Slots, take: Slots, i: int, end: int) -> None:
+    def _make_room(self, draft: Draft, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
         ranked = self.running
         self.running = sorted(ranked, key=lambda request: request.arrival)
-        super()._make_room(draft, slots, take, i, end)
+        super()._make_room(draft, slots, take, ends, i)
         self.running = [request for request in ranked if request in self.running]
 
 

@@ -77,6 +77,16 @@ def test_tables_widen_seldom() -> None:
     assert batch.tables[0, :999].tolist() == list(range(1, 1000))
 
 
+def test_a_seat_taken_again_shows_no_blocks_of_the_one_before() -> None:
+    """Rows of tables are 0 past their ends, also where a longer table stood before."""
+    batch = Batch(2)
+    batch.set_table(0, tuple(range(1, 41)))
+    batch.set_table(1, (50, 51, 52))
+    batch.set_table(0, (60,))
+    batch.extend_tables(np.array([1, 0]), [53, 61])
+    assert batch.table_rows(np.array([0, 1])).tolist() == [[60, 61, 0, 0], [50, 51, 52, 53]]
+
+
 def test_a_queue_lets_go_of_those_that_left() -> None:
     """Requests that leave from the middle are not kept in memory until the queue's head comes to them."""
     queue = RequestQueue(lambda request: request.rank)
