@@ -56,7 +56,7 @@ def run_screen(
         runner = EngineRunner(given, {}, record=record)
     else:
         recorded = Session(given, speed=speed if speed is not None else play_speed(len(given)))
-        recorded.playing = not headless and not given.live and len(given) > 0
+        recorded.playing = not (headless or given.live or recorded.at_edge)
         return _show(recorded, look, None, headless, steps, screenshot)
     try:
         session = Session(runner.start(), speed=speed)

@@ -76,6 +76,9 @@ class Session:
         self._last: float | None = None
         if self.live is None:
             self._player = Player(source)
+            if source.header.finding:
+                self._player.seek(len(source))
+                self.message = source.header.finding
 
     # What there is.
 

@@ -66,7 +66,10 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the trace is of. `extra` keeps what a newer minor version adds."""
+    """What the trace is of. `extra` keeps what a newer minor version adds.
+
+    finding: what its last state shows, where the trace was kept for that alone: a screen opens it there, and says so.
+    """
 
     model: str = ""
     seed: int = 0
@@ -74,11 +77,13 @@ class Header:
     major: int = SCHEMA_MAJOR
     minor: int = SCHEMA_MINOR
     extra: Mapping[str, Any] = field(default_factory=dict)
+    finding: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The header as it is written."""
         schema = {"major": self.major, "minor": self.minor}
-        return {**self.extra, "schema": schema, "model": self.model, "seed": self.seed, "engine": dict(self.engine)}
+        told = {**self.extra, "schema": schema, "model": self.model, "seed": self.seed, "engine": dict(self.engine)}
+        return {**told, "finding": self.finding} if self.finding else told
 
     def to_bytes(self) -> bytes:
         """Magic, length and JSON: the start of a stream."""
@@ -93,7 +98,8 @@ class Header:
             schema = rest.pop("schema")
             major, minor = int(schema["major"]), int(schema["minor"])
             model, seed, engine = rest.pop("model", ""), rest.pop("seed", 0), rest.pop("engine", {})
-            header = cls(str(model), int(seed), dict(engine), major, minor, rest)
+            finding = str(rest.pop("finding", ""))
+            header = cls(str(model), int(seed), dict(engine), major, minor, rest, finding)
         except (KeyError, TypeError, ValueError) as error:
             raise TraceError(f"the trace's header cannot be read: {error!r}") from None
         if major != SCHEMA_MAJOR:

@@ -11,9 +11,10 @@ from hypothesis import Phase
 
 from minipaged.trace.player import Player
 from minipaged.trace.sources import FileSource
-from tests.mutants.memory_bugs import UncountedFork
+from tests.mutants.memory_bugs import StaleKey, UncountedFork
 from tests.spec.model import BrokenLawError
 from tests.spec.run import run_machine
+from tui.session import Session
 
 
 def test_a_broken_law_leaves_a_replay(tmp_path: Path) -> None:
@@ -36,23 +37,44 @@ def test_a_broken_law_leaves_a_replay(tmp_path: Path) -> None:
     assert counts != snapshot.device.refs.tolist(), "the counterexample shows the wrong counts"
 
 
-def test_a_schedulers_law_that_fails_leaves_a_replay(tmp_path: Path) -> None:
-    """In a pytest of its own: the report names the command; the file ends where the law broke, or with the run."""
+def test_the_last_state_is_the_one_after_the_fault(tmp_path: Path) -> None:
+    """A law that breaks inside a call, before anything of it is taken in, still shows what the call did."""
+    path = tmp_path / "L32.trace"
+    with pytest.raises(BrokenLawError, match="handed out block"):
+        run_machine(StaleKey, frozenset({"L32"}), replay=path, phases=[Phase.generate, Phase.shrink])
+    session = Session(FileSource(path))
+    assert session.at_edge
+    assert not session.playing
+    assert session.message.startswith("L32: ")
+    taken = [(event.sequence, event.amount, event.block) for event in session.snapshot.events if event.kind == "alloc"]
+    assert taken
+    for sequence, index, block in taken:
+        assert session.snapshot.tables[sequence, 0][index] == block
+
+
+@pytest.mark.parametrize(
+    ("law", "scheduler", "kinds"),
+    [
+        ("L37", "tests.mutants.scheduler_attacks:CopiesLost", {"fork"}),  # a copy is missing: the next step cannot run
+        (
+            "L39",
+            "tests.mutants.scheduler_bugs:AdmitsAfterPreempting",
+            {"preempt", "admit"},
+        ),  # seen in the run's history
+    ],
+)
+def test_a_schedulers_law_that_fails_leaves_a_replay(tmp_path: Path, law: str, scheduler: str, kinds: set[str]) -> None:
+    """In a pytest of its own: the report names the command; the screen opens the file at the step in which the law broke."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += [
-        "tests/spec/test_scheduler_laws.py",
-        "-k",
-        "L37",
-        "--scheduler",
-        "tests.mutants.scheduler_attacks:CopiesLost",
-    ]
+    command += ["tests/spec/test_scheduler_laws.py", "-k", law, "--scheduler", scheduler]
     told = subprocess.run([*command, "--replay-dir", str(tmp_path)], capture_output=True, text=True, timeout=240).stdout
     assert "1 failed" in told
     [path] = tmp_path.glob("*.trace")
     assert f"See it: minipaged tui --replay {path}" in told
     source = FileSource(path)
     assert not source.damage
-    player = Player(source)
-    player.seek(len(source))
-    assert player.snapshot.sequences
-    assert (player.snapshot.device.refs > 1).any(), "the last step is the fork after which a copy is missing"
+    session = Session(source)
+    assert session.at_edge
+    assert session.message.startswith(law)
+    assert session.snapshot.sequences
+    assert kinds <= {event.kind for event in session.snapshot.events}

@@ -33,8 +33,14 @@ def pytest_runtest_makereport(
     if report.when == "call" and report.failed and World.last is not None:
         name = "".join(c if c.isalnum() else "_" for c in item.name)
         path = spec_options.replay_dir() / f"{name}.trace"
-        report.sections.append(("replay", f"See it: {leave_replay(World.last, path, item.name)}"))
+        report.sections.append(("replay", f"See it: {leave_replay(World.last, path, _finding(item, call))}"))
     return report
+
+
+def _finding(item: pytest.Item, call: pytest.CallInfo[None]) -> str:
+    """The law that failed, and the first line of what it says."""
+    said = str(call.excinfo.value).splitlines() if call.excinfo is not None else []
+    return f"{item.name.removeprefix('test_')}: {said[0] if said else 'failed'}"
 
 
 @pytest.fixture(scope="session")

@@ -27,11 +27,11 @@ from minipaged.trace.stream import Header, StreamWriter
 from tests.spec.records import LineRecord, StepRecord
 
 
-def write_replay(path: Path, records: Iterable[StepRecord], title: str) -> str:
-    """Write the trace of a run. Returns the command that shows it."""
+def write_replay(path: Path, records: Iterable[StepRecord], finding: str) -> str:
+    """Write the trace of a run whose last record shows `finding`. Returns the command that shows it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as out:
-        writer = StreamWriter(out, Header(model=title))
+        writer = StreamWriter(out, Header(model="the spec", finding=finding))
         for delta in deltas(records):
             writer.delta(delta)
         writer.finish()

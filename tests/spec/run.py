@@ -31,6 +31,6 @@ def run_machine(
         run_state_machine_as_test(Machine, settings=settings(report_multiple_bugs=False, **chosen))
     except Exception as error:
         if replay is not None and Machine.last is not None:
-            Machine.last.record()
+            Machine.last.record_as_it_stands()
             error.add_note(f"See it: {write_replay(replay, Machine.last.records, str(error).splitlines()[0])}")
         raise

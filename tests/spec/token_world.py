@@ -7,7 +7,7 @@ computed twice changes the text. Everything a step did is kept, so that a law ca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -190,6 +190,7 @@ class World:
     steps: list[Step] = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
     workload: list[Asked] = field(default_factory=list)
+    judged: int | None = None  # steps up to the one that a law looks at; None: it looks at all of them
     last: ClassVar[World | None] = None  # the one that was run last, to be shown if its law fails
 
     def __post_init__(self) -> None:
@@ -280,14 +281,14 @@ class World:
                 held = self.manager.host_table(sequence.seq_id)
                 assert len(held) == -(-sequence.computed // self.block_size), f"{sequence} left with {len(held)} blocks"
 
-    def run(self, workload: list[Asked], limit: int = 5000) -> list[RequestOutput]:
-        """Feed a workload in and run it to the end."""
+    def run(self, workload: list[Asked], limit: int = 5000, most_steps: int | None = None) -> list[RequestOutput]:
+        """Feed a workload in and run it to the end, or for so many steps."""
         World.last, self.workload = self, workload
         outputs: dict[int, RequestOutput] = {}
         left = dict(enumerate(workload))
         aborts = {i: a.aborted for i, a in left.items() if a.aborted is not None}
         number = 0
-        while left or self.engine.has_work:
+        while (left or self.engine.has_work) and (most_steps is None or len(self.steps) < most_steps):
             for i in [i for i, asked in left.items() if asked.arrives <= number]:
                 asked = left.pop(i)
                 outputs[i] = self.engine.ask(asked.prompt, asked.params)
@@ -298,7 +299,15 @@ class World:
                 self.step()
             number += 1
             assert number < limit, "the workload does not come to an end"
-        return [outputs[i] for i in range(len(workload))]
+        return [outputs[i] for i in range(len(workload)) if i in outputs]
+
+    def history(self) -> Iterator[Step]:
+        """The steps, one after another. Where a law fails at one of them, its replay ends there."""
+        World.last = self
+        for number, step in enumerate(self.steps, 1):
+            self.judged = number
+            yield step
+        self.judged = None
 
     def texts(self, outputs: list[RequestOutput]) -> list[list[tuple[list[int], str]]]:
         """Tokens and finish reason of every answer."""

@@ -12,8 +12,11 @@ from minipaged.trace.stream import Header, open_recorder
 from tests.spec.token_world import World
 
 
-def leave_replay(world: World, path: Path, title: str) -> str:
-    """Record the world's run, up to the step in which it fails if it does. Returns the command that shows it."""
+def leave_replay(world: World, path: Path, finding: str) -> str:
+    """Record the world's run, up to the step in which it fails or breaks a law. Returns the command that shows it.
+
+    finding: what the screen says of the last step.
+    """
     again = World(
         world.block_manager,
         world.scheduler,
@@ -25,9 +28,9 @@ def leave_replay(world: World, path: Path, title: str) -> str:
         limits=world.limits,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    recorder = open_recorder(path, again.engine, Header(model=title))
+    recorder = open_recorder(path, again.engine, Header(model="the spec", finding=finding))
     again.engine.trace.subscribe(recorder.write)
     with contextlib.suppress(Exception):  # a law that is watched in every step fails here again
-        again.run(world.workload)
+        again.run(world.workload, most_steps=world.judged)
     recorder.close()
     return f"minipaged tui --replay {path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -236,12 +237,17 @@ def test_garbage_is_refused_or_cut(tmp_path_factory: pytest.TempPathFactory, gar
 def test_another_major_version_is_refused(tmp_path: Path, schema: object, word: str) -> None:
     text = zlib.compress(b"")  # any bytes after the header
     header = Header().to_json() | {"schema": schema}
-    import json
-
     raw = json.dumps(header).encode()
     path = saved(tmp_path, b"mpgtrace" + len(raw).to_bytes(4, "little") + raw + text)
     with pytest.raises(TraceError, match=word):
         FileSource(path)
+
+
+def test_a_header_says_what_was_found_only_where_something_was() -> None:
+    """The finding travels; a trace without one is written as before."""
+    for header in (Header("m"), Header("m", finding="L02: a count is wrong")):
+        assert Header.from_json(json.loads(json.dumps(header.to_json()))) == header
+    assert "finding" not in Header("m").to_json()
 
 
 def test_a_newer_minor_version_opens_and_unknown_things_are_kept(tmp_path: Path) -> None:
