@@ -106,22 +106,23 @@ def _token_kernel(
         weight = tl.load(weight_ptr + at, mask=there, other=0.0)
     top = tl.max(best, 0)
     token = tl.min(tl.where(best == top, place, vocab - 1), 0)
-    if temperature >= COLDEST:
-        share = weight.to(tl.float64) * tl.exp2((best - top) * base_2(temperature)).to(tl.float64)
-        ends = tl.cumsum(share, 0)
-        threshold = uniform * tl.sum(share, 0)
-        last = tl.max(tl.where(share > 0.0, part, 0), 0)
-        chosen = tl.minimum(tl.sum((ends <= threshold).to(tl.int32), 0), last)
-        within = threshold - tl.sum(tl.where(part < chosen, share, 0.0), 0)
-        column = chosen * PART + tl.arange(0, PART)
-        logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
-        if TRUNCATED:
-            logits = tl.where(logits >= tl.load(least_ptr + row), logits, float("-inf"))
-        each = tl.exp2((logits - top) * base_2(temperature)).to(tl.float64)
-        position = tl.sum((tl.cumsum(each, 0) <= within).to(tl.int32), 0)
-        # Sums of float32 and of float64 differ in their last digits: never past the last token that has any weight.
-        last_column = tl.max(tl.where(each > 0.0, column, 0), 0)
-        token = tl.minimum(chosen * PART + position, last_column)
+    if WARM:  # noqa: SIM102 - the inside is compiled only if so
+        if temperature >= COLDEST:
+            share = weight.to(tl.float64) * tl.exp2((best - top) * base_2(temperature)).to(tl.float64)
+            ends = tl.cumsum(share, 0)
+            threshold = uniform * tl.sum(share, 0)
+            last = tl.max(tl.where(share > 0.0, part, 0), 0)
+            chosen = tl.minimum(tl.sum((ends <= threshold).to(tl.int32), 0), last)
+            within = threshold - tl.sum(tl.where(part < chosen, share, 0.0), 0)
+            column = chosen * PART + tl.arange(0, PART)
+            logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
+            if TRUNCATED:
+                logits = tl.where(logits >= tl.load(least_ptr + row), logits, float("-inf"))
+            each = tl.exp2((logits - top) * base_2(temperature)).to(tl.float64)
+            position = tl.sum((tl.cumsum(each, 0) <= within).to(tl.int32), 0)
+            # Sums of float32 and of float64 differ in their last digits: never past the last token that has any weight.
+            last_column = tl.max(tl.where(each > 0.0, column, 0), 0)
+            token = tl.minimum(chosen * PART + position, last_column)
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
