@@ -15,8 +15,11 @@ from minipaged.errors import InputError
 from minipaged.trace.live import EngineProcess, LiveSource
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
+from tui.guided import GuidedSession
 from tui.keys import load_keys
+from tui.safe import clean
 from tui.screen import ScreenApp, binding_ids
+from tui.sentences import counted, plural
 from tui.session import REPLAY_SPEED, Session
 
 Factory = Callable[..., Any]
@@ -38,13 +41,14 @@ def run_screen(
     size: tuple[int, int] | None = None,
     light: bool = False,
     speed: float | None = None,
+    guided: bool = False,
 ) -> int:
     """Show a trace or a live engine; returns the exit code.
 
     source_or_engine_factory: a source or a trace's path, or a top-level function (with its arguments, as a pair) that a child process
     calls to build the engine. prompts: submitted at once. record: a file that gets the trace. headless: no terminal;
     goes `steps` steps (None: until nothing is left to do), saves `screenshot` (SVG) and returns. size: (columns, rows)
-    of a headless screen, 80 by 24 by default.
+    of a headless screen, 80 by 24 by default. guided: a live run in a terminal goes slowly at first and says what it does.
     """
     look = Look(ascii, light, load_keys(binding_ids()), size or (80, 24))
     given = source_or_engine_factory
@@ -57,14 +61,20 @@ def run_screen(
     else:
         recorded = Session(given, speed=speed if speed is not None else play_speed(len(given)))
         recorded.playing = not (headless or given.live or recorded.at_edge)
-        return _show(recorded, look, None, headless, steps, screenshot)
+        code = _show(recorded, look, None, headless, steps, screenshot)
+        if headless and code == 0 and screenshot is None:
+            print(f"minipaged: {plural(len(given), 'step')} in this trace; --screenshot FILE keeps a picture of one")
+        return code
     try:
-        session = Session(runner.start(), speed=speed)
+        kind = GuidedSession if guided and not headless else Session
+        session = kind(runner.start(), speed=speed)
         for prompt in prompts:
             session.submit(*(prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())))
         if not headless:
             session.start()
         code = _show(session, look, runner, headless, steps, screenshot)
+        if code == 0:
+            code = _say_what_it_came_to(session, guided and not headless)
         if code == 1 and (words := runner.last_words()):
             print(f"minipaged: {words}", file=sys.stderr)
         return code
@@ -107,6 +117,27 @@ class EngineRunner:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def _say_what_it_came_to(session: Session, first_run: bool) -> int:
+    """A line on a run that is over, and one on each prompt that was refused; to whoever has seen the first one, what next. The code."""
+    for reason in session.refused:
+        print(f"minipaged: refused: {clean(reason)}", file=sys.stderr)
+    if session.refused and not session.asked:
+        return 2
+    stats = session.snapshot.stats
+    answers = sum(params.n for _, params in session.asked.values())
+    if session.asked:
+        print(
+            f"minipaged: {plural(len(session.asked), 'prompt')}, {plural(answers, 'answer')}, "
+            f"{plural(stats.generated_tokens, 'token')} in {plural(session.position, 'step')} "
+            f"over {max(0, stats.total_blocks - 1)} blocks of {stats.block_size}"
+        )
+        if told := counted(stats):
+            print(f"           {' · '.join(told)}")
+    if first_run:
+        print("next: minipaged tui --scenario cow · minipaged learn · minipaged chat")
+    return 0
 
 
 def play_speed(length: int) -> float:

@@ -29,6 +29,8 @@ STYLES = (
     "faint",
 )
 STYLE_BITS = 64
+LONGEST = 1 << 16  # more cells than a run may have
+_TRUE = np.ones(1, bool)
 
 
 class Looks:
@@ -91,24 +93,33 @@ class Labels:
         return self._table.take(owner - self._first, mode="clip")
 
 
-def runs(codes: Ints) -> list[tuple[int, int]]:
-    """(code, length) of the runs of equal codes."""
+def runs(codes: Ints) -> list[int]:
+    """code * LONGEST + length of each run of equal codes."""
     if not len(codes):
         return []
-    edges = np.flatnonzero(codes[1:] != codes[:-1]) + 1
-    starts = [0, *edges.tolist()]
-    lengths = np.diff([*starts, len(codes)])
-    return list(zip(codes[starts].tolist(), lengths.tolist(), strict=True))
+    starts = np.flatnonzero(np.concatenate([_TRUE, codes[1:] != codes[:-1]]))
+    lengths = np.diff(starts, append=len(codes))
+    keys: list[int] = (codes[starts] * np.int64(LONGEST) + lengths).tolist()
+    return keys
 
 
-def heat_codes(looks: Looks, pool: Pool, labels: Labels, per_cell: int) -> Ints:
-    """One cell for `per_cell` consecutive blocks: height is the share in use, hue the owner of most of them."""
-    cells = -(-len(pool) // per_cell)
-    held = np.flatnonzero(pool.refs)
-    cell = held // per_cell
-    used = np.bincount(cell, minlength=cells)
+def heat_codes(looks: Looks, pool: Pool, labels: Labels, per_cell: int, cells: Ints | None = None) -> Ints:
+    """One cell for `per_cell` consecutive blocks: height is the share in use, hue the owner of most of them.
+
+    cells: only these; None: all.
+    """
+    if cells is None:
+        count = -(-len(pool) // per_cell)
+        held = np.flatnonzero(pool.refs)
+        cell = held // per_cell
+    else:
+        count = len(cells)
+        blocks = (cells[:, None] * per_cell + np.arange(per_cell)).ravel()
+        places = np.flatnonzero(pool.refs.take(blocks, mode="clip") * (blocks < len(pool)))
+        held, cell = blocks[places], places // per_cell
+    used = np.bincount(cell, minlength=count)
     hue = labels.of(pool.owner[held]) % NUM_HUES
-    counts = np.bincount(cell * NUM_HUES + hue, minlength=cells * NUM_HUES).reshape(cells, NUM_HUES)
+    counts = np.bincount(cell * NUM_HUES + hue, minlength=count * NUM_HUES).reshape(count, NUM_HUES)
     level = np.where(used == 0, 0, np.maximum(1, used * (looks.num_heat - 1) // per_cell))
     style = np.where(used > 0, counts.argmax(axis=1), FREE)
     glyph = np.where(used > 0, looks.heat + level, 0)  # 0: the free glyph

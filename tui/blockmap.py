@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
@@ -107,7 +108,11 @@ class BlockMap(ScrollView, can_focus=True):
             self.model.set_zoom(self.model.zoom)
         if self.scrollable_content_region.width != self.model.width:
             self._lay_out()  # a scroll bar came or went
-        return Strip(self.model.row(y + self.scroll_offset.y)).adjust_cell_length(self.model.width, self._base)
+        row, width = y + self.scroll_offset.y, self.model.width
+        segments, cells = self.model.row(row), self.model.cells(row)
+        if cells is None or cells > width:
+            return Strip(segments).adjust_cell_length(width, self._base)
+        return Strip([*segments, Segment(" " * (width - cells), self._base)], width)
 
     def set_zoom(self, zoom: int) -> None:
         """Zoom, keeping the cursor in sight."""

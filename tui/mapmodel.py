@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from minipaged.trace.snapshot import Pool
-from tui.blockcells import FREE, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
+from tui.blockcells import FREE, LONGEST, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
 from tui.palette import Glyphs
 from tui.safe import clean_bytes, to_ascii
 from tui.view import View
@@ -50,9 +50,12 @@ class MapModel:
         self.looks = Looks(view.glyphs)
         self._labels = Labels(view.snapshot)
         self.base = Style()
-        self._segments: dict[tuple[int, int], Segment] = {}
+        self._segments: dict[int, Segment] = {}  # by code * LONGEST + length
         self._rows: dict[int, list[Segment]] = {}
         self._heat: Ints | None = None
+        self._many: tuple[int, Ints] | None = (
+            None  # the first of some blocks in a row, and the looks of all: for rows that are all made anew
+        )
         self._index_of: dict[int, tuple[int, int]] | None = None
         self._look_key: tuple[object, ...] = ()
         self.update(view, None)
@@ -220,21 +223,37 @@ class MapModel:
             self._segments.clear()
             self.looks = Looks(view.glyphs)
         self._labels = Labels(view.snapshot)
-        self._heat = None
-        if ids is None or self.zoom in (Zoom.HEAT, Zoom.SLOTS) or self._lines_per_block > 1:
+        if ids is None:
+            self._heat = None
             self._rows.clear()
+            self._many = None
             return None
-        dirty = set(np.unique(ids // self.per_row).tolist())
+        self._many = None
+        dirty = set(np.unique(ids // self.per_row).tolist()) if self.zoom != Zoom.HEAT else self._warm(ids)
         if old_block != view.block and not self.host:
-            dirty |= {self.row_of(block) for block in (old_block, view.block) if block >= 0}
+            dirty |= {block // self.per_row for block in (old_block, view.block) if block >= 0}
+        lines = self._lines_per_block
+        if lines > 1:
+            dirty = {row * lines + part for row in dirty for part in range(lines)}
         for row in dirty:
             self._rows.pop(row, None)
         return dirty
 
+    def _warm(self, ids: Ints) -> set[int]:
+        """The heat of the cells in which these blocks lie, anew; the rows that look different."""
+        heat, per_cell = self._heat, self.per_cell
+        if heat is None:
+            return set(range(self.num_rows))
+        cells = np.unique(ids // per_cell)
+        codes = heat_codes(self.looks, self.pool, self._labels, per_cell, cells)
+        changed = cells[heat[cells] != codes]
+        heat[cells] = codes
+        return set(np.unique(changed // (self.per_row // per_cell)).tolist())
+
     def _forget(self) -> None:
         self._rows.clear()
         self._segments.clear()
-        self._heat = None
+        self._heat = self._many = None
 
     # Rows.
 
@@ -244,6 +263,18 @@ class MapModel:
         if found is None:
             found = self._rows[row] = self._make_row(row)
         return found
+
+    def cells(self, row: int) -> int | None:
+        """How many cells a row's segments take, where that is known without measuring them."""
+        if self.zoom == Zoom.HALF:
+            return self.gutter + self.per_row // 2
+        if self.zoom not in (Zoom.HEAT, Zoom.CELL):
+            return None
+        left = self.num_blocks - row * self.per_row
+        if left <= 0:
+            return 0
+        shown = min(left, self.per_row)
+        return self.gutter + (shown if self.zoom == Zoom.CELL else -(-shown // self.per_cell))
 
     def _make_row(self, row: int) -> list[Segment]:
         if not 0 <= row < self.num_rows:
@@ -260,7 +291,7 @@ class MapModel:
             codes = self._heat[row * cells : (row + 1) * cells]
             marked = (self.view.block - first) // self.per_cell
         else:
-            codes = self._codes(first, first + self.per_row)
+            codes = self._row_codes(first, min(first + self.per_row, self.num_blocks))
             marked = self.view.block - first
             if self.zoom == Zoom.FOUR:
                 return [number, *(self._tile_bars(first, codes) if part else self._four(first, codes))]
@@ -269,7 +300,19 @@ class MapModel:
         if not self.host and 0 <= marked < len(codes) and self.view.block >= 0:
             codes = codes.copy()
             codes[marked] = codes[marked] // STYLE_BITS * STYLE_BITS + SELECT
-        return [number, *(self._segment(code, length) for code, length in runs(codes))]
+        made = self._segments
+        return [number, *[made[key] if key in made else self._segment(key) for key in runs(codes)]]
+
+    def _row_codes(self, first: int, end: int) -> Ints:
+        """The looks of a row's blocks. The first row that is asked for after a view of which all is new finds those of a whole screen."""
+        if self._many is None:
+            if self._rows:
+                return self._codes(first, end)
+            self._many = first, self._codes(first, first + self.per_row * self.height)
+        start, codes = self._many
+        if not start <= first <= end <= start + len(codes):
+            return self._codes(first, end)
+        return codes[first - start : end - start]
 
     def _codes(self, first: int, end: int) -> Ints:
         """The looks of blocks [first, end)."""
@@ -277,13 +320,12 @@ class MapModel:
         size = view.snapshot.stats.block_size
         return self.looks.codes(self.pool, slice(first, end), self._labels, size, only=view.only, swapped=self.host)
 
-    def _segment(self, code: int, length: int) -> Segment:
-        found = self._segments.get((code, length))
-        if found is None:
-            glyph = self.looks.alphabet[code // STYLE_BITS]
-            found = self._segments[(code, length)] = Segment(
-                glyph * length, self.base + self.view.style(NAMES[code % STYLE_BITS])
-            )
+    def _segment(self, key: int) -> Segment:
+        """A run of equal looks, made once."""
+        code, length = divmod(key, LONGEST)
+        glyph = self.looks.alphabet[code // STYLE_BITS]
+        style = self.base + self.view.style(NAMES[code % STYLE_BITS])
+        found = self._segments[key] = Segment(glyph * length, style)
         return found
 
     def _tile_bars(self, first: int, codes: Ints) -> list[Segment]:
@@ -335,14 +377,17 @@ class MapModel:
         styles[: len(codes)] = codes % STYLE_BITS
         if not self.host and first <= self.view.block < first + len(codes):
             styles[self.view.block - first] = SELECT
-        top, bottom = styles[:half], styles[half:]
-        made = []
-        for code, length in runs(top * STYLE_BITS + bottom):
-            upper, lower = divmod(code, STYLE_BITS)
-            made.append(self._pair(upper, lower, length))
-        return made
+        keys = runs(styles[:half] * STYLE_BITS + styles[half:])
+        made = self._segments
+        return [made[key] if key in made else self._pair(key) for key in keys]
 
-    def _pair(self, upper: int, lower: int, length: int) -> Segment:
+    def _pair(self, key: int) -> Segment:
+        """A run of two equal looks above each other, made once."""
+        code, length = divmod(key, LONGEST)
+        found = self._segments[key] = self._two(*divmod(code, STYLE_BITS), length)
+        return found
+
+    def _two(self, upper: int, lower: int, length: int) -> Segment:
         view, looks = self.view, self.looks
         over, under = (view.style(NAMES[n].replace("shared", "hue")) for n in (upper, lower))
         if upper == FREE and lower == FREE:
@@ -364,22 +409,22 @@ class MapModel:
         part = row % lines
         made: list[Segment] = []
         width = self.slot_width
-        for block in range(first, min(first + self.per_row, self.num_blocks)):
+        codes = self._row_codes(first, min(first + self.per_row, self.num_blocks))
+        for block, code in enumerate(codes.tolist(), start=first):
             if made:
                 made.append(Segment(" " * GAP, self.base))
-            made += self._slots(block, part, lines, width)
+            made += self._slots(block, code, part, lines, width)
         return made
 
-    def _slots(self, block: int, part: int, lines: int, width: int) -> list[Segment]:
+    def _slots(self, block: int, code: int, part: int, lines: int, width: int) -> list[Segment]:
         """`31 B2 it never sleeps ·`: number, owner and count, and what lies in each slot."""
         view, pool = self.view, self.pool
         size = max(1, view.snapshot.stats.block_size)
-        code = int(self._codes(block, block + 1)[0])
         role, refs = NAMES[code % STYLE_BITS], int(pool.refs[block])
         role = "mark" if block in view.flash else role
         plain_role = role.replace("shared", "hue")
         owner = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}" if refs else "  "
-        text = ("" if width == 1 else " ").join(self._slot_text(block, size, width))
+        text = ("" if width == 1 else " ").join(self._slot_text(block, code, size, width))
         if lines > 1:
             room = max(1, self.width - self._head)
             text = text[part * room : (part + 1) * room]
@@ -398,12 +443,12 @@ class MapModel:
             Segment(to_ascii(text) if view.glyphs.ascii else text, self.base + view.style(plain_role)),
         ]
 
-    def _slot_text(self, block: int, size: int, width: int) -> list[str]:
+    def _slot_text(self, block: int, code: int, size: int, width: int) -> list[str]:
         """A slot's token, whose keys and values lie there: its first `width` cells."""
         view, pool = self.view, self.pool
         free = view.glyphs.free.ljust(width)
         if not pool.refs[block]:
-            return [self.looks.alphabet[int(self._codes(block, block + 1)[0]) // STYLE_BITS].ljust(width)] * size
+            return [self.looks.alphabet[code // STYLE_BITS].ljust(width)] * size
         owner, index = self._place(block)
         state = view.snapshot.sequences.get(owner)
         fill = int(pool.fill[block])

@@ -34,13 +34,13 @@ from tui.pane import ListPane, Pane
 from tui.session import Change, Session
 from tui.sidepanes import TreePane, WastePane
 from tui.tables import TablesPane
-from tui.textpane import TextPane
+from tui.textpane import TextPane, text_title
 from tui.timeline import Timeline
 from tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30
 # Of one core, while an engine runs at full speed: the screen's frames become fewer before the engine becomes slower.
-CPU_SHARE = 0.05 * max(1, (os.cpu_count() or 2) - 1)
+CPU_SHARE = 0.1 * max(1, (os.cpu_count() or 2) - 1)
 THEMES = (
     Theme("minipaged", primary="#56B4E9", background="#101010", surface="#1c1c1c", foreground="#d8d8d8", dark=True),
     Theme(
@@ -241,6 +241,7 @@ class ScreenApp(Actions):
         blocks.border_title = shown(
             f"1 Blocks {block_map.zoom_title}" + (f" · {usable} × {size} tokens" if size else ""), view
         )
+        base.query_one("#text").border_title = shown(text_title(view), view)
         caption = base.query_one("#caption", Caption)
         caption.set_class(bool(view.caption), "shown")
         base.set_class(bool(view.caption), "-lesson")

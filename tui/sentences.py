@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from minipaged.scheduling.knobs import Turn
-from minipaged.trace.records import Event
+from minipaged.trace.records import Event, Stats
 from tui.view import View
 
 Grouped = dict[str, list[Event]]
@@ -104,6 +104,24 @@ def sentence(view: View) -> str:
             else "the start: every block is free"
         )
     return " · ".join(told)
+
+
+def summary(view: View) -> str:
+    """What a run has come to, once nothing is left to do."""
+    stats = view.snapshot.stats
+    if not stats.generated_tokens:
+        return sentence(view)
+    return " · ".join([f"done: {plural(stats.generated_tokens, 'token')}", *counted(stats)])
+
+
+def counted(stats: Stats) -> list[str]:
+    """What happened to the blocks of a run so far, as far as it did."""
+    told = (
+        (stats.copies, f"{plural(stats.copies, 'block')} copied on write"),
+        (stats.hit_tokens, f"{plural(stats.hit_tokens, 'token')} found cached"),
+        (stats.preemptions, f"{stats.preemptions} preempted"),
+    )
+    return [words for count, words in told if count]
 
 
 def _names(view: View, events: list[Event]) -> str:

@@ -72,6 +72,7 @@ class Session:
         self._owed = 0  # single steps asked of the engine and not yet seen
         self._moves: dict[int, tuple[str, float]] = {}  # sequence -> what moved it, and when that was seen
         self._read = ("", 0.0)  # the message, and since when it stands
+        self.refused: list[str] = []  # why prompts were not taken
         self._due = 0.0
         self._last: float | None = None
         if self.live is None:
@@ -137,6 +138,11 @@ class Session:
         return "IDLE" if live.idle and self.at_edge else "LIVE"
 
     @property
+    def pace(self) -> float:
+        """Steps a second that are asked of a live engine."""
+        return self.speed
+
+    @property
     def speed_text(self) -> str:
         """The speed in words."""
         return "full speed" if math.isinf(self.speed) else f"{self.speed:g} steps/s"
@@ -170,12 +176,12 @@ class Session:
         applied: list[StepDelta] = []
         if self.live is not None and self._until >= 0 and self.live.ready:
             self._walk_script(self.live)
-        if self.live is not None and self.playing and not math.isinf(self.speed):
+        if self.live is not None and self.playing and not math.isinf(self.pace):
             self._pace(self.live, passed)
         player = self._player
         if player is not None:
             if self.live is not None and not self._replaying:
-                applied = self._tick_live(player)
+                applied = self._tick_live(player, now)
             elif self.playing:
                 applied = self._tick_recorded(player, now)
         heard |= self._follow_moves(applied, now)
@@ -253,8 +259,10 @@ class Session:
             self._turned[str(note.get("name"))] = note.get("value")
             self.message = text
         else:
-            if kind == "refused" and self._pending:
-                self._pending.popleft()
+            if kind == "refused":
+                self.refused.append(text)
+                if self._pending:
+                    self._pending.popleft()
             self.message = text
             self._loading = kind == "status"
 
@@ -275,17 +283,21 @@ class Session:
             self._let_run()
         return applied
 
-    def _tick_live(self, player: Player) -> list[StepDelta]:
+    def _tick_live(self, player: Player, now: float) -> list[StepDelta]:
         if self.playing:
-            return player.advance(player.behind)
+            return self._follow(player, now)
         if self._owed and player.behind:
             count = min(self._owed, player.behind)
             self._owed -= count
             return player.advance(count)
         return []
 
+    def _follow(self, player: Player, now: float) -> list[StepDelta]:
+        """What has come of a run that is being watched."""
+        return player.advance(player.behind)
+
     def _pace(self, live: LiveSource, passed: float) -> None:
-        self._due = min(self._due + passed * self.speed, max(1.0, self.speed / 4))
+        self._due = min(self._due + passed * self.pace, max(1.0, self.pace / 4))
         whole = int(self._due)
         if whole and live.outstanding == 0 and not live.idle:
             self._due -= whole
@@ -319,7 +331,7 @@ class Session:
         if live is not None and self.playing:
             self.seek(len(self.source))
             self._due = 0.0
-            if math.isinf(self.speed):
+            if math.isinf(self.pace):
                 live.run()
             else:
                 live.pause()
@@ -336,9 +348,7 @@ class Session:
 
     def step(self) -> None:
         """One step forward: in the trace if there is more of it, else of the engine itself."""
-        if self.playing:
-            self.pause()
-        self.message = ""
+        self._take_over()
         if not self.at_edge:
             self.seek(self.position + 1)
         elif self.live is not None and not self.live.ended:
@@ -356,10 +366,14 @@ class Session:
 
     def go(self, position: int) -> None:
         """Pause, and be at `position`."""
+        self._take_over()
+        self.seek(position)
+
+    def _take_over(self) -> None:
+        """From here on it goes as keys are pressed."""
         if self.playing:
             self.pause()
         self.message = ""
-        self.seek(position)
 
     def seek(self, position: int) -> None:
         """Be at `position`, clamped."""

@@ -7,6 +7,7 @@ from rich.cells import cell_len
 from minipaged.trace.snapshot import SequenceState
 from tui.pane import ListPane
 from tui.safe import clean_bytes, tail
+from tui.sentences import plural
 from tui.view import Line, View
 
 ENDS = {"finished": "✓", "aborted": "x", "refused": "!", "waiting": "…", "swapped": "▽"}
@@ -30,6 +31,13 @@ class TextPane(ListPane):
         for state in states[:height]:
             lines += text_lines(view, state, width, each)
         return lines[:height]
+
+
+def text_title(view: View) -> str:
+    """`3 Text: 10 answers to 7 prompts`, where letters and prompts are not the same."""
+    states = view.snapshot.sequences.values()
+    prompts = len({state.request for state in states})
+    return "3 Text" + (f": {len(states)} answers to {plural(prompts, 'prompt')}" if prompts < len(states) else "")
 
 
 def ordered(view: View) -> list[SequenceState]:

@@ -12,7 +12,7 @@ from textual.message import Message
 from minipaged.trace.stream import MARKS
 from tui.pane import Pane
 from tui.safe import fit
-from tui.sentences import TICK_ORDER, TICKS, sentence
+from tui.sentences import TICK_ORDER, TICKS, sentence, summary
 from tui.view import Line, View
 
 _BITS = [(MARKS[kind], TICKS[kind]) for kind in TICK_ORDER]
@@ -96,7 +96,14 @@ def timeline_lines(view: View, width: int, rows: int = 1) -> list[Line]:
     caret = found.column_of(view.position)
     heights, ticks = _columns(view, found, rows)
     lines: list[Line] = [[(row[: caret + 1], "hue1"), (row[caret + 1 :], "faint")] for row in heights]
-    return [*lines, _tick_line(view, ticks, caret, width), [(fit(view.message or sentence(view), width), "text")]]
+    return [*lines, _tick_line(view, ticks, caret, width), _told(view, width)]
+
+
+def _told(view: View, width: int) -> Line:
+    """What the program says, else what the step did."""
+    if view.message:
+        return [(fit(view.message, width), "strong")]
+    return [(fit(summary(view) if view.word == "IDLE" else sentence(view), width), "text")]
 
 
 def _columns(view: View, found: Scale, rows: int) -> tuple[list[str], str]:

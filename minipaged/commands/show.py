@@ -38,7 +38,8 @@ def show(
 ) -> int:
     """Show a run; every argument is checked before anything is started. Returns the exit code."""
     chosen = dict(settings or {})
-    if prompts is None and chosen.get("num_blocks") is None:
+    demo = prompts is None and chosen.get("num_blocks") is None
+    if demo:
         chosen |= DEMO_SETTINGS
         if model == "toy" or model.startswith("random:"):  # a byte a token: the same prompts take more blocks
             chosen["num_blocks"] *= 2
@@ -81,6 +82,7 @@ def show(
         screenshot=screenshot,
         size=cells,
         light=light,
+        guided=demo,
     )
 
 

@@ -310,7 +310,7 @@ def test_a_prompt_added_by_hand_runs() -> None:
             app.screen.query_one("#n", Input).value = "1"
             await pilot.press("enter")
             await until(pilot, lambda: "hello world" in text(app) and app.session.word == "IDLE")
-            assert "A is done" in text(app)
+            assert "done: 11 tokens" in text(app), "the run is summed up"
 
         drive(app, (80, 24), script)
 

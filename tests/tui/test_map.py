@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -181,3 +183,40 @@ def test_no_pool_yet(num_blocks: int) -> None:
         model.set_zoom(zoom)
         for number in range(model.num_rows):
             model.row(number)
+
+
+@given(
+    st.sampled_from(list(Zoom)),
+    st.sampled_from([(40, 12), (79, 24), (160, 50), (12, 30)]),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 4),
+    st.booleans(),
+)
+def test_what_is_painted_again_is_all_that_differs(
+    zoom: Zoom, size: tuple[int, int], seed: int, count: int, cursor: bool
+) -> None:
+    """Some blocks change: the rows that are kept, and those made anew, read as in a map that is drawn from nothing."""
+    rng = np.random.default_rng(seed)
+    snapshot = big_snapshot(700, seed % 5)
+    view = View(snapshot, pieces={ord("x"): b"x"})
+    model = MapModel(view)
+    model.resize(*size)
+    model.set_zoom(zoom)
+    before = {number: list(model.row(number)) for number in range(model.num_rows)}
+    for _ in range(2):
+        ids = rng.integers(0, 700, count).astype(np.int32)
+        snapshot.device.refs[ids] = rng.choice([0, 1, 2], count)
+        snapshot.device.fill[ids] = rng.integers(0, 5, count)
+        view = replace(view, block=int(rng.integers(0, 700)) if cursor else -1)
+        dirty = model.update(view, ids)
+        fresh = MapModel(view)
+        fresh.resize(*size)
+        fresh.set_zoom(zoom)
+        assert dirty is not None
+        for number in range(model.num_rows):
+            expected = fresh.row(number)
+            assert model.row(number) == expected
+            assert number in dirty or before[number] == expected, "a row that reads otherwise is painted"
+            cells = model.cells(number)
+            assert cells in (None, sum(segment.cell_length for segment in expected))
+            before[number] = list(expected)

@@ -66,10 +66,9 @@ def encode(app: ScreenApp, block_map: BlockMap) -> int:
 
 
 CASES = [
-    pytest.param(100_000, 64, Zoom.CELL, 0.005, id="100k-64-cells"),
-    pytest.param(100_000, 64, Zoom.HEAT, 0.020, id="100k-64-heat"),
-    pytest.param(100_000, 100_000, Zoom.CELL, 0.020, id="100k-all-cells"),
-    pytest.param(100_000, 100_000, Zoom.HEAT, 0.020, id="100k-all-heat"),
+    pytest.param(100_000, changes, zoom, limit, id=f"100k-{word}-{zoom.name.lower()}")
+    for changes, word, limit in ((64, "64", 0.005), (100_000, "all", 0.020))
+    for zoom in Zoom
 ]
 
 

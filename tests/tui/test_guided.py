@@ -1,0 +1,133 @@
+"""A first run stops where something happens for the first time, says what, and goes on by itself; what it came to is said at the end."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from scripted import Scene, scripted_engine, sharing_scene
+
+from minipaged.config import SamplingParams
+from minipaged.trace.live import EngineProcess
+from minipaged.trace.snapshot import Snapshot
+from tui.app import run_screen
+from tui.guide import MOST_STEPS, Guide
+from tui.guided import STOP_SECONDS, GuidedSession
+from tui.sentences import sentence, summary
+from tui.textpane import text_title
+from tui.view import View
+
+PARAMS = SamplingParams(max_tokens=30)
+
+
+def test_a_guide_says_each_thing_once_and_names_what_the_screen_shows() -> None:
+    guide, snapshot, said = Guide(), Snapshot(), []
+    for delta in sharing_scene().deltas:
+        snapshot.apply(delta)
+        words = guide.words(delta, snapshot)
+        if words:
+            said.append(words)
+            assert len(words) <= 78, "it fits the narrowest screen"
+    assert said[0] == "A letter is one answer being written, a cell is a block of 4 tokens"
+    assert sum("makes way" in words for words in said) <= 1
+    assert any("answers to one prompt" in words for words in said)
+    assert any("gets a copy, block" in words for words in said)
+    assert len(said) == len(set(said))
+    assert len(said) <= 5
+
+
+def test_a_guide_does_not_slow_a_run_for_ever() -> None:
+    guide, scene = Guide(), Scene(8)
+    scene.add("x" * 8)
+    scene.admit(0)
+    delta = scene.step()
+    for _ in range(MOST_STEPS):
+        assert not guide.over
+        guide.words(delta, Snapshot())
+    assert guide.over
+
+
+def guided(engine: EngineProcess) -> GuidedSession:
+    """A session over a loaded engine that has been asked for something."""
+    source = engine.source
+    assert source.wait(lambda: source.ready)
+    session = GuidedSession(source)
+    session.submit("The cache is split into pages", PARAMS)
+    session.start()
+    return session
+
+
+def go(session: GuidedSession, now: float, until: str) -> float:
+    """Tick, a tenth of a second each, until the session is called that; returns the time."""
+    source = session.live
+    assert source is not None
+    for _ in range(2000):
+        session.tick(now)
+        if session.word == until:
+            return now
+        now += 0.1
+        source.wait(lambda: source.outstanding == 0, 1.0)
+    raise AssertionError(f"it never came to {until}: {session.word}")
+
+
+def test_a_run_stops_says_why_and_goes_on_by_itself() -> None:
+    with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
+        session = guided(engine)
+        assert session.speed_text == "slowly at first"
+        now = go(session, 0.0, "PAUSED")
+        assert "A letter is one answer" in session.message
+        assert session.speed_text == "goes on by itself"
+        here = session.position
+        session.tick(now + STOP_SECONDS - 0.1)
+        assert (session.position, session.word) == (here, "PAUSED")
+        session.tick(now + STOP_SECONDS)
+        assert session.word == "LIVE"
+        assert not session.message
+        go(session, now + STOP_SECONDS, "IDLE")
+        assert session.position > here + 5
+
+
+def test_keys_take_over_from_a_guide() -> None:
+    with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
+        session = guided(engine)
+        now = go(session, 0.0, "PAUSED")
+        session.toggle()
+        assert session.word == "LIVE", "space ends a stop"
+        session.pause()
+        session.tick(now + 100)
+        assert session.word == "PAUSED", "a pause of one's own stays"
+        session.change_speed(-1)
+        assert session.guide is None
+    with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
+        session = guided(engine)
+        now = go(session, 0.0, "PAUSED")
+        session.go(0)
+        session.tick(now + 100)
+        assert (session.word, session.position) == ("PAUSED", 0), "who looks back is left alone"
+
+
+def test_the_end_is_summed_up() -> None:
+    deltas = sharing_scene().deltas
+    snapshot = Snapshot()
+    for delta in deltas:
+        snapshot.apply(delta)
+    view = View(snapshot=snapshot, delta=deltas[-1], word="IDLE")
+    assert text_title(view) == "3 Text: 3 answers to 2 prompts"
+    snapshot.stats = snapshot.stats._replace(generated_tokens=1, copies=2, preemptions=1, hit_tokens=8)
+    assert summary(view) == "done: 1 token · 2 blocks copied on write · 8 tokens found cached · 1 preempted"
+    snapshot.stats = snapshot.stats._replace(generated_tokens=0)
+    assert summary(view) == sentence(view)
+
+
+def test_headless_says_what_it_did_and_what_was_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "t.mpt"
+    assert run_screen(partial(scripted_engine, num_blocks=64), prompts=["good", ""], headless=True, record=trace) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("minipaged: 1 prompt, 1 answer, ")
+    assert "over 63 blocks of 4" in out
+    assert err == "minipaged: refused: the prompt is empty: give at least one character\n"
+    assert run_screen(scripted_engine, prompts=[""], headless=True) == 2
+    assert "refused" in capsys.readouterr().err
+    assert run_screen(trace, headless=True) == 0
+    assert "steps in this trace" in capsys.readouterr().out
