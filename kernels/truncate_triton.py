@@ -15,7 +15,7 @@ from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.draw_triton import COLDEST, base_2, load_logits
 from kernels.launch_table import next_power_of_two
 
-MOST_LOGITS = 8192  # read at a time
+MOST_LOGITS, NUM_WARPS = 8192, 16  # read at a time
 # How far apart the bits of neighbours lie once they are float32.
 GRAINS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
 
@@ -129,7 +129,7 @@ def least_kept_logit_triton(
         logits.stride(0),
         GRAIN=GRAINS[logits.dtype],
         BLOCK=min(MOST_LOGITS, next_power_of_two(vocab)),
-        num_warps=16,
+        num_warps=NUM_WARPS,
         **dependent_launch(logits.device),
     )
     return out

@@ -147,7 +147,11 @@ def most_likely(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]
 def truncation(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
     columns = [[0.7, 0.0, 1.3], [50, 3, 0], [0.9, 0.5, 0.8], [0.0, 0.0, 0.01]]  # temperature, top-k, top-p, min-p
     asked = torch.tensor(columns, dtype=torch.float64).unbind(0)
-    return kernels.least_kept_logit, [3 * normal(0, 3, 5003).to(dtype), *asked]
+    # What stays is compared: the least logit itself may be any number between two logits.
+    return lambda logits, *columns: logits >= kernels.least_kept_logit(logits, *columns)[:, None], [
+        3 * normal(0, 3, 5003).to(dtype),
+        *asked,
+    ]
 
 
 @prepared
