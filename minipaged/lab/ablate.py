@@ -283,7 +283,7 @@ class _Work:
         """The engine itself, in the pool that binds."""
         assert self.bench is not None
         sizes, first = self.sizes, math.nan
-        self.bench.warm_up(sizes.draws)
+        self.bench.warm_up(sizes.draws, [system for system, _ in self.BATCHING])
         for system, name in self.BATCHING:
             engine, slots, fits = self.bench.engine(system, sizes.draws, sizes.max_new, sizes.pool)
             result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, lambda done: None, fits=fits)

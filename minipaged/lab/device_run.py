@@ -30,6 +30,7 @@ from minipaged.scheduling.request import RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
 
 STEP_BUDGET = 8_192  # tokens a step where requests join and leave
+WARM_DRAWS = 12  # of every system, before anything is timed
 Fits = Callable[[Draw], bool]
 SMALL_VOCABULARY = 250  # ids that every model has
 LAST_BATCH = 3  # a batch that nobody joins is let end, until the time limit has passed so often
@@ -128,7 +129,7 @@ def run_systems(
             )
     bench = Bench(model, device, dtype, block_size, pools, max_num_seqs, max_len)
     say("warming up", 0, 1)
-    bench.warm_up(draws)
+    bench.warm_up(draws, systems)
     results: list[DeviceResult] = []
     references: dict[int | None, list[list[int]]] = {}
     whole = len(systems) * len(pools) * len(draws)
@@ -190,8 +191,10 @@ class Bench:
         self.config = replace(config, max_model_len=max_len, depth=self.parts.engine.depth)
         self.block_size, self.num_blocks, self.max_len = block_size, held, max_len
 
-    def warm_up(self, draws: Sequence[Draw]) -> None:
-        """Compile and capture what the runs will need: on a GPU the batch shrinks from its full size to one, row by row."""
+    def warm_up(self, draws: Sequence[Draw], systems: Sequence[str]) -> None:
+        """Compile and capture what the runs will need: on a GPU the batch shrinks from its full size to one, row by row; then each system
+        takes its own way from prompts to rows, for a few tokens.
+        """
         few: list[Draw] = []
         most, room = (
             (self.config.max_num_seqs, self.num_blocks) if self.parts.device.type == "cuda" else (2, self.num_blocks)
@@ -202,8 +205,13 @@ class Bench:
             if few and room < 0:
                 break
             few.append((prompt, max(1, length)))
-        engine, _, _ = self.engine("vllm", few, 0, None)
-        for prompt, length in few:
+        self._run_through("vllm", few)
+        for system in systems:
+            self._run_through(system, few[:WARM_DRAWS])
+
+    def _run_through(self, system: str, draws: Sequence[Draw]) -> None:
+        engine, _, fits = self.engine(system, draws, 0, None)
+        for prompt, length in filter(fits, draws):
             engine.ask(prompt, SamplingParams(max_tokens=length, ignore_eos=True))
         while engine.has_work:
             engine.step()
