@@ -25,6 +25,13 @@ IDLE_KEYS: tuple[tuple[str, str], ...] = (  # all is done: what next
     ("c", "compare"),
     ("q", "quit"),
 )
+LESSON_KEYS: tuple[tuple[str, str], ...] = (
+    ("␣", "on"),
+    ("[", "back"),
+    ("L", "lessons"),
+    ("esc", "leave"),
+)
+LIVE_ONLY = frozenset({"a", "e"})  # keys that do nothing in a recording
 MORE_KEYS: tuple[tuple[str, str], ...] = (
     ("/", "find"),
     ("w", "why"),
@@ -162,8 +169,13 @@ def keys_line(view: View, width: int) -> Line:
 
     line: Line = [(" ", "text")]
     last = entry(*KEYS[-1])
-    usual = (*KEYS[:-1], *(MORE_KEYS if width > 100 else ()))
-    for key, word in IDLE_KEYS if view.word == "IDLE" else usual:
+    usual = [*KEYS[:-1], *(MORE_KEYS if width > 100 else ())]
+    if view.hindsight:  # a recording: what does nothing makes room for the lessons
+        lessons = ("L", "lessons")
+        usual = [*[pair for pair in KEYS[:-1] if pair[0] not in LIVE_ONLY], lessons]
+        usual += [pair for pair in MORE_KEYS if pair[0] not in (*LIVE_ONLY, "L") and width > 100]
+    keys = LESSON_KEYS if view.caption else IDLE_KEYS if view.word == "IDLE" else usual
+    for key, word in keys:
         if width_of(line) + width_of(entry(key, word)) + width_of(last) <= width + 2:
             line += entry(key, word)
     return [*line, *last]

@@ -17,7 +17,7 @@ from tui.blockcells import Ints
 from tui.mapmodel import TITLES, MapModel, Zoom
 from tui.view import View
 
-READABLE = 3  # cells a slot from which on words can be made out
+READABLE = 5  # cells a slot from which on words can be made out
 WHOLE = 0.7  # share of visible rows beyond which the whole widget is painted
 
 

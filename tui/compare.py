@@ -57,7 +57,8 @@ def system_lines(view: View, name: str, width: int, rows: int) -> list[Line]:
     alive = sum(state.alive for state in view.snapshot.sequences.values())
     none = " · none fits" if alive and not running else ""
     head: Line = [(name, "strong"), (f" · runs {running} · waits {max(0, alive - running)}{none}", "dim")]
-    shares: Line = [(fit(share_text(bands, real=shadow is None), width), "text")]
+    told = share_text(bands, real=shadow is None)
+    shares: Line = [(fit(told if len(told) <= width else told.replace("fragments", "frag"), width), "text")]
     if width >= width_of(head) + width_of(shares) + 2:
         lines: list[Line] = [[*head, ("  ", "text"), *shares]]
     else:

@@ -12,7 +12,7 @@ from textual.message import Message
 from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
 from tui.history import Past
 from tui.pane import Pane
-from tui.safe import clean_bytes, fit, tail, to_ascii
+from tui.safe import clean_bytes, fit, rows_of, tail, to_ascii
 from tui.sentences import listing, plural
 from tui.view import Line, View
 
@@ -108,7 +108,7 @@ def _text(view: View, owner: tuple[int, int], fill: int, width: int) -> list[Lin
         text = "“" + clean_bytes(b"".join(view.pieces[token] for token in tokens)) + "”"
     else:
         text = "tokens " + " ".join(map(str, tokens))
-    return [[(text[at : at + width], "text")] for at in range(0, min(len(text), 3 * width), width)]
+    return [[(text[start:end], "text")] for start, end in rows_of(text, max(1, width))[:3]]
 
 
 def past_lines(view: View, width: int, room: int, chosen: int) -> list[Line]:
@@ -184,7 +184,7 @@ def journey_lines(view: View, sequence: int, position: int, width: int) -> list[
         [(f"table of {name}[{logical}] → physical block ", "dim"), (f"{physical}", "strong")],
         [("slot number ", "dim"), (f"{physical} × {size} + {slot} = {physical * size + slot}", "strong")],
         [("its keys and values are ", "dim"), ("written" if written else "not written yet", "text")],
-        [(fit(f"read by {listing(sharers)} in every step ({naming})", width), "dim")],
+        [(fit(f"{'' if written else 'then '}read by {listing(sharers)} in every step ({naming})", width), "dim")],
     ]
     per_token = view.header.engine.get("kv_bytes_per_token")
     if isinstance(per_token, int):

@@ -118,6 +118,29 @@ def tail(text: str, width: int) -> str:
     return "…" + _cut(text[::-1], width - 1)[::-1] if width > 0 else ""
 
 
+def rows_of(text: str, width: int, start: int = 0) -> list[tuple[int, int]]:
+    """Where each row of `text` from `start` on begins and ends: at most `width` cells, broken between words where that leaves half a row.
+
+    A space between two rows stands in neither.
+    """
+    rows: list[tuple[int, int]] = []
+    at, narrow = start, text.isascii()
+    while at < len(text):
+        end = at + width if narrow else at + max(1, len(_cut(text[at : at + width], width)))
+        if end >= len(text):
+            rows.append((at, len(text)))
+            break
+        if text[end] == " ":
+            rows.append((at, end))
+            at = end + 1
+            continue
+        cut = 1 + max(text.rfind(" ", at, end), text.rfind("↵", at, end))
+        end = cut if cut > at + width // 2 else end
+        rows.append((at, end - 1 if text[end - 1] == " " and end - 1 > at else end))
+        at = end
+    return rows
+
+
 def _cut(text: str, width: int) -> str:
     used = 0
     for at, char in enumerate(text):

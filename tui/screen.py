@@ -35,7 +35,7 @@ from tui.session import Change, Session
 from tui.sidepanes import TreePane, WastePane
 from tui.tables import TablesPane
 from tui.textpane import TextPane, text_title
-from tui.timeline import Timeline
+from tui.timeline import Timeline, timeline_title
 from tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30
@@ -140,8 +140,7 @@ class ScreenApp(Actions):
             yield _titled(WastePane(view, id="waste", classes="pane"), "6 Waste")
             yield _titled(TreePane(view, id="tree", classes="pane"), "7 Tree")
         yield _titled(Caption(view, id="caption"), "Lesson")
-        ticks = "+ start  h cache hit  f fork  c copy  p preempt  ▽△ swap  ✓ done"
-        yield _titled(Timeline(view, id="timeline", classes="pane"), f"4 Timeline   {shown(ticks, view)}")
+        yield _titled(Timeline(view, id="timeline", classes="pane"), "4 Timeline")
         yield Keys(view, id="keys")
 
     def on_mount(self) -> None:
@@ -242,6 +241,8 @@ class ScreenApp(Actions):
             f"1 Blocks {block_map.zoom_title}" + (f" · {usable} × {size} tokens" if size else ""), view
         )
         base.query_one("#text").border_title = shown(text_title(view), view)
+        timeline = base.query_one("#timeline")
+        timeline.border_title = shown(timeline_title(view, timeline.size.width), view)
         caption = base.query_one("#caption", Caption)
         caption.set_class(bool(view.caption), "shown")
         base.set_class(bool(view.caption), "-lesson")

@@ -6,7 +6,7 @@ from rich.cells import cell_len
 
 from minipaged.trace.snapshot import SequenceState
 from tui.pane import ListPane
-from tui.safe import clean_bytes, tail
+from tui.safe import clean_bytes, rows_of, tail
 from tui.sentences import plural
 from tui.view import Line, View
 
@@ -26,18 +26,20 @@ class TextPane(ListPane):
         states = states[min(self.first, max(0, len(states) - 1)) :]
         if not states:
             return [[("no text yet: a adds a prompt", "dim")]]
-        each = max(1, height // len(states))
+        states = states[: max(1, height)]
+        each, more = divmod(max(1, height), len(states))
         lines: list[Line] = []
-        for state in states[:height]:
-            lines += text_lines(view, state, width, each)
+        for at, state in enumerate(states):  # the first ones, who live, get what is left over
+            lines += text_lines(view, state, width, each + (at < more))
         return lines[:height]
 
 
 def text_title(view: View) -> str:
-    """`3 Text: 10 answers to 7 prompts`, where letters and prompts are not the same."""
+    """`3 Text: 10 answers to 7 prompts`, where letters and prompts are not the same. Beams that were dropped answered nothing."""
     states = view.snapshot.sequences.values()
     prompts = len({state.request for state in states})
-    return "3 Text" + (f": {len(states)} answers to {plural(prompts, 'prompt')}" if prompts < len(states) else "")
+    what = "lines for" if any(state.finish_reason == "pruned" for state in states) else "answers to"
+    return "3 Text" + (f": {len(states)} {what} {plural(prompts, 'prompt')}" if prompts < len(states) else "")
 
 
 def ordered(view: View) -> list[SequenceState]:
@@ -63,33 +65,22 @@ def text_lines(view: View, state: SequenceState, width: int, most: int) -> list[
 
 
 def wrap_tail(prompt: str, answer: str, width: int, most: int) -> list[Line]:
-    """The last `most` rows of prompt and answer, wrapped by cells; what is left out before shows as …."""
+    """The last `most` rows of prompt and answer, broken between words; what is left out before shows as …."""
     if most == 1:
         return [_one_row(prompt, answer, width)]
+    text, split = prompt + answer, len(prompt)
     need = width * most
-    answer_tail = answer[-need:]
-    prompt_tail = prompt[-need:] if len(answer_tail) == len(answer) else ""
-    rows: list[Line] = [[]]
-    used = 0
-    for text, role in ((prompt_tail, "dim"), (answer_tail, "text")):
-        at = 0
-        while at < len(text):
-            end, cells = at, used
-            while end < len(text) and (step := cell_len(text[end])) + cells <= width:
-                cells += step
-                end += 1
-            if end > at:
-                rows[-1].append((text[at:end], role))
-            used, at = cells, end
-            if at < len(text):
-                rows.append([])
-                used = 0
-    hidden = len(rows) > most or len(prompt_tail) + len(answer_tail) < len(prompt) + len(answer)
-    rows = rows[-most:]
-    if hidden and rows[0]:
-        text, role = rows[0][0]
-        rows[0][0] = ("…" + text[1:], role)
-    return rows
+    anchor = max(0, len(text) // need - 1) * need  # moves seldom, so that rows do not break anew with each word
+    rows = rows_of(text, width, anchor)
+    shown = rows[-most:]
+    lines: list[Line] = []
+    for start, end in shown:
+        parts = ((text[start : min(end, split)], "dim"), (text[max(start, split) : end], "text"))
+        lines.append([(part, role) for part, role in parts if part])
+    if shown and shown[0][0] > 0:
+        first, role = lines[0][0]
+        lines[0][0] = ("…" + first[1:], role)
+    return lines or [[]]
 
 
 def _one_row(prompt: str, answer: str, width: int) -> Line:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from rich.cells import cell_len
 from textual import events
 from textual.message import Message
 
@@ -15,6 +16,22 @@ from tui.safe import fit
 from tui.sentences import TICK_ORDER, TICKS, sentence, summary
 from tui.view import Line, View
 
+_LEGEND = {  # in the order of a request's life
+    "admit": "start",
+    "cache_hit": "hit",
+    "fork": "fork",
+    "copy": "copy",
+    "preempt": "preempt",
+    "swap_out": "swap out",
+    "swap_in": "swap in",
+    "finish": "done",
+    "evict": "evict",
+    "prune": "drop",
+    "abort": "abort",
+    "refuse": "refuse",
+    "release": "let go",
+    "knob": "knob",
+}
 _BITS = [(MARKS[kind], TICKS[kind]) for kind in TICK_ORDER]
 
 
@@ -97,6 +114,17 @@ def timeline_lines(view: View, width: int, rows: int = 1) -> list[Line]:
     heights, ticks = _columns(view, found, rows)
     lines: list[Line] = [[(row[: caret + 1], "hue1"), (row[caret + 1 :], "faint")] for row in heights]
     return [*lines, _tick_line(view, ticks, caret, width), _told(view, width)]
+
+
+def timeline_title(view: View, width: int) -> str:
+    """The pane's title, with the ticks that this trace has."""
+    bits = int(np.bitwise_or.reduce(view.marks[: view.length])) if view.length else 0
+    title = "4 Timeline "
+    for kind, word in _LEGEND.items():
+        entry = f"  {TICKS[kind]} {word}"
+        if bits & MARKS[kind] and cell_len(title + entry) <= width - 6:
+            title += entry
+    return title
 
 
 def _told(view: View, width: int) -> Line:

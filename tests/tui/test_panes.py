@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,13 +21,13 @@ from tui.bars import header_line, host_line, keys_line, legend_lines
 from tui.history import History
 from tui.inspector import block_lines, journey_lines, past_lines
 from tui.lessons import LESSONS
-from tui.safe import clean, clean_bytes, fit, tail, to_ascii
-from tui.sentences import sentence, sentences
+from tui.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
+from tui.sentences import TICKS, sentence, sentences
 from tui.session import MOVE_SECONDS, Session
 from tui.sidepanes import tree_lines, waste_lines
 from tui.tables import TablesPane, queue_lines, table_lines
 from tui.textpane import text_lines, wrap_tail
-from tui.timeline import scale, timeline_lines
+from tui.timeline import _LEGEND, scale, timeline_lines, timeline_title
 from tui.view import Line, View, width_of
 
 
@@ -196,14 +199,39 @@ def test_text_shows_prompt_and_answer() -> None:
     assert ("split", "text") in line
 
 
-@given(st.text("ab字\u200b", max_size=200), st.text("xy漢", max_size=200), st.integers(2, 30), st.integers(1, 5))
+@given(st.text("ab字\u200b ", max_size=300), st.text("xy漢 ↵", max_size=300), st.integers(2, 30), st.integers(1, 5))
 def test_wrapped_text_fits_and_ends_with_the_newest(prompt: str, answer: str, width: int, most: int) -> None:
     rows = wrap_tail(clean(prompt), clean(answer), width, most)
     assert len(rows) <= most
     assert all(width_of(row) <= width for row in rows)
-    everything = clean(prompt) + clean(answer)
-    shown = "".join(read(row) for row in rows)
+    everything = (clean(prompt) + clean(answer)).replace(" ", "")
+    shown = "".join(read(row) for row in rows).replace(" ", "")
     assert everything.endswith(shown.lstrip("…")) or not shown.strip("…")
+
+
+@given(st.text("ab ", max_size=200), st.integers(2, 30), st.integers(0, 40))
+def test_rows_lose_nothing_but_spaces_and_break_between_words(text: str, width: int, start: int) -> None:
+    rows = rows_of(text, width, start)
+    assert all(0 < end - begin <= width for begin, end in rows)
+    assert "".join(text[begin:end] for begin, end in rows).replace(" ", "") == text[start:].replace(" ", "")
+    for (begin, end), (after, _) in pairwise(rows):
+        assert text[end:after] in ("", " ")
+        if (
+            text[end - 1] != " " and text[after] != " " and end == after
+        ):  # inside a word: only of one that fills half a row
+            assert " " not in text[begin + width // 2 : end]
+
+
+def test_rows_keep_still_while_text_grows() -> None:
+    """A row that is whole reads the same until it has gone up and out of sight, but where the window moves."""
+    text = "the cache is split into pages of one size, and " * 12
+    changed = 0
+    before: list[str] = []
+    for end in range(200, len(text)):
+        rows = [read(row) for row in wrap_tail("", text[:end], 30, 5)]
+        changed += bool(before) and not set(rows[1:-2]) <= set(before)  # the first is cut, the last two take in words
+        before = rows
+    assert changed <= 3, "the window moves by as much as it holds"
 
 
 @given(st.text(max_size=80), st.integers(0, 40))
@@ -297,3 +325,26 @@ def test_many_sequences_do_not_overflow() -> None:
     assert any("more" in read(line) for line in lines)
     assert all(width_of(line) <= 31 for line in lines)
     assert fold(scene.deltas) == view.snapshot
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_timelines_title_explains_the_ticks_that_are_there(width: int) -> None:
+    deltas = sharing_scene().deltas[:5]
+    view = view_at(5, deltas)
+    title = timeline_title(view, width)
+    assert cell_len(title) <= width
+    assert "+ start" in title
+    assert "swap" not in title, "nobody was swapped"
+    assert set(_LEGEND) == set(TICKS)
+    if width >= 80:
+        named = {kind for kind, word in _LEGEND.items() if f"  {TICKS[kind]} {word}" in title}
+        assert named == {event.kind for delta in deltas for event in delta.events} & set(TICKS)
+
+
+def test_a_recordings_keys_are_those_that_do_something() -> None:
+    recorded = read(keys_line(replace(view_at(8, word="REPLAY"), hindsight=True), 120))
+    live = read(keys_line(replace(view_at(8, word="LIVE"), hindsight=False), 120))
+    assert "add" not in recorded
+    assert "lesson" in recorded
+    assert "a add" in live
+    assert "esc leave" in read(keys_line(replace(view_at(8), caption="look"), 80))
