@@ -30,9 +30,9 @@ class Measured(NamedTuple):
     goal: float | None
 
 
-def decode_step_ms(num_seqs: int, num_blocks: int, steps: int = 100, stretches: int = 3) -> float:
-    """Milliseconds of schedule + commit a step: the mean over `steps` decode steps (block boundaries included), in the quietest of a few
-    stretches, since others on the machine only ever add to it.
+def decode_step_ms(num_seqs: int, num_blocks: int, stretches: int = 7) -> float:
+    """Milliseconds of schedule + commit a step: the mean over three blocks' worth of decode steps, in which every sequence fills and
+    takes three, in the quietest of a few such stretches, since others on the machine only ever add to it.
     """
     config = EngineConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(2048, num_seqs), max_model_len=2048)
     scheduler = Scheduler(config, BlockManager(num_blocks, BLOCK), BLOCK)
@@ -57,7 +57,7 @@ def decode_step_ms(num_seqs: int, num_blocks: int, steps: int = 100, stretches: 
 
     while len(scheduler.waiting) or any(len(s.token_ids) == s.request.num_prompt for s in scheduler.sequences.values()):
         step()
-    return 1e3 * min(statistics.fmean(step() for _ in range(steps)) for _ in range(stretches))
+    return 1e3 * min(statistics.fmean(step() for _ in range(3 * BLOCK)) for _ in range(stretches))
 
 
 def per_call_us(work: Callable[[], object], repeats: int) -> float:
