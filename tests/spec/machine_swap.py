@@ -24,12 +24,11 @@ class FullMachine(SharingMachine):
     @precondition(StepMachine._any)
     @rule(picks=st.lists(PICK, min_size=1, max_size=3))
     def swap_out(self, picks: list[int]) -> None:
-        """Victims leave together, their promised room given back first."""
+        """Victims leave together, their promised room given back first; refused for what this very step brings in, copies of it too."""
         self._plan()
         watch = self.watch
-        arrived = {device for _, device in watch.swap_ins}
-        lines = [i for i in watch.lines.values() if not i.swapped and arrived.isdisjoint(watch.view.tables[i.seq_id])]
-        lines = [i for i in lines if i.written] or lines
+        lines = [line for line in watch.lines.values() if not line.swapped]
+        lines = [line for line in lines if line.written] or lines
         if not lines:
             return
         group = list({lines[pick % len(lines)].seq_id: lines[pick % len(lines)] for pick in picks}.values())
@@ -38,13 +37,16 @@ class FullMachine(SharingMachine):
         ids = [line.seq_id for line in group]
         tables = {i: watch.view.tables[i] for i in ids}
         blocks = {b for table in tables.values() for b in table if b}
+        arriving = blocks & {device for _, device in watch.swap_ins}
         least, most = watch.host_available()
         pairs = watch.call("swap_out", ids)
         said = f"swap_out({ids}) of {tables}"
         if pairs is None:
-            watch.hold("L47 L48", len(blocks) > least, f"{said} found no room on the host: {least} are free")
+            short = len(blocks) > least or bool(arriving)
+            watch.hold("L47 L48", short, f"{said} found no room on the host: {least} are free")
             watch.unchanged("L07", f"{said} found no room")
             return
+        watch.hold("L16 L47", not arriving, f"{said} reads {arriving} before this step's swap-ins write them")
         watch.hold("L47", len(blocks) <= most, f"{said} found room where {most} are free")
         home = dict(pairs)
         once = len(pairs) == len(home) == len(set(home.values())) and set(home) == blocks

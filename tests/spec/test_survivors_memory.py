@@ -371,3 +371,24 @@ def test_the_original_stays_as_whoever_may_come_back_needs_it() -> None:
     within = inside.append(0, 1)
     assert within is not None
     assert len(within.copies) == 1
+
+
+def test_a_copy_of_what_this_step_brings_in_cannot_leave() -> None:
+    """L16, L47: given up, the copy leads back to a block that the step's swap-ins have yet to write, after its swap-outs have read."""
+    manager = BlockManager(8, 4, num_host_blocks=4)
+    manager.allocate(0, [5])
+    manager.mark_computed(0, [5])
+    assert manager.swap_out([0]) is not None
+    manager.begin_step()
+    assert manager.swap_in([0]) is not None
+    manager.fork(0, 1)
+    copied = manager.append(1, 1)
+    assert copied is not None
+    assert len(copied.copies) == 1
+    before = (manager.table(0), manager.table(1), manager.usage())
+    manager.take_events()
+    assert manager.swap_out([1]) is None
+    assert (manager.table(0), manager.table(1), manager.usage()) == before
+    assert not manager.take_events()
+    manager.begin_step()
+    assert manager.swap_out([1]) is not None
