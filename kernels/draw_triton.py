@@ -17,9 +17,8 @@ from kernels.draw import COLDEST as LEAST_WARMTH
 from kernels.launch_table import next_power_of_two
 
 PART = 256  # logits of a part: 16 bytes of bfloat16 a thread of one warp
-PARTS_A_TURN = 8
+PARTS_A_PROGRAM = 8
 NUM_WARPS = 4
-ENOUGH_PROGRAMS = 4096  # a GPU starts about one a nanosecond; beyond so many each takes several turns
 COLDEST = tl.constexpr(LEAST_WARMTH)
 
 
@@ -46,37 +45,32 @@ def _parts_kernel(
     vocab,
     stride,
     num_parts,
-    num_turns,
     PART: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS_A_PROGRAM: tl.constexpr,
     WARM: tl.constexpr,
     TRUNCATED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    part = tl.program_id(0) * PARTS_A_PROGRAM + tl.arange(0, PARTS_A_PROGRAM)
     row = tl.program_id(1)
+    column = part[:, None] * PART + tl.arange(0, PART)[None, :]
     wait_for_previous(DEPENDENT)
     temperature = 0.0
     if WARM:
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    least = float("-inf")
+    logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
     if TRUNCATED:
-        least = tl.load(least_ptr + row)
-    for turn in range(tl.program_id(0), num_turns, tl.num_programs(0)):
-        part = turn * PARTS + tl.arange(0, PARTS)
-        column = part[:, None] * PART + tl.arange(0, PART)[None, :]
-        logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
-        if TRUNCATED:
-            logits = tl.where(logits >= least, logits, float("-inf"))
-        best = tl.max(logits, 1)
-        at = row * num_parts + part
-        tl.store(best_ptr + at, best, mask=part < num_parts)
-        if temperature >= COLDEST:
-            shift = tl.where(best == float("-inf"), 0.0, best)  # a part of banned tokens alone
-            weight = tl.sum(tl.exp2((logits - shift[:, None]) * base_2(temperature)), 1)
-            tl.store(weight_ptr + at, weight, mask=part < num_parts)
-        else:
-            place = tl.min(tl.where(logits == best[:, None], column, vocab - 1), 1)
-            tl.store(place_ptr + at, place, mask=part < num_parts)
+        logits = tl.where(logits >= tl.load(least_ptr + row), logits, float("-inf"))
+    best = tl.max(logits, 1)
+    at = row * num_parts + part
+    tl.store(best_ptr + at, best, mask=part < num_parts)
+    if temperature >= COLDEST:
+        shift = tl.where(best == float("-inf"), 0.0, best)  # a part of banned tokens alone
+        weight = tl.sum(tl.exp2((logits - shift[:, None]) * base_2(temperature)), 1)
+        tl.store(weight_ptr + at, weight, mask=part < num_parts)
+    else:
+        place = tl.min(tl.where(logits == best[:, None], column, vocab - 1), 1)
+        tl.store(place_ptr + at, place, mask=part < num_parts)
 
 
 @triton.jit
@@ -153,9 +147,7 @@ def draw_tokens_triton(
         absent if temperature is None else temperature,
     )
     kinds = {"WARM": temperature is not None, "TRUNCATED": least is not None, **dependent_launch(logits.device)}
-    num_turns = triton.cdiv(num_parts, PARTS_A_TURN)
-    programs = min(num_turns, max(1, ENOUGH_PROGRAMS // rows))
-    _parts_kernel[(programs, rows)](
+    _parts_kernel[(triton.cdiv(num_parts, PARTS_A_PROGRAM), rows)](
         best,
         place,
         weight,
@@ -163,9 +155,8 @@ def draw_tokens_triton(
         vocab,
         logits.stride(0),
         num_parts,
-        num_turns,
         PART=PART,
-        PARTS=PARTS_A_TURN,
+        PARTS_A_PROGRAM=PARTS_A_PROGRAM,
         num_warps=NUM_WARPS,
         **kinds,
     )

@@ -15,7 +15,7 @@ from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.draw_triton import COLDEST, base_2, load_logits
 from kernels.launch_table import next_power_of_two
 
-MOST_LOGITS, NUM_WARPS = 8192, 16  # read at a time
+MOST_LOGITS, NUM_WARPS = 16384, 16  # read at a time
 # How far apart the bits of neighbours lie once they are float32.
 GRAINS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
 
