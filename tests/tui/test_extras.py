@@ -382,7 +382,8 @@ def test_a_tick_while_the_screen_is_taken_down_is_no_error() -> None:
     drive(app, (80, 24), script)
 
 
-def test_lists_scroll_and_themes_follow() -> None:
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_lists_scroll_and_themes_follow(size: tuple[int, int]) -> None:
     app = replay(at=8)
 
     async def script(pilot: Pilot[int]) -> None:
@@ -398,4 +399,4 @@ def test_lists_scroll_and_themes_follow() -> None:
         app.theme = "minipaged"
         await until(pilot, lambda: app.view.mode == "dark")
 
-    drive(app, (80, 24), script)
+    drive(app, size, script)
