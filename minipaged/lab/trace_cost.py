@@ -1,4 +1,4 @@
-"""What the trace costs the engine: steps of plain decoding with nobody listening, with a listener, with one that records. No model.
+"""What the trace costs the engine: steps of plain decoding with nobody listening, with a listener, a screen, a recording. No model.
 
 The runner draws at once tokens that mean nothing, varied as a text's are (the same one every time would compress too well): all the time
 that is seen is the control plane's and the trace's.
@@ -17,8 +17,9 @@ from minipaged.engine import Engine
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.trace.engine_process import teller
 from minipaged.trace.records import StepDelta
-from minipaged.trace.stream import StreamWriter, header_of
+from minipaged.trace.stream import RecordPipe, StreamWriter, header_of
 
 PROMPT, BLOCK, VOCABULARY = 128, 16, 10_000
 STEPS, STRETCHES = 64, 6  # a stretch of one kind follows one of another; the quietest of each counts
@@ -78,12 +79,13 @@ class TraceCost(NamedTuple):
 
     alone: float  # nobody listens
     heard: float  # a listener that does nothing with the delta
+    sent: float  # a listener that says it to a screen in another process
     recorded: float  # a listener that encodes it as a record, and a keyframe where one is due
 
 
 def decoding_engine(num_seqs: int) -> Engine:
     """An engine without a model, `num_seqs` sequences of it decoding, with prompts of many lengths, so that block boundaries are spread."""
-    longest = PROMPT + BLOCK + 3 * (STEPS + 2) * (STRETCHES + 1)
+    longest = PROMPT + BLOCK + 4 * (STEPS + 2) * (STRETCHES + 1)
     num_blocks = num_seqs * -(-longest // BLOCK) + 1
     config = EngineConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(8192, num_seqs), max_model_len=longest)
     scheduler = Scheduler(config, BlockManager(num_blocks, BLOCK), BLOCK)
@@ -119,8 +121,16 @@ def measure_trace(num_seqs: int = 256) -> TraceCost:
     def recorder() -> Callable[[StepDelta], None]:
         return StreamWriter(sink, header_of(engine)).delta
 
+    def sender() -> Callable[[StepDelta], None]:
+        return teller(engine, RecordPipe(sink, header_of(engine)))
+
     found = [
-        (step_ms(engine, None), step_ms(engine, lambda delta: None), step_ms(engine, recorder()))
+        (
+            step_ms(engine, None),
+            step_ms(engine, lambda delta: None),
+            step_ms(engine, sender()),
+            step_ms(engine, recorder()),
+        )
         for _ in range(STRETCHES)
     ]
     return TraceCost(*(min(column) for column in zip(*found, strict=True)))

@@ -134,8 +134,7 @@ class EngineLoop:
         self.permits = 0
         self._told_idle = False
         self._submitted = 0  # prompts heard, refused ones included
-        self._pieces = Pieces(engine)
-        engine.trace.subscribe(self._publish)
+        engine.trace.subscribe(teller(engine, writer))
 
     def run(self) -> None:
         """Until the process ends."""
@@ -200,10 +199,17 @@ class EngineLoop:
             note(kind="turned", name=name, value=value, text=f"from the next step on {knob(name, value)}")
         )
 
-    def _publish(self, delta: StepDelta) -> None:
-        fresh = self._pieces.fresh(delta)
+
+def teller(engine: object, pipe: RecordPipe) -> Callable[[StepDelta], None]:
+    """A listener that says each step's delta over the pipe, with the texts of tokens that it names for the first time."""
+    pieces = Pieces(engine)
+
+    def tell(delta: StepDelta) -> None:
+        fresh = pieces.fresh(delta)
         told = Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL))
         if fresh:
-            self.writer.write(pieces_record(delta.step, fresh, level=PIPE_LEVEL), told)
+            pipe.write(pieces_record(delta.step, fresh, level=PIPE_LEVEL), told)
         else:
-            self.writer.write(told)
+            pipe.write(told)
+
+    return tell

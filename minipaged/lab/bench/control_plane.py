@@ -116,6 +116,7 @@ def measure() -> list[Measured]:
     rows += [
         Measured("an engine's step, 256 decodes, nobody listening", trace.alone, "ms of processor", None),
         Measured("a listener of the trace adds", trace.heard - trace.alone, "ms of processor", 1.0),
+        Measured("saying what it hears to a screen adds", trace.sent - trace.heard, "ms of processor", 1.0),
         Measured("recording what it hears adds", trace.recorded - trace.heard, "ms of processor", 1.0),
     ]
     return rows
