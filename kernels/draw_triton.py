@@ -3,7 +3,7 @@ inside it, the token.
 
 A part leaves its largest logit and where that is, and the sum of its weights relative to it. From these a row's second program knows in
 which part the threshold falls, and looks at that part alone again. Softmax, cumulative sum and search over the whole vocabulary would
-move a dozen times as much. A part is one warp's own: it is summed by shuffles alone, and no warp of the first kernel waits for another.
+move a dozen times as much.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: N803
@@ -16,9 +16,9 @@ from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.draw import COLDEST as LEAST_WARMTH
 from kernels.launch_table import next_power_of_two
 
-PART = 256  # logits of a part: 16 bytes of bfloat16 a thread of one warp
-PARTS_A_PROGRAM = 8
-NUM_WARPS = 4
+PART = 2048  # logits
+PARTS_A_PROGRAM = 1
+PARTS_WARPS, TOKEN_WARPS = 4, 4
 COLDEST = tl.constexpr(LEAST_WARMTH)
 
 
@@ -157,7 +157,7 @@ def draw_tokens_triton(
         num_parts,
         PART=PART,
         PARTS_A_PROGRAM=PARTS_A_PROGRAM,
-        num_warps=NUM_WARPS,
+        num_warps=PARTS_WARPS,
         **kinds,
     )
     _token_kernel[(rows,)](
@@ -172,7 +172,7 @@ def draw_tokens_triton(
         num_parts,
         PARTS=next_power_of_two(num_parts),
         PART=PART,
-        num_warps=4,
+        num_warps=TOKEN_WARPS,
         **kinds,
     )
     return out
