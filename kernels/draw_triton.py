@@ -8,6 +8,8 @@ move a dozen times as much.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: N803
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,8 @@ from kernels.dependent_launch import dependent_launch, wait_for_previous
 from kernels.draw import COLDEST as LEAST_WARMTH
 from kernels.launch_table import next_power_of_two
 
-PART = 2048  # logits
-PARTS_A_PROGRAM = 1
-PARTS_WARPS, TOKEN_WARPS = 4, 4
+NUM_WARPS = 4  # of the first kernel
+SMALL_VOCABULARY = 1 << 16
 COLDEST = tl.constexpr(LEAST_WARMTH)
 
 
@@ -126,6 +127,19 @@ def _token_kernel(
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
+class Parts(NamedTuple):
+    """How a vocabulary is cut. size: logits of a part; a_program: parts that one program of the first kernel reads; warps: of the second."""
+
+    size: int
+    a_program: int
+    warps: int
+
+
+def parts_of(vocab: int) -> Parts:
+    """The best of what was measured on an H100: see kernels/README.md. Parts of 256 are one warp's own, and few enough for one warp to join."""
+    return Parts(256, 8, 1) if vocab <= SMALL_VOCABULARY else Parts(2048, 1, 4)
+
+
 def draw_tokens_triton(
     logits: torch.Tensor,
     temperature: torch.Tensor | None = None,
@@ -137,7 +151,8 @@ def draw_tokens_triton(
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return out
-    num_parts = triton.cdiv(vocab, PART)
+    parts = parts_of(vocab)
+    num_parts = triton.cdiv(vocab, parts.size)
     best, weight = torch.empty(2, rows, num_parts, dtype=torch.float32, device=logits.device)
     place = torch.empty(rows, num_parts, dtype=torch.int32, device=logits.device)
     absent = best  # a pointer that is not read
@@ -147,7 +162,7 @@ def draw_tokens_triton(
         absent if temperature is None else temperature,
     )
     kinds = {"WARM": temperature is not None, "TRUNCATED": least is not None, **dependent_launch(logits.device)}
-    _parts_kernel[(triton.cdiv(num_parts, PARTS_A_PROGRAM), rows)](
+    _parts_kernel[(triton.cdiv(num_parts, parts.a_program), rows)](
         best,
         place,
         weight,
@@ -155,9 +170,9 @@ def draw_tokens_triton(
         vocab,
         logits.stride(0),
         num_parts,
-        PART=PART,
-        PARTS_A_PROGRAM=PARTS_A_PROGRAM,
-        num_warps=PARTS_WARPS,
+        PART=parts.size,
+        PARTS_A_PROGRAM=parts.a_program,
+        num_warps=NUM_WARPS,
         **kinds,
     )
     _token_kernel[(rows,)](
@@ -171,8 +186,8 @@ def draw_tokens_triton(
         logits.stride(0),
         num_parts,
         PARTS=next_power_of_two(num_parts),
-        PART=PART,
-        num_warps=TOKEN_WARPS,
+        PART=parts.size,
+        num_warps=parts.warps,
         **kinds,
     )
     return out
