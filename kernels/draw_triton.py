@@ -128,7 +128,7 @@ def _token_kernel(
 
 
 class Parts(NamedTuple):
-    """How a vocabulary is cut. size: logits of a part; a_program: parts that one program of the first kernel reads; warps: of the second."""
+    """How a vocabulary is cut. size: logits of a part; a_program: parts that a program of the first kernel reads; warps: of the second."""
 
     size: int
     a_program: int
@@ -136,7 +136,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(vocab: int) -> Parts:
-    """The best of what was measured on an H100: see kernels/README.md. Parts of 256 are one warp's own, and few enough for one warp to join."""
+    """The best of what was measured on an H100 (kernels/README.md). Parts of 256 are a warp's own, and few enough for one warp to join."""
     return Parts(256, 8, 1) if vocab <= SMALL_VOCABULARY else Parts(2048, 1, 4)
 
 
