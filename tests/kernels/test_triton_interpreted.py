@@ -96,6 +96,37 @@ def test_L64_split_decode_equals_twin(programs: int, lengths: list[int]) -> None
     assert_close(paged_decode_triton(*case.decode(), launch=launch), paged_decode_torch(*case.decode()))
 
 
+@examples(50)
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=33), st.integers(1, 60))
+def test_decode_cuts_rows_evenly_and_starts_the_longest_chunks_first(lengths: list[int], target: int) -> None:
+    """Every chunk number is one row's, there are no more than the grid has programs, and their lengths' classes never rise."""
+    from tests.kernels.chunk_order import chunks_kernel
+
+    counts, ends = torch.full((2, len(lengths)), -1, dtype=torch.int32)
+    rows = 1 << (len(lengths) - 1).bit_length()
+    chunks_kernel[(1,)](counts, ends, torch.tensor(lengths, dtype=torch.int32), len(lengths), target, rows, 16, 32)
+    chunk = max(32, -(-sum(lengths) // (16 * target)) * 16)
+    started = 0
+    longest_class = 3
+    for end, count, length in sorted(zip(ends.tolist(), counts.tolist(), lengths, strict=True)):
+        assert end - count == started
+        started = end
+        assert 2 * length < 3 * chunk * count, "no chunk is longer than one and a half"
+        length_class = min(length // count * 8 // (3 * chunk), 3)  # below 3/8, 6/8, 9/8 of a chunk, longer
+        assert length_class <= longest_class
+        longest_class = length_class
+    assert started <= target + len(lengths)
+
+
+def test_a_plain_launch_is_for_few_long_rows_that_fill_the_gpu_once() -> None:
+    from kernels.decode_triton import fills_one_wave
+
+    slots = 4 * 132
+    assert fills_one_wave(rows_and_heads=8, most_programs=8 * 128, slots=slots)  # 1 row of 16384, 8 KV heads
+    assert not fills_one_wave(rows_and_heads=8, most_programs=8 * 16, slots=slots)  # 1 of 2048: not all slots
+    assert not fills_one_wave(rows_and_heads=64 * 8, most_programs=64 * 8 * 32, slots=slots)  # 64 rows: several waves
+
+
 @examples(12)
 @given(DECODE_CASES, DECODE_LAUNCHES, st.integers(0, 9))
 def test_L63_decode_sees_neither_physical_ids_nor_unused_slots(
