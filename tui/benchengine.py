@@ -107,7 +107,7 @@ class TimedEngine:
         self._silence: Callable[[], None] | None = None
         self._report: dict[str, float] = {}
         self._started = self._cpu = 0.0
-        self._tokens = self._steps = 0
+        self._tokens = self._steps = self._preemptions = 0
 
     def subscribe(self, listener: Callable[[StepDelta], None]) -> None:
         """There is one listener: the loop."""
@@ -139,20 +139,22 @@ class TimedEngine:
         """One step, inside a round's time from the first to the last."""
         if not self._steps:
             self._engine.scheduler.manager.reset_prefix_cache()
-            self._tokens = self._engine.scheduler.counters.generated_tokens
+            counters = self._engine.scheduler.counters
+            self._tokens, self._preemptions = counters.generated_tokens, counters.preemptions
             self._started, self._cpu = time.perf_counter(), time.process_time()
         self._engine.step()
         self._steps += 1
         if not self._engine.has_work:
             seconds = time.perf_counter() - self._started
-            tokens = self._engine.scheduler.counters.generated_tokens - self._tokens
+            counters = self._engine.scheduler.counters
+            tokens = counters.generated_tokens - self._tokens
             self._report = {
                 "tokens": tokens,
                 "seconds": seconds,
                 "steps": self._steps,
                 "cpu_seconds": time.process_time() - self._cpu,
                 "tokens_per_second": tokens / seconds,
-                "preemptions": self._engine.scheduler.counters.preemptions,
+                "preemptions": counters.preemptions - self._preemptions,
             }
             self._steps = 0
 

@@ -204,7 +204,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Where the results (*.json) are.")],
     into: Annotated[Path | None, typer.Option(help="A Markdown file whose marked part is replaced.")] = None,
     only: Annotated[
-        str, typer.Option(help="Groups, separated by commas: engine, kernels, host, systems, ablation.")
+        str, typer.Option(help="Groups, separated by commas: engine, kernels, host, systems, ablation, screen.")
     ] = "",
 ) -> None:
     """Turn results files into Markdown tables, printed or written into the marked part of a file."""

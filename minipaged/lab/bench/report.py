@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from minipaged.config import check_choice
@@ -23,7 +24,7 @@ KERNEL_TITLES = {
 Rows = list[dict[str, Any]]
 
 
-GROUPS = ("engine", "kernels", "host", "systems", "ablation")
+GROUPS = ("engine", "kernels", "host", "systems", "ablation", "screen")
 
 
 def report(folder: Path, only: Sequence[str] = ()) -> str:
@@ -38,8 +39,8 @@ def report(folder: Path, only: Sequence[str] = ()) -> str:
         raise InputError(f"{folder}: no results (*.json) there")
     documents = [read_results(path) for path in paths]
     parts: list[str] = []
-    keys = ("workload", "kernel", "what", "system", "section")
-    makers = (engine_tables, kernel_tables, host_tables, system_tables, ablation_tables)
+    keys = ("workload", "kernel", "what", "system", "section", "screen")
+    makers = (engine_tables, kernel_tables, host_tables, system_tables, ablation_tables, screen_tables)
     for title, key, tables in zip(GROUPS, keys, makers, strict=True):
         if only and title not in only:
             continue
@@ -155,6 +156,20 @@ def host_tables(rows: Rows) -> list[str]:
         for row in rows
     ]
     return [_table(["what", "measured", "goal"], lines)]
+
+
+def screen_tables(rows: Rows) -> list[str]:
+    """One line a model: rounds with the screen and without, in turn."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        without, shown = (
+            [r["tokens_per_second"] for r in rows if r["model"] == model and r["screen"] is on] for on in (False, True)
+        )
+        ratio = median(on / off for on, off in zip(shown, without, strict=False))
+        speeds = [f"{median(speed):,.0f}" for speed in (without, shown)]
+        lines.append([model.removeprefix("random:"), str(len(shown)), *speeds, f"{100 * ratio:.1f} %"])
+    text = "The terminal screen beside the engine, drawn in full: tokens per second without and with it, medians over the rounds."
+    return [text, _table(["model", "rounds each", "without", "with the screen", "of the speed"], lines)]
 
 
 def insert(text: str, tables: str) -> str:

@@ -56,8 +56,9 @@ class Results:
         }
 
     def _command(self) -> str:
-        """What was typed, the file by its name alone."""
-        return " ".join(["minipaged", *(Path(w).name if self.path == Path(w) else w for w in sys.argv[1:])])
+        """What was typed; the file, and whatever else lies at an absolute path, by its name alone."""
+        words = (Path(w).name if self.path == Path(w) or Path(w).is_absolute() else w for w in sys.argv[1:])
+        return " ".join(["minipaged", *words])
 
     def write(self) -> None:
         """Write the file, if there is one."""
