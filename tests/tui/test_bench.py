@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 from processes import children, wait_for
 
 from minipaged.errors import InputError
-from tui.bench import Outcome, Plan, Round, measure
-from tui.benchengine import MadeUpWords, requests
+from minipaged.trace.live import EngineProcess
+from tui.bench import Outcome, Plan, Round, _cores, measure
+from tui.benchengine import MadeUpWords, requests, timed_engine
 
 
 def test_rounds_with_and_without_do_the_same_work(tmp_path: Path) -> None:
@@ -28,6 +30,24 @@ def test_rounds_with_and_without_do_the_same_work(tmp_path: Path) -> None:
         assert "PAUSED" in picture
         assert "Compare" in picture or "Blocks" in picture
     assert "orca" in (tmp_path / "compare-120x40.svg").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not pin processes")
+def test_the_engine_and_all_else_have_cores_of_their_own() -> None:
+    """A process starts on its parent's cores: the engine goes to its own by name, not to the first of those it finds."""
+    mine = os.sched_getaffinity(0)
+    engine_cores, others = _cores(1)
+    assert len(engine_cores) == 1
+    assert set(others) == (mine - set(engine_cores) or mine)
+    arguments = {"model": "toy", "settings": {"num_blocks": 40, "device": "cpu"}, "cores": engine_cores}
+    os.sched_setaffinity(0, others)
+    try:
+        with EngineProcess(timed_engine, arguments) as engine:
+            assert engine.source.wait(lambda: engine.source.ready, 60)
+            assert os.sched_getaffinity(engine.pid) == set(engine_cores)
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert _cores(None) == ([], [])
 
 
 def test_what_cannot_run_says_why() -> None:
