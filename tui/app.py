@@ -42,6 +42,7 @@ def run_screen(
     light: bool = False,
     speed: float | None = None,
     guided: bool = False,
+    compare: bool = False,
 ) -> int:
     """Show a trace or a live engine; returns the exit code.
 
@@ -49,8 +50,9 @@ def run_screen(
     calls to build the engine. prompts: submitted at once. record: a file that gets the trace. headless: no terminal;
     goes `steps` steps (None: until nothing is left to do), saves `screenshot` (SVG) and returns. size: (columns, rows)
     of a headless screen, 80 by 24 by default. guided: a live run in a terminal goes slowly at first and says what it does.
+    compare: begin with other systems in the place of the map.
     """
-    look = Look(ascii, light, load_keys(binding_ids()), size or (80, 24))
+    look = Look(ascii, light, load_keys(binding_ids()), size or (80, 24), compare)
     given = source_or_engine_factory
     if isinstance(given, str | Path):
         given = FileSource(given, progress=_say_progress)
@@ -90,6 +92,7 @@ class Look:
     light: bool
     keymap: Mapping[str, str]
     size: tuple[int, int]  # of a headless screen
+    compare: bool  # whether it begins with other systems in the place of the map
 
 
 class EngineRunner:
@@ -161,7 +164,9 @@ def _show(
     screenshot: str | Path | None,
 ) -> int:
     restart = runner.start if runner is not None else None
-    app = ScreenApp(session, ascii=look.ascii, light=look.light, keymap=look.keymap, restart=restart)
+    app = ScreenApp(
+        session, ascii=look.ascii, light=look.light, keymap=look.keymap, restart=restart, compare=look.compare
+    )
     if headless:
         code = asyncio.run(_headless(app, steps, screenshot, look.size))
         if code:

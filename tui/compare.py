@@ -58,11 +58,14 @@ def system_lines(view: View, name: str, width: int, rows: int) -> list[Line]:
     none = " · none fits" if alive and not running else ""
     head: Line = [(name, "strong"), (f" · runs {running} · waits {max(0, alive - running)}{none}", "dim")]
     told = share_text(bands, real=shadow is None)
-    shares: Line = [(fit(told if len(told) <= width else told.replace("fragments", "frag"), width), "text")]
-    if width >= width_of(head) + width_of(shares) + 2:
-        lines: list[Line] = [[*head, ("  ", "text"), *shares]]
+    short = told.replace("fragments", "frag")
+    beside = width - width_of(head) - 2
+    fitting = next((text for text in (told, short, short.partition(" idle")[0]) if len(text) <= beside), "")
+    if fitting:
+        lines: list[Line] = [[*head, ("  ", "text"), (fitting, "text")]]
     else:
-        lines = [[(fit("".join(text for text, _ in head), width), "strong")], shares]
+        below: Line = [(fit(told if len(told) <= width else short, width), "text")]
+        lines = [[(fit("".join(text for text, _ in head), width), "strong")], below]
     room = max(0, rows - len(lines))
     cells = shadow_cells(view, shadow, room * width) if shadow is not None else real_cells(view, room * width)
     for at in range(room):

@@ -103,8 +103,9 @@ class ScreenApp(Actions):
         light: bool = False,
         keymap: Mapping[str, str] | None = None,
         restart: Callable[[Mapping[str, object]], LiveSource] | None = None,
+        compare: bool = False,
     ) -> None:
-        """restart: ends the engine and starts another like it but for the settings it is given, for a branch."""
+        """restart: ends the engine and starts another like it but for the settings it is given, for a branch. compare: begin so."""
         mode: Mode = "plain" if "NO_COLOR" in os.environ else "light" if light else "dark"
         super().__init__(ansi_color=True if mode == "plain" else None)
         self.session = session
@@ -112,6 +113,7 @@ class ScreenApp(Actions):
         self._history = History()
         self._keymap = dict(keymap or {})
         self._restart = restart
+        self._compare_first = compare
         self._next_run: dict[str, object] = {}
         self._painted_word = ""
         self._rest_until = 0.0
@@ -149,6 +151,8 @@ class ScreenApp(Actions):
         self.set_keymap(self._keymap)
         self.query_one("#inspector").add_class("pane")
         self.query_one("#map").focus()
+        if self._compare_first:
+            self.action_compare()
         self.theme_changed_signal.subscribe(self, self._follow_theme)
         self.set_interval(FRAME_SECONDS, self.frame)
 

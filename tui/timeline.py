@@ -116,10 +116,17 @@ def timeline_lines(view: View, width: int, rows: int = 1) -> list[Line]:
     return [*lines, _tick_line(view, ticks, caret, width), _told(view, width)]
 
 
+def full_height(view: View) -> int:
+    """What a bar of full height stands for, in 1/10000 of the pool: all of it, or the half, quarter or eighth that is never left."""
+    most = int(view.occupied[: view.length].max(initial=0))
+    return next((share for share in (1250, 2500, 5000) if most <= share), 10000)
+
+
 def timeline_title(view: View, width: int) -> str:
     """The pane's title, with the ticks that this trace has."""
     bits = int(np.bitwise_or.reduce(view.marks[: view.length])) if view.length else 0
-    title = "4 Timeline "
+    height = full_height(view)
+    title = "4 Timeline " + (f" bars to {height / 10000:.0%} " if height < 10000 else "")
     for kind, word in _LEGEND.items():
         entry = f"  {TICKS[kind]} {word}"
         if bits & MARKS[kind] and cell_len(title + entry) <= width - 6:
@@ -146,7 +153,7 @@ def _columns(view: View, found: Scale, rows: int) -> tuple[list[str], str]:
     bits = np.bitwise_or.reduceat(marks, starts)
     heat = view.glyphs.heat
     top = len(heat) - 1
-    levels = np.where(most > 0, np.maximum(1, most.astype(np.int64) * top * rows // 10000), 0)
+    levels = np.where(most > 0, np.maximum(1, most.astype(np.int64) * top * rows // full_height(view)), 0)
     bars = [
         "".join(heat[level] for level in np.clip(levels - row * top, 0, top).tolist()) for row in reversed(range(rows))
     ]

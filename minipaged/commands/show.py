@@ -83,6 +83,7 @@ def show(
         size=cells,
         light=light,
         guided=demo,
+        compare=scenario == "orca",  # what it shows is how the others fare
     )
 
 

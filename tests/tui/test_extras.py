@@ -12,6 +12,7 @@ from screens import SIZES, drive, replay, text, until
 from scripted import failing_engine, scripted_engine, sharing_scene
 from textual.pilot import Pilot
 
+from minipaged.commands.show import show
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.memory.types import PoolBands, Run
@@ -113,6 +114,16 @@ def test_the_gallery_shows_what_it_says(name: str) -> None:
     assert player.position == len(source)
     assert all(state.text for state in player.snapshot.sequences.values())
     source.close()
+
+
+def test_the_orca_scenario_begins_in_compare_mode(tmp_path: Path) -> None:
+    """What it is about is how the others fare; each of them has a picture on the narrowest screen too."""
+    target = tmp_path / "orca.svg"
+    assert show("toy", scenario="orca", headless=True, steps=60, size="80x24", screenshot=target) == 0
+    picture = target.read_text().replace("&#160;", " ")
+    assert "Compare: the same requests elsewhere" in picture
+    assert "1 Blocks" not in picture
+    assert "never used 2% frag 7%" in picture
 
 
 def test_an_unknown_scenario_is_named() -> None:

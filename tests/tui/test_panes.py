@@ -151,6 +151,19 @@ def test_a_tall_timeline_stands_on_its_last_line() -> None:
     assert rows == ["█  ", "█  ", "██ ", "██▁"]
 
 
+@pytest.mark.parametrize(
+    ("most", "words"), [(100, "bars to 12%"), (1300, "bars to 25%"), (5000, "bars to 50%"), (5001, "")]
+)
+def test_a_pool_that_stays_nearly_empty_has_bars_that_say_something(most: int, words: str) -> None:
+    view = View(position=2, length=2)
+    view.occupied, view.marks = np.array([most // 2, most], np.uint16), np.zeros(2, np.uint16)
+    assert (words or "bars") in timeline_title(view, 80) or not words
+    assert "bars" in timeline_title(view, 80) or not words
+    row = read(timeline_lines(view, 20)[0])
+    if most in (5000, 5001):
+        assert row == ("▄█" if words else "▂▄")
+
+
 def test_who_went_to_another_queue_is_marked() -> None:
     deltas = sharing_scene().deltas
     at = next(n + 1 for n, delta in enumerate(deltas) for event in delta.events if event.kind == "swap_out")
