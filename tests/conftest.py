@@ -12,11 +12,16 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported: two workers with two threads each would fight over two cores
 
+import pytest
 from hypothesis import HealthCheck, Verbosity, settings
 
 from tests.spec_options import pytest_addoption, pytest_configure
 
 __all__ = ["pytest_addoption", "pytest_configure"]
+
+pytest.register_assert_rewrite(  # so that a failing law says which values it saw
+    "tests.spec.properties", "tests.spec.properties_cache", "tests.spec.properties_steps"
+)
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=60, stateful_step_count=40, derandomize=True, database=None, **_COMMON)

@@ -52,6 +52,22 @@ def test_the_last_state_is_the_one_after_the_fault(tmp_path: Path) -> None:
         assert session.snapshot.tables[sequence, 0][index] == block
 
 
+def test_a_law_of_the_memory_by_itself_leaves_a_replay(tmp_path: Path) -> None:
+    """Its calls, each a step: the last one is that after which the law was seen to be broken."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["tests/spec/test_laws_memory.py", "-k", "L30", "--block-manager", "tests.mutants.memory_bugs:StaleKey"]
+    told = subprocess.run([*command, "--replay-dir", str(tmp_path)], capture_output=True, text=True, timeout=240).stdout
+    assert "1 failed" in told
+    [path] = tmp_path.glob("*.trace")
+    assert f"See it: minipaged tui --replay {path}" in told
+    session = Session(FileSource(path))
+    assert session.at_edge
+    assert session.message.startswith("L30")
+    assert session.delta is not None
+    [taken] = [event for event in session.delta.events if event.kind == "alloc"]
+    assert taken.block in session.snapshot.tables[taken.sequence, 0], "a cached block was handed out, and is found"
+
+
 @pytest.mark.parametrize(
     ("law", "scheduler", "kinds"),
     [

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from tests import spec_options
+from tests.spec.call_replay import Noted, leave_call_replay
 from tests.spec.model import BrokenLawError
 from tests.spec.run import run_machine
 from tests.spec.token_world import World
@@ -20,20 +21,26 @@ FEW = 3  # laws asked for: each then has a run of its own
 
 @pytest.fixture(autouse=True)
 def _no_world_before() -> None:
-    """A test shows no world of an earlier one."""
-    World.last = None
+    """A test shows no world and no manager of an earlier one."""
+    World.last = Noted.last = None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failed law of a scheduler says how to see its run; the state machine's say so themselves (run.py)."""
+    """A failed law of a scheduler or a manager says how to see its run; the state machine's say so themselves (run.py)."""
     report = yield
-    if report.when == "call" and report.failed and World.last is not None:
+    if report.when == "call" and report.failed:
         name = "".join(c if c.isalnum() else "_" for c in item.name)
-        path = spec_options.replay_dir() / f"{name}.trace"
-        report.sections.append(("replay", f"See it: {leave_replay(World.last, path, _finding(item, call))}"))
+        path, finding = spec_options.replay_dir() / f"{name}.trace", _finding(item, call)
+        command = None
+        if World.last is not None:
+            command = leave_replay(World.last, path, finding)
+        elif Noted.last is not None:
+            command = leave_call_replay(Noted.last, path, finding)
+        if command is not None:
+            report.sections.append(("replay", f"See it: {command}"))
     return report
 
 

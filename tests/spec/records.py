@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from minipaged.memory.types import BlockEvent, PoolUsage
-
-if TYPE_CHECKING:
-    from tests.spec.watch import Watch
+from tests.spec.model import Line, View
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,19 @@ class StepRecord:
     usage: PoolUsage
 
     @classmethod
-    def of(cls, watch: Watch) -> StepRecord:
-        """The watch's step as it stands."""
-        view = watch.view
-        lines = tuple(
+    def of(
+        cls,
+        view: View,
+        lines: Mapping[int, Line],
+        block_size: int,
+        events: Iterable[BlockEvent],
+        *,
+        cached: Iterable[int],
+        pinned: Iterable[int],
+        copied: Iterable[int],
+    ) -> StepRecord:
+        """A step as it stands: what is seen of the manager, the sequences, and the blocks that are found, pinned and copied to."""
+        told = tuple(
             LineRecord(
                 seq,
                 line.parent,
@@ -51,15 +58,7 @@ class StepRecord:
                 view.tables.get(seq, ()),
                 view.host_tables.get(seq, ()),
             )
-            for seq, line in watch.lines.items()
+            for seq, line in lines.items()
         )
-        return cls(
-            watch.block_size,
-            tuple(watch.step_events),
-            lines,
-            view.counts,
-            frozenset(watch.found.key_of),
-            frozenset(watch.pins),
-            frozenset(destination for _, destination in watch.copies()),
-            view.usage,
-        )
+        marks = (frozenset(cached), frozenset(pinned), frozenset(copied))
+        return cls(block_size, tuple(events), told, view.counts, *marks, view.usage)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.spec import properties, properties_cache, properties_steps
+from tests.spec.call_replay import noting
+
+
+@pytest.fixture(scope="session")
+def block_manager_class(block_manager_class: type) -> type:
+    """What --block-manager names, its calls noted for a replay."""
+    return noting(block_manager_class)
 
 
 def test_L05_eviction_follows_the_recorded_order(block_manager_class: type) -> None:
