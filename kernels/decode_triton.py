@@ -64,7 +64,8 @@ def _ends_longest_first(
 
     Programs start in this order, so a grid ends on short ones. Sorted by class only: below 3/8, 6/8, 9/8 of `chunk`, and longer
     (none is longer than 3/2). The four classes are counted in one running sum, 16 bits each. Moves no bytes. Predicted for 64 rows of 100
-    to 2048 tokens: 10 % (a simulation of 528 programs that share the bandwidth); nothing where lengths are equal. See kernels/README.md.
+    to 2048 tokens: 10 % (a simulation of 528 programs that share the bandwidth), measured 5.5 % (H100: 121.6 to 115.2 microseconds); where
+    lengths are equal nothing.
     """
     if ROWS == 1:
         return count
@@ -297,7 +298,7 @@ def fills_one_wave(rows_and_heads: int, most_programs: int, slots: int) -> bool:
     """Whether the programs may be few long rows' equal parts that fill every slot of the GPU once.
 
     Such a grid must not come onto the GPU while another kernel is still there: whom that one's programs displace starts a second wave,
-    as long as the first. A dependent launch saves 1 microsecond of 11 (1 row of 2048) and costs 8 of 33 (1 of 16384), 2 of 54 (8 of 1024).
+    as long as the first. A dependent launch saves 1 microsecond of 11 (1 row of 2048) and costs 9 of 33 (1 of 16384), 3 of 53 (8 of 1024).
     """
     return 2 * rows_and_heads <= slots < most_programs
 

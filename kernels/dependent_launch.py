@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.launch_table import HOPPER, capability
+
 ENVIRONMENT_VARIABLE = "MINIPAGED_DEPENDENT_LAUNCH"
-HOPPER = (9, 0)
 PLAIN_LAUNCH: dict[str, bool] = {"DEPENDENT": False}  # after everything before it has ended
 
 
@@ -31,8 +32,6 @@ def wait_for_previous(DEPENDENT: tl.constexpr):
 @cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """The options of a launch on `device`: dependent from Hopper on, unless MINIPAGED_DEPENDENT_LAUNCH=0; plain in the interpreter."""
-    if device.type != "cuda" or os.environ.get(ENVIRONMENT_VARIABLE) == "0":
-        return PLAIN_LAUNCH
-    if torch.cuda.get_device_capability(device) < HOPPER:
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "0" or capability(device) < HOPPER:
         return PLAIN_LAUNCH
     return {"DEPENDENT": True, "launch_pdl": True}

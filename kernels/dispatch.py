@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
 from functools import cache
 
 import torch
 
 ENVIRONMENT_VARIABLE = "MINIPAGED_KERNELS"
+GLUON_VERSIONS = ((3, 6), (3, 9))  # of Triton, the oldest and the newest
 
 
 @cache
@@ -32,6 +34,20 @@ def triton_interpreted() -> bool:
     import triton.language
 
     return bool(triton.knobs.runtime.interpret) and not isinstance(triton.language.cdiv, triton.JITFunction)
+
+
+@cache
+def gluon_runs() -> bool:
+    """Whether there is a Triton whose lower language, Gluon, is the one that prefill_hopper is written in, and not its interpreter.
+
+    Gluon is experimental and changes from version to version; in the ones named here the kernel is known to compile.
+    """
+    if not triton_installed() or triton_interpreted():
+        return False
+    import triton
+
+    oldest, newest = GLUON_VERSIONS
+    return oldest <= tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) <= newest
 
 
 @cache

@@ -50,9 +50,28 @@ class PrefillLaunch:
     overlapped: bool = False
     section_bytes: int = 16 << 20
 
-    def heads_packed(self, group: int) -> int:
-        """Heads per tile: the largest power of two that divides the group and is at most `pack`."""
-        return min(self.pack, group & -group)
+
+@dataclass(frozen=True, slots=True)
+class HopperPrefillLaunch:
+    """How paged_prefill runs on Hopper (prefill_hopper.py): tiles of 128 rows against kv_tile positions, num_stages tiles loaded ahead.
+
+    persistent: one program a multiprocessor takes one tile of queries after the other, loading ahead for the next; else each tile is a
+    program of its own, and the GPU hands them out as others end. pack, section_bytes: as in PrefillLaunch.
+    """
+
+    kv_tile: int
+    num_stages: int
+    persistent: bool
+    pack: int = 4
+    section_bytes: int = 16 << 20
+
+    def section(self, pairs: int, pairs_per_kv_head: int, kv_bytes: int) -> int:
+        """Pairs of (row, heads) that run together: as many as divide them all and have at most section_bytes of keys and values.
+
+        kv_bytes: of one KV head of one row. All sections are full: who is given nothing by its fixed list leaves the work to others.
+        """
+        most = min(pairs, max(1, self.section_bytes // kv_bytes) * pairs_per_kv_head)
+        return next(n for n in range(most, 0, -1) if pairs % n == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +108,9 @@ PREFILL_ALONE: dict[tuple[int, int], PrefillLaunch] = {
     (128, 2): PrefillLaunch(query_tile=128, kv_tile=128, num_warps=8, num_stages=2, pack=1, overlapped=True),
 }
 LONG_CONTEXT = 8192
+HOPPER = (9, 0)
+HOPPER_PREFILL_HEAD_DIMS = (64, 128)
+CACHE_BYTES = 48 << 20  # of keys and values that stay in an H100's second cache, of 50 MiB
 
 
 FEW_ROWS = LinearLaunch(rows=16, columns=16, depth=256, num_warps=2, num_stages=4)
@@ -154,11 +176,63 @@ def prefill_launch(
     launch = _fitted(PREFILL[key], head_dim, element_bytes, device)
     if key not in PREFILL_ALONE:
         return launch
-    pack = launch.heads_packed(group)
+    pack = packed_heads(launch, group)
     programs = rows * (heads // pack) * -(-max_query_len * pack // launch.query_tile)
     if longest >= LONG_CONTEXT or programs < 2 * multiprocessors(device):
         return _fitted(PREFILL_ALONE[key], head_dim, element_bytes, device)
     return launch
+
+
+def hopper_prefill_launch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    max_query_len: int,
+    window: int | None,
+) -> HopperPrefillLaunch | None:
+    """The launch for paged_prefill of these on Hopper; None where prefill_triton has to take them, or takes them better."""
+    tokens, _, head_dim = query.shape
+    _, block_size, kv_heads, _ = key_cache.shape
+    rows = block_tables.shape[0]
+    strides = (*query.stride()[:2], *key_cache.stride()[:3])
+    takes = (
+        query.is_cuda
+        and window is None
+        and query.element_size() == 2
+        and capability(query.device) == HOPPER
+        and head_dim in HOPPER_PREFILL_HEAD_DIMS
+        and block_size == next_power_of_two(block_size)
+        and all(stride % 16 == 0 for stride in strides)  # copies of 16 bytes; Triton knows of multiples of 16
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (query, key_cache, value_cache))
+    )
+    if not takes:
+        return None
+    longest = block_tables.shape[-1] * block_size
+    kv_bytes = 2 * rows * longest * kv_heads * head_dim * key_cache.element_size()
+    return hopper_prefill_settings(longest, max_query_len, kv_bytes, rows * max_query_len / max(1, tokens))
+
+
+def hopper_prefill_settings(
+    longest: int, max_query_len: int, kv_bytes: int, tiles_per_full_tile: float
+) -> HopperPrefillLaunch | None:
+    """By shapes alone; chosen on an H100 (kernels/README.md). None where prefill_triton is better.
+
+    longest: context of the tables, tokens. kv_bytes: of all rows together, if all were that long. tiles_per_full_tile: how many
+    tiles the grid has for one that the tokens can fill; more than 1 in a captured step, which may hold one long chunk or several short
+    ones. An empty tile is only a look at the lengths, so a persistent program best passes over a few; of many, prefill_triton's
+    small programs rid themselves faster.
+    """
+    fits_cache = kv_bytes <= CACHE_BYTES
+    if tiles_per_full_tile > 4 or (tiles_per_full_tile > 2 and not fits_cache):
+        return None
+    if longest <= 1024:
+        return HopperPrefillLaunch(kv_tile=64, num_stages=4, persistent=True)
+    if 2 * max_query_len <= longest and tiles_per_full_tile <= 2:  # chunks after a prefix: tiles are about equally long
+        return HopperPrefillLaunch(kv_tile=128, num_stages=2, persistent=longest <= 2048)
+    if fits_cache:  # tiles of all lengths: a fixed list is balanced if there is one section
+        return HopperPrefillLaunch(kv_tile=128, num_stages=2, persistent=True, section_bytes=CACHE_BYTES)
+    return HopperPrefillLaunch(kv_tile=128, num_stages=2, persistent=False)
 
 
 @cache
@@ -178,6 +252,11 @@ def _fitted(launch: PrefillLaunch, head_dim: int, element_bytes: int, device: to
     return launch
 
 
+def packed_heads(launch: PrefillLaunch | HopperPrefillLaunch, group: int) -> int:
+    """Heads per tile: the largest power of two that divides the group and is at most the launch's `pack`."""
+    return min(launch.pack, group & -group)
+
+
 def _row(head_dim: int) -> int:
     return next(limit for limit in (64, 128, 256) if head_dim <= limit)
 
@@ -189,6 +268,12 @@ def shared_memory_bytes(device: torch.device) -> int:
         return 227 << 10
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", 96 << 10))
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; (0, 0) of other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
 
 
 @cache

@@ -1,12 +1,11 @@
 """Causal attention of prompt chunks over their paged prefix and themselves.
 
-Knows block tables and lengths; knows nothing of sequences or the model. The Triton kernel is in prefill_triton.py.
+Knows block tables and lengths; knows nothing of sequences or the model. The kernels are in prefill_triton.py and, for what Hopper's own
+way is faster at, prefill_hopper.py.
 Source: FlashAttention-2 (Dao, 2023) for the kernel's loop; chunked prefill: Sarathi-Serve (Agrawal et al., 2024).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from kernels.checks import check_attention, check_integers
 from kernels.decode import gather_pages, paged_decode_torch
-from kernels.dispatch import use_triton
+from kernels.dispatch import gluon_runs, use_triton
+from kernels.launch_table import hopper_prefill_launch
 
 # Queries that the twin attends at a time: enough to keep the processor busy, few enough that causality saves work.
 QUERY_TILE = 256
@@ -50,24 +50,18 @@ def paged_prefill(
     check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out)
     if max_query_len < 0:
         raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
-    if use_triton(query):
-        from kernels.prefill_triton import paged_prefill_triton
+    paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
+    if not use_triton(query):
+        return paged_prefill_torch(*paged, window=window, out=out)
+    if gluon_runs():
+        launch = hopper_prefill_launch(query, key_cache, value_cache, block_tables, max_query_len, window)
+        if launch is not None:
+            from kernels.prefill_hopper import paged_prefill_hopper
 
-        attend: Callable[..., Tensor] = paged_prefill_triton
-    else:
-        attend = paged_prefill_torch
-    return attend(
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        context_lens,
-        query_starts,
-        max_query_len,
-        scale,
-        window=window,
-        out=out,
-    )
+            return paged_prefill_hopper(*paged, out=out, launch=launch)
+    from kernels.prefill_triton import paged_prefill_triton
+
+    return paged_prefill_triton(*paged, window=window, out=out)
 
 
 def paged_prefill_torch(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.dependent_launch import dependent_launch, wait_for_previous
-from kernels.launch_table import PrefillLaunch, check_layout, head_block, prefill_launch
+from kernels.launch_table import PrefillLaunch, check_layout, head_block, packed_heads, prefill_launch
 from kernels.prefill_loops import attend_in_turn, attend_overlapped, last_product
 from kernels.triton_tiles import clamped_offsets, clamped_pages, must_upcast
 
@@ -176,7 +176,7 @@ def paged_prefill_triton(
             max_query_len=max_query_len,
             longest=longest,
         )
-    pack = launch.heads_packed(group)
+    pack = packed_heads(launch, group)
     tiles = triton.cdiv(max_query_len, launch.query_tile // pack)
     pairs = num_rows * heads // pack
     kv_heads_together = max(1, launch.section_bytes // (2 * longest * head_dim * key_cache.element_size()))

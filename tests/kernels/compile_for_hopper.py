@@ -31,6 +31,7 @@ from kernels.activation_triton import silu_mul_triton
 from kernels.block_copy_triton import copy_blocks_triton
 from kernels.cache_write_triton import write_kv_triton
 from kernels.decode_triton import paged_decode_triton
+from kernels.dispatch import gluon_runs
 from kernels.draw_triton import draw_tokens_triton
 from kernels.embed_triton import embed_tokens_triton
 from kernels.linear_triton import few_rows_triton, one_row_triton
@@ -70,6 +71,24 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
     return compiled
 
 
+def compile_prefill_hopper() -> None:
+    if not gluon_runs():
+        print("_hopper_prefill_kernel: not in this triton")
+        return
+    from kernels.prefill_hopper import paged_prefill_hopper
+
+    for head_dim, dtype, longest in (
+        (128, torch.bfloat16, 512),
+        (128, torch.bfloat16, 4096),
+        (64, torch.float16, 4096),
+        (64, torch.bfloat16, 512),
+    ):
+        case = make_case([5, 2], [5, 1], kv_heads=2, group=4, head_dim=head_dim, block_size=16, dtype=dtype)
+        settings = launch_table.hopper_prefill_settings(longest, 16, kv_bytes=0, tiles_per_full_tile=1.0)
+        assert settings is not None
+        paged_prefill_hopper(*case.prefill(), launch=settings)
+
+
 def main() -> None:
     driver.set_active(HopperDriver())
     JITFunction.run = compile_only
@@ -98,6 +117,7 @@ def main() -> None:
             chances = torch.zeros(rows, dtype=torch.float64)
             draw_tokens_triton(x, chances, chances)
             draw_tokens_triton(x, chances, chances, least_kept_logit_triton(x, chances, chances, chances, chances))
+    compile_prefill_hopper()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         print(triton.__version__, names(shape), dtype)

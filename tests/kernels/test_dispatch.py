@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import kernels
-from tests.kernels.paged_cases import PagedCase, make_case
+from kernels import dispatch, prefill
+from kernels.launch_table import HopperPrefillLaunch
+from tests.kernels.paged_cases import PagedCase, assert_close, make_case
 
 ROOT = Path(__file__).parents[2]
 WRITE_ONE_TOKEN = """
@@ -51,6 +54,51 @@ def test_triton_on_the_cpu_needs_its_interpreter() -> None:
     assert "ValueError: MINIPAGED_KERNELS=triton with tensors on cpu" in done.stderr
     done = run_python(WRITE_ONE_TOKEN, MINIPAGED_KERNELS="triton", TRITON_INTERPRET="1")
     assert done.stdout == "32.0\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "interprets", "runs"),
+    [
+        ("3.5.1", False, False),
+        ("3.6.0", False, True),
+        ("3.6.0", True, False),
+        ("3.9.0+git1a2b", False, True),
+        ("3.10.0", False, False),
+        ("4.0.0", False, False),
+    ],
+)
+def test_gluon_is_used_where_its_version_is_known(
+    version: str, interprets: bool, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: interprets)
+    assert dispatch.gluon_runs.__wrapped__() is runs
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("gluon", [False, True])
+@pytest.mark.parametrize("on_hopper", [False, True])
+def test_prefill_goes_to_the_hopper_kernel_only_where_it_can(
+    gluon: bool, on_hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Gluon or Hopper the Triton kernel (here its interpreter) does it, and prefill_hopper is not even imported."""
+    launch = HopperPrefillLaunch(128, 2, persistent=False)
+    arrived = []
+    stand_in = ModuleType("kernels.prefill_hopper")
+    stand_in.paged_prefill_hopper = lambda *given, out, launch: arrived.append(launch)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels.prefill_hopper", stand_in if gluon and on_hopper else None)
+    monkeypatch.setattr(prefill, "gluon_runs", lambda: gluon)
+    monkeypatch.setattr(prefill, "hopper_prefill_launch", lambda *given: launch if on_hopper else None)
+    monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
+    case = make_case([9, 5], [4, 1], kv_heads=1, group=2, head_dim=32, block_size=4)
+    out = kernels.paged_prefill(*case.prefill())
+    if gluon and on_hopper:
+        assert arrived == [launch]
+    else:
+        assert_close(out, prefill.paged_prefill_torch(*case.prefill()))
+    monkeypatch.setenv("MINIPAGED_KERNELS", "torch")
+    assert torch.equal(kernels.paged_prefill(*case.prefill()), prefill.paged_prefill_torch(*case.prefill()))
 
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,16 @@ def prefill(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
 
 
 @prepared
+def prefill_of_like_rows(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    """Few tiles are empty: in sixteen bits it is the Hopper kernel's on a Hopper GPU."""
+    case = make_case(
+        [65, 70, 133], [65, 64, 69], kv_heads=2, group=4, head_dim=64, block_size=16, dtype=dtype, unused_entry=0
+    )
+    query, keys, values, tables, lengths, starts, longest, scale = case.prefill()
+    return lambda *given: kernels.paged_prefill(*given, longest, scale), [query, keys, values, tables, lengths, starts]
+
+
+@prepared
 def cache_write(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
     key, value, caches = normal(0, 5, 3, 80), normal(1, 5, 3, 80), normal(2, 2, 3, 4, 3, 80)
     slots = torch.tensor([11, -1, 0, 7, 3])
