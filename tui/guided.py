@@ -13,6 +13,7 @@ from tui.session import Change, Session
 
 SLOWLY = 8.0  # steps a second, until the guide has said all
 STOP_SECONDS = 7.0  # that a stop lasts
+AFTER_SECONDS = 4.0  # of it that are left when a window closes
 
 
 class GuidedSession(Session):
@@ -34,6 +35,11 @@ class GuidedSession(Session):
         if self._stop_ends is not None:
             return "goes on by itself"
         return super().speed_text if self.guide is None else "slowly at first"
+
+    def look_away(self, now: float) -> None:
+        """A stop waits for whoever reads something else."""
+        if self._stop_ends is not None:
+            self._stop_ends = max(self._stop_ends, now + AFTER_SECONDS)
 
     def tick(self, now: float) -> Change:
         """As ever, and on from a stop that has been long enough."""

@@ -185,6 +185,8 @@ class ScreenApp(Actions):
             return
         if not self.screen_stack or not self.screen_stack[0].children:
             return  # the screen is being taken down, and the clock still ticks
+        if len(self.screen_stack) > 1:
+            session.look_away(now)
         change = session.tick(now)
         if session.failed and not session.ready:
             self.exit(2 if session.input_error else 1)

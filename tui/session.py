@@ -168,6 +168,9 @@ class Session:
 
     # Time.
 
+    def look_away(self, now: float) -> None:
+        """Something stands before the panes: nothing that is to be read there goes by itself."""
+
     def tick(self, now: float) -> Change:
         """Take in what is new and go on as far as the speed allows."""
         heard = self._listen()

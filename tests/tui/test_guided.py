@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from screens import drive, until
 from scripted import Scene, scripted_engine, sharing_scene
+from textual.pilot import Pilot
 
 from minipaged.config import SamplingParams
 from minipaged.trace.live import EngineProcess
@@ -14,6 +16,7 @@ from minipaged.trace.snapshot import Snapshot
 from tui.app import run_screen
 from tui.guide import MOST_STEPS, Guide
 from tui.guided import STOP_SECONDS, GuidedSession
+from tui.screen import ScreenApp
 from tui.sentences import sentence, summary
 from tui.textpane import text_title
 from tui.view import View
@@ -86,6 +89,26 @@ def test_a_run_stops_says_why_and_goes_on_by_itself() -> None:
         assert not session.message
         go(session, now + STOP_SECONDS, "IDLE")
         assert session.position > here + 5
+
+
+def test_a_stop_waits_while_a_window_stands_before_it() -> None:
+    with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
+        session = guided(engine)
+        app = ScreenApp(session)
+
+        async def script(pilot: Pilot[int]) -> None:
+            await until(pilot, lambda: session.word == "PAUSED")
+            await pilot.press("question_mark")
+            await until(pilot, lambda: len(app.screen_stack) > 1)
+            app.frame()
+            assert session._stop_ends is not None
+            session.look_away(session._stop_ends + 100)
+            session.tick(session._stop_ends - 1)
+            assert session.word == "PAUSED"
+            await pilot.press("escape", "space")
+            await until(pilot, lambda: session.word != "PAUSED")
+
+        drive(app, (80, 24), script)
 
 
 def test_keys_take_over_from_a_guide() -> None:
