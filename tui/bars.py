@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from tui.mapmodel import Zoom
 from tui.pane import Pane
 from tui.sentences import plural
 from tui.view import Line, Run, View, bar, spread, width_of
@@ -122,25 +123,35 @@ class Legend(Pane, can_focus=False):
 
 
 def legend_lines(view: View, width: int) -> list[Line]:
-    """`· free ▂▄▆ filling A full 2 shared` and `░ cached ▽ swapped ◆ copied now`."""
+    """`· free ▂▄▆ filling A full 2 shared` and `░ cached ▽ swapped ◆ copied now`, or what stands for these from farther away."""
     g = view.glyphs
-    first = [
-        (g.free, "free", "free"),
-        ("".join(g.filling), "hue0", "filling"),
-        *([("A1", "hue0", "owner")] if view.close else [("A", "hue0", "full")]),
-        ("A2", "shared0", "shared") if view.close else ("2", "shared0", "shared by 2"),
-    ]
-    second = [
-        (g.cached, "cached", "cached"),
-        (g.swapped, "dim", "swapped"),
-        (g.copied, "copied", "copied now"),
-        (g.null, "null", "null"),
-    ]
+    free, cached = (g.free, "free", "free"), (g.cached, "cached", "cached")
+    if view.zoom == Zoom.HEAT:
+        first = [free, (g.heat[2] + g.heat[-4] + g.heat[-1], "hue0", "share in use")]
+        second = [("", "dim", f"a cell: {plural(view.per_cell, 'block')}, its hue: who holds most")]
+    elif view.zoom == Zoom.HALF:
+        half = '"' if g.ascii else "▀"
+        first = [free, (half, "hue0", "held"), (half, "shared0", "shared"), (half, "cached", "cached")]
+        second = [("", "dim", "half a cell is a block, in its owner's hue")]
+    else:
+        near = view.zoom >= Zoom.FOUR
+        first = [
+            free,
+            ("".join(g.filling), "hue0", "filling"),
+            ("A1", "hue0", "owner") if near else ("A", "hue0", "full"),
+            ("A2", "shared0", "shared") if near else ("2", "shared0", "shared by 2"),
+        ]
+        second = [
+            cached,
+            (g.swapped, "dim", "swapped"),
+            (g.copied, "copied", "copied now"),
+            (g.null, "null", "null"),
+        ]
 
     def line(entries: list[tuple[str, str, str]]) -> Line:
         made: Line = []
         for glyph, role, word in entries:
-            entry: Line = [(glyph, role), (f" {word}  ", "dim")]
+            entry: Line = [(glyph, role), (f"{' ' if glyph else ''}{word}  ", "dim")]
             if width_of(made) + width_of(entry) - 2 <= width:
                 made += entry
         return made

@@ -28,7 +28,6 @@ from tui.dialogs import Overlay
 from tui.history import History
 from tui.inspector import Inspector, Journey
 from tui.lessons import LESSONS
-from tui.mapmodel import Zoom
 from tui.palette import ASCII, UNICODE, Mode
 from tui.pane import ListPane, Pane
 from tui.session import Change, Session
@@ -199,6 +198,7 @@ class ScreenApp(Actions):
         """Show the session's moment. Without a change only the panes around it are new."""
         session = self.session
         self._painted_word = session.word
+        block_map = self.screen_stack[0].query_one("#map", BlockMap).model
         self.view = view = replace(
             self.view,
             snapshot=session.snapshot,
@@ -215,7 +215,8 @@ class ScreenApp(Actions):
             message=session.message,
             bookmarks=tuple(session.bookmarks),
             caption=session.caption,
-            close=self.screen_stack[0].query_one("#map", BlockMap).model.zoom >= Zoom.FOUR,
+            zoom=block_map.zoom,
+            per_cell=block_map.per_cell,
             moves=session.moves,
             flash=session.flash,
             shadows=session.shadows(),

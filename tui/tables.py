@@ -40,7 +40,7 @@ def table_lines(view: View, width: int, room: int, first: int = 0) -> list[Line]
     lines: list[Line] = []
     for at, state in enumerate(states):
         if len(lines) >= room - 1 and at < len(states) - 1:
-            lines.append([(f"… and {plural(len(states) - at, 'sequence')} more", "dim")])
+            lines.append([(f"… and {len(states) - at} more", "dim")])
             break
         lines += sequence_lines(view, state, width, each)
     return lines

@@ -48,7 +48,8 @@ class View:
     shadows: Mapping[str, ShadowDelta] = field(default_factory=dict)  # what other systems would hold here
     hindsight: bool = True  # whether they know the answers' true lengths
     caption: str = ""  # of a lesson's beat
-    close: bool = False  # whether the map shows a block's owner and count beside each other
+    zoom: int = 2  # the map's (mapmodel.Zoom)
+    per_cell: int = 1  # blocks that a cell of the map stands for, at the lowest zoom
     moves: Mapping[int, str] = field(default_factory=dict)  # sequence -> the queue event it was just seen in
     flash: frozenset[int] = frozenset()  # blocks that a lesson has just changed
     block: int = -1  # the cursor's block; -1: none

@@ -21,6 +21,8 @@ from tui.bars import header_line, host_line, keys_line, legend_lines
 from tui.history import History
 from tui.inspector import block_lines, journey_lines, past_lines
 from tui.lessons import LESSONS
+from tui.mapmodel import Zoom
+from tui.palette import ASCII, UNICODE, Glyphs
 from tui.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
 from tui.sentences import TICKS, sentence, sentences
 from tui.session import MOVE_SECONDS, Session
@@ -325,6 +327,19 @@ def test_keys_and_legend_fit_80_columns() -> None:
     assert width_of(keys_line(view, 80)) <= 80
     assert "? help" in read(keys_line(view, 80))
     assert all(width_of(line) <= 46 for line in legend_lines(view, 44))
+
+
+@pytest.mark.parametrize("zoom", list(Zoom))
+@pytest.mark.parametrize("glyphs", [UNICODE, ASCII])
+def test_the_legend_explains_what_the_zoom_shows(zoom: Zoom, glyphs: Glyphs) -> None:
+    view = view_at(8, zoom=zoom, per_cell=3, glyphs=glyphs)
+    told = " ".join(read_all(legend_lines(view, 44)))
+    assert "free" in told
+    assert ("a cell: 3 blocks, its hue: who holds most" in told) is (zoom == Zoom.HEAT)
+    assert ("half a cell" in told) is (zoom == Zoom.HALF)
+    assert ("A1 owner" in told) is (zoom >= Zoom.FOUR)
+    assert ("A full" in told) is (zoom == Zoom.CELL)
+    assert told.isascii() or not glyphs.ascii
 
 
 def test_many_sequences_do_not_overflow() -> None:
