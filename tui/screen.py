@@ -46,6 +46,7 @@ THEMES = (
         "minipaged-light", primary="#1C6EA4", background="#ffffff", surface="#f0f0f0", foreground="#202020", dark=False
     ),
 )
+_PAINTED = "#header, #map, #host, #caption, #inspector, #text, #timeline, #keys"
 PANE_IDS = ("blocks", "tables", "text", "timeline", "inspector", "waste", "tree")
 
 
@@ -177,13 +178,18 @@ class ScreenApp(Actions):
         """Textual's, without the one that looks for the sixteen terminal colours: none is used, and it reads every cell of a frame."""
         return [found for found in super().get_line_filters() if not isinstance(found, ANSIToTruecolor)]
 
+    @property
+    def whole(self) -> bool:
+        """Whether all that is painted is there. While the screen is taken down its clock still ticks, and keys are still obeyed."""
+        return bool(self.screen_stack) and len(self.screen_stack[0].query(_PAINTED)) == _PAINTED.count("#")
+
     def frame(self) -> None:
         """Take in what is new and paint it."""
         session, now = self.session, time.monotonic()
         if now < self._rest_until and session.at_full_speed:
             return
-        if not self.screen_stack or not self.screen_stack[0].children:
-            return  # the screen is being taken down, and the clock still ticks
+        if not self.whole:
+            return
         if len(self.screen_stack) > 1:
             session.look_away(now)
         change = session.tick(now)
@@ -196,6 +202,8 @@ class ScreenApp(Actions):
 
     def paint(self, change: Change | None = None) -> None:
         """Show the session's moment. Without a change only the panes around it are new."""
+        if not self.whole:
+            return
         session = self.session
         self._painted_word = session.word
         block_map = self.screen_stack[0].query_one("#map", BlockMap).model
