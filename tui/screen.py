@@ -16,6 +16,7 @@ from textual.containers import Horizontal, Vertical
 from textual.filter import ANSIToTruecolor, LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
+from textual.widget import Widget
 
 from minipaged.trace.live import LiveSource
 from minipaged.trace.records import StepDelta
@@ -115,6 +116,7 @@ class ScreenApp(Actions):
         self._restart = restart
         self._compare_first = compare
         self._next_run: dict[str, object] = {}
+        self._painted: tuple[Widget, ...] = ()
         self._painted_word = ""
         self._rest_until = 0.0
         self._used = time.process_time()
@@ -150,6 +152,7 @@ class ScreenApp(Actions):
         self.screen.set_class(self.view.glyphs.ascii, "-ascii")
         self.set_keymap(self._keymap)
         self.query_one("#inspector").add_class("pane")
+        self._painted = tuple(self.query(_PAINTED).results(Widget))
         self.query_one("#map").focus()
         if self._compare_first:
             self.action_compare()
@@ -181,7 +184,7 @@ class ScreenApp(Actions):
     @property
     def whole(self) -> bool:
         """Whether all that is painted is there. While the screen is taken down its clock still ticks, and keys are still obeyed."""
-        return bool(self.screen_stack) and len(self.screen_stack[0].query(_PAINTED)) == _PAINTED.count("#")
+        return bool(self._painted) and all(widget.is_attached for widget in self._painted)
 
     def frame(self) -> None:
         """Take in what is new and paint it."""
