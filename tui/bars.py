@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from tui.mapmodel import Zoom
+from tui.maplayout import Zoom
 from tui.pane import Pane
 from tui.sentences import plural
 from tui.view import Line, Run, View, bar, spread, width_of

@@ -14,7 +14,8 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from tui.blockcells import Ints
-from tui.mapmodel import TITLES, MapModel, Zoom
+from tui.maplayout import TITLES, Zoom
+from tui.mapmodel import MapModel
 from tui.view import View
 
 READABLE = 5  # cells a slot from which on words can be made out

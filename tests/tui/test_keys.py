@@ -19,7 +19,7 @@ from minipaged.trace.live import EngineProcess
 from tui.blockmap import BlockMap
 from tui.dialogs import AddPrompt, Overlay, Reading
 from tui.inspector import Inspector
-from tui.mapmodel import Zoom
+from tui.maplayout import Zoom
 from tui.screen import ScreenApp
 from tui.session import Session
 

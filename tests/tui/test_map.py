@@ -13,7 +13,8 @@ from scripted import Scene, sharing_scene
 from minipaged.trace.records import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
 from tui.lessons import LESSONS
-from tui.mapmodel import MapModel, Zoom
+from tui.maplayout import Zoom
+from tui.mapmodel import MapModel
 from tui.palette import ASCII, LETTERS
 from tui.view import View
 

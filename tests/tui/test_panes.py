@@ -21,7 +21,7 @@ from tui.bars import header_line, host_line, keys_line, legend_lines
 from tui.history import History
 from tui.inspector import block_lines, journey_lines, past_lines
 from tui.lessons import LESSONS
-from tui.mapmodel import Zoom
+from tui.maplayout import Zoom
 from tui.palette import ASCII, UNICODE, Glyphs
 from tui.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
 from tui.sentences import TICKS, sentence, sentences

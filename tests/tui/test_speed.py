@@ -18,7 +18,7 @@ from textual.pilot import Pilot
 
 from minipaged.trace.snapshot import Snapshot
 from tui.blockmap import BlockMap
-from tui.mapmodel import Zoom
+from tui.maplayout import Zoom
 from tui.screen import ScreenApp
 
 
