@@ -57,7 +57,9 @@ class PreemptionCost:
 
 
 def wants_swap(config: EngineConfig, cost: PreemptionCost, num_blocks: int, num_tokens: int) -> bool:
-    """Whether a victim of this size leaves by swap (True) or by recompute (False)."""
+    """Whether a victim of this size leaves by swap (True) or by recompute (False). One that has computed nothing has nothing to move."""
+    if not num_blocks:
+        return False
     if config.preemption == "auto":
         return cost.swap_is_cheaper(num_blocks, num_tokens)
     return config.preemption == "swap"

@@ -297,8 +297,8 @@ class StepMachine(RuleBasedStateMachine):
         watch.record()
         watch.call("begin_step")
         for block, at in watch.freed.items():
-            if at.high == NEVER_ENDS:
-                watch.freed[block] = at._replace(high=watch.calls)
+            if at.high == NEVER_ENDS:  # read until now, so later than what was freed beside it and was not: no tie
+                watch.freed[block] = at._replace(high=watch.calls, call=-at.call)
         for line in watch.lines.values():
             line.copy = line.copied_at = None
         watch.swap_outs, watch.swap_ins, watch.made_copies, watch.given_up = [], [], [], set()

@@ -85,7 +85,10 @@ def look(manager: Any, seq_ids: Iterable[int], num_blocks: int) -> View:
 
 
 class FreedAt(NamedTuple):
-    """When a block lost its last holder: some time in [low, high], in call `call`, as entry `index` of a table."""
+    """When a block lost its last holder: some time in [low, high], in call `call`, as entry `index` of a table.
+
+    call: negative where its step still read the block, which ties it only with others of that kind.
+    """
 
     low: int
     high: int

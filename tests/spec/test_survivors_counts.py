@@ -154,11 +154,18 @@ def test_the_columns_agree_with_the_block_tables(
 def test_the_cost_model_is_its_formula(policy: Any) -> None:
     config = EngineConfig(preemption=policy)
     cost = PreemptionCost(seconds_per_block=1.0, seconds_per_token=0.5, seconds_per_transfer=3.0, seconds_per_pass=2.0)
-    for blocks in (0, 1, 5):
+    for blocks in (1, 2, 5):
         for tokens in range(0, 40):
             swap = 2 * (blocks * 1.0 + 3.0) < tokens * 0.5 + 2.0
             assert wants_swap(config, cost, blocks, tokens) is (swap if policy == "auto" else policy == "swap")
     assert PreemptionCost(0.0, 0.0, 0.0, 0.0).swap_is_cheaper(1, 1) is False
+
+
+@pytest.mark.parametrize("policy", ["auto", "swap", "recompute"])
+def test_who_has_computed_nothing_has_nothing_to_swap(policy: Any) -> None:
+    """Sent away before its first chunk, it waits for admission as before, and no swap is counted (found by the long profile)."""
+    free = PreemptionCost(0.0, 0.0, 0.0, seconds_per_pass=1.0)
+    assert wants_swap(EngineConfig(preemption=policy), free, 0, 0) is False
 
 
 def test_the_default_costs_break_even_where_their_comments_say() -> None:
