@@ -8,6 +8,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int64, torch.int32)
 # A hidden score is -inf, and times 0 that would be NaN. Bounded well inside float32, in which the kernels multiply by the scale.
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
+COLDEST = 1e-5  # below this temperature a draw is greedy: logits over it would leave what float32 can hold
 
 
 def shape_of(tensor: torch.Tensor) -> list[int]:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.checks import FLOAT_DTYPES, shape_of
+from kernels.checks import COLDEST, FLOAT_DTYPES, shape_of
 from kernels.dispatch import use_triton
-
-COLDEST = 1e-5  # below this temperature a draw is greedy: logits over it would leave what float32 can hold
 
 
 def draw_tokens(

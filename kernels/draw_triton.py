@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.checks import COLDEST as LEAST_WARMTH
 from kernels.dependent_launch import dependent_launch, wait_for_previous
-from kernels.draw import COLDEST as LEAST_WARMTH
 from kernels.launch_table import next_power_of_two
 
 NUM_WARPS = 4  # of the first kernel

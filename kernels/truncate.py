@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.checks import FLOAT_DTYPES, shape_of
+from kernels.checks import COLDEST, FLOAT_DTYPES, shape_of
 from kernels.dispatch import use_triton
-from kernels.draw import COLDEST
 
 SORTED_ROWS = 32  # of the twin at a time: a sort takes about 50 bytes a logit
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels.draw import COLDEST, draw_tokens_torch
+from kernels.checks import COLDEST
+from kernels.draw import draw_tokens_torch
 from tests.kernels.paged_cases import examples
 
 pytestmark = pytest.mark.usefixtures("unset_choice")
