@@ -16,6 +16,8 @@ from kernels.draw_triton import COLDEST, base_2, load_logits
 from kernels.launch_table import next_power_of_two
 
 MOST_LOGITS, NUM_WARPS = 16384, 16  # read at a time
+# Of the likeliest token's weight, which is 1: a top_p that float32 takes for 0 asks for something all the same, and it is there.
+LEAST_SHARE = tl.constexpr(1e-30)
 # How far apart the bits of neighbours lie once they are float32.
 GRAINS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
 
@@ -102,7 +104,7 @@ def _least_kept_kernel(
                 logits = load_logits(row_ptr, start + tl.arange(0, BLOCK), vocab)
                 weight = tl.exp2((logits - best) * base)
                 kept += tl.where(logits >= _number(low, GRAIN), weight, 0.0)
-            enough = top_p * tl.sum(kept, 0)
+            enough = tl.maximum(top_p * tl.sum(kept, 0), LEAST_SHARE)
             low = _search(row_ptr, vocab, low, high, enough, best, base, False, GRAIN, BLOCK)
         least = _number(low, GRAIN)
         if min_p > 0.0:

@@ -106,6 +106,19 @@ def test_ties_stay_together(kernel: str, request: pytest.FixtureRequest) -> None
     assert least_kept(logits, **asked_of(min_p=1.0)) == 2.0
 
 
+@pytest.mark.parametrize("top_p", [1e-8, 1e-50, 0.0])
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.usefixtures("interpreted")
+def test_the_likeliest_token_stays_however_small_top_p_is(top_k: int, top_p: float) -> None:
+    """1e-50 is a request's good right, and 0 in float32."""
+    from kernels.truncate_triton import least_kept_logit_triton
+
+    logits, asked = torch.tensor([[1.0, 3.0, 2.0, -1.0]]), asked_of(top_k=top_k, top_p=top_p)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert least_kept_logit_triton(logits.to(dtype), **asked) == 3.0
+        assert least_kept_logit_torch(logits.to(dtype), **asked) == 3.0
+
+
 def test_a_draw_takes_nothing_below() -> None:
     logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     warm, uniform = torch.full((300,), 5.0), torch.linspace(0, 1, 301, dtype=torch.float64)[:300]
