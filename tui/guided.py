@@ -43,6 +43,8 @@ class GuidedSession(Session):
 
     def tick(self, now: float) -> Change:
         """As ever, and on from a stop that has been long enough."""
+        if self.live is not None and self.live.ended:
+            self._stop_ends = None  # nothing goes on, and the message says why
         if self._stop_ends is not None and now >= self._stop_ends:
             self._go_on()
         return super().tick(now)

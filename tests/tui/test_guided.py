@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -128,6 +130,21 @@ def test_keys_take_over_from_a_guide() -> None:
         session.go(0)
         session.tick(now + 100)
         assert (session.word, session.position) == ("PAUSED", 0), "who looks back is left alone"
+
+
+def test_a_stop_does_not_outlive_the_engine() -> None:
+    with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
+        session = guided(engine)
+        now = go(session, 0.0, "PAUSED")
+        os.kill(engine.pid, signal.SIGKILL)
+        assert session.live is not None
+        session.live._thread.join(30)
+        session.tick(now + 1)
+        said = session.message
+        assert "has ended" in said
+        session.tick(now + STOP_SECONDS + 1)
+        assert (session.word, session.playing, session.message) == ("ENDED", False, said)
+        assert session.speed_text != "goes on by itself"
 
 
 def test_the_end_is_summed_up() -> None:
