@@ -23,7 +23,7 @@ def check_integers(
     length: int | None,
     device: torch.device,
 ) -> None:
-    """A vector of `length` integers of one of `dtypes` on `device`; any length if None."""
+    """A contiguous vector of `length` integers of one of `dtypes` on `device`; any length if None."""
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
         raise ValueError(f"{name} has shape {shape_of(tensor)}; it must be [{'any' if length is None else length}]")
@@ -31,6 +31,8 @@ def check_integers(
         raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, where the cache is")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has stride {tensor.stride(0)}; it must be contiguous")
 
 
 def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
@@ -97,6 +99,8 @@ def check_attention(
         raise ValueError(
             f"block_tables is {block_tables.dtype} on {block_tables.device}; it must be torch.int32 on {query.device}"
         )
+    if block_tables.shape[-1] > 1 and block_tables.stride(-1) != 1:
+        raise ValueError(f"block_tables has strides {block_tables.stride()}; its last dimension must be contiguous")
     check_integers("context_lens", context_lens, torch.int32, num_rows, query.device)
     if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"scale is {scale}; it must be above 0 and finite, from {SMALLEST_SCALE} to {LARGEST_SCALE}")

@@ -37,11 +37,14 @@ def draw_tokens(
         ("least", least, (torch.float32,)),
     ):
         if tensor is not None and (
-            tensor.shape != logits.shape[:1] or tensor.dtype not in dtypes or tensor.device != logits.device
+            tensor.shape != logits.shape[:1]
+            or tensor.dtype not in dtypes
+            or tensor.device != logits.device
+            or not tensor.is_contiguous()
         ):
             raise ValueError(
                 f"{name} is {tensor.dtype} {shape_of(tensor)} on {tensor.device}; it must be {' or '.join(map(str, dtypes))} "
-                f"[{logits.shape[0]}] on {logits.device}"
+                f"[{logits.shape[0]}], contiguous, on {logits.device}"
             )
     if use_triton(logits):
         from kernels.draw_triton import draw_tokens_triton

@@ -30,7 +30,7 @@ def least_kept_logit(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
             "[rows, vocab] with its last dimension contiguous"
         )
     for name, tensor in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
-        if tensor.shape != logits.shape[:1] or tensor.device != logits.device or tensor.stride(0) != 1:
+        if tensor.shape != logits.shape[:1] or tensor.device != logits.device or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} is {shape_of(tensor)} on {tensor.device}; it must be [{logits.shape[0]}], contiguous, on {logits.device}"
             )

@@ -129,7 +129,15 @@ def changed(case: PagedCase, **changes: object) -> dict[str, object]:
         (lambda c: {"block_tables": c.block_tables.long()}, "block_tables is torch.int64"),
         (lambda c: {"block_tables": c.block_tables[:1]}, r"block_tables has shape \[1, 2\]"),
         (lambda c: {"block_tables": c.block_tables[:, None]}, "a table per KV head"),
+        (
+            lambda c: {"block_tables": c.block_tables.T.contiguous().T},
+            r"block_tables has strides \(1, 2\); its last dimension must be contiguous",
+        ),
         (lambda c: {"context_lens": c.context_lens.long()}, "context_lens is torch.int64"),
+        (
+            lambda c: {"context_lens": c.context_lens.repeat_interleave(2)[::2]},
+            "context_lens has stride 2; it must be contiguous",
+        ),
         (lambda c: {"context_lens": c.context_lens[:1]}, r"context_lens has shape \[1\]"),
         (lambda c: {"query_starts": c.query_starts.long()}, "query_starts is torch.int64"),
         (lambda c: {"query_starts": c.query_starts[:0]}, "query_starts is empty"),

@@ -152,3 +152,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         kernels.least_kept_logit(logits, **asked_of() | {"top_p": torch.ones(2)})
     with pytest.raises(ValueError, match=r"least is torch\.float64 \[1\]"):
         kernels.draw_tokens(logits, torch.ones(1), torch.zeros(1).double(), torch.zeros(1).double())
+    with pytest.raises(
+        ValueError, match=r"uniform is torch\.float64 \[2\] on cpu; it must be torch\.float64 \[2\], contiguous"
+    ):
+        kernels.draw_tokens(torch.zeros(2, 8), torch.ones(2), torch.zeros(4).double()[::2])
