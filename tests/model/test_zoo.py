@@ -82,7 +82,7 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
         zoo.load(str(folder), device="cpu")
 
 
-@pytest.mark.parametrize("name", ["gpt-5", "", "random", "nowhere/model.gguf"])
+@pytest.mark.parametrize("name", ["gpt-5", "", "random"])
 def test_unknown_names_list_the_known_ones(name: str) -> None:
     with pytest.raises(ModelError) as caught:
         zoo.load(name, device="cpu")
@@ -91,6 +91,15 @@ def test_unknown_names_list_the_known_ones(name: str) -> None:
         assert word in message
     assert "opt-13b" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("path", ["nowhere/model.gguf", "./nope"])
+def test_a_path_that_is_not_there_is_called_one(path: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        zoo.load(path, device="cpu")
+    assert str(caught.value).startswith(f"{path}: there is no such file or folder; give a folder")
+    for word in ("smollm2-135m", "toy", ".gguf", "hf:org/name"):
+        assert word in str(caught.value)
 
 
 def test_unknown_and_simulated_shapes() -> None:
