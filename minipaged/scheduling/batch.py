@@ -17,6 +17,7 @@ from minipaged.scheduling.request import Request, Sequence
 
 NO_TOKEN = -2  # in `stop`: nothing but the length ends this sequence
 COLDEST = 1e-5  # below this temperature a draw is greedy: logits over it would leave what float32 can hold
+MOST = 1e30  # what a temperature or a penalty beyond counts as: all tokens are alike long before, and float32 ends soon after
 
 
 class Batch:
@@ -90,7 +91,7 @@ class Batch:
         self.top_p[slot] = params.top_p
         self.top_k[slot] = min(params.top_k, 2**31 - 1)
         self.min_p[slot] = params.min_p
-        self.repetition_penalty[slot] = params.repetition_penalty
+        self.repetition_penalty[slot] = min(max(params.repetition_penalty, 1 / MOST), MOST)
         self.seed[slot] = seed
         self.index[slot] = sequence.index
         self.set_sampling(sequence)
@@ -100,7 +101,7 @@ class Batch:
     def set_sampling(self, sequence: Sequence) -> None:
         """Take over the temperature of a seated sequence's request, which may be turned while it runs."""
         params, slot = sequence.request.params, sequence.slot
-        self.temperature[slot] = params.temperature if params.temperature >= COLDEST else 0.0
+        self.temperature[slot] = min(params.temperature, MOST) if params.temperature >= COLDEST else 0.0
         self.plain[slot] = (
             params.greedy
             and params.repetition_penalty == 1.0

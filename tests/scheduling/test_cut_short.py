@@ -122,6 +122,24 @@ def test_parameters_at_the_ends_of_their_ranges() -> None:
     assert (
         llm.generate("hello", all_kept)[0].outputs[0].token_ids == llm.generate("hello", warm)[0].outputs[0].token_ids
     )
+    narrow = SamplingParams(max_tokens=4, temperature=1.0, seed=1, top_p=1e-50)
+    assert llm.generate("hello", narrow)[0].outputs[0].token_ids == greedy
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "beyond", [{"temperature": 1e300}, {"repetition_penalty": 1e300}, {"repetition_penalty": 1e-300}]
+)
+def test_what_float32_cannot_hold_counts_as_the_most_that_it_can(beyond: dict[str, float]) -> None:
+    """The end is banned, which is -inf: over an infinite temperature that would be no number."""
+    llm = toy()
+    within = {name: max(min(value, 1e30), 1e-30) for name, value in beyond.items()}
+    drawn = [
+        llm.generate("hello", SamplingParams(max_tokens=6, min_tokens=6, seed=1, **{"temperature": 1.0, **asked}))
+        for asked in (beyond, within)
+    ]
+    first, second = (answers[0].outputs[0].token_ids for answers in drawn)
+    assert first == second
 
 
 def test_more_logprobs_than_a_beam_search_looks_at() -> None:
