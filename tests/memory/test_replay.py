@@ -16,12 +16,15 @@ from tests.spec.model import BrokenLawError
 from tests.spec.run import run_machine
 from tui.session import Session
 
+PHASES = [Phase.generate, Phase.shrink]
+ENOUGH = 1000  # examples to find the fault among, which takes about ten: which ones are drawn depends on the modules that are loaded
+
 
 def test_a_broken_law_leaves_a_replay(tmp_path: Path) -> None:
     """The message gives the command; the file's last state is the one in which the law broke."""
     path = tmp_path / "L02.trace"
     with pytest.raises(BrokenLawError) as caught:
-        run_machine(UncountedFork, frozenset({"L02"}), replay=path, phases=[Phase.generate, Phase.shrink])
+        run_machine(UncountedFork, frozenset({"L02"}), replay=path, phases=PHASES, max_examples=ENOUGH)
     assert f"minipaged tui --replay {path}" in "".join(caught.value.__notes__)
     source = FileSource(path)
     assert not source.damage
@@ -41,7 +44,7 @@ def test_the_last_state_is_the_one_after_the_fault(tmp_path: Path) -> None:
     """A law that breaks inside a call, before anything of it is taken in, still shows what the call did."""
     path = tmp_path / "L32.trace"
     with pytest.raises(BrokenLawError, match="handed out block"):
-        run_machine(StaleKey, frozenset({"L32"}), replay=path, phases=[Phase.generate, Phase.shrink])
+        run_machine(StaleKey, frozenset({"L32"}), replay=path, phases=PHASES, max_examples=ENOUGH)
     session = Session(FileSource(path))
     assert session.at_edge
     assert not session.playing
