@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(lab_app, name="lab", help="Other systems, figures and calculators, simulated.")
+app.add_typer(lab_app, name="lab", help="Other systems, simulated or measured here; figures, calculators, claims.")
 app.add_typer(learn_app, name="learn", help="Build it yourself: twelve lessons.")
 app.add_typer(bench_app, name="bench", help="What things cost on this machine.")
 

@@ -76,6 +76,7 @@ def run_screen(
             session.start()
         code = _show(session, look, runner, headless, steps, screenshot)
         if code == 0:
+            session.seek(len(session.source))  # the run is summed up, wherever in it somebody was looking
             code = _say_what_it_came_to(session, guided and not headless)
         if code == 1 and (words := runner.last_words()):
             print(f"minipaged: {words}", file=sys.stderr)

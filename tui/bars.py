@@ -34,6 +34,7 @@ LESSON_KEYS: tuple[tuple[str, str], ...] = (
 )
 LIVE_ONLY = frozenset({"a", "e"})  # keys that do nothing in a recording
 MORE_KEYS: tuple[tuple[str, str], ...] = (
+    ("q", "quit"),
     ("/", "find"),
     ("w", "why"),
     ("f", "focus one"),
@@ -41,7 +42,6 @@ MORE_KEYS: tuple[tuple[str, str], ...] = (
     ("G", "newest"),
     ("e", "knobs"),
     ("L", "lesson"),
-    ("q", "quit"),
 )
 
 

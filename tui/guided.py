@@ -92,5 +92,7 @@ class GuidedSession(Session):
 
     def change_speed(self, by: int) -> None:
         """Whoever chooses a speed needs no guide."""
-        self.guide, self._stop_ends = None, None
+        if self._stop_ends is not None:
+            self._go_on()  # a stop is the guide's pause, not theirs
+        self.guide = None
         super().change_speed(by)

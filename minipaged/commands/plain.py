@@ -15,6 +15,7 @@ from minipaged.trace.records import StepDelta
 
 TOLD = frozenset({"fork", "copy", "cache_hit", "preempt", "evict", "swap_out", "swap_in", "finish"})
 EVERY = 16  # steps between two lines of gauges
+WIDEST_PROMPT = 60  # characters of a prompt that stand over its answer
 
 
 def run_plain(
@@ -92,5 +93,15 @@ def _print_texts(outputs: list[RequestOutput]) -> None:
         prompt = printable(" ".join((output.prompt or "").split()))
         if output.error:
             print(f"\n{prompt[:60]}\n  refused: {output.error}")
-        for answer in output.outputs:
-            print(f"\n… {prompt[-60:]}\n  {printable(' '.join(answer.text.split()))}")
+        for sequence in output.request.sequences:  # by number, as the lines above name them
+            text = printable(" ".join(sequence.text.split()))
+            print(f"\nsequence {sequence.seq_id} · {end_of(prompt, WIDEST_PROMPT)}\n  {text}")
+
+
+def end_of(text: str, width: int) -> str:
+    """The last words of a text in at most `width` characters, after … where some were left out."""
+    if len(text) <= width:
+        return text
+    end = text[-(width - 1) :]
+    _, space, words = end.partition(" ")
+    return "…" + (words if space and not text[-width].isspace() else end)

@@ -102,8 +102,12 @@ def read_prompts(path: Path) -> Asked:
     """A prompt a line; empty lines and lines that begin with # are passed over. InputError if none is left."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror or error}; give a file with a prompt a line"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     texts = [line for line in lines if line.strip() and not line.startswith("#")]
     if not texts:
         raise InputError(f"{path}: holds no prompt; give a prompt a line")

@@ -70,8 +70,7 @@ def ablate(
     json_file: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
-    """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, and
-    whether the factors multiply."""
+    """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, the product."""
     from minipaged.commands.progress import status_line
     from minipaged.lab import device_report
     from minipaged.lab.ablate import Ablation

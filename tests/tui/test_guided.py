@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from tui.guide import MOST_STEPS, Guide
 from tui.guided import STOP_SECONDS, GuidedSession
 from tui.screen import ScreenApp
 from tui.sentences import sentence, summary
+from tui.session import Session
 from tui.textpane import text_title
 from tui.view import View
 
@@ -63,7 +65,7 @@ def guided(engine: EngineProcess) -> GuidedSession:
     return session
 
 
-def go(session: GuidedSession, now: float, until: str) -> float:
+def go(session: Session, now: float, until: str) -> float:
     """Tick, a tenth of a second each, until the session is called that; returns the time."""
     source = session.live
     assert source is not None
@@ -124,6 +126,12 @@ def test_keys_take_over_from_a_guide() -> None:
         assert session.word == "PAUSED", "a pause of one's own stays"
         session.change_speed(-1)
         assert session.guide is None
+        assert session.word == "PAUSED", "a speed does not end a pause of one's own"
+    with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
+        session = guided(engine)
+        go(session, 0.0, "PAUSED")
+        session.change_speed(1)
+        assert (session.guide, session.word) == (None, "LIVE"), "a speed ends a stop, and the tour"
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
         now = go(session, 0.0, "PAUSED")
@@ -171,3 +179,23 @@ def test_headless_says_what_it_did_and_what_was_refused(capsys: pytest.CaptureFi
     assert "refused" in capsys.readouterr().err
     assert run_screen(trace, headless=True) == 0
     assert "steps in this trace" in capsys.readouterr().out
+
+
+def test_the_whole_run_is_summed_up_wherever_one_looks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has gone back to the start and quits there reads of the whole run."""
+
+    def looked_back(session: Session, *_: object) -> int:
+        live = session.live
+        assert live is not None
+        assert live.wait(lambda: live.ready)
+        go(session, 0.0, "IDLE")
+        session.go(0)
+        return 0
+
+    monkeypatch.setattr("tui.app._show", looked_back)
+    assert run_screen(partial(scripted_engine, num_blocks=64), prompts=["good"]) == 0
+    said = re.search(r"1 answer, (\d+) tokens in (\d+) steps", capsys.readouterr().out)
+    assert said is not None
+    assert min(int(said[1]), int(said[2])) > 0
