@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kernels.dispatch import use_triton
 from minipaged.config import CacheConfig, EngineConfig, ModelConfig
 from minipaged.engine import Engine
 from minipaged.errors import InputError
@@ -110,7 +111,7 @@ def build_engine(
     dtype: str,
     graphs: bool = True,
 ) -> Engine:
-    """An engine with a KV pool of its own around a model that is loaded already. graphs: replay CUDA graphs where there is a GPU."""
+    """An engine with a KV pool of its own around a model that is loaded already. graphs: replay CUDA graphs where steps can be captured."""
     runner = build_runner(loaded, cache, config, device=device, dtype=dtype, graphs=graphs)
     manager = BlockManager(
         cache.num_blocks,
@@ -147,11 +148,16 @@ def build_runner(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    if graphs and device.type == "cuda":
+    if graphs and can_capture(store.layers[0][0]):
         from minipaged.execution.graph_runner import GraphRunner
 
         return GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len, depth=config.depth)
     return TorchRunner(loaded.model, store, config.max_num_seqs)
+
+
+def can_capture(cache: torch.Tensor) -> bool:
+    """Whether steps over this cache can be captured: on a GPU, unless the torch twins run there, which read lengths on the host."""
+    return cache.is_cuda and use_triton(cache)
 
 
 def _step_bytes(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from kernels import truncate
-from minipaged.assembly import build_runner, choose_num_blocks
+from kernels import dispatch, truncate
+from minipaged.assembly import build_runner, can_capture, choose_num_blocks
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.errors import InputError
 from minipaged.execution import torch_runner
@@ -68,6 +70,29 @@ def test_the_pool_is_what_the_step_leaves(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB // 100, 80 * GIB))
     with pytest.raises(InputError, match=r"left for the pool: lower block_size \(now 16\), or free memory"):
         choose_num_blocks(config, 16, "bfloat16", device)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "installed", "choice", "captured"),
+    [
+        (True, True, "", True),
+        (True, True, "triton", True),
+        (True, True, "torch", False),
+        (True, False, "", False),
+        (False, True, "", False),
+        (False, True, "triton", False),
+    ],
+)
+def test_graphs_hold_triton_kernels_only(
+    on_gpu: bool, installed: bool, choice: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twins read lengths on the host, which a capture refuses: on a GPU without Triton the engine launches kernel by kernel."""
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: installed)
+    monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
+    monkeypatch.setattr(dispatch, "_warn_of_missing_triton", lambda: None)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, choice)
+    cache = cast(torch.Tensor, SimpleNamespace(is_cuda=on_gpu, device="cuda:0" if on_gpu else "cpu"))
+    assert can_capture(cache) is captured
 
 
 def test_parts_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
