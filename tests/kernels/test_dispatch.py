@@ -62,6 +62,7 @@ def test_triton_on_the_cpu_needs_its_interpreter() -> None:
         ("3.5.1", False, False),
         ("3.6.0", False, True),
         ("3.6.0", True, False),
+        ("3.7.1", False, False),
         ("3.9.0+git1a2b", False, True),
         ("3.10.0", False, False),
         ("4.0.0", False, False),
