@@ -62,7 +62,7 @@ def draw_tokens_torch(
     best = logits.argmax(dim=-1)
     if temperature is None or uniform is None:
         return best
-    warm = temperature >= COLDEST
+    warm = temperature.float() >= COLDEST
     scaled = logits.float() / temperature.where(warm, 1.0).float()[:, None]
     cumulative = scaled.softmax(dim=-1).double().cumsum(dim=-1)
     threshold = uniform[:, None] * cumulative[:, -1:]

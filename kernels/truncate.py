@@ -44,7 +44,7 @@ def least_kept_logit(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
 def least_kept_logit_torch(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """The twin of least_kept_logit_triton: by sorting. Sums in float64."""
     least = torch.full(logits.shape[:1], float("-inf"), dtype=torch.float32, device=logits.device)
-    cut = (temperature >= COLDEST) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+    cut = (temperature.float() >= COLDEST) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     for rows in torch.split(cut.nonzero().squeeze(1), SORTED_ROWS):
         least[rows] = _by_sorting(logits[rows].float(), *(x[rows] for x in (temperature, top_k, top_p, min_p)))
     return least

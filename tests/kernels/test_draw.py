@@ -69,6 +69,16 @@ def test_L64_draw_equals_twin(rows: int, vocab: int, dtype: torch.dtype, seed: i
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_the_bound_of_cold_draws_is_one_number() -> None:
+    """1e-5 as float32 holds it, in a float64 column, is warm for both: they compare as float32."""
+    from kernels.draw_triton import draw_tokens_triton
+
+    logits, uniform = torch.zeros(1, 8), torch.full((1,), 0.9, dtype=torch.float64)
+    bound = torch.tensor([COLDEST], dtype=torch.float32).double()
+    assert [draw(logits, bound, uniform).item() for draw in (draw_tokens_torch, draw_tokens_triton)] == [7, 7]
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("temperature", [1e-4, 1e-5, 1e-6, 1e-38, 1e-45, 0.0])
 def test_the_coldest_draws_are_the_most_likely_tokens(temperature: float) -> None:
     from kernels.draw_triton import draw_tokens_triton
