@@ -228,6 +228,9 @@ class Actions(App[int]):
         base.toggle_class("-compare")
         if base.has_class("-compare"):
             self.session.compare()
+            states = self.session.snapshot.sequences.values()
+            if self.session.position and not any(state.alive for state in states):
+                self.session.message = "nobody is here at this step: { goes back to what happened before"
         self.call_after_refresh(self.paint)
 
     def action_lessons(self) -> None:

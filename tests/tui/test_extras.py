@@ -25,7 +25,7 @@ from tui.dialogs import Overlay
 from tui.gallery import SCENARIOS, scenario_path
 from tui.inspector import Journey
 from tui.keys import load_keys
-from tui.screen import binding_ids
+from tui.screen import ScreenApp, binding_ids
 from tui.view import View, width_of
 
 
@@ -67,6 +67,28 @@ def test_shadows_of_the_trace_itself_are_shown() -> None:
         await until(pilot, lambda: "contiguous" in text(app))
         assert "tokens 52% reserved 48%" in text(app)
         assert "orca" not in text(app)
+
+    drive(app, (120, 40), script)
+
+
+def test_comparing_where_nobody_is_says_where_to_look() -> None:
+    path = scenario_path("cow")
+    source = FileSource(path)
+
+    def alive(app: ScreenApp) -> bool:
+        return any(state.alive for state in app.session.snapshot.sequences.values())
+
+    app = replay(source=source, at=len(source))
+
+    async def script(pilot: Pilot[int]) -> None:
+        assert not alive(app)
+        await pilot.press("c")
+        await until(pilot, lambda: "nobody is here at this step: { goes back" in text(app))
+        await pilot.press("left_curly_bracket")
+        await until(pilot, lambda: alive(app))
+        await pilot.press("c", "c")
+        await until(pilot, lambda: "orca" in text(app))
+        assert "nobody is here at this step" not in text(app)
 
     drive(app, (120, 40), script)
 
