@@ -13,6 +13,9 @@ from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
 from minipaged.llm import LLM
 
+ENDS = ("", "/quit", "/exit", "/bye")
+HOW_IT_ENDS = "An empty line, /quit or ctrl+d ends the conversation; ctrl+c ends an answer."
+
 
 def chat(model: str, params: SamplingParams, settings: dict[str, Any], system: str | None) -> int:
     """Read questions until the end of input; ctrl+c ends an answer, and at the prompt the conversation."""
@@ -20,15 +23,18 @@ def chat(model: str, params: SamplingParams, settings: dict[str, Any], system: s
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     llm.chat_prompt([*messages, {"role": "user", "content": "hello"}])  # a model without a template is refused here
     notes = Console(stderr=True, highlight=False)
-    notes.print("An empty line or ctrl+d ends the conversation.", style="dim")
+    notes.print(HOW_IT_ENDS, style="dim")
     while True:
         try:
             question = input("› " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
-        if not question.strip():
+        if question.strip() in ENDS:
             return 0
+        if question.strip() == "/help":
+            notes.print(HOW_IT_ENDS, style="dim")
+            continue
         asked = [*messages, {"role": "user", "content": question}]
         meter = Meter(llm)
         try:
