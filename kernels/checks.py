@@ -35,6 +35,26 @@ def check_integers(
         raise ValueError(f"{name} has stride {tensor.stride(0)}; it must be contiguous")
 
 
+def check_logits(logits: torch.Tensor) -> None:
+    """[rows, vocab] with at least one token, its last dimension contiguous."""
+    if logits.dim() != 2 or logits.shape[1] < 1 or logits.dtype not in FLOAT_DTYPES or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits is {logits.dtype} {shape_of(logits)} with strides {logits.stride()}; it must be float32, float16 or bfloat16 "
+            "[rows, vocab] with its last dimension contiguous"
+        )
+
+
+def check_column(name: str, column: torch.Tensor, logits: torch.Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    """One number for each row of the logits, where they are, contiguous; of one of `dtypes`, or of any if none is named."""
+    alike = column.shape == logits.shape[:1] and column.device == logits.device and column.is_contiguous()
+    if not alike or (dtypes and column.dtype not in dtypes):
+        kinds = f"{' or '.join(map(str, dtypes))} " if dtypes else ""
+        raise ValueError(
+            f"{name} is {column.dtype} {shape_of(column)} on {column.device}; it must be {kinds}[{logits.shape[0]}], contiguous, on "
+            f"{logits.device}"
+        )
+
+
 def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
     """Both caches [num_blocks, block_size, kv_heads, head_dim], alike in shape, dtype, device and strides."""
     if key_cache.dim() != 4 or key_cache.shape != value_cache.shape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.checks import COLDEST, FLOAT_DTYPES, shape_of
+from kernels.checks import COLDEST, check_column, check_logits
 from kernels.dispatch import use_triton
 
 
@@ -24,28 +24,16 @@ def draw_tokens(
     row's draw depends on that row alone. Reads the logits once, and one part of them again. Raises ValueError on shapes, dtypes or devices
     that do not fit.
     """
-    if logits.dim() != 2 or logits.shape[1] < 1 or logits.dtype not in FLOAT_DTYPES or logits.stride(1) != 1:
-        raise ValueError(
-            f"logits is {logits.dtype} {shape_of(logits)} with strides {logits.stride()}; it must be float32, float16 or bfloat16 "
-            "[rows, vocab] with its last dimension contiguous"
-        )
+    check_logits(logits)
     if (temperature is None) != (uniform is None):
         raise ValueError("temperature and uniform go together: give both, or neither for the most likely tokens")
-    for name, tensor, dtypes in (
+    for name, column, dtypes in (
         ("temperature", temperature, (torch.float32, torch.float64)),
         ("uniform", uniform, (torch.float64,)),
         ("least", least, (torch.float32,)),
     ):
-        if tensor is not None and (
-            tensor.shape != logits.shape[:1]
-            or tensor.dtype not in dtypes
-            or tensor.device != logits.device
-            or not tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"{name} is {tensor.dtype} {shape_of(tensor)} on {tensor.device}; it must be {' or '.join(map(str, dtypes))} "
-                f"[{logits.shape[0]}], contiguous, on {logits.device}"
-            )
+        if column is not None:
+            check_column(name, column, logits, dtypes)
     if use_triton(logits):
         from kernels.draw_triton import draw_tokens_triton
 

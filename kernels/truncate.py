@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.checks import COLDEST, FLOAT_DTYPES, shape_of
+from kernels.checks import COLDEST, check_column, check_logits
 from kernels.dispatch import use_triton
 
 SORTED_ROWS = 32  # of the twin at a time: a sort takes about 50 bytes a logit
@@ -24,16 +24,9 @@ def least_kept_logit(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     logits: [rows, vocab], its last dimension contiguous. The others: [rows] numbers of any dtype; top_k whole. Raises ValueError on shapes,
     dtypes or devices that do not fit. Source of top-p: Holtzman et al. 2020.
     """
-    if logits.dim() != 2 or logits.shape[1] < 1 or logits.dtype not in FLOAT_DTYPES or logits.stride(1) != 1:
-        raise ValueError(
-            f"logits is {logits.dtype} {shape_of(logits)} with strides {logits.stride()}; it must be float32, float16 or bfloat16 "
-            "[rows, vocab] with its last dimension contiguous"
-        )
-    for name, tensor in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
-        if tensor.shape != logits.shape[:1] or tensor.device != logits.device or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is {shape_of(tensor)} on {tensor.device}; it must be [{logits.shape[0]}], contiguous, on {logits.device}"
-            )
+    check_logits(logits)
+    for name, column in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
+        check_column(name, column, logits)
     if use_triton(logits):
         from kernels.truncate_triton import least_kept_logit_triton
 

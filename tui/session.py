@@ -18,16 +18,14 @@ from minipaged.errors import TraceError
 from minipaged.trace.live import LiveSource
 from minipaged.trace.player import SPEEDS, Player
 from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
-from minipaged.trace.rows import beside_appends
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 from tui.finding import cause_of, find, next_event
+from tui.moves import RecentMoves, moves_in
 from tui.shadowfeed import ShadowFeed
 
 Asked = tuple[str, SamplingParams]
 REPLAY_SPEED = 10.0  # steps a second
-MOVES = frozenset({"preempt", "swap_out", "swap_in", "admit"})
-MOVE_SECONDS = 0.7  # that a letter which went to another queue stays marked
 WORDS_SECONDS = 6.0  # that a message stands while steps go by
 
 
@@ -70,7 +68,7 @@ class Session:
         self._loading = False  # whether `message` says how loading goes
         self._all = True  # the next change concerns every block
         self._owed = 0  # single steps asked of the engine and not yet seen
-        self._moves: dict[int, tuple[str, float]] = {}  # sequence -> what moved it, and when that was seen
+        self._moves = RecentMoves()
         self._read = ("", 0.0)  # the message, and since when it stands
         self.refused: list[str] = []  # why prompts were not taken
         self._due = 0.0
@@ -194,24 +192,15 @@ class Session:
         return self._change(applied, heard)
 
     def _follow_moves(self, applied: list[StepDelta], now: float) -> bool:
-        """Note who went from queue to queue; True when a note has stood long enough and goes."""
-        for delta in applied:
-            events = beside_appends(delta.events)
-            self._moves.update({event.sequence: (event.kind, now) for event in events if event.kind in MOVES})
-        if not self.playing:
-            self._moves.clear()
-        gone = [sequence for sequence, (_, since) in self._moves.items() if now - since > MOVE_SECONDS]
-        for sequence in gone:
-            del self._moves[sequence]
-        return bool(gone)
+        if self.playing:
+            return self._moves.follow(applied, now)
+        self._moves.forget()
+        return False
 
     @property
     def moves(self) -> Mapping[int, str]:
         """Who has just gone from queue to queue: while it runs for long enough to be seen, else in this very step."""
-        if self.playing:
-            return {sequence: kind for sequence, (kind, _) in self._moves.items()}
-        events = beside_appends(self.delta.events) if self.delta is not None else ()
-        return {event.sequence: event.kind for event in events if event.kind in MOVES}
+        return self._moves.kinds if self.playing else moves_in(self.delta)
 
     @property
     def flash(self) -> frozenset[int]:

@@ -61,9 +61,8 @@ class LiveSource(RecordSource):
         self.notes: deque[Note] = deque()  # words for people, not yet taken
         self._stored: list[Record] = []
         self._folded = Snapshot()  # after all deltas, for the keyframes
-        self._fresh: dict[
-            int, StepDelta
-        ] = {}  # position -> delta: the newest, which whoever follows the engine asks for next
+        # Position -> delta: the newest, which whoever follows the engine asks for next.
+        self._fresh: dict[int, StepDelta] = {}
         self._records, self._commands = records, commands
         self._arrived: deque[Record] = deque()
         self._arrival = threading.Event()

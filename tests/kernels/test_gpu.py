@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kernels
+from minipaged.lab.bench.timing import capture
 from tests.kernels.paged_cases import (
     PagedCase,
     assert_close,
@@ -234,16 +235,7 @@ def captured_step(case: PagedCase, out: torch.Tensor, slots: torch.Tensor) -> to
         kernels.write_kv(new, new, case.key_cache, case.value_cache, slots)
         kernels.paged_decode(*case.decode(), window=case.window, out=out)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
+    return capture(step)
 
 
 @pytest.mark.parametrize("window", [None, 600])

@@ -148,7 +148,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     logits = torch.zeros(1, 8)
     with pytest.raises(ValueError, match=r"logits is torch\.int64"):
         kernels.least_kept_logit(logits.long(), **asked_of())
-    with pytest.raises(ValueError, match=r"top_p is \[2\] on cpu; it must be \[1\]"):
+    with pytest.raises(ValueError, match=r"top_p is torch\.float32 \[2\] on cpu; it must be \[1\], contiguous"):
         kernels.least_kept_logit(logits, **asked_of() | {"top_p": torch.ones(2)})
     with pytest.raises(ValueError, match=r"least is torch\.float64 \[1\]"):
         kernels.draw_tokens(logits, torch.ones(1), torch.zeros(1).double(), torch.zeros(1).double())

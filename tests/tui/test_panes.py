@@ -22,10 +22,11 @@ from tui.history import History
 from tui.inspector import block_lines, journey_lines, past_lines
 from tui.lessons import LESSONS
 from tui.maplayout import Zoom
+from tui.moves import MOVE_SECONDS
 from tui.palette import ASCII, UNICODE, Glyphs
 from tui.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
 from tui.sentences import TICKS, sentence, sentences
-from tui.session import MOVE_SECONDS, Session
+from tui.session import Session
 from tui.sidepanes import tree_lines, waste_lines
 from tui.tables import TablesPane, queue_lines, table_lines
 from tui.textpane import text_lines, wrap_tail
