@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.launch_table import HOPPER, capability
+from minipaged.kernels.launch_table import HOPPER, capability
 
 ENVIRONMENT_VARIABLE = "MINIPAGED_DEPENDENT_LAUNCH"
 PLAIN_LAUNCH: dict[str, bool] = {"DEPENDENT": False}  # after everything before it has ended

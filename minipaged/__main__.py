@@ -14,7 +14,7 @@ def main() -> None:
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)
-        from minipaged.cli import app, run_guarded
+        from minipaged.cli.main import app, run_guarded
 
         code = run_guarded(app)
     except KeyboardInterrupt:

@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.dispatch import use_triton
 from minipaged.config import CacheConfig, EngineConfig, ModelConfig
 from minipaged.engine import Engine
 from minipaged.errors import InputError
+from minipaged.execution.eager import TorchRunner
 from minipaged.execution.kv_store import KVStore
 from minipaged.execution.largest_step import peak_bytes
-from minipaged.execution.torch_runner import TorchRunner
+from minipaged.kernels.dispatch import use_triton
 from minipaged.memory.block_manager import BlockManager
-from minipaged.model import zoo
-from minipaged.model.placement import choose_device, choose_dtype
-from minipaged.model.tokenizer import Tokenizer
-from minipaged.model.weights import Progress
-from minipaged.model.zoo import LoadedModel
+from minipaged.model.loading import zoo
+from minipaged.model.loading.placement import choose_device, choose_dtype
+from minipaged.model.loading.tokenizer import Tokenizer
+from minipaged.model.loading.weights import Progress
+from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
@@ -149,7 +149,7 @@ def build_runner(
         device=device,
     )
     if graphs and can_capture(store.layers[0][0]):
-        from minipaged.execution.graph_runner import GraphRunner
+        from minipaged.execution.graphs import GraphRunner
 
         return GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len, depth=config.depth)
     return TorchRunner(loaded.model, store, config.max_num_seqs)

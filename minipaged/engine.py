@@ -11,11 +11,11 @@ from minipaged.config import SamplingParams
 from minipaged.config import describe as settings_of
 from minipaged.errors import InputError, RequestError
 from minipaged.execution.runner import Pending, Runner
-from minipaged.generation.detokenizer import Detokenizer, TextCodec
 from minipaged.scheduling import knobs
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.text.detokenizer import Detokenizer, TextCodec
 from minipaged.trace.builder import TraceBuilder
 
 

@@ -15,12 +15,12 @@ os.environ.setdefault(
 import pytest
 from hypothesis import HealthCheck, Verbosity, settings
 
-from tests.spec_options import pytest_addoption, pytest_configure
+from tests.laws_options import pytest_addoption, pytest_configure
 
 __all__ = ["pytest_addoption", "pytest_configure"]
 
 pytest.register_assert_rewrite(  # so that a failing law says which values it saw
-    "tests.spec.properties", "tests.spec.properties_cache", "tests.spec.properties_steps"
+    "tests.laws.properties", "tests.laws.properties_cache", "tests.laws.properties_steps"
 )
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

@@ -8,18 +8,18 @@ from dataclasses import replace
 from textual.app import App
 from textual.widget import Widget
 
-from minipaged.trace.live import LiveSource
-from tui.blockmap import BlockMap
-from tui.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
-from tui.finding import arrivals
-from tui.helptext import help_text
-from tui.inspector import Inspector, Journey
-from tui.lessons import LESSONS
-from tui.lessonsession import LessonSession
-from tui.pane import Pane
-from tui.session import Change, Session
-from tui.sidepanes import TreePane, WastePane
-from tui.view import View
+from minipaged.serving.live import LiveSource
+from minipaged.tui.blockmap import BlockMap
+from minipaged.tui.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
+from minipaged.tui.finding import arrivals
+from minipaged.tui.helptext import help_text
+from minipaged.tui.inspector import Inspector, Journey
+from minipaged.tui.lessons import LESSONS
+from minipaged.tui.lessonsession import LessonSession
+from minipaged.tui.pane import Pane
+from minipaged.tui.session import Change, Session
+from minipaged.tui.sidepanes import TreePane, WastePane
+from minipaged.tui.view import View
 
 
 class Actions(App[int]):

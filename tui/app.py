@@ -12,15 +12,15 @@ from typing import Any
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
-from minipaged.trace.live import EngineProcess, LiveSource
+from minipaged.serving.live import EngineProcess, LiveSource
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
-from tui.guided import GuidedSession
-from tui.keys import load_keys
-from tui.safe import clean
-from tui.screen import ScreenApp, binding_ids
-from tui.sentences import counted, plural
-from tui.session import REPLAY_SPEED, Session
+from minipaged.tui.guided import GuidedSession
+from minipaged.tui.keys import load_keys
+from minipaged.tui.safe import clean
+from minipaged.tui.screen import ScreenApp, binding_ids
+from minipaged.tui.sentences import counted, plural
+from minipaged.tui.session import REPLAY_SPEED, Session
 
 Factory = Callable[..., Any]
 Prompts = Sequence[str | tuple[str, SamplingParams]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-from tui.maplayout import Zoom
-from tui.pane import Pane
-from tui.sentences import plural
-from tui.view import Line, Run, View, bar, spread, width_of
+from minipaged.tui.maplayout import Zoom
+from minipaged.tui.pane import Pane
+from minipaged.tui.sentences import plural
+from minipaged.tui.view import Line, Run, View, bar, spread, width_of
 
 KEYS: tuple[tuple[str, str], ...] = (
     ("␣", "run"),

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minipaged.errors import InputError
-from minipaged.trace.live import EngineProcess, LiveSource
-from tui.benchengine import requests, timed_engine
-from tui.pictures import take_pictures
-from tui.screen import ScreenApp
-from tui.session import Session
+from minipaged.serving.live import EngineProcess, LiveSource
+from minipaged.tui.benchengine import requests, timed_engine
+from minipaged.tui.pictures import take_pictures
+from minipaged.tui.screen import ScreenApp
+from minipaged.tui.session import Session
 
 SIZE = (160, 50)  # columns, rows, while it is timed
 LOAD_SECONDS, ROUND_SECONDS = 300.0, 240.0
@@ -92,7 +92,7 @@ def measure(plan: Plan) -> Outcome:
         told, log = Path(folder) / "outcome.json", Path(folder) / "log"
         words = json.dumps({name: getattr(plan, name) for name in Plan.__dataclass_fields__})
         code, written = _on_a_terminal(
-            [sys.executable, "-m", "tui.bench", words, str(told), str(log)], SIZE, _cores(plan.threads)[1]
+            [sys.executable, "-m", "minipaged.tui.bench", words, str(told), str(log)], SIZE, _cores(plan.threads)[1]
         )
         if code or not told.exists():
             lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []

@@ -15,9 +15,9 @@ from typing import Any
 from minipaged.assembly import build_engine
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.engine import Engine
-from minipaged.model import zoo
-from minipaged.model.placement import choose_device, choose_dtype
-from minipaged.model.tokenizer import ByteTokenizer
+from minipaged.model.loading import zoo
+from minipaged.model.loading.placement import choose_device, choose_dtype
+from minipaged.model.loading.tokenizer import ByteTokenizer
 from minipaged.trace.records import StepDelta
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvwz", "aeiou"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL
 from minipaged.trace.snapshot import Pool, Snapshot
-from tui.palette import LETTERS, NUM_HUES, Glyphs
+from minipaged.tui.palette import LETTERS, NUM_HUES, Glyphs
 
 Ints = npt.NDArray[np.int32]
 

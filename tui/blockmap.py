@@ -13,10 +13,10 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from tui.blockcells import Ints
-from tui.maplayout import TITLES, Zoom
-from tui.mapmodel import MapModel
-from tui.view import View
+from minipaged.tui.blockcells import Ints
+from minipaged.tui.maplayout import TITLES, Zoom
+from minipaged.tui.mapmodel import MapModel
+from minipaged.tui.view import View
 
 READABLE = 5  # cells a slot from which on words can be made out
 WHOLE = 0.7  # share of visible rows beyond which the whole widget is painted

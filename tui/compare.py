@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from minipaged.memory.types import PoolBands
+from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.records import ShadowDelta
-from tui.pane import Pane
-from tui.safe import fit
-from tui.view import Line, Run, View, width_of
+from minipaged.tui.pane import Pane
+from minipaged.tui.safe import fit
+from minipaged.tui.view import Line, Run, View, width_of
 
 WIDE = 130  # columns beside each other from here on
 MARKS = {"reserved": "▒", "internal": "▓", "external": "/", "padding": "=", "idle": "·"}
@@ -80,7 +80,7 @@ def _running(view: View, shadow: ShadowDelta | None) -> int:
     return len({run.sequence for run in shadow.runs} & alive)
 
 
-def share_text(bands: PoolBands, *, real: bool = False) -> str:
+def share_text(bands: PoolBreakdown, *, real: bool = False) -> str:
     """`tokens 22% reserved 71% fragments 7%`, zeros left out."""
     total = max(1, sum(bands))
     named = (
@@ -93,11 +93,13 @@ def share_text(bands: PoolBands, *, real: bool = False) -> str:
     return " ".join(f"{name} {count / total:.0%}" for name, count in (*named, *more) if count or name == "tokens")
 
 
-def real_bands(view: View) -> PoolBands:
+def real_bands(view: View) -> PoolBreakdown:
     """The engine's own pool in the same words: tails of last blocks are its only waste."""
     stats = view.snapshot.stats
     slots = max(0, stats.total_blocks - 1) * stats.block_size
-    return PoolBands(stats.token_slots, 0, stats.tail_slots, 0, 0, max(0, slots - stats.token_slots - stats.tail_slots))
+    return PoolBreakdown(
+        stats.token_slots, 0, stats.tail_slots, 0, 0, max(0, slots - stats.token_slots - stats.tail_slots)
+    )
 
 
 def shadow_cells(view: View, shadow: ShadowDelta, cells: int) -> list[Run]:

@@ -16,7 +16,7 @@ from minipaged.trace.records import Event
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 from minipaged.trace.stream import MARKS
-from tui.palette import letter
+from minipaged.tui.palette import letter
 
 MOST_READ = 20_000  # deltas that one search reads
 WORDS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tui.palette import Glyphs
+from minipaged.tui.palette import Glyphs
 
 ABOUT = (
     "The memory that a model needs for each token it has read (its keys and values) is cut into blocks of equal size. Each sequence has a "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tui.lessons import Lesson
-from tui.palette import letter
-from tui.session import NOTHING, Change, Session
+from minipaged.tui.lessons import Lesson
+from minipaged.tui.palette import letter
+from minipaged.tui.session import NOTHING, Change, Session
 
 FLASH_SECONDS = 0.25  # that what a beat changed stands out before it looks as ever
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 from minipaged.trace.snapshot import Pool
-from tui.view import View
+from minipaged.tui.view import View
 
 GAP = 2  # cells between blocks that show their slots
 WIDEST_SLOT = 9

@@ -11,11 +11,11 @@ from rich.cells import set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 
-from tui.blockcells import FREE, LONGEST, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
-from tui.maplayout import GAP, MapLayout, Zoom
-from tui.palette import Glyphs
-from tui.safe import clean_bytes, to_ascii
-from tui.view import View
+from minipaged.tui.blockcells import FREE, LONGEST, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
+from minipaged.tui.maplayout import GAP, MapLayout, Zoom
+from minipaged.tui.palette import Glyphs
+from minipaged.tui.safe import clean_bytes, to_ascii
+from minipaged.tui.view import View
 
 SELECT = len(STYLES)
 NAMES = (*STYLES, "select")

@@ -11,7 +11,7 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from tui.view import Line, View, strip_of
+from minipaged.tui.view import Line, View, strip_of
 
 
 class Pane(Widget, can_focus=True):

@@ -11,8 +11,8 @@ from textual.pilot import Pilot
 
 from minipaged.trace.sources import Source
 from minipaged.trace.stream import MARKS
-from tui.screen import ScreenApp
-from tui.session import Session
+from minipaged.tui.screen import ScreenApp
+from minipaged.tui.session import Session
 
 SIZES = ((120, 40), (200, 60))
 FRAMES = 400  # that a comparison may take to catch up

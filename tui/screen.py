@@ -18,25 +18,25 @@ from textual.screen import Screen
 from textual.theme import Theme
 from textual.widget import Widget
 
-from minipaged.trace.live import LiveSource
+from minipaged.serving.live import LiveSource
 from minipaged.trace.records import StepDelta
 from minipaged.trace.snapshot import Snapshot
-from tui.actions import Actions
-from tui.bars import Caption, Header, HostStrip, Keys, Legend
-from tui.blockmap import BlockMap
-from tui.compare import ComparePane
-from tui.dialogs import Overlay
-from tui.history import History
-from tui.inspector import Inspector, Journey
-from tui.lessons import LESSONS
-from tui.palette import ASCII, UNICODE, Mode
-from tui.pane import ListPane, Pane
-from tui.session import Change, Session
-from tui.sidepanes import TreePane, WastePane
-from tui.tables import TablesPane
-from tui.textpane import TextPane, text_title
-from tui.timeline import Timeline, timeline_title
-from tui.view import View, shown
+from minipaged.tui.actions import Actions
+from minipaged.tui.bars import Caption, Header, HostStrip, Keys, Legend
+from minipaged.tui.blockmap import BlockMap
+from minipaged.tui.compare import ComparePane
+from minipaged.tui.dialogs import Overlay
+from minipaged.tui.history import History
+from minipaged.tui.inspector import Inspector, Journey
+from minipaged.tui.lessons import LESSONS
+from minipaged.tui.palette import ASCII, UNICODE, Mode
+from minipaged.tui.pane import ListPane, Pane
+from minipaged.tui.session import Change, Session
+from minipaged.tui.sidepanes import TreePane, WastePane
+from minipaged.tui.tables import TablesPane
+from minipaged.tui.textpane import TextPane, text_title
+from minipaged.tui.timeline import Timeline, timeline_title
+from minipaged.tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30
 # Of one core, while an engine runs at full speed: the screen's frames become fewer before the engine becomes slower.

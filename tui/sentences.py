@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from minipaged.scheduling.knobs import Turn
 from minipaged.trace.records import Event, Stats
-from tui.view import View
+from minipaged.tui.view import View
 
 Grouped = dict[str, list[Event]]
 # The most telling first: what a newcomer should not miss.

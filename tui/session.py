@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from minipaged.config import SamplingParams
 from minipaged.errors import TraceError
-from minipaged.trace.live import LiveSource
+from minipaged.serving.live import LiveSource
 from minipaged.trace.player import SPEEDS, Player
 from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
-from tui.finding import cause_of, find, next_event
-from tui.moves import RecentMoves, moves_in
-from tui.shadowfeed import ShadowFeed
+from minipaged.tui.finding import cause_of, find, next_event
+from minipaged.tui.moves import RecentMoves, moves_in
+from minipaged.tui.shadowfeed import ShadowFeed
 
 Asked = tuple[str, SamplingParams]
 REPLAY_SPEED = 10.0  # steps a second

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from minipaged.baselines.shadows import ShadowListener, answer_lengths
 from minipaged.errors import TraceError
-from minipaged.lab.shadows import ShadowListener, answer_lengths
 from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.sources import Source
 

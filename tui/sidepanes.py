@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from minipaged.memory.types import PoolBands
+from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.snapshot import SequenceState
-from tui.pane import Pane
-from tui.safe import clean_bytes, fit, tail
-from tui.sentences import plural
-from tui.view import Line, View, bar
+from minipaged.tui.pane import Pane
+from minipaged.tui.safe import clean_bytes, fit, tail
+from minipaged.tui.sentences import plural
+from minipaged.tui.view import Line, View, bar
 
 
 class WastePane(Pane):
@@ -60,7 +60,7 @@ def waste_lines(view: View, width: int) -> list[Line]:
     return [[(fit(text, width), role) for text, role in line] if len(line) == 1 else line for line in lines]
 
 
-def wasted(bands: PoolBands) -> float:
+def wasted(bands: PoolBreakdown) -> float:
     """Share of the pool in use that holds no token: reserved, internal, external, padding."""
     lost = bands.reserved + bands.internal + bands.external + bands.padding
     return lost / (lost + bands.token) if lost + bands.token else 0.0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from minipaged.trace.snapshot import SequenceState
-from tui.pane import ListPane
-from tui.sentences import plural
-from tui.view import Line, Run, View, shown, width_of
+from minipaged.tui.pane import ListPane
+from minipaged.tui.sentences import plural
+from minipaged.tui.view import Line, Run, View, shown, width_of
 
 
 class TablesPane(ListPane):

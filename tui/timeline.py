@@ -11,10 +11,10 @@ from textual import events
 from textual.message import Message
 
 from minipaged.trace.stream import MARKS
-from tui.pane import Pane
-from tui.safe import fit
-from tui.sentences import TICK_ORDER, TICKS, sentence, summary
-from tui.view import Line, View
+from minipaged.tui.pane import Pane
+from minipaged.tui.safe import fit
+from minipaged.tui.sentences import TICK_ORDER, TICKS, sentence, summary
+from minipaged.tui.view import Line, View
 
 _LEGEND = {  # in the order of a request's life
     "admit": "start",

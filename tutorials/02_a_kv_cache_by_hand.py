@@ -23,7 +23,7 @@
 # The first way computes a number of tokens that grows with the square of the text's length. The second
 # computes each token once.
 #
-# The model of this lesson is `minipaged/lessons/tiny_model.py`, a whole decoder on one screen (your editor's
+# The model of this lesson is `minipaged/learn/tiny_model.py`, a whole decoder on one screen (your editor's
 # "go to definition" on `TinyModel` opens it). It has one unusual feature: attention is a function that you
 # pass in. A call looks like this:
 #
@@ -50,7 +50,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minipaged.lessons.tiny_model import TinyModel, dense_attention
+from minipaged.learn.tiny_model import TinyModel, dense_attention
 
 torch.set_num_threads(1)  # steady timings
 
@@ -333,8 +333,8 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/execution/torch_runner.py`: `TorchRunner` passes such a function to the model; `attend_pages` is
+# - `minipaged/execution/eager.py`: `TorchRunner` passes such a function to the model; `attend_pages` is
 #   what it calls.
 # - `minipaged/execution/kv_store.py`: `KVStore` holds the tensors, in blocks instead of one long row.
-# - `kernels/cache_write.py`: `write_kv` puts new keys and values in their slots.
+# - `kernels/cache/cache_write.py`: `write_kv` puts new keys and values in their slots.
 # - `minipaged/config.py`: `ModelConfig.kv_bytes_per_token` is task 3.

@@ -45,7 +45,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from minipaged.lessons.tiny_model import TinyModel, dense_attention
+from minipaged.learn.tiny_model import TinyModel, dense_attention
 
 torch.set_num_threads(1)
 BLOCK = 16

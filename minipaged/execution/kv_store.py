@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-import kernels
 from minipaged.config import ModelConfig
+from minipaged.kernels.cache import copy_blocks
 from minipaged.scheduling.plan import Pairs
 
 
@@ -49,7 +49,7 @@ class KVStore:
     def copy(self, pairs: Pairs) -> None:
         """Copy blocks on the device, (source, destination)."""
         if pairs:
-            kernels.copy_blocks(list(self.tensors.values()), torch.tensor(pairs, dtype=torch.int64))
+            copy_blocks(list(self.tensors.values()), torch.tensor(pairs, dtype=torch.int64))
 
     def swap_out(self, pairs: Pairs) -> None:
         """Copy blocks to the host, (device, host)."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from minipaged.config import EngineConfig
-from minipaged.execution.torch_runner import TorchRunner
+from minipaged.execution.eager import TorchRunner
 from minipaged.scheduling.plan import SamplingColumns, StepPlan
 
 

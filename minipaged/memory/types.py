@@ -79,7 +79,7 @@ class Run(NamedTuple):
     sequence: int
 
 
-class PoolBands(NamedTuple):
+class PoolBreakdown(NamedTuple):
     """Slots of a pool by what they hold; they sum to the pool."""
 
     token: int

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import kernels
+from minipaged.kernels.cache import rope_write_kv
+from minipaged.kernels.linear import gated_linear, linear
 from minipaged.model.llama import Layer, Llama
 
 Attend = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
@@ -24,32 +25,32 @@ def fused_forward(model: Llama, hidden: Tensor, attend: Attend) -> Tensor:
     num_tokens, eps = len(hidden), model.norm.eps
     for layer in model.layers:
         norm = layer.attention_norm.weight
-        heads = kernels.linear(hidden, layer.qkv.weight, layer.qkv.bias, norm=norm, eps=eps)
+        heads = linear(hidden, layer.qkv.weight, layer.qkv.bias, norm=norm, eps=eps)
         heads = heads.view(num_tokens, -1, layer.head_dim)  # [T, H + 2 KH, D]
         query, key, value = torch.split(heads, [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
         attended = attend(layer, query, key, value).reshape(num_tokens, -1)
-        kernels.linear(attended, layer.output.weight, layer.output.bias, residual=hidden)
+        linear(attended, layer.output.weight, layer.output.bias, residual=hidden)
         norm = layer.mlp_norm.weight
-        inner = kernels.gated_linear(hidden, layer.gate_up.weight, layer.gate_up.bias, norm=norm, eps=eps)
-        kernels.linear(inner, layer.down.weight, layer.down.bias, residual=hidden)
+        inner = gated_linear(hidden, layer.gate_up.weight, layer.gate_up.bias, norm=norm, eps=eps)
+        linear(inner, layer.down.weight, layer.down.bias, residual=hidden)
     return hidden
 
 
 def fused_logits(model: Llama, hidden: Tensor) -> Tensor:
     """Scores of the next token, [R, vocab_size] in the model's dtype, for hidden states before the last norm."""
-    return kernels.linear(hidden, model.head.weight, norm=model.norm.weight, eps=model.norm.eps)
+    return linear(hidden, model.head.weight, norm=model.norm.weight, eps=model.norm.eps)
 
 
 def rope_write(layer: Layer, query: Tensor, key: Tensor, value: Tensor, where: tuple[Tensor, ...]) -> None:
     """Norm (where the model has one) and rotate query in place; the same for key, and write it and value to the cache.
 
-    where: positions, angle table, key cache, value cache, slots, as kernels.rope_write_kv takes them.
+    where: positions, angle table, key cache, value cache, slots, as rope_write_kv takes them.
     """
     positions, angles, keys, values, slots = where
     if layer.query_norm is None or layer.key_norm is None:
-        kernels.rope_write_kv(query, key, value, positions, angles, keys, values, slots)
+        rope_write_kv(query, key, value, positions, angles, keys, values, slots)
         return
-    kernels.rope_write_kv(
+    rope_write_kv(
         query,
         key,
         value,
@@ -65,7 +66,7 @@ def rope_write(layer: Layer, query: Tensor, key: Tensor, value: Tensor, where: t
 
 
 def angle_table(model: Llama, num_positions: int) -> Tensor:
-    """Cosines, then sines, of every position's angles: float32 [num_positions, head_dim], for kernels.rope_write_kv."""
+    """Cosines, then sines, of every position's angles: float32 [num_positions, head_dim], for rope_write_kv."""
     positions = torch.arange(num_positions, device=model.frequencies.device, dtype=torch.float32)
     angles = positions[:, None] * model.frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable, Iterable
 from heapq import nsmallest
 
-from minipaged.generation.detokenizer import TextCodec
 from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.knobs import Turn
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.text.detokenizer import TextCodec
 from minipaged.trace.plain_decodes import PlainDecodes, Told
 from minipaged.trace.pool_view import PoolView
 from minipaged.trace.records import Event, Queues, SequencePatch, Stats, StepDelta

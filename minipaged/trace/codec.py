@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 
 from minipaged.errors import TraceError
-from minipaged.memory.types import PoolBands, Run
+from minipaged.memory.types import PoolBreakdown, Run
 from minipaged.trace.packing import Array, Columns, Head, pack, unpack
 from minipaged.trace.records import (
     TIER_DEVICE,
@@ -287,7 +287,7 @@ def decode_shadow(step: int, body: bytes) -> ShadowDelta:
         runs = tuple(
             Run(start, length, head["kinds"][kind], seq) for start, length, kind, seq in zip(*lists, strict=True)
         )
-        bands = PoolBands(**{name: int(head["bands"].get(name, 0)) for name in PoolBands._fields})
+        bands = PoolBreakdown(**{name: int(head["bands"].get(name, 0)) for name in PoolBreakdown._fields})
         return ShadowDelta(step, str(head["system"]), runs, bands)
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise TraceError(f"a trace record cannot be read: {error!r}") from None
@@ -348,7 +348,7 @@ def decode_keyframe(step: int, body: bytes) -> Snapshot:
             )
             snapshot.sequences[row.sequence] = state
         for shadow_step, system, runs, bands in head.get("shadows", []):
-            known = PoolBands(**{name: bands[name] for name in PoolBands._fields})
+            known = PoolBreakdown(**{name: bands[name] for name in PoolBreakdown._fields})
             snapshot.apply_shadow(ShadowDelta(shadow_step, system, tuple(Run(*run) for run in runs), known))
         return snapshot
     except (KeyError, IndexError, ValueError, TypeError) as error:

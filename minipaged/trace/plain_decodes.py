@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from minipaged.generation.detokenizer import TextCodec
-from minipaged.generation.text import TextStream
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, Sequence
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.text.detokenizer import TextCodec
+from minipaged.text.growing import TextStream
 from minipaged.trace.rows import PlainColumns
 
 Told = tuple[int, int]  # tokens, characters of text

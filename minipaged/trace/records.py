@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from minipaged.memory.types import PoolBands, Run
+from minipaged.memory.types import PoolBreakdown, Run
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
 
@@ -131,4 +131,4 @@ class ShadowDelta:
     step: int
     system: str
     runs: tuple[Run, ...]
-    stats: PoolBands
+    stats: PoolBreakdown

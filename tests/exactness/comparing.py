@@ -11,9 +11,9 @@ import torch
 from minipaged.assembly import build_engine
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.engine import Engine
-from minipaged.model.tokenizer import ByteTokenizer
-from minipaged.model.weights import load_model, open_checkpoint
-from minipaged.model.zoo import LoadedModel
+from minipaged.model.loading.tokenizer import ByteTokenizer
+from minipaged.model.loading.weights import load_model, open_checkpoint
+from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.request import RequestOutput
 
 MARGIN = 1e-3

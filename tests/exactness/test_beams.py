@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minipaged.config import SamplingParams
-from minipaged.model import zoo
-from minipaged.model.pull import cached_path
-from minipaged.model.zoo import LoadedModel
+from minipaged.model.loading import zoo
+from minipaged.model.loading.pull import cached_path
+from minipaged.model.loading.zoo import LoadedModel
 from tests.exactness.comparing import assert_pool_is_empty, engine_on, load_tiny, run
 from tests.exactness.test_tiny_models import SHAPES, tiny_llama
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from minipaged.config import SamplingParams
-from minipaged.model import zoo
-from minipaged.model.pull import cached_path
-from minipaged.model.zoo import LoadedModel
+from minipaged.model.loading import zoo
+from minipaged.model.loading.pull import cached_path
+from minipaged.model.loading.zoo import LoadedModel
 from tests.exactness.comparing import Answer, assert_equal, assert_pool_is_empty, engine_on, reference_answer, run
 
 PROMPTS = [

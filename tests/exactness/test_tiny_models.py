@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minipaged.config import SamplingParams
-from minipaged.model.zoo import LoadedModel
+from minipaged.model.loading.zoo import LoadedModel
 from tests.exactness.comparing import (
     Answer,
     assert_equal,

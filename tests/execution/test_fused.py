@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-import kernels
 from minipaged.config import ModelConfig
+from minipaged.kernels.attention import paged_prefill
+from minipaged.kernels.cache import write_kv
 from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
 from minipaged.model.llama import Layer, Llama
 
@@ -41,15 +42,15 @@ def test_fused_equals_plain(flags: dict[str, bool]) -> None:
     plain, fused = caches(), caches()
 
     def attend_plain(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        kernels.write_kv(key, value, *plain[layer], positions + 16)
-        return kernels.paged_prefill(query, *plain[layer], tables, lengths, starts, 12, scale)
+        write_kv(key, value, *plain[layer], positions + 16)
+        return paged_prefill(query, *plain[layer], tables, lengths, starts, 12, scale)
 
     angles = angle_table(model, 64)
 
     def attend_fused(layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         cache = fused[layer.index]
         rope_write(layer, query, key, value, (positions, angles, *cache, positions + 16))
-        return kernels.paged_prefill(query, *cache, tables, lengths, starts, 12, scale)
+        return paged_prefill(query, *cache, tables, lengths, starts, 12, scale)
 
     with torch.inference_mode():
         expected = model.logits(model(tokens, positions, attend_plain))

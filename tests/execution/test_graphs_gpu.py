@@ -10,8 +10,8 @@ import torch
 from minipaged.assembly import build_engine
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.engine import Engine
-from minipaged.model import zoo
-from minipaged.model.zoo import LoadedModel
+from minipaged.model.loading import zoo
+from minipaged.model.loading.zoo import LoadedModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -106,7 +106,8 @@ def test_bfloat16_logits_are_close(loaded: LoadedModel) -> None:
     model = zoo.load("random:smollm2-135m", device="cuda", dtype=torch.bfloat16).model
     tokens = torch.tensor(prompts(12)[11], device="cuda")
     positions = torch.arange(len(tokens), device="cuda")
-    import kernels
+    from minipaged.kernels.attention import paged_prefill
+    from minipaged.kernels.cache import write_kv
 
     shape = (16, 16, model.config.num_kv_heads, model.config.head_dim)
     keys, values = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -116,12 +117,12 @@ def test_bfloat16_logits_are_close(loaded: LoadedModel) -> None:
     angles = angle_table(model, 512)
 
     def plain(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        kernels.write_kv(key, value, keys, values, positions + 16)
-        return kernels.paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
+        write_kv(key, value, keys, values, positions + 16)
+        return paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
 
     def fused(layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         rope_write(layer, query, key, value, (positions, angles, keys, values, positions + 16))
-        return kernels.paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
+        return paged_prefill(query, keys, values, tables, lengths, starts, n, scale)
 
     with torch.inference_mode():
         expected = model.logits(model(tokens, positions, plain))
@@ -134,7 +135,7 @@ def test_sixteen_bit_graphs_do_not_depend_on_how_they_are_launched(count: int, m
     """One row, few rows, many, and prompts among them: every kernel that may start before the one before it has ended, against the same
     kernels one after the other. Token for token: nothing in them depends on timing.
     """
-    from kernels.dependent_launch import ENVIRONMENT_VARIABLE, dependent_launch
+    from minipaged.kernels.dependent_launch import ENVIRONMENT_VARIABLE, dependent_launch
 
     loaded = zoo.load("random:qwen3-0.6b", device="cuda", dtype=torch.bfloat16)
 

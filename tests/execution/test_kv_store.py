@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.execution.kv_store import KVStore
-from minipaged.model.shapes import shape
+from minipaged.model.loading.shapes import shape
 from minipaged.scheduling.plan import Pairs
 
 BLOCKS, HOST = 6, 4

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import dispatch, truncate
+from minipaged.api import LLM
 from minipaged.assembly import build_runner, can_capture, choose_num_blocks
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.errors import InputError
-from minipaged.execution import torch_runner
+from minipaged.execution import eager as torch_runner
 from minipaged.execution.largest_step import largest_step
-from minipaged.llm import LLM
-from minipaged.model import zoo
-from minipaged.model.shapes import shape
+from minipaged.kernels import dispatch
+from minipaged.kernels.sampling import truncate
+from minipaged.model.loading import zoo
+from minipaged.model.loading.shapes import shape
 
 GIB = 2**30
 

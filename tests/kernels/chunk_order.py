@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.decode_chunks import chunks_of_rows
+from minipaged.kernels.attention.decode_chunks import chunks_of_rows
 
 
 @triton.jit

@@ -15,30 +15,24 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import (
-    activation_triton,
-    decode_triton,
-    draw_triton,
-    embed_triton,
-    launch_table,
-    linear_triton,
-    norm_triton,
-    prefill_triton,
-    rope_write_triton,
-    truncate_triton,
-)
-from kernels.activation_triton import silu_mul_triton
-from kernels.block_copy_triton import copy_blocks_triton
-from kernels.cache_write_triton import write_kv_triton
-from kernels.decode_triton import paged_decode_triton
-from kernels.dispatch import gluon_runs
-from kernels.draw_triton import draw_tokens_triton
-from kernels.embed_triton import embed_tokens_triton
-from kernels.linear_triton import few_rows_triton, one_row_triton
-from kernels.norm_triton import rms_norm_triton
-from kernels.prefill_triton import paged_prefill_triton
-from kernels.rope_write_triton import rope_write_kv_triton
-from kernels.truncate_triton import least_kept_logit_triton
+from minipaged.kernels import launch_table
+from minipaged.kernels.attention import decode_triton, prefill_triton
+from minipaged.kernels.attention.decode_triton import paged_decode_triton
+from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
+from minipaged.kernels.cache import rope_write_triton
+from minipaged.kernels.cache.block_copy_triton import copy_blocks_triton
+from minipaged.kernels.cache.cache_write_triton import write_kv_triton
+from minipaged.kernels.cache.rope_write_triton import rope_write_kv_triton
+from minipaged.kernels.dispatch import gluon_runs
+from minipaged.kernels.elementwise import activation_triton, embed_triton, norm_triton
+from minipaged.kernels.elementwise.activation_triton import silu_mul_triton
+from minipaged.kernels.elementwise.embed_triton import embed_tokens_triton
+from minipaged.kernels.elementwise.norm_triton import rms_norm_triton
+from minipaged.kernels.linear import matmul_triton as linear_triton
+from minipaged.kernels.linear.matmul_triton import few_rows_triton, one_row_triton
+from minipaged.kernels.sampling import draw_triton, truncate_triton
+from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
+from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 from tests.kernels.paged_cases import make_case
 from tests.kernels.test_gpu import DTYPES, SHAPES, names
 
@@ -75,7 +69,7 @@ def compile_prefill_hopper() -> None:
     if not gluon_runs():
         print("_hopper_prefill_kernel: not in this triton")
         return
-    from kernels.prefill_hopper import paged_prefill_hopper
+    from minipaged.kernels.attention.prefill_hopper import paged_prefill_hopper
 
     for head_dim, dtype, longest in (
         (128, torch.bfloat16, 512),
@@ -116,7 +110,7 @@ def main() -> None:
             draw_tokens_triton(x)
             chances = torch.zeros(rows, dtype=torch.float64)
             draw_tokens_triton(x, chances, chances)
-            draw_tokens_triton(x, chances, chances, least_kept_logit_triton(x, chances, chances, chances, chances))
+            draw_tokens_triton(x, chances, chances, truncation_threshold_triton(x, chances, chances, chances, chances))
     compile_prefill_hopper()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 def interpreted() -> None:
     """Triton kernels run in the interpreter. On a machine with a GPU that takes TRITON_INTERPRET=1 from outside."""
     pytest.importorskip("triton")
-    from kernels.dispatch import triton_interpreted
+    from minipaged.kernels.dispatch import triton_interpreted
 
     if triton_interpreted():
         return

@@ -14,16 +14,18 @@ from types import ModuleType
 import pytest
 import torch
 
-import kernels
-from kernels import dispatch, prefill
-from kernels.launch_table import HopperPrefillLaunch
+from minipaged.kernels import dispatch
+from minipaged.kernels.attention import paged_decode, paged_prefill, prefill
+from minipaged.kernels.cache import copy_blocks, write_kv
+from minipaged.kernels.launch_table import HopperPrefillLaunch
 from tests.kernels.paged_cases import PagedCase, assert_close, make_case
 
 ROOT = Path(__file__).parents[2]
 WRITE_ONE_TOKEN = """
-import torch, kernels
+import torch
+from minipaged.kernels.cache import write_kv
 cache = torch.zeros(2, 4, 1, 32)
-kernels.write_kv(torch.ones(1, 1, 32), torch.ones(1, 1, 32), cache, cache.clone(), torch.tensor([5]))
+write_kv(torch.ones(1, 1, 32), torch.ones(1, 1, 32), cache, cache.clone(), torch.tensor([5]))
 print(float(cache[1, 1].sum()))
 """
 
@@ -44,7 +46,7 @@ def test_kernels_work_without_triton() -> None:
 
 
 def test_importing_kernels_does_not_import_triton() -> None:
-    done = run_python("import sys, kernels; print('triton' in sys.modules)")
+    done = run_python("import sys, minipaged.kernels.attention; print('triton' in sys.modules)")
     assert done.stdout == "False\n", done.stderr
 
 
@@ -86,26 +88,28 @@ def test_prefill_goes_to_the_hopper_kernel_only_where_it_can(
     """Without Gluon or Hopper the Triton kernel (here its interpreter) does it, and prefill_hopper is not even imported."""
     launch = HopperPrefillLaunch(128, 2, persistent=False)
     arrived = []
-    stand_in = ModuleType("kernels.prefill_hopper")
+    stand_in = ModuleType("minipaged.kernels.attention.prefill_hopper")
     stand_in.paged_prefill_hopper = lambda *given, out, launch: arrived.append(launch)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kernels.prefill_hopper", stand_in if gluon and on_hopper else None)
+    monkeypatch.setitem(
+        sys.modules, "minipaged.kernels.attention.prefill_hopper", stand_in if gluon and on_hopper else None
+    )
     monkeypatch.setattr(prefill, "gluon_runs", lambda: gluon)
     monkeypatch.setattr(prefill, "hopper_prefill_launch", lambda *given: launch if on_hopper else None)
     monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
     case = make_case([9, 5], [4, 1], kv_heads=1, group=2, head_dim=32, block_size=4)
-    out = kernels.paged_prefill(*case.prefill())
+    out = paged_prefill(*case.prefill())
     if gluon and on_hopper:
         assert arrived == [launch]
     else:
         assert_close(out, prefill.paged_prefill_torch(*case.prefill()))
     monkeypatch.setenv("MINIPAGED_KERNELS", "torch")
-    assert torch.equal(kernels.paged_prefill(*case.prefill()), prefill.paged_prefill_torch(*case.prefill()))
+    assert torch.equal(paged_prefill(*case.prefill()), prefill.paged_prefill_torch(*case.prefill()))
 
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPAGED_KERNELS", "cuda")
     with pytest.raises(ValueError, match="MINIPAGED_KERNELS='cuda': it must be torch or triton"):
-        kernels.copy_blocks([torch.zeros(2, 3)], torch.tensor([[0, 1]]))
+        copy_blocks([torch.zeros(2, 3)], torch.tensor([[0, 1]]))
 
 
 def changed(case: PagedCase, **changes: object) -> dict[str, object]:
@@ -154,7 +158,7 @@ def changed(case: PagedCase, **changes: object) -> dict[str, object]:
 def test_arguments_that_do_not_fit_are_named(change: Callable[[PagedCase], dict[str, object]], message: str) -> None:
     case = make_case([5, 7], [3, 1], kv_heads=2, group=2, head_dim=32, block_size=4)
     with pytest.raises(ValueError, match=message):
-        kernels.paged_prefill(**changed(case, **change(case)))  # type: ignore[arg-type]
+        paged_prefill(**changed(case, **change(case)))  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("unset_choice")
@@ -162,7 +166,7 @@ def test_arguments_that_do_not_fit_are_named(change: Callable[[PagedCase], dict[
 def test_decode_takes_positive_scales_only(scale: float) -> None:
     case = replace(make_case([5, 7], [1, 1], kv_heads=2, group=2, head_dim=32, block_size=4), scale=scale)
     with pytest.raises(ValueError, match=r"scale is .*; it must be above 0 and finite"):
-        kernels.paged_decode(*case.decode())
+        paged_decode(*case.decode())
 
 
 @pytest.mark.usefixtures("unset_choice")
@@ -170,10 +174,10 @@ def test_writes_and_copies_that_do_not_fit_are_named() -> None:
     cache, key = torch.zeros(3, 4, 2, 32), torch.zeros(5, 2, 32)
     slots = torch.zeros(5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"slot_mapping has shape \[4\]; it must be \[5\]"):
-        kernels.write_kv(key, key, cache, cache, slots[:4])
+        write_kv(key, key, cache, cache, slots[:4])
     with pytest.raises(ValueError, match=r"slot_mapping is torch.int16; it must be torch.int64 or torch.int32"):
-        kernels.write_kv(key, key, cache, cache, slots.short())
+        write_kv(key, key, cache, cache, slots.short())
     with pytest.raises(ValueError, match=r"key \[5, 1, 32\]"):
-        kernels.write_kv(key[:, :1], key, cache, cache, slots)
+        write_kv(key[:, :1], key, cache, cache, slots)
     with pytest.raises(ValueError, match=r"pairs is torch.int32 \[1, 2\]"):
-        kernels.copy_blocks([cache], torch.zeros(1, 2, dtype=torch.int32))
+        copy_blocks([cache], torch.zeros(1, 2, dtype=torch.int32))

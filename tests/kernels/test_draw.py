@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels
-from kernels.checks import COLDEST
-from kernels.draw import draw_tokens_torch
+from minipaged.kernels.checks import COLDEST
+from minipaged.kernels.sampling import draw_tokens
+from minipaged.kernels.sampling.draw import draw_tokens_torch
 from tests.kernels.paged_cases import examples
 
 pytestmark = pytest.mark.usefixtures("unset_choice")
@@ -48,15 +48,15 @@ def test_twin_draws_by_the_cumulative_distribution(rows: int, vocab: int, dtype:
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
     temperature = torch.tensor([0.0, 0.7, 1.0, 3.0, 0.05])[:rows]
-    assert_drawn(kernels.draw_tokens(logits, temperature, uniform), logits, temperature, uniform)
-    assert torch.equal(kernels.draw_tokens(logits), logits.argmax(-1))
+    assert_drawn(draw_tokens(logits, temperature, uniform), logits, temperature, uniform)
+    assert torch.equal(draw_tokens(logits), logits.argmax(-1))
 
 
 @pytest.mark.usefixtures("interpreted")
 @examples(12)
 @given(st.integers(0, 3), st.sampled_from([1, 700, 4096, 9000, 70_000]), DTYPES, st.integers(0, 99), st.booleans())
 def test_L64_draw_equals_twin(rows: int, vocab: int, dtype: torch.dtype, seed: int, edges: bool) -> None:
-    from kernels.draw_triton import draw_tokens_triton
+    from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
 
     logits = drawn_logits(rows, vocab, dtype, seed, banned=0.99 if edges else 0.3)
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ def test_L64_draw_equals_twin(rows: int, vocab: int, dtype: torch.dtype, seed: i
 @pytest.mark.usefixtures("interpreted")
 def test_the_bound_of_cold_draws_is_one_number() -> None:
     """1e-5 as float32 holds it, in a float64 column, is warm for both: they compare as float32."""
-    from kernels.draw_triton import draw_tokens_triton
+    from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
 
     logits, uniform = torch.zeros(1, 8), torch.full((1,), 0.9, dtype=torch.float64)
     bound = torch.tensor([COLDEST], dtype=torch.float32).double()
@@ -81,7 +81,7 @@ def test_the_bound_of_cold_draws_is_one_number() -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("temperature", [1e-4, 1e-5, 1e-6, 1e-38, 1e-45, 0.0])
 def test_the_coldest_draws_are_the_most_likely_tokens(temperature: float) -> None:
-    from kernels.draw_triton import draw_tokens_triton
+    from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
 
     logits = drawn_logits(2, 5000, torch.float32, 1)
     logits[0, 1234] = logits[1, 4999] = 40.0
@@ -93,10 +93,10 @@ def test_the_coldest_draws_are_the_most_likely_tokens(temperature: float) -> Non
 def test_arguments_that_do_not_fit_are_named() -> None:
     logits, uniform = torch.zeros(3, 8), torch.zeros(3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"logits is torch\.float32 \[8\]"):
-        kernels.draw_tokens(logits[0])
+        draw_tokens(logits[0])
     with pytest.raises(ValueError, match="temperature and uniform go together"):
-        kernels.draw_tokens(logits, uniform)
+        draw_tokens(logits, uniform)
     with pytest.raises(ValueError, match=r"uniform is torch\.float32 \[3\]"):
-        kernels.draw_tokens(logits, uniform, uniform.float())
+        draw_tokens(logits, uniform, uniform.float())
     with pytest.raises(ValueError, match=r"temperature is torch\.float64 \[2\]"):
-        kernels.draw_tokens(logits, uniform[:2], uniform)
+        draw_tokens(logits, uniform[:2], uniform)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels
+from minipaged.kernels.cache import rope_write_kv, write_kv
+from minipaged.kernels.elementwise import embed_tokens, rms_norm, silu_mul
 from tests.kernels.paged_cases import assert_close, examples
 
 pytestmark = pytest.mark.usefixtures("unset_choice")
@@ -36,13 +37,13 @@ def test_rms_norm_twin_has_unit_mean_square_times_weight(tokens: int, size: int,
     x, weight = normal(seed, tokens, size, dtype=dtype), normal(seed + 1, size, dtype=dtype)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-    assert_close(kernels.rms_norm(x, weight, EPS), expected)
+    assert_close(rms_norm(x, weight, EPS), expected)
 
 
 def test_silu_mul_twin_is_silu_times_up() -> None:
     gate_up = normal(0, 5, 14, dtype=torch.float32)
     gate, up = gate_up.double().chunk(2, 1)
-    assert_close(kernels.silu_mul(gate_up), gate / (1 + (-gate).exp()) * up)
+    assert_close(silu_mul(gate_up), gate / (1 + (-gate).exp()) * up)
 
 
 def angles(max_pos: int, head_dim: int) -> Tensor:
@@ -91,7 +92,7 @@ def rope_cases() -> st.SearchStrategy[RopeCase]:
 def test_rope_write_twin_is_a_turn_in_the_plane_and_a_write(case: RopeCase) -> None:
     query, key = case.query.clone(), case.key.clone()
     expected_keys, expected_values = case.key_cache.clone(), case.value_cache.clone()
-    kernels.rope_write_kv(*case.arguments())
+    rope_write_kv(*case.arguments())
     assert torch.equal(case.key, key)
     cos, sin = case.cos_sin[case.positions].double()[:, None].chunk(2, -1)
     turn = torch.complex(cos, sin)
@@ -102,7 +103,7 @@ def test_rope_write_twin_is_a_turn_in_the_plane_and_a_write(case: RopeCase) -> N
 
     assert_close(case.query, turned(query))
     rotated = turned(key).to(key.dtype)
-    kernels.write_kv(rotated, case.value, expected_keys, expected_values, case.slots)
+    write_kv(rotated, case.value, expected_keys, expected_values, case.slots)
     assert torch.equal(case.key_cache.isnan(), expected_keys.isnan())
     assert_close(case.key_cache.nan_to_num(), expected_keys.nan_to_num())
     assert same_bits(case.value_cache, expected_values)
@@ -112,8 +113,8 @@ def test_rope_write_twin_is_a_turn_in_the_plane_and_a_write(case: RopeCase) -> N
 @examples(40)
 @given(st.integers(0, 4), st.integers(1, 5), st.integers(1, 700), DTYPES, st.booleans())
 def test_L64_rms_norm_equals_twin(tokens: int, heads: int, size: int, dtype: torch.dtype, per_head: bool) -> None:
-    from kernels.norm import rms_norm_torch
-    from kernels.norm_triton import rms_norm_triton
+    from minipaged.kernels.elementwise.norm import rms_norm_torch
+    from minipaged.kernels.elementwise.norm_triton import rms_norm_triton
 
     wider = normal(0, tokens, heads + 2, size, dtype=dtype)
     x, weight = wider[:, 1:-1] if per_head else wider[:, 0], normal(1, size, dtype=dtype)
@@ -126,8 +127,8 @@ def test_L64_rms_norm_equals_twin(tokens: int, heads: int, size: int, dtype: tor
 @examples(25)
 @given(st.integers(0, 4), st.integers(1, 1500), DTYPES)
 def test_L64_silu_mul_equals_twin(tokens: int, inner: int, dtype: torch.dtype) -> None:
-    from kernels.activation import silu_mul_torch
-    from kernels.activation_triton import silu_mul_triton
+    from minipaged.kernels.elementwise.activation import silu_mul_torch
+    from minipaged.kernels.elementwise.activation_triton import silu_mul_triton
 
     gate_up = 10 * normal(0, tokens, 2 * inner, dtype=dtype)
     out, expected = silu_mul_triton(gate_up), silu_mul_torch(gate_up)
@@ -139,8 +140,8 @@ def test_L64_silu_mul_equals_twin(tokens: int, inner: int, dtype: torch.dtype) -
 @examples(15)
 @given(st.integers(0, 5), st.integers(1, 1500), DTYPES)
 def test_L64_embed_tokens_equals_twin(tokens: int, size: int, dtype: torch.dtype) -> None:
-    from kernels.embed import embed_tokens_torch
-    from kernels.embed_triton import embed_tokens_triton
+    from minipaged.kernels.elementwise.embed import embed_tokens_torch
+    from minipaged.kernels.elementwise.embed_triton import embed_tokens_triton
 
     table, newest = normal(0, 9, size, dtype=dtype), torch.tensor([3, 8, 1])
     token_ids = torch.tensor([4, -1, 0, -1, 8], dtype=torch.int32)[:tokens]
@@ -154,21 +155,19 @@ def test_rope_write_norms_each_head_first() -> None:
     case = RopeCase(7, 4, 2, 32, 4, torch.bfloat16)
     query_norm, key_norm = normal(4, 2, 32, dtype=torch.bfloat16)
     expected = [x.clone() for x in case.arguments()]
-    kernels.rope_write_kv(
-        kernels.rms_norm(expected[0], query_norm, EPS), kernels.rms_norm(expected[1], key_norm, EPS), *expected[2:]
-    )
-    kernels.rope_write_kv(*case.arguments(), query_norm=query_norm, key_norm=key_norm, eps=EPS)
+    rope_write_kv(rms_norm(expected[0], query_norm, EPS), rms_norm(expected[1], key_norm, EPS), *expected[2:])
+    rope_write_kv(*case.arguments(), query_norm=query_norm, key_norm=key_norm, eps=EPS)
     assert same_bits(case.key_cache, expected[5])
     with pytest.raises(ValueError, match="query_norm and key_norm go together"):
-        kernels.rope_write_kv(*case.arguments(), query_norm=query_norm)
+        rope_write_kv(*case.arguments(), query_norm=query_norm)
 
 
 @pytest.mark.usefixtures("interpreted")
 @examples(40)
 @given(rope_cases(), st.booleans(), st.booleans())
 def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool, with_norm: bool) -> None:
-    from kernels.rope_write import rope_write_kv_torch
-    from kernels.rope_write_triton import rope_write_kv_triton
+    from minipaged.kernels.cache.rope_write import rope_write_kv_torch
+    from minipaged.kernels.cache.rope_write_triton import rope_write_kv_triton
 
     if half_angles:
         case.cos_sin = case.cos_sin.to(case.query.dtype)
@@ -188,22 +187,20 @@ def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool, with_norm
 def test_arguments_that_do_not_fit_are_named() -> None:
     x, weight = torch.zeros(3, 8), torch.ones(8)
     with pytest.raises(ValueError, match=r"x has shape \[3, 8\] and weight \[7\]"):
-        kernels.rms_norm(x, weight[:7], EPS)
+        rms_norm(x, weight[:7], EPS)
     with pytest.raises(ValueError, match=r"weight torch\.float16"):
-        kernels.rms_norm(x, weight.half(), EPS)
+        rms_norm(x, weight.half(), EPS)
     with pytest.raises(ValueError, match="eps is -1"):
-        kernels.rms_norm(x, weight, -1)
+        rms_norm(x, weight, -1)
     with pytest.raises(ValueError, match=r"gate_up has shape \[3, 7\]"):
-        kernels.silu_mul(torch.zeros(3, 7))
+        silu_mul(torch.zeros(3, 7))
     with pytest.raises(ValueError, match=r"places has shape \[2\]; it must be \[3\]"):
-        kernels.embed_tokens(
-            x, torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(2).int()
-        )
+        embed_tokens(x, torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(2).int())
     case = RopeCase(5, 2, 1, 32, 4, torch.float32)
     arguments = case.arguments()
     with pytest.raises(ValueError, match=r"query has shape \[4, 2, 32\]"):
-        kernels.rope_write_kv(case.query[:4], *arguments[1:])
+        rope_write_kv(case.query[:4], *arguments[1:])
     with pytest.raises(ValueError, match=r"positions is torch\.int16"):
-        kernels.rope_write_kv(*arguments[:3], case.positions.short(), *arguments[4:])
+        rope_write_kv(*arguments[:3], case.positions.short(), *arguments[4:])
     with pytest.raises(ValueError, match=r"it must be \[max_pos, 32\]"):
-        kernels.rope_write_kv(*arguments[:4], case.cos_sin[:, :16], *arguments[5:])
+        rope_write_kv(*arguments[:4], case.cos_sin[:, :16], *arguments[5:])

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from minipaged.lab.bench.timing import capture
+from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
+from minipaged.kernels.elementwise import rms_norm, silu_mul
+from minipaged.lab.measure.timing import capture
 from tests.kernels.paged_cases import (
     PagedCase,
     assert_close,
@@ -115,10 +117,10 @@ def test_L64_decode_on_the_gpu(
 ) -> None:
     case = gpu_case(shape, dtype, prefill=False)
     expected = dense_attention(case)
-    out = kernels.paged_decode(*case.decode(), window=case.window)
-    permuted = kernels.paged_decode(*case.permuted(1).decode(), window=case.window)
+    out = paged_decode(*case.decode(), window=case.window)
+    permuted = paged_decode(*case.permuted(1).decode(), window=case.window)
     monkeypatch.setenv("MINIPAGED_KERNELS", "torch")
-    twin = kernels.paged_decode(*case.decode(), window=case.window)
+    twin = paged_decode(*case.decode(), window=case.window)
     report("paged_decode", case, largest_error(out, expected), largest_error(twin, expected))
     assert_close(out, expected)
     assert largest_error(twin, expected) < 0.1  # torch may choose TF32 for it here; the CPU's tests hold it to more
@@ -133,10 +135,10 @@ def test_L64_prefill_on_the_gpu(
 ) -> None:
     case = gpu_case(shape, dtype, prefill=True)
     expected = dense_attention(case)
-    out = kernels.paged_prefill(*case.prefill(), window=case.window)
-    permuted = kernels.paged_prefill(*case.permuted(1).prefill(), window=case.window)
+    out = paged_prefill(*case.prefill(), window=case.window)
+    permuted = paged_prefill(*case.permuted(1).prefill(), window=case.window)
     monkeypatch.setenv("MINIPAGED_KERNELS", "torch")
-    twin = kernels.paged_prefill(*case.prefill(), window=case.window)
+    twin = paged_prefill(*case.prefill(), window=case.window)
     report("paged_prefill", case, largest_error(out, expected), largest_error(twin, expected))
     assert_close(out, expected)
     assert largest_error(twin, expected) < 0.1  # torch may choose TF32 for it here; the CPU's tests hold it to more
@@ -159,7 +161,7 @@ def test_split_decode_at_every_batch_size(rows: int, lengths: list[int], group: 
         device="cuda",
         unused_entry=0,
     )
-    assert_close(kernels.paged_decode(*case.decode()), dense_attention(case))
+    assert_close(paged_decode(*case.decode()), dense_attention(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,12 +178,12 @@ def test_L64_writes_and_copies_on_the_gpu(dtype: torch.dtype, head_dim: int, kv_
     pairs = torch.randperm(num_blocks, generator=generator)[:14].view(7, 2)
     scales = torch.randint(0, 99, (num_blocks, 3), dtype=torch.int8)
     on_gpu = [x.cuda() for x in (*caches, scales)]
-    kernels.write_kv(key.cuda(), value.cuda(), on_gpu[0], on_gpu[1], slots.cuda())
-    kernels.copy_blocks(on_gpu, pairs)
-    kernels.copy_blocks(on_gpu, torch.zeros(3, 2, dtype=torch.int64, device="cuda"))
+    write_kv(key.cuda(), value.cuda(), on_gpu[0], on_gpu[1], slots.cuda())
+    copy_blocks(on_gpu, pairs)
+    copy_blocks(on_gpu, torch.zeros(3, 2, dtype=torch.int64, device="cuda"))
     on_cpu = [*caches.unbind(0), scales]
-    kernels.write_kv(key, value, on_cpu[0], on_cpu[1], slots)
-    kernels.copy_blocks(on_cpu, pairs)
+    write_kv(key, value, on_cpu[0], on_cpu[1], slots)
+    copy_blocks(on_cpu, pairs)
     for one, other in zip(on_gpu, on_cpu, strict=True):
         assert torch.equal(one.cpu(), other)
 
@@ -198,15 +200,15 @@ def test_L64_fusions_on_the_gpu(dtype: torch.dtype, heads: int, kv_heads: int, h
 
     tokens, size, block_size = 37, heads * head_dim, 16
     x, weight = normal(tokens, size), normal(size)
-    assert_close(kernels.rms_norm(x.cuda(), weight.cuda(), 1e-5).cpu(), kernels.rms_norm(x, weight, 1e-5))
+    assert_close(rms_norm(x.cuda(), weight.cuda(), 1e-5).cpu(), rms_norm(x, weight, 1e-5))
     gate_up = normal(tokens, 2 * inner)
-    assert_close(kernels.silu_mul(gate_up.cuda()).cpu(), kernels.silu_mul(gate_up))
+    assert_close(silu_mul(gate_up.cuda()).cpu(), silu_mul(gate_up))
 
     merged = normal(tokens, heads + 2 * kv_heads, head_dim)
     head_weight = normal(head_dim)
     assert_close(
-        kernels.rms_norm(merged.cuda()[:, :heads], head_weight.cuda(), 1e-5).cpu(),
-        kernels.rms_norm(merged[:, :heads], head_weight, 1e-5),
+        rms_norm(merged.cuda()[:, :heads], head_weight.cuda(), 1e-5).cpu(),
+        rms_norm(merged[:, :heads], head_weight, 1e-5),
     )
     positions = torch.randint(0, 5000, (tokens,), generator=generator)
     angle = torch.arange(5000)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
@@ -218,7 +220,7 @@ def test_L64_fusions_on_the_gpu(dtype: torch.dtype, heads: int, kv_heads: int, h
     for device in ("cuda", "cpu"):
         query, key, value = merged.clone().to(device).split([heads, kv_heads, kv_heads], 1)
         key_cache, value_cache = caches.clone().to(device)
-        kernels.rope_write_kv(
+        rope_write_kv(
             query, key, value, positions.to(device), cos_sin.to(device), key_cache, value_cache, slots.to(device)
         )
         results.append([x.cpu() for x in (query, key_cache, value_cache)])
@@ -232,8 +234,8 @@ def captured_step(case: PagedCase, out: torch.Tensor, slots: torch.Tensor) -> to
 
     def step() -> None:
         new = case.query[:, : case.key_cache.shape[2]]
-        kernels.write_kv(new, new, case.key_cache, case.value_cache, slots)
-        kernels.paged_decode(*case.decode(), window=case.window, out=out)
+        write_kv(new, new, case.key_cache, case.value_cache, slots)
+        paged_decode(*case.decode(), window=case.window, out=out)
 
     return capture(step)
 
@@ -267,7 +269,7 @@ def test_a_captured_decode_follows_its_inputs(group: int, window: int | None) ->
         block = case.block_tables.gather(1, (last // block_size)[:, None]).squeeze(1)
         slots.copy_(torch.where(case.context_lens > 0, block * block_size + last % block_size, -1))
         graph.replay()
-        eager = kernels.paged_decode(*case.decode(), window=window)
+        eager = paged_decode(*case.decode(), window=window)
         assert torch.equal(out, eager), f"step {step}"
         assert_close(out, dense_attention(case))
 
@@ -296,12 +298,12 @@ def test_offsets_past_two_to_the_31() -> None:
     )
     every_slot = torch.arange(used * block_size, device="cuda")
     key, value = small.key_cache.flatten(0, 1), small.value_cache.flatten(0, 1)
-    kernels.write_kv(key, value, key_cache, value_cache, every_slot)
+    write_kv(key, value, key_cache, value_cache, every_slot)
     here = torch.arange(used, device="cuda")
-    kernels.copy_blocks([key_cache, value_cache], torch.stack([here, here + moved_by], 1))
+    copy_blocks([key_cache, value_cache], torch.stack([here, here + moved_by], 1))
     case = replace(small, key_cache=key_cache, value_cache=value_cache, block_tables=small.block_tables + moved_by)
     expected = dense_attention(small)
-    assert_close(kernels.paged_prefill(*case.prefill()), expected)
+    assert_close(paged_prefill(*case.prefill()), expected)
     last = small.query_starts[1:].long() - 1
     decode = replace(case, query=case.query[last])
-    assert_close(kernels.paged_decode(*decode.decode()), expected[last])
+    assert_close(paged_decode(*decode.decode()), expected[last])

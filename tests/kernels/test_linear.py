@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels
-from kernels.launch_table import LinearLaunch
-from kernels.linear import gated_linear_torch, linear_torch
+from minipaged.kernels.launch_table import LinearLaunch
+from minipaged.kernels.linear import gated_linear, linear
+from minipaged.kernels.linear.matmul import gated_linear_torch, linear_torch
 from tests.kernels.paged_cases import assert_close, examples
 
 pytestmark = pytest.mark.usefixtures("unset_choice")
@@ -74,7 +74,7 @@ def launches(rows: tuple[int, ...]) -> st.SearchStrategy[LinearLaunch]:
 @given(cases())
 def test_twin_is_the_product_with_its_surroundings(case: LinearCase) -> None:
     exact = case.exact()
-    found = kernels.linear(case.x, case.weight, case.bias, norm=case.norm, eps=EPS, residual=case.residual)
+    found = linear(case.x, case.weight, case.bias, norm=case.norm, eps=EPS, residual=case.residual)
     assert_close(found, exact)
     if case.residual is not None:
         assert found is case.residual
@@ -85,7 +85,7 @@ def test_twin_is_the_product_with_its_surroundings(case: LinearCase) -> None:
 def test_gated_twin_is_silu_of_one_half_times_the_other(case: LinearCase) -> None:
     case.residual = None
     gate, up = case.exact().chunk(2, 1)
-    found = kernels.gated_linear(case.x, case.weight, case.bias, norm=case.norm, eps=EPS)
+    found = gated_linear(case.x, case.weight, case.bias, norm=case.norm, eps=EPS)
     assert_close(found, gate * torch.sigmoid(gate) * up)
 
 
@@ -93,7 +93,7 @@ def test_gated_twin_is_silu_of_one_half_times_the_other(case: LinearCase) -> Non
 @examples(25)
 @given(cases(), launches((16, 32)))
 def test_L64_few_rows_equal_twin(case: LinearCase, launch: LinearLaunch) -> None:
-    from kernels.linear_triton import few_rows_triton
+    from minipaged.kernels.linear.matmul_triton import few_rows_triton
 
     residual = None if case.residual is None else case.residual.clone()
     expected = linear_torch(case.x, case.weight, case.bias, residual=residual)
@@ -104,7 +104,7 @@ def test_L64_few_rows_equal_twin(case: LinearCase, launch: LinearLaunch) -> None
 @examples(30)
 @given(cases(rows=st.just(1)), launches((1,)), st.booleans())
 def test_L64_one_row_equals_twin(case: LinearCase, launch: LinearLaunch, gated: bool) -> None:
-    from kernels.linear_triton import one_row_triton
+    from minipaged.kernels.linear.matmul_triton import one_row_triton
 
     if gated:
         case.residual = None
@@ -121,7 +121,7 @@ def test_L64_one_row_equals_twin(case: LinearCase, launch: LinearLaunch, gated: 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("gated", [False, True])
 def test_large_activations_do_not_overflow_before_the_norm_divides_them(gated: bool) -> None:
-    from kernels.linear_triton import one_row_triton
+    from minipaged.kernels.linear.matmul_triton import one_row_triton
 
     case = LinearCase(1, 128, 20, torch.float16, True, False, False)
     case.x[0, 5] = 9000.0
@@ -135,14 +135,14 @@ def test_large_activations_do_not_overflow_before_the_norm_divides_them(gated: b
 def test_arguments_that_do_not_fit_are_named() -> None:
     x, weight = torch.zeros(3, 8), torch.zeros(6, 8)
     with pytest.raises(ValueError, match=r"x has shape \[3, 8\] and weight \[6, 7\]"):
-        kernels.linear(x, weight[:, :7])
+        linear(x, weight[:, :7])
     with pytest.raises(ValueError, match="outputs even"):
-        kernels.gated_linear(x, weight[:5])
+        gated_linear(x, weight[:5])
     with pytest.raises(ValueError, match=r"weight is torch\.float16"):
-        kernels.linear(x, weight.half())
+        linear(x, weight.half())
     with pytest.raises(ValueError, match=r"bias is torch\.float32 \[5\]; it must be torch\.float32 \[6\]"):
-        kernels.linear(x, weight, torch.zeros(5))
+        linear(x, weight, torch.zeros(5))
     with pytest.raises(ValueError, match=r"norm is torch\.float32 \[6\]"):
-        kernels.linear(x, weight, norm=torch.zeros(6))
+        linear(x, weight, norm=torch.zeros(6))
     with pytest.raises(ValueError, match=r"residual is torch\.float32 \[3, 8\]"):
-        kernels.linear(x, weight, residual=torch.zeros(3, 8))
+        linear(x, weight, residual=torch.zeros(3, 8))

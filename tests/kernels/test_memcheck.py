@@ -15,7 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
+import minipaged.kernels.linear as linear_room
+from minipaged.kernels import attention, cache, elementwise, sampling
+from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
+from minipaged.kernels.elementwise import embed_tokens, rms_norm, silu_mul
+from minipaged.kernels.linear import gated_linear, linear
+from minipaged.kernels.sampling import draw_tokens, truncation_threshold
 from tests.kernels.paged_cases import assert_close, make_case
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -42,7 +48,7 @@ def decode(
         window=window, unused_entry=0,
     )  # fmt: skip
     *tensors, scale = case.decode()
-    return lambda *given: kernels.paged_decode(*given, scale, window=window), list(tensors)
+    return lambda *given: paged_decode(*given, scale, window=window), list(tensors)
 
 
 @prepared
@@ -71,7 +77,7 @@ def prefill(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
         [1, 65, 70, 33], [1, 65, 7, 33], kv_heads=2, group=3, head_dim=80, block_size=16, dtype=dtype, unused_entry=0
     )
     query, keys, values, tables, lengths, starts, longest, scale = case.prefill()
-    return lambda *given: kernels.paged_prefill(*given, longest, scale), [query, keys, values, tables, lengths, starts]
+    return lambda *given: paged_prefill(*given, longest, scale), [query, keys, values, tables, lengths, starts]
 
 
 @prepared
@@ -81,21 +87,21 @@ def prefill_of_like_rows(dtype: torch.dtype) -> tuple[Callable[..., object], lis
         [65, 70, 133], [65, 64, 69], kv_heads=2, group=4, head_dim=64, block_size=16, dtype=dtype, unused_entry=0
     )
     query, keys, values, tables, lengths, starts, longest, scale = case.prefill()
-    return lambda *given: kernels.paged_prefill(*given, longest, scale), [query, keys, values, tables, lengths, starts]
+    return lambda *given: paged_prefill(*given, longest, scale), [query, keys, values, tables, lengths, starts]
 
 
 @prepared
 def cache_write(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
     key, value, caches = normal(0, 5, 3, 80), normal(1, 5, 3, 80), normal(2, 2, 3, 4, 3, 80)
     slots = torch.tensor([11, -1, 0, 7, 3])
-    return kernels.write_kv, [key.to(dtype), value.to(dtype), *caches.to(dtype).unbind(0), slots]
+    return write_kv, [key.to(dtype), value.to(dtype), *caches.to(dtype).unbind(0), slots]
 
 
 @prepared
 def block_copy(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
     pairs = torch.tensor([[0, 4], [1, 3]])
     one, other = normal(0, 5, 3, 2, 33).to(dtype), normal(1, 5, 7).to(dtype)
-    return lambda a, b: kernels.copy_blocks([a, b], pairs), [one, other]
+    return lambda a, b: copy_blocks([a, b], pairs), [one, other]
 
 
 def rope(dtype: torch.dtype, **norms: Tensor) -> tuple[Callable[..., object], list[Tensor]]:
@@ -108,7 +114,7 @@ def rope(dtype: torch.dtype, **norms: Tensor) -> tuple[Callable[..., object], li
     names = list(norms)
 
     def call(*given: Tensor) -> None:
-        kernels.rope_write_kv(*given[:8], **dict(zip(names, given[8:], strict=True)), **({"eps": EPS} if names else {}))
+        rope_write_kv(*given[:8], **dict(zip(names, given[8:], strict=True)), **({"eps": EPS} if names else {}))
 
     return call, [*parts, *places, *norms.values()]
 
@@ -125,18 +131,18 @@ def normed_rope_write(dtype: torch.dtype) -> tuple[Callable[..., object], list[T
 
 @prepared
 def norm(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
-    return lambda x, weight: kernels.rms_norm(x, weight, EPS), [normal(0, 5, 577).to(dtype), normal(1, 577).to(dtype)]
+    return lambda x, weight: rms_norm(x, weight, EPS), [normal(0, 5, 577).to(dtype), normal(1, 577).to(dtype)]
 
 
 @prepared
 def gate(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
-    return kernels.silu_mul, [normal(0, 5, 2 * 531).to(dtype)]
+    return silu_mul, [normal(0, 5, 2 * 531).to(dtype)]
 
 
 @prepared
 def embedding(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
     ids, places = torch.tensor([0, -1, 12, -1], dtype=torch.int32), torch.tensor([0, 4, 1, 2], dtype=torch.int32)
-    return kernels.embed_tokens, [normal(0, 13, 577).to(dtype), ids, torch.tensor([1, 2, 3, 4, 12]), places]
+    return embed_tokens, [normal(0, 13, 577).to(dtype), ids, torch.tensor([1, 2, 3, 4, 12]), places]
 
 
 @prepared
@@ -145,12 +151,12 @@ def draw(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
         torch.tensor([0.7, 0.0, 1.3], dtype=torch.float64),
         torch.tensor([0.2, 0.5, 0.99], dtype=torch.float64),
     )
-    return kernels.draw_tokens, [3 * normal(0, 3, 5003).to(dtype), temperature, uniform]
+    return draw_tokens, [3 * normal(0, 3, 5003).to(dtype), temperature, uniform]
 
 
 @prepared
 def most_likely(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
-    return kernels.draw_tokens, [normal(0, 3, 5003).to(dtype)]
+    return draw_tokens, [normal(0, 3, 5003).to(dtype)]
 
 
 @prepared
@@ -158,7 +164,7 @@ def truncation(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]
     columns = [[0.7, 0.0, 1.3], [50, 3, 0], [0.9, 0.5, 0.8], [0.0, 0.0, 0.01]]  # temperature, top-k, top-p, min-p
     asked = torch.tensor(columns, dtype=torch.float64).unbind(0)
     # What stays is compared: the least logit itself may be any number between two logits.
-    return lambda logits, *columns: logits >= kernels.least_kept_logit(logits, *columns)[:, None], [
+    return lambda logits, *columns: logits >= truncation_threshold(logits, *columns)[:, None], [
         3 * normal(0, 3, 5003).to(dtype),
         *asked,
     ]
@@ -173,7 +179,7 @@ def truncated_draw(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tens
 def product(dtype: torch.dtype, rows: int) -> tuple[Callable[..., object], list[Tensor]]:
     x, weight, weights, residual = normal(0, rows, 576), normal(1, 771, 576) / 24, normal(2, 576), normal(3, rows, 771)
     return (
-        lambda x, w, n, r: kernels.linear(x, w, norm=n, eps=EPS, residual=r),
+        lambda x, w, n, r: linear(x, w, norm=n, eps=EPS, residual=r),
         [x.to(dtype), weight.to(dtype), weights.to(dtype), residual.to(dtype)],
     )
 
@@ -191,7 +197,7 @@ def product_of_few_rows(dtype: torch.dtype) -> tuple[Callable[..., object], list
 @prepared
 def gated_product_of_one_row(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
     x, weight = normal(0, 1, 576).to(dtype), (normal(1, 2 * 387, 576) / 24).to(dtype)
-    return lambda *given: kernels.gated_linear(*given[:2], norm=given[2], eps=EPS), [
+    return lambda *given: gated_linear(*given[:2], norm=given[2], eps=EPS), [
         x,
         weight,
         normal(2, 576).to(dtype),
@@ -231,4 +237,5 @@ def test_every_kernel_is_here() -> None:
         if hasattr(constant, "co_names")
         for name in constant.co_names
     }
-    assert set(kernels.__all__) <= names | nested
+    rooms = (attention, cache, elementwise, linear_room, sampling)
+    assert {name for room in rooms for name in room.__all__} <= names | nested

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import kernels
-from kernels import launch_table
-from kernels.dispatch import gluon_runs
-from kernels.launch_table import HopperPrefillLaunch, hopper_prefill_launch, hopper_prefill_settings
+from minipaged.kernels import launch_table
+from minipaged.kernels.attention import paged_prefill
+from minipaged.kernels.dispatch import gluon_runs
+from minipaged.kernels.launch_table import HopperPrefillLaunch, hopper_prefill_launch, hopper_prefill_settings
 from tests.kernels.paged_cases import PagedCase, assert_close, dense_attention, make_case
 
 on_hopper = [
@@ -63,7 +63,7 @@ def attend(
     case: PagedCase, settings: HopperPrefillLaunch, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> torch.Tensor:
     """The kernel with this launch, as on a GPU of `programs` multiprocessors."""
-    from kernels import prefill_hopper
+    from minipaged.kernels.attention import prefill_hopper
 
     monkeypatch.setattr(prefill_hopper, "multiprocessors", lambda device: programs)
     out = torch.full_like(case.query, float("nan"))
@@ -122,11 +122,11 @@ class TestOnHopper:
         tables = case.block_tables.clone()
         assert chosen(case) is not None
         out = torch.empty_like(case.query)
-        kernels.paged_prefill(*case.prefill(), out=out)
+        paged_prefill(*case.prefill(), out=out)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kernels.paged_prefill(*case.prefill(), out=out)
+            paged_prefill(*case.prefill(), out=out)
         for step, (lengths, starts) in enumerate(
             (([400, 200], [0, 200, 400]), ([129, 64], [0, 128, 129]), ([0, 300], [0, 0, 150]))
         ):

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kernels
-from kernels.decode import paged_decode_torch
-from kernels.launch_table import DecodeLaunch, PrefillLaunch
-from kernels.prefill import paged_prefill_torch
+from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.attention.decode import paged_decode_torch
+from minipaged.kernels.attention.prefill import paged_prefill_torch
+from minipaged.kernels.cache import copy_blocks, write_kv
+from minipaged.kernels.launch_table import DecodeLaunch, PrefillLaunch
 from tests.kernels.paged_cases import FEW_HEADS, PagedCase, assert_close, examples, make_case, paged_cases
 
 pytestmark = pytest.mark.usefixtures("interpreted", "unset_choice")
@@ -47,7 +48,7 @@ def prefill_launches(overlapped: bool) -> st.SearchStrategy[PrefillLaunch]:
 @examples(50)
 @given(DECODE_CASES, DECODE_LAUNCHES)
 def test_L64_decode_equals_twin(case: PagedCase, launch: DecodeLaunch | None) -> None:
-    from kernels.decode_triton import paged_decode_triton
+    from minipaged.kernels.attention.decode_triton import paged_decode_triton
 
     out = paged_decode_triton(*case.decode(), window=case.window, launch=launch)
     assert_close(out, paged_decode_torch(*case.decode(), window=case.window))
@@ -57,7 +58,7 @@ def test_L64_decode_equals_twin(case: PagedCase, launch: DecodeLaunch | None) ->
 @examples(40)
 @given(data=st.data(), case=PREFILL_CASES)
 def test_L64_prefill_equals_twin(overlapped: bool, data: st.DataObject, case: PagedCase) -> None:
-    from kernels.prefill_triton import paged_prefill_triton
+    from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 
     launch = data.draw(prefill_launches(overlapped))
     out = paged_prefill_triton(*case.prefill(), window=case.window, launch=launch)
@@ -69,7 +70,7 @@ def test_L64_prefill_equals_twin(overlapped: bool, data: st.DataObject, case: Pa
 @pytest.mark.parametrize("window", [None, 41])
 def test_L64_prefill_over_tiles_of_every_kind(window: int | None, pack: int, overlapped: bool) -> None:
     """Tiles at the window's edge, tiles without masks, tiles at the diagonal. One query stands a position before a tile's last."""
-    from kernels.prefill_triton import paged_prefill_triton
+    from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 
     launch = PrefillLaunch(64, 16, 1, 1, pack=pack, overlapped=overlapped, section_bytes=0)
     case = make_case([110, 33], [48, 33], kv_heads=1, group=4, head_dim=32, block_size=8, window=window)
@@ -80,7 +81,7 @@ def test_L64_prefill_over_tiles_of_every_kind(window: int | None, pack: int, ove
 @examples(10)
 @given(PREFILL_CASES)
 def test_L64_prefill_as_the_launch_table_says_equals_twin(case: PagedCase) -> None:
-    from kernels.prefill_triton import paged_prefill_triton
+    from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 
     out = paged_prefill_triton(*case.prefill(), window=case.window)
     assert_close(out, paged_prefill_torch(*case.prefill(), window=case.window))
@@ -89,7 +90,7 @@ def test_L64_prefill_as_the_launch_table_says_equals_twin(case: PagedCase) -> No
 @pytest.mark.parametrize("programs", [1, 3, 20])
 @pytest.mark.parametrize("lengths", [[200], [0, 1, 200, 16, 17, 15], [64, 64, 64]])
 def test_L64_split_decode_equals_twin(programs: int, lengths: list[int]) -> None:
-    from kernels.decode_triton import paged_decode_triton
+    from minipaged.kernels.attention.decode_triton import paged_decode_triton
 
     launch = replace(SHORT_CHUNKS, programs_per_multiprocessor=programs)
     case = make_case(lengths, [1] * len(lengths), kv_heads=1, group=3, head_dim=32, block_size=8)
@@ -119,7 +120,7 @@ def test_decode_cuts_rows_evenly_and_starts_the_longest_chunks_first(lengths: li
 
 
 def test_a_plain_launch_is_for_few_long_rows_that_fill_the_gpu_once() -> None:
-    from kernels.decode_triton import fills_one_wave
+    from minipaged.kernels.attention.decode_triton import fills_one_wave
 
     slots = 4 * 132
     assert fills_one_wave(rows_and_heads=8, most_programs=8 * 128, slots=slots)  # 1 row of 16384, 8 KV heads
@@ -132,7 +133,7 @@ def test_a_plain_launch_is_for_few_long_rows_that_fill_the_gpu_once() -> None:
 def test_L63_decode_sees_neither_physical_ids_nor_unused_slots(
     case: PagedCase, launch: DecodeLaunch | None, seed: int
 ) -> None:
-    from kernels.decode_triton import paged_decode_triton
+    from minipaged.kernels.attention.decode_triton import paged_decode_triton
 
     out = paged_decode_triton(*case.decode(), window=case.window, launch=launch)
     for other in (case.permuted(seed), case.filled(1e30 if case.query.dtype == torch.float32 else 6e4)):
@@ -144,7 +145,7 @@ def test_L63_decode_sees_neither_physical_ids_nor_unused_slots(
 def test_L63_prefill_sees_neither_physical_ids_nor_unused_slots(
     case: PagedCase, launch: PrefillLaunch, seed: int
 ) -> None:
-    from kernels.prefill_triton import paged_prefill_triton
+    from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 
     out = paged_prefill_triton(*case.prefill(), window=case.window, launch=launch)
     for other in (case.permuted(seed), case.filled(1e30 if case.query.dtype == torch.float32 else 6e4)):
@@ -156,8 +157,8 @@ def test_L63_prefill_sees_neither_physical_ids_nor_unused_slots(
 def test_L64_write_kv_equals_twin(
     data: st.DataObject, block_size: int, num_blocks: int, kv_heads: int, head_dim: int, interleaved: bool
 ) -> None:
-    from kernels.cache_write import write_kv_torch
-    from kernels.cache_write_triton import write_kv_triton
+    from minipaged.kernels.cache.cache_write import write_kv_torch
+    from minipaged.kernels.cache.cache_write_triton import write_kv_triton
 
     slots = data.draw(st.lists(st.integers(0, block_size * num_blocks - 1), unique=True, max_size=10))
     mapping = torch.tensor([s for slot in slots for s in (slot, -1)], dtype=torch.int64)
@@ -174,8 +175,8 @@ def test_L64_write_kv_equals_twin(
 @examples(20)
 @given(st.permutations(range(1, 9)), st.integers(0, 4))
 def test_L64_copy_blocks_equals_twin(order: list[int], copies: int) -> None:
-    from kernels.block_copy import copy_blocks_torch
-    from kernels.block_copy_triton import copy_blocks_triton
+    from minipaged.kernels.cache.block_copy import copy_blocks_torch
+    from minipaged.kernels.cache.block_copy_triton import copy_blocks_triton
 
     pairs = torch.tensor([*zip(order, order[4:], strict=False)], dtype=torch.int64).view(-1, 2)[:copies]
     pairs = torch.cat([pairs, torch.zeros(2, 2, dtype=torch.int64)])  # padding: the null block onto itself
@@ -198,18 +199,18 @@ def test_bfloat16_is_computed_in_float32_under_the_interpreter(group: int, monke
     monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
     case = make_case([70, 9], [70, 3], kv_heads=1, group=group, head_dim=32, block_size=16, dtype=torch.bfloat16)
     decode = (case.query[:2], *case.decode()[1:])
-    assert_close(kernels.paged_decode(*decode), paged_decode_torch(*decode))
-    assert_close(kernels.paged_prefill(*case.prefill()), paged_prefill_torch(*case.prefill()))
+    assert_close(paged_decode(*decode), paged_decode_torch(*decode))
+    assert_close(paged_prefill(*case.prefill()), paged_prefill_torch(*case.prefill()))
 
 
 def test_nothing_to_do_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
     case = make_case([], [], kv_heads=1, group=2, head_dim=32, block_size=4)
-    assert kernels.paged_decode(*case.decode()).shape == (0, 2, 32)
-    assert kernels.paged_prefill(*case.prefill()).shape == (0, 2, 32)
+    assert paged_decode(*case.decode()).shape == (0, 2, 32)
+    assert paged_prefill(*case.prefill()).shape == (0, 2, 32)
     none = torch.empty(0, 1, 32)
-    kernels.write_kv(none, none, case.key_cache, case.value_cache, torch.empty(0, dtype=torch.int64))
-    kernels.copy_blocks([case.key_cache], torch.empty(0, 2, dtype=torch.int64))
+    write_kv(none, none, case.key_cache, case.value_cache, torch.empty(0, dtype=torch.int64))
+    copy_blocks([case.key_cache], torch.empty(0, 2, dtype=torch.int64))
 
 
 def test_block_sizes_that_are_no_powers_of_two_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +218,8 @@ def test_block_sizes_that_are_no_powers_of_two_are_refused(monkeypatch: pytest.M
     case = make_case([7], [7], kv_heads=1, group=1, head_dim=32, block_size=3)
     new = torch.zeros(1, 1, 32)
     with pytest.raises(ValueError, match="block_size is 3"):
-        kernels.paged_prefill(*case.prefill())
+        paged_prefill(*case.prefill())
     with pytest.raises(ValueError, match="block_size is 3"):
-        kernels.paged_decode(case.query[:1], *case.decode()[1:])
+        paged_decode(case.query[:1], *case.decode()[1:])
     with pytest.raises(ValueError, match="block_size is 3"):
-        kernels.write_kv(new, new, case.key_cache, case.value_cache, torch.zeros(1, dtype=torch.int64))
+        write_kv(new, new, case.key_cache, case.value_cache, torch.zeros(1, dtype=torch.int64))

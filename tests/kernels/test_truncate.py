@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels
-from kernels.truncate import least_kept_logit_torch
+from minipaged.kernels.sampling import draw_tokens, truncation_threshold
+from minipaged.kernels.sampling.truncate import truncation_threshold_torch
 from tests.kernels.paged_cases import examples
 from tests.kernels.test_draw import DTYPES, assert_drawn, drawn_logits
 
@@ -70,7 +70,7 @@ def asked_of(**asked: Any) -> Asked:
 @given(st.data(), st.sampled_from([1, 2, 30, 300]), DTYPES, st.integers(0, 99))
 def test_twin_keeps_what_the_definition_keeps(data: st.DataObject, vocab: int, dtype: torch.dtype, seed: int) -> None:
     logits, asked = drawn_logits(ROWS, vocab, dtype, seed), data.draw(truncations(vocab))
-    assert_cut(kernels.least_kept_logit(logits, **asked), logits, asked)
+    assert_cut(truncation_threshold(logits, **asked), logits, asked)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -79,14 +79,14 @@ def test_twin_keeps_what_the_definition_keeps(data: st.DataObject, vocab: int, d
 def test_L64_least_kept_logit_keeps_what_the_definition_keeps(
     data: st.DataObject, vocab: int, dtype: torch.dtype, seed: int
 ) -> None:
-    from kernels.truncate_triton import least_kept_logit_triton
+    from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 
     logits, asked = drawn_logits(ROWS, vocab, dtype, seed), data.draw(truncations(vocab))
-    least = least_kept_logit_triton(logits, **asked)
+    least = truncation_threshold_triton(logits, **asked)
     assert_cut(least, logits, asked)
     only_k = asked | {"top_p": torch.ones(ROWS), "min_p": torch.zeros(ROWS)}
     kept, twins = (
-        logits >= cut(logits, **only_k)[:, None] for cut in (least_kept_logit_triton, least_kept_logit_torch)
+        logits >= cut(logits, **only_k)[:, None] for cut in (truncation_threshold_triton, truncation_threshold_torch)
     )
     assert torch.equal(kept, twins)
 
@@ -95,9 +95,9 @@ def test_L64_least_kept_logit_keeps_what_the_definition_keeps(
 def test_ties_stay_together(kernel: str, request: pytest.FixtureRequest) -> None:
     if kernel == "triton":
         request.getfixturevalue("interpreted")
-        from kernels.truncate_triton import least_kept_logit_triton as least_kept
+        from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton as least_kept
     else:
-        least_kept = least_kept_logit_torch
+        least_kept = truncation_threshold_torch
     logits = torch.tensor([[-1.0, 0.0, -0.0, 2.0, 0.0, -3.0]])
     assert least_kept(logits, **asked_of(top_k=2)) == 0.0
     assert least_kept(logits, **asked_of(top_k=5)) == -1.0
@@ -111,19 +111,19 @@ def test_ties_stay_together(kernel: str, request: pytest.FixtureRequest) -> None
 @pytest.mark.usefixtures("interpreted")
 def test_the_likeliest_token_stays_however_small_top_p_is(top_k: int, top_p: float) -> None:
     """1e-50 is a request's good right, and 0 in float32."""
-    from kernels.truncate_triton import least_kept_logit_triton
+    from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 
     logits, asked = torch.tensor([[1.0, 3.0, 2.0, -1.0]]), asked_of(top_k=top_k, top_p=top_p)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert least_kept_logit_triton(logits.to(dtype), **asked) == 3.0
-        assert least_kept_logit_torch(logits.to(dtype), **asked) == 3.0
+        assert truncation_threshold_triton(logits.to(dtype), **asked) == 3.0
+        assert truncation_threshold_torch(logits.to(dtype), **asked) == 3.0
 
 
 def test_a_draw_takes_nothing_below() -> None:
     logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     warm, uniform = torch.full((300,), 5.0), torch.linspace(0, 1, 301, dtype=torch.float64)[:300]
     least = logits.sort(descending=True).values[:, 3].contiguous()
-    drawn = kernels.draw_tokens(logits, warm, uniform, least)
+    drawn = draw_tokens(logits, warm, uniform, least)
     assert (logits.gather(1, drawn[:, None])[:, 0] >= least).all()
     assert len({int((row > row[token]).sum()) for row, token in zip(logits, drawn, strict=True)}) == 4
 
@@ -132,7 +132,7 @@ def test_a_draw_takes_nothing_below() -> None:
 @examples(8)
 @given(DTYPES, st.integers(0, 99))
 def test_L64_truncated_draw_equals_twin(dtype: torch.dtype, seed: int) -> None:
-    from kernels.draw_triton import draw_tokens_triton
+    from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
 
     logits = drawn_logits(3, 3000, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -147,12 +147,12 @@ def test_L64_truncated_draw_equals_twin(dtype: torch.dtype, seed: int) -> None:
 def test_arguments_that_do_not_fit_are_named() -> None:
     logits = torch.zeros(1, 8)
     with pytest.raises(ValueError, match=r"logits is torch\.int64"):
-        kernels.least_kept_logit(logits.long(), **asked_of())
+        truncation_threshold(logits.long(), **asked_of())
     with pytest.raises(ValueError, match=r"top_p is torch\.float32 \[2\] on cpu; it must be \[1\], contiguous"):
-        kernels.least_kept_logit(logits, **asked_of() | {"top_p": torch.ones(2)})
+        truncation_threshold(logits, **asked_of() | {"top_p": torch.ones(2)})
     with pytest.raises(ValueError, match=r"least is torch\.float64 \[1\]"):
-        kernels.draw_tokens(logits, torch.ones(1), torch.zeros(1).double(), torch.zeros(1).double())
+        draw_tokens(logits, torch.ones(1), torch.zeros(1).double(), torch.zeros(1).double())
     with pytest.raises(
         ValueError, match=r"uniform is torch\.float64 \[2\] on cpu; it must be torch\.float64 \[2\], contiguous"
     ):
-        kernels.draw_tokens(torch.zeros(2, 8), torch.ones(2), torch.zeros(4).double()[::2])
+        draw_tokens(torch.zeros(2, 8), torch.ones(2), torch.zeros(4).double()[::2])

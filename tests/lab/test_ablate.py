@@ -11,14 +11,21 @@ import pytest
 import torch
 
 from minipaged.errors import InputError
-from minipaged.lab import ablate as module
-from minipaged.lab.ablate import SECTIONS, ablate, sizes_for
-from minipaged.lab.attention_variants import DECODES, Cells, paged, split_torch, torch_dense, written_out_prefill
-from minipaged.lab.device_report import ablation_dicts, ablation_page, load_note, plot_of, print_ablation
-from minipaged.lab.device_tables import TITLES, ablation_tables
-from minipaged.lab.step_bench import SlotPool, decode_step, prefill_step, time_of
+from minipaged.lab.measure import ablate as module
+from minipaged.lab.measure.ablate import SECTIONS, ablate, sizes_for
+from minipaged.lab.measure.attention_variants import (
+    DECODES,
+    Cells,
+    paged,
+    split_torch,
+    torch_dense,
+    written_out_prefill,
+)
+from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
+from minipaged.lab.report.device_report import ablation_dicts, ablation_page, load_note, plot_of, print_ablation
+from minipaged.lab.report.device_tables import TITLES, ablation_tables
 from minipaged.model.llama import Llama
-from minipaged.model.shapes import shape
+from minipaged.model.loading.shapes import shape
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from minipaged.errors import InputError
-from minipaged.lab import beam_run
-from minipaged.lab.beam_run import INSTRUCTIONS, Sharing, kept, measure
+from minipaged.lab.measure import beam_run
+from minipaged.lab.measure.beam_run import INSTRUCTIONS, Sharing, kept, measure
 
 
 def run(**settings: object) -> list[Sharing]:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from minipaged.errors import InputError
-from minipaged.lab.bench.engine import Job, Outcome, Pass, check_contenders, measure, requests_of, run_contender
-from minipaged.lab.hub_shape import hub_config
-from minipaged.model.hf_config import read_config
-from minipaged.model.shapes import SHAPES, SIMULATED_ONLY
+from minipaged.lab.measure.engine import Job, Outcome, Pass, check_contenders, measure, requests_of, run_contender
+from minipaged.lab.measure.hub_shape import hub_config
+from minipaged.model.loading.hf_config import read_config
+from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY
 
 JOB = Job("random:toy", ("batch:2",), device="cpu", limit_seconds=100)
 READY = '{"kind": "ready", "seconds": 2.5, "device": "a GPU"}\n'
@@ -107,7 +107,7 @@ def test_a_contender_does_not_outlive_the_benchmark() -> None:
     benchmark = subprocess.Popen([sys.executable, "-m", "minipaged", *words], stdout=subprocess.DEVNULL)
     contender = wait_for(lambda: next((pid for pid in children_of(benchmark.pid) if pid), None))
     wait_for(
-        lambda: b"lab.bench.contender" in Path(f"/proc/{contender}/cmdline").read_bytes() and is_importing(contender)
+        lambda: b"lab.measure.contender" in Path(f"/proc/{contender}/cmdline").read_bytes() and is_importing(contender)
     )
     benchmark.kill()
     benchmark.wait()

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipaged.lab.bench import kernels as bench_kernels
-from minipaged.lab.bench import peers as bench_peers
-from minipaged.lab.bench.kernels import check_agreement, decode_rows, prefill_rows, ragged
-from minipaged.lab.bench.peers import PEERS, make_case, minipaged
-from minipaged.lab.bench.pools import BLOCK, Pool, make_pool
-from minipaged.lab.bench.rows import Ceilings
-from minipaged.lab.bench.small_kernels import SMALL, norm, rope_write, silu, small_rows
-from minipaged.lab.bench.small_kernels import draws as sampling
-from minipaged.lab.bench.timing import Failed, Timing, Work
+from minipaged.lab.measure import kernels as bench_kernels
+from minipaged.lab.measure import peers as bench_peers
+from minipaged.lab.measure.kernels import check_agreement, decode_rows, prefill_rows, ragged
+from minipaged.lab.measure.peers import PEERS, make_case, minipaged
+from minipaged.lab.measure.pools import BLOCK, Pool, make_pool
+from minipaged.lab.measure.rows import Ceilings
+from minipaged.lab.measure.small_kernels import SMALL, norm, rope_write, silu, small_rows
+from minipaged.lab.measure.small_kernels import draws as sampling
+from minipaged.lab.measure.timing import Failed, Timing, Work
 
 CEILINGS = Ceilings(gigabytes=1.0, teraflops=1e-3)
 DECODE = (("small", (40, 40), 4, 2, 32), ("ragged", (33, 7), 4, 2, 32))

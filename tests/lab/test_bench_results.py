@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from minipaged.cli.bench import app
 from minipaged.errors import InputError
-from minipaged.lab.bench import host as bench_host
-from minipaged.lab.bench.cli import app
-from minipaged.lab.bench.contender_minipaged import make_llm
-from minipaged.lab.bench.report import BEGIN, END, insert, report
-from minipaged.lab.bench.results import HEAD, Results, read_results
+from minipaged.lab.measure import host as bench_host
+from minipaged.lab.measure.contender_minipaged import make_llm
+from minipaged.lab.report.bench_report import BEGIN, END, insert, report
+from minipaged.lab.report.results import HEAD, Results, read_results
 
 RESULTS = Path(__file__).parents[2] / "minipaged" / "lab" / "results"
 

@@ -9,12 +9,12 @@ import pytest
 
 from minipaged.config import ModelConfig
 from minipaged.errors import InputError
-from minipaged.execution.hardware import find_gpu
-from minipaged.lab import calculators as calc
-from minipaged.lab.advice import Use, advise
-from minipaged.lab.claims import factors_multiply, falcon, kv_sizes, quantized_batch, short_requests
-from minipaged.lab.servers import paper_server
-from minipaged.model.shapes import shape
+from minipaged.lab.advise import calculators as calc
+from minipaged.lab.advise.advice import Use, advise
+from minipaged.lab.paper.claims import factors_multiply, falcon, kv_sizes, quantized_batch, short_requests
+from minipaged.lab.simulation.hardware import find_gpu
+from minipaged.lab.simulation.servers import paper_server
+from minipaged.model.loading.shapes import shape
 
 
 def llama_13b(**changes: object) -> calc.Deployment:

@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from minipaged.baselines.systems import RESERVING
 from minipaged.errors import InputError
-from minipaged.lab.device_report import device_dict, device_latency_row, plot_of, print_device
-from minipaged.lab.device_run import Bench, DeviceResult, draws_for, draws_of, percentiles, run_systems, serve
-from minipaged.lab.device_tables import system_tables
-from minipaged.lab.workloads import make_workload
-from minipaged.memory.systems import RESERVING
+from minipaged.lab.measure.device_run import Bench, DeviceResult, draws_for, draws_of, percentiles, run_systems, serve
+from minipaged.lab.report.device_report import device_dict, device_latency_row, plot_of, print_device
+from minipaged.lab.report.device_tables import system_tables
+from minipaged.lab.simulation.workloads import make_workload
 
 RNG = random.Random(5)
 DRAWS = [([RNG.randrange(250) for _ in range(RNG.randint(2, 24))], RNG.randint(2, 20)) for _ in range(10)]

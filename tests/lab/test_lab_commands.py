@@ -10,13 +10,13 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+from minipaged.cli.lab import app
 from minipaged.errors import InputError
-from minipaged.lab.cli import app
-from minipaged.lab.figure_types import Curve, Row
-from minipaged.lab.figures import FIGURES, parse_figures
-from minipaged.lab.html import Page
-from minipaged.lab.svg import bars, line_chart, stacked_bars
-from minipaged.lab.tables import seconds, size
+from minipaged.lab.paper.figure_types import Curve, Row
+from minipaged.lab.paper.figures import FIGURES, parse_figures
+from minipaged.lab.report.html import Page
+from minipaged.lab.report.svg import bars, line_chart, stacked_bars
+from minipaged.lab.report.tables import seconds, size
 
 
 def run(*arguments: str) -> str:

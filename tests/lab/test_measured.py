@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from minipaged.lab import claims, measured
-from minipaged.lab.ablate import CONSECUTIVE, SHUFFLED
+from minipaged.lab.measure.ablate import CONSECUTIVE, SHUFFLED
+from minipaged.lab.paper import claims, measured
 
 
 def document(rows: list[dict[str, Any]], *, date: str = "2026-01-02", device: str = "NVIDIA X") -> dict[str, Any]:

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minipaged.baselines.shadow_files import read_deltas, write_with_shadows
+from minipaged.baselines.shadows import ShadowListener, answer_lengths, shadow_deltas, summarise
+from minipaged.baselines.systems import RESERVING
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InputError
-from minipaged.execution.hardware import find_gpu
-from minipaged.execution.simulated_runner import SimulatedRunner
-from minipaged.lab.shadow_files import read_deltas, write_with_shadows
-from minipaged.lab.shadows import ShadowListener, answer_lengths, shadow_deltas, summarise
+from minipaged.lab.simulation.hardware import find_gpu
+from minipaged.lab.simulation.simulated_runner import SimulatedRunner
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.systems import RESERVING
-from minipaged.model.shapes import shape
+from minipaged.model.loading.shapes import shape
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.sources import FileSource

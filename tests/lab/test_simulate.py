@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipaged.baselines.systems import SYSTEMS
 from minipaged.errors import InputError
-from minipaged.lab.servers import Server, make_server, paper_server
-from minipaged.lab.simulate import Result, parse_systems, simulate
-from minipaged.lab.workloads import Workload, make_workload
-from minipaged.memory.systems import SYSTEMS
+from minipaged.lab.simulation.servers import Server, make_server, paper_server
+from minipaged.lab.simulation.simulate import Result, parse_systems, simulate
+from minipaged.lab.simulation.workloads import Workload, make_workload
 
 SERVER = paper_server("opt-13b")
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from minipaged.config import ModelConfig
 from minipaged.errors import InputError
-from minipaged.execution.hardware import GPUS, find_gpu
-from minipaged.execution.roofline import FEMTO, roofline
-from minipaged.execution.simulated_runner import SimulatedRunner
+from minipaged.lab.simulation.hardware import GPUS, find_gpu
+from minipaged.lab.simulation.roofline import FEMTO, roofline
+from minipaged.lab.simulation.simulated_runner import SimulatedRunner
 from minipaged.scheduling.plan import PromptQuery, StepPlan
 
 SHAPE = ModelConfig("llama-7b", 32000, 4096, 11008, 32, 32, 32, 128, 4096)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from minipaged.lab.transformers_peer import MAX_NEW, PEERS, run_peer, static_batches
+from minipaged.lab.measure.transformers_peer import MAX_NEW, PEERS, run_peer, static_batches
 
 DRAWS = [([1 + i] * (4 + i), 3 + i) for i in range(4)]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from minipaged.errors import InputError
-from minipaged.lab.trace_files import load_workload, read_trace
-from minipaged.lab.workloads import WORKLOADS, Lengths, engine_draws, make_workload
+from minipaged.lab.simulation.trace_files import load_workload, read_trace
+from minipaged.lab.simulation.workloads import WORKLOADS, Lengths, engine_draws, make_workload
 
 
 @pytest.mark.parametrize(("name", "prompt", "output"), [("sharegpt", 161.31, 337.99), ("alpaca", 19.31, 58.45)])

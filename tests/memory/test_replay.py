@@ -11,10 +11,10 @@ from hypothesis import Phase
 
 from minipaged.trace.player import Player
 from minipaged.trace.sources import FileSource
+from minipaged.tui.session import Session
+from tests.laws.model import BrokenLawError
+from tests.laws.run import run_machine
 from tests.mutants.memory_bugs import StaleKey, UncountedFork
-from tests.spec.model import BrokenLawError
-from tests.spec.run import run_machine
-from tui.session import Session
 
 PHASES = [Phase.generate, Phase.shrink]
 ENOUGH = 1000  # examples to find the fault among, which takes about ten: which ones are drawn depends on the modules that are loaded
@@ -58,7 +58,7 @@ def test_the_last_state_is_the_one_after_the_fault(tmp_path: Path) -> None:
 def test_a_law_of_the_memory_by_itself_leaves_a_replay(tmp_path: Path) -> None:
     """Its calls, each a step: the last one is that after which the law was seen to be broken."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += ["tests/spec/test_laws_memory.py", "-k", "L30", "--block-manager", "tests.mutants.memory_bugs:StaleKey"]
+    command += ["tests/laws/test_laws_memory.py", "-k", "L30", "--block-manager", "tests.mutants.memory_bugs:StaleKey"]
     told = subprocess.run([*command, "--replay-dir", str(tmp_path)], capture_output=True, text=True, timeout=240).stdout
     assert "1 failed" in told
     [path] = tmp_path.glob("*.trace")
@@ -85,7 +85,7 @@ def test_a_law_of_the_memory_by_itself_leaves_a_replay(tmp_path: Path) -> None:
 def test_a_schedulers_law_that_fails_leaves_a_replay(tmp_path: Path, law: str, scheduler: str, kinds: set[str]) -> None:
     """In a pytest of its own: the report names the command; the screen opens the file at the step in which the law broke."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += ["tests/spec/test_scheduler_laws.py", "-k", law, "--scheduler", scheduler]
+    command += ["tests/laws/test_scheduler_laws.py", "-k", law, "--scheduler", scheduler]
     told = subprocess.run([*command, "--replay-dir", str(tmp_path)], capture_output=True, text=True, timeout=240).stdout
     assert "1 failed" in told
     [path] = tmp_path.glob("*.trace")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minipaged.errors import ModelError
-from minipaged.model import zoo
+from minipaged.model.loading import zoo
 
 
 @pytest.fixture(scope="session")

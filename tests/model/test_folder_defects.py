@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipaged.errors import ModelError
-from minipaged.model.hf_config import read_config
-from minipaged.model.weights import load_model, open_checkpoint
+from minipaged.model.loading.hf_config import read_config
+from minipaged.model.loading.weights import load_model, open_checkpoint
 from tests.model.tiny import CONFIGS, LLAMA_3_ROPE, save_folder
 
 INDEX = "model.safetensors.index.json"

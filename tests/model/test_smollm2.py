@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from minipaged.model import zoo
-from minipaged.model.zoo import LoadedModel
+from minipaged.model.loading import zoo
+from minipaged.model.loading.zoo import LoadedModel
 from tests.model.tiny import dense_logits, reference_logits
 
 PROMPTS = (

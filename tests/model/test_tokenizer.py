@@ -13,8 +13,8 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from minipaged.errors import ModelError, RequestError
-from minipaged.model.gguf_tokenizer import build_tokenizer
-from minipaged.model.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
+from minipaged.model.loading.gguf_tokenizer import build_tokenizer
+from minipaged.model.loading.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
 from tests.model.tiny import CONFIGS, make_model
 from tests.model.tiny_gguf import byte_letters, write_gguf
 

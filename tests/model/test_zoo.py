@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 import types
@@ -11,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from minipaged.errors import InputError, ModelError
-from minipaged.model import zoo
-from minipaged.model.progress import terminal_progress
-from minipaged.model.shapes import SHAPES, SIMULATED_ONLY, shape
+from minipaged.model.loading import zoo
+from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, save_folder
 
 
@@ -170,25 +167,13 @@ def test_shapes_hold_the_published_number_of_parameters(name: str, billions: flo
 
 
 def test_shapes_need_no_torch() -> None:
-    code = "import sys, minipaged.model.shapes as s; s.shape('opt-13b'); sys.exit('torch' in sys.modules)"
+    code = "import sys, minipaged.model.loading.shapes as s; s.shape('opt-13b'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(zoo.__file__).parents[2], check=False).returncode == 0
 
 
 def test_every_shape_is_listed_under_its_own_name() -> None:
     assert all(config.name == name for name, config in SHAPES.items())
     assert set(SHAPES) > SIMULATED_ONLY
-
-
-def test_progress_on_a_terminal_and_in_a_log() -> None:
-    for is_terminal in (True, False):
-        written = io.StringIO()
-        with terminal_progress(Console(file=written, force_terminal=is_terminal, width=80)) as report:
-            for done in range(0, 5_000_000, 1_000_000):
-                report("downloading", done, 4_000_000)
-            report("waiting for another pull", 0, 0)
-        assert "downloading" in written.getvalue()
-        if not is_terminal:
-            assert written.getvalue() == "downloading\nwaiting for another pull\n"
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import transformers
 
-from minipaged.model.gguf_model import NAMES
+from minipaged.model.loading.gguf_model import NAMES
 
 STORED = {name: stored for stored, name in NAMES.items()}
 

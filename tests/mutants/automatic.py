@@ -7,7 +7,7 @@ Small changes are sampled by a seed and put under the quick specs, one after ano
 the one module's code replaced in memory, so nothing is written to the tree. A child runs only the tests that reach the changed statement,
 those first that find most in least time. It has `--seconds` of processor time: one that uses them up inside one test hangs and counts
 as killed, listed apart; tests for which no time is left wait for the second pass. Whatever survives is run again under the full ci
-profile (`tests/memory`, `tests/scheduling` and `tests/spec`). Examples are not shrunk. Results are written as they come; a run that is
+profile (`tests/memory`, `tests/scheduling` and `tests/laws`). Examples are not shrunk. Results are written as they come; a run that is
 started again with the same arguments goes on where it stood.
 """
 
@@ -29,7 +29,7 @@ from tests.mutants.automatic_operators import Mutant, count_changes, mutant_of, 
 FOLDERS = ("minipaged/memory", "minipaged/scheduling")
 CI_SECONDS = 400  # of processor time for a child under the ci profile
 OPEN = "open"  # a survivor that is to be run again
-STATE_MACHINE = "tests/spec/test_laws_machine.py"  # its items share one run
+STATE_MACHINE = "tests/laws/test_laws_machine.py"  # its items share one run
 
 
 @dataclass

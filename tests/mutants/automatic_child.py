@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.mutants.automatic_operators import Mutant, compiled
 
-TESTS = ["tests/memory", "tests/scheduling", "tests/spec"]
+TESTS = ["tests/memory", "tests/scheduling", "tests/laws"]
 LEFT_OUT = (
     "constant_time",  # a clock's verdict on a busy machine is no evidence
     "leaves_a_replay",  # of replays, on mutants of their own
@@ -131,7 +131,7 @@ class Watching:
         self._tell_of_the_shared_run()
 
     def _tell_of_the_shared_run(self) -> None:
-        from tests.spec import conftest
+        from tests.laws import conftest
 
         error_of, tell = conftest.SharedRun.error, self._tell
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from hypothesis import Phase, settings
 
-from tests.spec import properties, properties_cache, properties_steps
-from tests.spec.run import run_machine
+from tests.laws import properties, properties_cache, properties_steps
+from tests.laws.run import run_machine
 
 Check = Callable[[Callable[..., Any]], None]
 

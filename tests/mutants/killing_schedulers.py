@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, settings
 
 from minipaged.memory.block_manager import BlockManager
-from tests.spec import test_scheduler_laws, test_survivors_counts, test_survivors_edges
+from tests.laws import test_scheduler_laws, test_survivors_counts, test_survivors_edges
 
 Law = Callable[..., None]
 MODULES = (test_scheduler_laws, test_survivors_counts, test_survivors_edges)

@@ -1,7 +1,7 @@
 """Every bug that is put into the scheduler is found by the law that it breaks, in bounded steps: one item a mutant.
 
 Each takes a second at most. A livelock is found as one: a world ends the run (L43) when a step asks for room without end, or when steps get
-nowhere (tests/spec/token_world.py).
+nowhere (tests/laws/token_world.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def test_the_spec_finds(mutant: Any, law: str) -> None:
 
 
 def test_the_real_scheduler_obeys_what_finds_mutants() -> None:
-    """One of the laws stands for all here: `pytest tests/spec` runs each."""
+    """One of the laws stands for all here: `pytest tests/laws` runs each."""
     assert verdict(Scheduler, "a_group_that_runs_dry") is None
     assert len(laws()) >= 20
 

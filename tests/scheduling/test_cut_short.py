@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minipaged.api import LLM
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import RequestError
-from minipaged.llm import LLM
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.plan import StepPlan, StepTokens
 from minipaged.scheduling.request import Request

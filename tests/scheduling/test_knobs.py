@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
-from minipaged.llm import LLM
 from minipaged.scheduling.knobs import KNOBS, Turn
 from minipaged.trace.records import StepDelta
 

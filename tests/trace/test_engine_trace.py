@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import TraceError
 from minipaged.execution.runner import Pending, Runner
-from minipaged.lab.trace_cost import decoding_engine
-from minipaged.llm import LLM
+from minipaged.lab.measure.trace_cost import decoding_engine
 from minipaged.scheduling.plan import StepPlan, StepTokens
 from minipaged.trace import packing
 from minipaged.trace.codec import decode_delta, encode_delta

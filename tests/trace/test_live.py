@@ -13,8 +13,8 @@ import pytest
 from scripted import failing_engine, scripted_engine
 
 from minipaged.config import SamplingParams
+from minipaged.serving.live import EngineProcess
 from minipaged.trace.codec import encode_delta
-from minipaged.trace.live import EngineProcess
 from minipaged.trace.player import Player
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import FileSource, ListSource
@@ -160,7 +160,7 @@ import sys
 sys.path[:0] = {path!r}
 from scripted import scripted_engine
 from minipaged.trace.codec import encode_delta
-from minipaged.trace.live import EngineProcess
+from minipaged.serving.live import EngineProcess
 engine = EngineProcess(scripted_engine)
 engine.source.wait(lambda: engine.source.ready)
 print(engine.pid, flush=True)

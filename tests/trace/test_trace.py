@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scripted import Scene, sharing_scene
 
 from minipaged.errors import TraceError
-from minipaged.memory.types import PoolBands, Run
+from minipaged.memory.types import PoolBreakdown, Run
 from minipaged.trace import codec, packing
 from minipaged.trace.player import Player
 from minipaged.trace.records import FLAG_CACHED, ShadowDelta, StepDelta
@@ -151,7 +151,7 @@ def test_finished_sequences_are_forgotten_in_the_end() -> None:
 
 def test_list_and_file_tell_the_same(tmp_path: Path) -> None:
     scene = sharing_scene()
-    bands = PoolBands(10, 20, 0, 98, 0, 0)
+    bands = PoolBreakdown(10, 20, 0, 98, 0, 0)
     shadows = [ShadowDelta(delta.step, "orca-pow2", (Run(0, 32, "token", 0),), bands) for delta in scene.deltas]
     out = io.BytesIO()
     writer = StreamWriter(out, Header("scripted"), keyframe_every=4)

@@ -11,8 +11,8 @@ from textual.pilot import Pilot
 
 from minipaged.trace.records import StepDelta
 from minipaged.trace.sources import ListSource, Source
-from tui.screen import ScreenApp
-from tui.session import Session
+from minipaged.tui.screen import ScreenApp
+from minipaged.tui.session import Session
 
 SIZES = ((80, 24), (120, 40), (200, 60))
 T = TypeVar("T")

@@ -11,9 +11,9 @@ import pytest
 from processes import children, wait_for
 
 from minipaged.errors import InputError
-from minipaged.trace.live import EngineProcess
-from tui.bench import Outcome, Plan, Round, _cores, measure
-from tui.benchengine import MadeUpWords, requests, timed_engine
+from minipaged.serving.live import EngineProcess
+from minipaged.tui.bench import Outcome, Plan, Round, _cores, measure
+from minipaged.tui.benchengine import MadeUpWords, requests, timed_engine
 
 
 def test_rounds_with_and_without_do_the_same_work(tmp_path: Path) -> None:

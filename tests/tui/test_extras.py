@@ -12,21 +12,21 @@ from screens import SIZES, drive, replay, text, until
 from scripted import failing_engine, scripted_engine, sharing_scene
 from textual.pilot import Pilot
 
-from minipaged.commands.show import show
+from minipaged.cli.show import show
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
-from minipaged.memory.types import PoolBands, Run
+from minipaged.memory.types import PoolBreakdown, Run
 from minipaged.trace.player import Player
 from minipaged.trace.records import ShadowDelta
 from minipaged.trace.sources import FileSource, ListSource
-from tui.app import run_screen
-from tui.compare import compare_lines, real_bands, share_text
-from tui.dialogs import Overlay
-from tui.gallery import SCENARIOS, scenario_path
-from tui.inspector import Journey
-from tui.keys import load_keys
-from tui.screen import ScreenApp, binding_ids
-from tui.view import View, width_of
+from minipaged.tui.app import run_screen
+from minipaged.tui.compare import compare_lines, real_bands, share_text
+from minipaged.tui.dialogs import Overlay
+from minipaged.tui.gallery import SCENARIOS, scenario_path
+from minipaged.tui.inspector import Journey
+from minipaged.tui.keys import load_keys
+from minipaged.tui.screen import ScreenApp, binding_ids
+from minipaged.tui.view import View, width_of
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -56,7 +56,10 @@ def test_shadows_of_the_trace_itself_are_shown() -> None:
     deltas = sharing_scene().deltas
     shadows = [
         ShadowDelta(
-            d.step, "contiguous", (Run(0, 64, "token", 0), Run(64, 60, "reserved", 0)), PoolBands(64, 60, 0, 0, 0, 0)
+            d.step,
+            "contiguous",
+            (Run(0, 64, "token", 0), Run(64, 60, "reserved", 0)),
+            PoolBreakdown(64, 60, 0, 0, 0, 0),
         )
         for d in deltas
     ]
@@ -98,7 +101,7 @@ def test_the_real_bands_fill_the_pool() -> None:
     for position in range(1, len(deltas) + 1):
         view = View(Player(ListSource(deltas), position).snapshot)
         assert sum(real_bands(view)) == 31 * 4
-    assert share_text(PoolBands(1, 2, 0, 1, 0, 0)) == "tokens 25% reserved 50% fragments 25%"
+    assert share_text(PoolBreakdown(1, 2, 0, 1, 0, 0)) == "tokens 25% reserved 50% fragments 25%"
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])
@@ -106,7 +109,7 @@ def test_the_real_bands_fill_the_pool() -> None:
 def test_compare_fits(width: int, height: int) -> None:
     deltas = sharing_scene().deltas
     view = View(Player(ListSource(deltas), 7).snapshot)
-    bands = PoolBands(30, 30, 30, 20, 4, 10)
+    bands = PoolBreakdown(30, 30, 30, 20, 4, 10)
     runs = (Run(0, 30, "token", 0), Run(30, 60, "internal", 0), Run(90, 34, "external", -1))
     view.shadows = {name: ShadowDelta(6, name, runs, bands) for name in ("a", "b")}
     lines = compare_lines(view, width, height)
@@ -236,9 +239,9 @@ def test_hostile_text_never_reaches_the_terminal(
 
 def test_branch_repeats_the_beginning_and_goes_on_otherwise() -> None:
     """The new run is in the same state after as many steps, though its prompts came at different steps."""
-    from tui.app import EngineRunner
-    from tui.screen import ScreenApp
-    from tui.session import Session
+    from minipaged.tui.app import EngineRunner
+    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.session import Session
 
     runner = EngineRunner(scripted_engine, {"num_blocks": 64}, record=None)
     try:
@@ -276,9 +279,9 @@ def test_branch_repeats_the_beginning_and_goes_on_otherwise() -> None:
 def test_knobs_of_an_engine_that_has_none() -> None:
     from textual.widgets import Input
 
-    from minipaged.trace.live import EngineProcess
-    from tui.screen import ScreenApp
-    from tui.session import Session
+    from minipaged.serving.live import EngineProcess
+    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.session import Session
 
     with EngineProcess(scripted_engine) as engine:
         app = ScreenApp(Session(engine.source))
@@ -295,7 +298,7 @@ def test_knobs_of_an_engine_that_has_none() -> None:
 
 
 def toy_engine(num_blocks: int = 40, progress: object = None) -> object:
-    from minipaged.llm import LLM
+    from minipaged.api import LLM
 
     return LLM("toy", block_size=4, num_blocks=num_blocks).engine
 
@@ -303,10 +306,10 @@ def toy_engine(num_blocks: int = 40, progress: object = None) -> object:
 def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
     from textual.widgets import Input
 
-    from tui.app import EngineRunner
-    from tui.dialogs import Choice, Knobs
-    from tui.screen import ScreenApp
-    from tui.session import Session
+    from minipaged.tui.app import EngineRunner
+    from minipaged.tui.dialogs import Choice, Knobs
+    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.session import Session
 
     runner = EngineRunner(toy_engine, {}, record=None)
     try:
@@ -349,7 +352,7 @@ def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
 
 
 def test_a_browser_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tui.web import serve_screen
+    from minipaged.tui.web import serve_screen
 
     monkeypatch.setitem(sys.modules, "textual_serve.server", None)
     with pytest.raises(InputError, match=r"minipaged\[web\]"):
@@ -385,7 +388,7 @@ def test_a_browser_gets_the_screen_over_pipes() -> None:
 
 @pytest.mark.parametrize(("length", "speed"), [(0, 1), (14, 1), (45, 2), (106, 5), (249, 10), (1_000_000, 10)])
 def test_a_short_recording_plays_slowly_enough_to_be_followed(length: int, speed: float) -> None:
-    from tui.app import play_speed
+    from minipaged.tui.app import play_speed
 
     assert play_speed(length) == speed
 

@@ -14,16 +14,16 @@ from scripted import Scene, scripted_engine, sharing_scene
 from textual.pilot import Pilot
 
 from minipaged.config import SamplingParams
-from minipaged.trace.live import EngineProcess
+from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
-from tui.app import run_screen
-from tui.guide import MOST_STEPS, Guide
-from tui.guided import STOP_SECONDS, GuidedSession
-from tui.screen import ScreenApp
-from tui.sentences import sentence, summary
-from tui.session import Session
-from tui.textpane import text_title
-from tui.view import View
+from minipaged.tui.app import run_screen
+from minipaged.tui.guide import MOST_STEPS, Guide
+from minipaged.tui.guided import STOP_SECONDS, GuidedSession
+from minipaged.tui.screen import ScreenApp
+from minipaged.tui.sentences import sentence, summary
+from minipaged.tui.session import Session
+from minipaged.tui.textpane import text_title
+from minipaged.tui.view import View
 
 PARAMS = SamplingParams(max_tokens=30)
 
@@ -194,7 +194,7 @@ def test_the_whole_run_is_summed_up_wherever_one_looks(
         session.go(0)
         return 0
 
-    monkeypatch.setattr("tui.app._show", looked_back)
+    monkeypatch.setattr("minipaged.tui.app._show", looked_back)
     assert run_screen(partial(scripted_engine, num_blocks=64), prompts=["good"]) == 0
     said = re.search(r"1 answer, (\d+) tokens in (\d+) steps", capsys.readouterr().out)
     assert said is not None

@@ -15,13 +15,13 @@ from textual.pilot import Pilot
 from textual.widgets import Input, Label
 
 from minipaged.config import SamplingParams
-from minipaged.trace.live import EngineProcess
-from tui.blockmap import BlockMap
-from tui.dialogs import AddPrompt, Overlay, Reading
-from tui.inspector import Inspector
-from tui.maplayout import Zoom
-from tui.screen import ScreenApp
-from tui.session import Session
+from minipaged.serving.live import EngineProcess
+from minipaged.tui.blockmap import BlockMap
+from minipaged.tui.dialogs import AddPrompt, Overlay, Reading
+from minipaged.tui.inspector import Inspector
+from minipaged.tui.maplayout import Zoom
+from minipaged.tui.screen import ScreenApp
+from minipaged.tui.session import Session
 
 at_each_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 

@@ -12,11 +12,11 @@ from scripted import Scene, sharing_scene
 
 from minipaged.trace.records import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
-from tui.lessons import LESSONS
-from tui.maplayout import Zoom
-from tui.mapmodel import MapModel
-from tui.palette import ASCII, LETTERS
-from tui.view import View
+from minipaged.tui.lessons import LESSONS
+from minipaged.tui.maplayout import Zoom
+from minipaged.tui.mapmodel import MapModel
+from minipaged.tui.palette import ASCII, LETTERS
+from minipaged.tui.view import View
 
 
 def view_at(position: int, **words: object) -> View:

@@ -12,26 +12,26 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from scripted import Scene, sharing_scene
 
-from minipaged.memory.types import PoolBands
+from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.player import Player
 from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import ListSource
-from tui.bars import header_line, host_line, keys_line, legend_lines
-from tui.history import History
-from tui.inspector import block_lines, journey_lines, past_lines
-from tui.lessons import LESSONS
-from tui.maplayout import Zoom
-from tui.moves import MOVE_SECONDS
-from tui.palette import ASCII, UNICODE, Glyphs
-from tui.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
-from tui.sentences import TICKS, sentence, sentences
-from tui.session import Session
-from tui.sidepanes import tree_lines, waste_lines
-from tui.tables import TablesPane, queue_lines, table_lines
-from tui.textpane import text_lines, wrap_tail
-from tui.timeline import _LEGEND, scale, timeline_lines, timeline_title
-from tui.view import Line, View, width_of
+from minipaged.tui.bars import header_line, host_line, keys_line, legend_lines
+from minipaged.tui.history import History
+from minipaged.tui.inspector import block_lines, journey_lines, past_lines
+from minipaged.tui.lessons import LESSONS
+from minipaged.tui.maplayout import Zoom
+from minipaged.tui.moves import MOVE_SECONDS
+from minipaged.tui.palette import ASCII, UNICODE, Glyphs
+from minipaged.tui.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
+from minipaged.tui.sentences import TICKS, sentence, sentences
+from minipaged.tui.session import Session
+from minipaged.tui.sidepanes import tree_lines, waste_lines
+from minipaged.tui.tables import TablesPane, queue_lines, table_lines
+from minipaged.tui.textpane import text_lines, wrap_tail
+from minipaged.tui.timeline import _LEGEND, scale, timeline_lines, timeline_title
+from minipaged.tui.view import Line, View, width_of
 
 
 def view_at(position: int, deltas: list[StepDelta] | None = None, **words: object) -> View:
@@ -310,7 +310,7 @@ def test_a_tokens_journey() -> None:
 
 def test_waste_beside_shadows() -> None:
     view = view_at(8)
-    view.shadows = {"orca-max": ShadowDelta(7, "orca-max", (), PoolBands(22, 66, 0, 12, 0, 0))}
+    view.shadows = {"orca-max": ShadowDelta(7, "orca-max", (), PoolBreakdown(22, 66, 0, 12, 0, 0))}
     rows = read_all(waste_lines(view, 50))
     assert rows[0].startswith("orca-max")
     assert rows[0].endswith("78%")

@@ -13,7 +13,7 @@ from scripted import Scene
 from textual.pilot import Pilot
 
 from minipaged.trace.records import StepDelta
-from tui.screen import ScreenApp
+from minipaged.tui.screen import ScreenApp
 
 Compare = Callable[..., bool]
 

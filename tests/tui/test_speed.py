@@ -17,9 +17,9 @@ from test_map import big_snapshot
 from textual.pilot import Pilot
 
 from minipaged.trace.snapshot import Snapshot
-from tui.blockmap import BlockMap
-from tui.maplayout import Zoom
-from tui.screen import ScreenApp
+from minipaged.tui.blockmap import BlockMap
+from minipaged.tui.maplayout import Zoom
+from minipaged.tui.screen import ScreenApp
 
 
 def frame_times(num_blocks: int, changes: int, zoom: Zoom, *, frames: int = 40) -> list[tuple[float, float]]:

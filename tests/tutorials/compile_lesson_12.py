@@ -16,9 +16,9 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from minipaged.lessons.catalog import lesson
-from minipaged.lessons.runner import load, stub_in
-from minipaged.lessons.strip import START
+from minipaged.learn.catalog import lesson
+from minipaged.learn.runner import load, stub_in
+from minipaged.learn.strip import START
 from tests.kernels.compile_for_hopper import HopperDriver, compile_only
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from minipaged.commands.learn import app
+from minipaged.cli.learn import app
 from minipaged.errors import InputError
-from minipaged.lessons.catalog import lesson, lessons
-from minipaged.lessons.checking import check
-from minipaged.lessons.replays import recording
-from minipaged.lessons.tape import Tape
-from minipaged.lessons.workspace import PROGRESS, Workspace
+from minipaged.learn.catalog import lesson, lessons
+from minipaged.learn.checking import check
+from minipaged.learn.replays import recording
+from minipaged.learn.tape import Tape
+from minipaged.learn.workspace import PROGRESS, Workspace
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from minipaged.commands.learn import app
-from minipaged.lessons.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
-from minipaged.lessons.checking import check
-from minipaged.lessons.runner import load, run
-from minipaged.lessons.strip import bodies, strip
-from minipaged.memory.types import PoolBands
+from minipaged.cli.learn import app
+from minipaged.learn.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
+from minipaged.learn.checking import check
+from minipaged.learn.runner import load, run
+from minipaged.learn.strip import bodies, strip
+from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.records import Event
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def prose(path: Path) -> str:
 @each_lesson
 def test_unsolved_file_is_the_solution_without_its_bodies(lesson: Lesson) -> None:
     solved = lesson.solution.read_text(encoding="utf-8")
-    assert lesson.path.read_text(encoding="utf-8") == strip(solved), "run python -m minipaged.lessons.strip"
+    assert lesson.path.read_text(encoding="utf-8") == strip(solved), "run python -m minipaged.learn.strip"
 
 
 @each_lesson
@@ -233,7 +233,7 @@ def test_the_glossary_has_every_event_and_every_kind_of_slot() -> None:
     words = glossary()
     for kind in f"{match[1]} {match[2]}".split():
         assert re.search(rf"\b{kind}\b", words["event"]), kind
-    for kind in PoolBands._fields:
+    for kind in PoolBreakdown._fields:
         assert kind == "token" or kind in words, kind
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from minipaged.lessons import so_far
-from minipaged.lessons.catalog import lesson, lessons
-from minipaged.lessons.replays import SCENES, record
-from minipaged.lessons.runner import find_tests, load, run
-from minipaged.lessons.strip import bodies, strip
-from minipaged.lessons.tape import Tape
-from minipaged.lessons.workspace import PROGRESS
+from minipaged.learn import so_far
+from minipaged.learn.catalog import lesson, lessons
+from minipaged.learn.replays import SCENES, record
+from minipaged.learn.runner import find_tests, load, run
+from minipaged.learn.strip import bodies, strip
+from minipaged.learn.tape import Tape
+from minipaged.learn.workspace import PROGRESS
 from minipaged.trace.records import StepDelta
 from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.trace.sources import FileSource

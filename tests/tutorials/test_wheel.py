@@ -11,7 +11,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from minipaged.lessons.catalog import lessons, tutorials_folder
+from minipaged.learn.catalog import lessons, tutorials_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,4 +64,40 @@ def test_a_lesson_can_be_taken_from_the_wheel(unpacked: Path, tmp_path: Path) ->
 def test_the_gallery_is_in_the_wheel(unpacked: Path) -> None:
     here = ROOT / "tui"
     for path in [p for p in here.rglob("*") if p.suffix in (".mpt", ".tcss", ".svg")]:
-        assert (unpacked / "tui" / path.relative_to(here)).read_bytes() == path.read_bytes()
+        assert (unpacked / "minipaged" / "tui" / path.relative_to(here)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_one_name_is_installed(unpacked: Path) -> None:
+    """Hugging Face publishes a package `kernels`: a second name in site-packages would break it, or be broken by it."""
+    assert [path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"] == ["minipaged"]
+    assert not [path for path in unpacked.rglob("*") if path.is_symlink()]
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_sdist_holds_the_same_files(unpacked: Path, tmp_path: Path) -> None:
+    """Links of the checkout do not survive every archive; what is installed must not depend on them."""
+    code = "from hatchling.build import build_sdist; import sys; print(build_sdist(sys.argv[1]))"
+    pytest.importorskip("hatchling")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        again = {name for name in archive.namelist() if ".dist-info" not in name}
+    assert again == {
+        path.relative_to(unpacked).as_posix() for path in unpacked.glob("minipaged/**/*") if path.is_file()
+    }
+
+
+def test_a_package_named_kernels_is_not_hidden_by_the_checkout(tmp_path: Path) -> None:
+    """From the repository's root too: the folder kernels/ has no __init__.py, so a real package of that name goes before it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("WHOSE = 'theirs'")
+    code = "import kernels, minipaged.kernels.cache as ours; print(kernels.WHOSE, ours.write_kv.__module__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "theirs minipaged.kernels.cache.cache_write\n", done.stderr

@@ -1,4 +1,4 @@
-"""Record the gallery again: `python -m tui.gallery.make [NAME…] [--model NAME]`. Takes a minute a scenario on a CPU."""
+"""Record the gallery again: `python -m minipaged.tui.gallery.make [NAME…] [--model NAME]`. Takes a minute a scenario on a CPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minipaged.api import DEFAULT_MODEL, LLM
+from minipaged.baselines.shadow_files import write_with_shadows
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
-from minipaged.lab.shadow_files import write_with_shadows
-from minipaged.llm import DEFAULT_MODEL, LLM
 from minipaged.trace.stream import Header, open_recorder
-from tui.gallery import SCENARIOS, scenario_path
+from minipaged.tui.gallery import SCENARIOS, scenario_path
 
 SEED = 11
 

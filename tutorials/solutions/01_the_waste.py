@@ -354,10 +354,10 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/reservations.py`: `Reservations` counts these four kinds (and padding and idleness) for
+# - `minipaged/baselines/reservations.py`: `Reservations` counts these four kinds (and padding and idleness) for
 #   any system that reserves.
-# - `minipaged/memory/buddy.py`: `BuddyAllocator`, what Orca's reservations were cut from.
-# - `minipaged/memory/systems.py`: each system of the paper as a few lines on top.
+# - `minipaged/baselines/buddy.py`: `BuddyAllocator`, what Orca's reservations were cut from.
+# - `minipaged/baselines/systems.py`: each system of the paper as a few lines on top.
 #
 # Check your work with `minipaged learn check 1`, and look at a pool of blocks at work with
 # `minipaged learn show 1`.

@@ -474,4 +474,4 @@ if __name__ == "__main__":
 # - `minipaged/memory/free_list.py`: `FreeList`, the list itself.
 # - `minipaged/memory/types.py`: `NULL_BLOCK`.
 # - `minipaged/laws.py`: `LAWS`, what you wrote as a function, written as sentences.
-# - `tests/spec`: the tests that hold minipaged to them, as yours held the pool.
+# - `tests/laws`: the tests that hold minipaged to them, as yours held the pool.

@@ -32,7 +32,7 @@ import random
 import torch
 from torch import Tensor
 
-from minipaged.lessons.tiny_model import TinyModel, dense_attention
+from minipaged.learn.tiny_model import TinyModel, dense_attention
 
 torch.set_num_threads(1)
 
@@ -395,8 +395,8 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `kernels/decode.py`: `paged_decode_torch` gathers, for a few rows at a time: on a CPU that is the faster
+# - `kernels/attention/decode.py`: `paged_decode_torch` gathers, for a few rows at a time: on a CPU that is the faster
 #   way. `gather_pages` is task 1.
-# - `kernels/decode_triton.py`: `_attend_tile` is task 2, in base 2 and with several pages at once.
-# - `kernels/prefill.py`: `paged_prefill`, the same for many new tokens.
+# - `kernels/attention/decode_triton.py`: `_attend_tile` is task 2, in base 2 and with several pages at once.
+# - `kernels/attention/prefill.py`: `paged_prefill`, the same for many new tokens.
 # - `tests/kernels`: each kernel against its twin, tables permuted, unused slots poisoned, as you did.

@@ -36,7 +36,7 @@ from typing import Literal
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from minipaged.lessons.tape import Tape
+from minipaged.learn.tape import Tape
 
 
 class Blocks:

@@ -423,5 +423,5 @@ if __name__ == "__main__":
 #   the pair.
 # - `minipaged/memory/pending_copies.py`: a copy can still be given up before it ran; you did not need to
 #   care.
-# - `kernels/block_copy.py`: `copy_blocks`, the copies of one step.
+# - `kernels/cache/block_copy.py`: `copy_blocks`, the copies of one step.
 # - `minipaged/laws.py`: `LAWS`, laws L12 to L20.

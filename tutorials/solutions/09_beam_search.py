@@ -43,7 +43,7 @@ import random
 from functools import cache
 from typing import NamedTuple
 
-from minipaged.lessons.so_far import Manager
+from minipaged.learn.so_far import Manager
 
 VOCAB = 40
 
@@ -134,7 +134,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `reorder`
 #
-# Now the memory. The manager is lesson 8's, finished; it is in `minipaged/lessons/so_far.py`.
+# Now the memory. The manager is lesson 8's, finished; it is in `minipaged/learn/so_far.py`.
 #
 # `beams` are the names of the sequences. `parents` says for each new beam which old one it continues, and
 # `names` are the names of the new ones, none of them in use yet.
@@ -343,5 +343,5 @@ if __name__ == "__main__":
 #   transformers'.
 # - `minipaged/scheduling/groups.py`: `_commit_beams` is task 2. It spares itself the fork for a beam's first
 #   child, which simply goes on.
-# - `minipaged/lab/beams.py`: `beam_tree`, a model of beams that die and double, fitted to the paper's Fig.
+# - `minipaged/lab/simulation/beams.py`: `beam_tree`, a model of beams that die and double, fitted to the paper's Fig.
 #   15.

@@ -707,9 +707,9 @@ def in_the_engine(kind: type[BlockManager], record_to: Path | None = None) -> tu
 
     from minipaged.config import EngineConfig, SamplingParams
     from minipaged.engine import Engine
+    from minipaged.execution.eager import TorchRunner
     from minipaged.execution.kv_store import KVStore
-    from minipaged.execution.torch_runner import TorchRunner
-    from minipaged.model import zoo
+    from minipaged.model.loading import zoo
     from minipaged.scheduling.scheduler import Scheduler
     from minipaged.trace.stream import open_recorder
 
@@ -755,7 +755,7 @@ def what_was_won() -> None:
     print(f"minipaged's manager: {decode(BlockManager(4_000, 16)):.2f} microseconds a token")
     print(f"         and yours: {decode(MyBlockManager(4_000, 16)):.2f}\n")
     tests = Path(BlockManager.__init__.__code__.co_filename).parents[2] / "tests" / "spec"
-    where = f"{tests}" if tests.is_dir() else "CLONE/tests/spec"
+    where = f"{tests}" if tests.is_dir() else "CLONE/tests/laws"
     print(
         "the last checkpoint, from this folder" + ("" if tests.is_dir() else "; the tests are in a clone of minipaged")
     )
@@ -792,4 +792,4 @@ if __name__ == "__main__":
 # - `minipaged/memory/block_manager.py`: `BlockManager`, which you have just operated on.
 # - `minipaged/memory/free_list.py`: `FreeList`. `minipaged/memory/prefix_index.py`: `PrefixIndex`.
 # - `minipaged/memory/block_pool.py`: `BlockPool`. `minipaged/memory/table_editor.py`: `TableEditor`.
-# - `tests/spec`: the specification. `tests/mutants`: the bugs that it is known to find.
+# - `tests/laws`: the specification. `tests/mutants`: the bugs that it is known to find.

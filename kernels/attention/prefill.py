@@ -1,0 +1,139 @@
+"""Causal attention of prompt chunks over their paged prefix and themselves.
+
+Knows block tables and lengths; knows nothing of sequences or the model. The kernels are in prefill_triton.py and, for what Hopper's own
+way is faster at, prefill_hopper.py.
+Source: FlashAttention-2 (Dao, 2023) for the kernel's loop; chunked prefill: Sarathi-Serve (Agrawal et al., 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from minipaged.kernels.attention.decode import gather_pages, paged_decode_torch
+from minipaged.kernels.checks import check_attention, check_integers
+from minipaged.kernels.dispatch import gluon_runs, use_triton
+from minipaged.kernels.launch_table import hopper_prefill_launch
+
+# Queries that the twin attends at a time: enough to keep the processor busy, few enough that causality saves work.
+QUERY_TILE = 256
+
+
+def paged_prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    max_query_len: int,
+    scale: float,
+    *,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Row b's queries, query[query_starts[b] : query_starts[b + 1]], each over the tokens up to itself.
+
+    query: [T, heads, head_dim]; query head h reads KV head h // (heads // kv_heads). query_starts: int32 [B + 1], cumulative.
+    Query i of row b stands at position context_lens[b] - (its row's queries) + i; the chunk's own keys and values are in the cache
+    already. max_query_len: at least the longest row's number of queries. context_lens: int32 [B], the chunk included. Queries past
+    query_starts[B] are padding and their output is undefined. The rest is as in paged_decode.
+    About 4 * heads * head_dim operations per (query, key) pair; reads the queries and, per tile of queries, the keys and values up to
+    it. Raises ValueError on a scale that is not above 0, and on
+    shapes, dtypes or devices that do not fit.
+    """
+    num_rows = query_starts.shape[0] - 1 if query_starts.dim() == 1 else 0
+    check_integers("query_starts", query_starts, torch.int32, None, query.device)
+    if num_rows < 0:
+        raise ValueError("query_starts is empty; it must hold rows + 1 cumulative counts, at least the leading 0")
+    check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out)
+    if max_query_len < 0:
+        raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
+    paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
+    if not use_triton(query):
+        return paged_prefill_torch(*paged, window=window, out=out)
+    if gluon_runs():
+        launch = hopper_prefill_launch(query, key_cache, value_cache, block_tables, max_query_len, window)
+        if launch is not None:
+            from minipaged.kernels.attention.prefill_hopper import paged_prefill_hopper
+
+            return paged_prefill_hopper(*paged, out=out, launch=launch)
+    from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
+
+    return paged_prefill_triton(*paged, window=window, out=out)
+
+
+def paged_prefill_torch(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    max_query_len: int,
+    scale: float,
+    *,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The twin of paged_prefill_triton: each row's pages gathered once, then dense attention by tiles of queries.
+
+    Rows of one query go to the decode twin together.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
+    _, block_size, kv_heads, head_dim = key_cache.shape
+    group = query.shape[1] // kv_heads
+    device = query.device
+    starts: list[int] = query_starts.tolist()
+    lengths: list[int] = context_lens.tolist()
+    single = [row for row in range(len(lengths)) if starts[row + 1] - starts[row] == 1]
+    if single:  # decodes among the chunks: many rows at once
+        rows = torch.tensor(single, device=device)
+        tokens = query_starts.index_select(0, rows)
+        out[tokens] = paged_decode_torch(
+            query.index_select(0, tokens),
+            key_cache,
+            value_cache,
+            block_tables.index_select(0, rows),
+            context_lens.index_select(0, rows),
+            scale,
+            window=window,
+        )
+    for row, length in enumerate(lengths):
+        start, num_queries = starts[row], starts[row + 1] - starts[row]
+        if num_queries < 2:
+            continue
+        offset = length - num_queries  # position of the row's first query
+        first_page = max(0, offset - window + 1) // block_size if window else 0
+        page = torch.arange(first_page, -(-length // block_size), device=device)[None]
+        k, v = gather_pages(
+            key_cache, value_cache, block_tables[row : row + 1], page, torch.ones_like(page, dtype=torch.bool)
+        )
+        # [kv_heads, group, tokens, head_dim]; expand repeats no memory
+        k, v = (x[0].transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+        for tile in range(0, num_queries, QUERY_TILE):
+            tile_end = min(tile + QUERY_TILE, num_queries)
+            low, high = offset + tile, offset + tile_end  # positions of the tile's queries
+            seen_from = max(0, low - window + 1) if window else 0
+            causal_only = seen_from == low == 0 and (window is None or window >= high)
+            mask = None
+            if not causal_only:
+                positions, queries = (
+                    torch.arange(seen_from, high, device=device),
+                    torch.arange(low, high, device=device),
+                )
+                mask = positions <= queries[:, None]
+                if window:
+                    mask &= positions > queries[:, None] - window
+            base = first_page * block_size
+            attended = F.scaled_dot_product_attention(
+                query[start + tile : start + tile_end].view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3),
+                k[:, :, seen_from - base : high - base],
+                v[:, :, seen_from - base : high - base],
+                attn_mask=mask,
+                is_causal=causal_only,
+                scale=scale,
+            )
+            out[start + tile : start + tile_end] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+    return out

@@ -1,0 +1,235 @@
+"""`minipaged bench ...`: what things cost here. Prints a table; --json keeps the rows with device, versions, date
+and command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.config import check_choice, check_int
+from minipaged.errors import InputError
+from minipaged.lab.report.results import Results
+
+DEFAULT_MODEL = "smollm2-135m"
+WIDTH = 130  # columns of the wide tables
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")]
+
+
+@app.callback()
+def bench() -> None:
+    """Benchmarks of this machine."""
+
+
+@app.command("control-plane")
+def control_plane(json_file: JsonFile = None) -> None:
+    """Schedule + commit at many running decodes, and the block manager's primitives, and the trace; no model, no device."""
+    results = Results(json_file)
+    from minipaged.lab.measure.control_plane import measure
+
+    rows = measure()
+    table = Table("what", "measured", "unit", "goal", title="Control plane")
+    for row in rows:
+        table.add_row(row.what, f"{row.value:.3f}", row.unit, "" if row.goal is None else f"≤ {row.goal:g}")
+    Console().print(table)
+    results.add(row._asdict() for row in rows)
+
+
+@app.command()
+def soak(
+    requests: Annotated[int, typer.Option(help="Simulated requests.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Forks, aborts, swaps and priorities in a pool that is too small, with the invariants checked; no model."""
+    check_int("requests", requests, 1)
+    results = Results(json_file)
+    from rich.progress import Progress
+
+    from minipaged.lab.measure.soak import soak as run
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("requests", total=requests)
+        report = run(requests, seed=seed, progress=lambda done: bar.advance(task, done))
+    table = Table("what", "seen", title="Soak: nothing was lost")
+    for name, value in report.rows():
+        table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value}")
+    Console().print(table)
+    results.add([dict(report.rows())])
+
+
+@app.command()
+def kernels(
+    against: Annotated[str, typer.Option(help="Peers beside ours, with commas: fa3, flashinfer, sdpa.")] = "sdpa",
+    json_file: JsonFile = None,
+) -> None:
+    """Every kernel beside the machine's measured ceilings and its peers; needs a GPU."""
+    peers = _names(against)
+    for peer in peers:
+        check_choice("against", peer, ("fa3", "flashinfer", "sdpa"))
+    results = Results(json_file)
+    from minipaged.lab.measure.kernels import measure
+
+    console = Console(width=WIDTH)
+    table = Table("kernel", "shape", "contender", "us", "", "of ceiling", "minipaged is", title="Kernels")
+    for row in measure(peers, results.note):
+        results.add([row.as_json()])
+        share = "" if row.share is None else f"{100 * row.share:.0f} %"
+        value = f"{row.value:,.0f} {row.unit}"
+        table.add_row(row.kernel, row.shape, row.contender, f"{row.microseconds:.1f}", value, share, _times(row.ratio))
+    console.print(table)
+    _say_notes(results, console)
+
+
+@app.command()
+def engine(
+    model: Annotated[str, typer.Option(help="random:SHAPE, or any model.")] = "random:llama-7b",
+    workload: Annotated[
+        str, typer.Option(help="nano, sharegpt and batch:N, with commas between them.")
+    ] = "batch:1,batch:8,batch:32,sharegpt",
+    against: Annotated[str, typer.Option(help="Peers beside ours, with commas: vllm, transformers.")] = "",
+    repeats: Annotated[int, typer.Option(help="Passes of batch:N after the warm one; the median counts.")] = 3,
+    long_repeats: Annotated[int, typer.Option(help="The same for nano and sharegpt.")] = 3,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once, of every engine.")] = 256,
+    limit: Annotated[float, typer.Option(help="Seconds that each engine may take, loading included.")] = 900.0,
+    plain: Annotated[bool, typer.Option("--plain", help="Ours without graphs, fusions and overlap as well.")] = False,
+    device: Annotated[str, typer.Option(help="Of minipaged and transformers: auto, cpu or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Output tokens per second of whole engines on this device, each in a process of its own."""
+    from minipaged.lab.measure.engine import OURS, Job, check_contenders, measure
+
+    peers = _names(against)
+    check_contenders(peers, model)
+    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device)
+    results = Results(json_file, device="unknown: no engine could be started")
+    console = Console(width=WIDTH)
+    table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")
+    for outcome, rows in measure((OURS, *(["minipaged-plain"] if plain else []), *peers), job, results.note):
+        results.device = outcome.device or results.device
+        results.add(row.as_json() for row in rows)
+        for row in rows:
+            table.add_row(
+                row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
+                f"{row.tokens_per_second:,.1f}", _times(row.ratio),
+            )  # fmt: skip
+    console.print(table)
+    _say_notes(results, console)
+    if not results.rows:
+        raise typer.Exit(1)
+
+
+@app.command()
+def host(
+    model: Annotated[str, typer.Option(help="random:SHAPE, or any model.")] = "random:qwen3-0.6b",
+    batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """What a decode step costs beside the GPU's work: host gap, each part of the host's time, the trace."""
+    check_int("batch", batch, 1, 4096)
+    results = Results(json_file)
+    from minipaged.lab.measure.contender_minipaged import make_llm
+    from minipaged.lab.measure.host import measure
+
+    table = Table("what", "measured", "goal", title=f"Host, {model}, batch {batch}")
+    for row in measure(make_llm(model, max_num_seqs=batch, device=device), batch):
+        results.add([{**row._asdict(), "model": model, "batch": batch}])
+        goal = "" if row.goal is None else f"< {row.goal:g} {row.unit}"
+        table.add_row(row.what, f"{row.value:,.1f} {row.unit}", goal)
+    Console(width=WIDTH).print(table)
+
+
+@app.command()
+def screen(
+    model: Annotated[str, typer.Option(help="Any model; one drawn at random speaks in made-up words.")] = DEFAULT_MODEL,
+    requests: Annotated[int, typer.Option(help="At once; every fourth draws four samples.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Of the longest answer.")] = 96,
+    num_blocks: Annotated[
+        int, typer.Option(help="Blocks of the pool, 16 tokens each; too few let some make way.")
+    ] = 160,
+    pairs: Annotated[
+        int, typer.Option(help="Rounds with the screen, and as many without; the median pair counts.")
+    ] = 5,
+    threads: Annotated[
+        int | None, typer.Option(help="On a CPU: torch's threads and cores; the screen gets the other cores.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    pictures: Annotated[Path | None, typer.Option(help="A folder for SVGs of the first round.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Output tokens per second of the engine with the terminal screen on and off, in turn."""
+    for name, value in (("requests", requests), ("max-tokens", max_tokens), ("pairs", pairs)):
+        check_int(name, value, 1)
+    check_int("num-blocks", num_blocks, 2)
+    if threads is not None:
+        check_int("threads", threads, 1)
+    results = Results(json_file)
+    from minipaged.tui.bench import Plan, measure
+
+    settings = {"num_blocks": num_blocks, "device": device, "max_num_batched_tokens": 2048}
+    folder = "" if pictures is None else str(pictures.resolve())
+    outcome = measure(Plan(model, settings, requests, max_tokens, pairs, threads, folder))
+    table = Table(
+        "round", "screen", "tokens", "steps", "seconds", "engine's CPU s", "tok/s", title=f"The screen, {model}"
+    )
+    for number, (on, figures) in enumerate(outcome.rounds):
+        table.add_row(
+            f"{number // 2 + 1}",
+            "on" if on else "off",
+            f"{figures['tokens']:.0f}",
+            f"{figures['steps']:.0f}",
+            f"{figures['seconds']:.2f}",
+            f"{figures['cpu_seconds']:.2f}",
+            f"{figures['tokens_per_second']:,.1f}",
+        )
+    Console(width=110).print(table)
+    pairwise = ", ".join(f"{ratio:.1%}" for ratio in outcome.ratios)
+    print(f"with the screen: {outcome.ratio:.1%} of the tokens per second without (median; pairs {pairwise})")
+    print(
+        f"by the engine's own processor time a token: {outcome.processor_ratio:.1%} (less disturbed by other work here)"
+    )
+    print(f"{outcome.terminal_bytes:,} bytes went to the terminal; {len(outcome.pictures)} pictures")
+    results.add({"model": model, "screen": on, **figures} for on, figures in outcome.rounds)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where the results (*.json) are.")],
+    into: Annotated[Path | None, typer.Option(help="A Markdown file whose marked part is replaced.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Groups, separated by commas: engine, kernels, host, systems, ablation, screen.")
+    ] = "",
+) -> None:
+    """Turn results files into Markdown tables, printed or written into the marked part of a file."""
+    from minipaged.lab.report.bench_report import insert
+    from minipaged.lab.report.bench_report import report as tables_of
+
+    tables = tables_of(folder, _names(only))
+    if into is None:
+        typer.echo(tables, nl=False)
+        return
+    try:
+        text = into.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{into}: cannot be read: {error.strerror}") from None
+    into.write_text(insert(text, tables), encoding="utf-8")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _say_notes(results: Results, console: Console) -> None:
+    for note in results.notes:
+        console.print(f"Left out: {note}", highlight=False, markup=False)

@@ -1,0 +1,137 @@
+"""The lab's commands that run on this device: `compare --device`, `ablate`, `beams`, and `plot` for what they kept.
+
+Knows flags; knows nothing of how anything is measured. The imports of a command are inside it, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minipaged.cli.lab_options import HtmlFile, JsonFile, whole
+from minipaged.config import check_choice, check_real
+from minipaged.errors import InputError
+
+
+def compare_on_device(
+    systems: str,
+    trace: str,
+    model: str,
+    device: str,
+    requests: int,
+    seed: int,
+    block_size: int,
+    pools: str,
+    limit: float | None,
+    peers: str,
+    json_file: Path | None,
+) -> None:
+    """`lab compare --device`: peers first, while the device is empty, then every system in every pool."""
+    from minipaged.cli.progress import status_line
+    from minipaged.lab.measure.device_run import DeviceResult, draws_for, run_systems
+    from minipaged.lab.measure.transformers_peer import PEERS, run_peer
+    from minipaged.lab.report.device_report import device_dict, print_device
+    from minipaged.lab.report.results import Results
+    from minipaged.lab.simulation.simulate import parse_systems
+
+    names = parse_systems(systems)
+    sizes = [None if text.strip() == "all" else whole("slots", text) for text in pools.split(",")]
+    beside = [name.strip() for name in peers.split(",") if name.strip()]
+    for peer in beside:
+        check_choice("beside", peer, PEERS)
+    draws = draws_for(trace, model, count=requests, seed=seed)
+    kept = Results(json_file)
+    found: list[DeviceResult] = []
+
+    def done(result: DeviceResult) -> None:
+        found.append(result)
+        kept.add([device_dict(result)])
+
+    with status_line() as say:
+        for peer in beside:  # first, while the device is empty: each is a process of its own
+            say(f"transformers {peer}", 0, 1)
+            largest = None if None in sizes else max(size for size in sizes if size is not None)
+            done(run_peer(peer, model, draws, device=device, pool=largest, seconds=limit))
+        run_systems(
+            names, draws,
+            model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, say=say, done=done,
+        )  # fmt: skip
+    title = f"{trace} on {'this device' if device == 'auto' else device}, {len(draws)} requests, {model}"
+    print_device(title, found)
+
+
+def ablate(
+    model: Annotated[str, typer.Option(help="A zoo name or random:SHAPE.")] = "random:smollm2-135m",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    limit: Annotated[float, typer.Option("--seconds", help="Limit of each run of the engine.")] = 8.0,
+    json_file: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, the product."""
+    from minipaged.cli.progress import status_line
+    from minipaged.lab.measure.ablate import Ablation
+    from minipaged.lab.measure.ablate import ablate as measure
+    from minipaged.lab.report import device_report
+    from minipaged.lab.report.results import Results
+
+    check_real("seconds", limit, 0.0, open_low=True)
+
+    kept = Results(json_file)
+
+    def done(found: Ablation) -> None:
+        kept.rows = device_report.ablation_dicts(found)
+        kept.write()
+
+    with status_line() as say:
+        found = measure(model, device=device, seconds=limit, say=say, done=done)
+    note = device_report.load_note(os.getloadavg()[0], os.cpu_count() or 1, found.device)
+    if note:
+        kept.note(note)
+    device_report.print_ablation(found, note)
+    if html is not None:
+        device_report.ablation_page(found).write(html)
+
+
+def beams(
+    model: Annotated[str, typer.Option(help="A zoo name.")] = "smollm2-135m",
+    widths: Annotated[str, typer.Option(help="Beams, or samples, a request; with commas.")] = "2,4,6",
+    requests: Annotated[int, typer.Option(help="How many of the 24 instructions.")] = 24,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Blocks that a real model's beams and samples share, measured; Fig. 15 shows them beside the simulated ones."""
+    from dataclasses import asdict
+
+    from minipaged.cli.progress import status_line
+    from minipaged.lab.measure import beam_run
+    from minipaged.lab.report.results import Results
+    from minipaged.lab.report.tables import percent, table
+
+    kept = Results(json_file)
+    counts = [whole("widths", text) for text in widths.split(",") if text.strip()]
+    with status_line() as say:
+        found = beam_run.measure(
+            model=model, widths=counts, requests=requests, device=device, say=say, done=lambda s: kept.add([asdict(s)])
+        )
+    rows = [(f"{s.width} {s.kind}", percent(s.saving), f"{s.steps:,}", f"{s.answer_tokens:.1f}") for s in found]
+    title = f"{model}: {requests} instructions, blocks of {beam_run.BLOCK}"
+    table(title, ("a request", "blocks saved %", "steps", "answer tokens"), rows)
+
+
+def plot(
+    results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
+    out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
+) -> None:
+    """A plot of a results file, as SVG."""
+    from minipaged.lab.report.device_report import plot_of
+    from minipaged.lab.report.results import read_results
+
+    text = plot_of(read_results(results))
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
+    typer.echo(f"wrote {out}")

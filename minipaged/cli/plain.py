@@ -1,0 +1,107 @@
+"""The same run as the screen's, as plain lines: what happened to the blocks, then the texts. For pipes and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minipaged.cli.progress import Report, status_line
+from minipaged.config import SamplingParams
+from minipaged.engine import Engine
+from minipaged.scheduling.request import RequestOutput
+from minipaged.text.safe import printable
+from minipaged.trace.records import StepDelta
+
+TOLD = frozenset({"fork", "copy", "cache_hit", "preempt", "evict", "swap_out", "swap_in", "finish"})
+EVERY = 16  # steps between two lines of gauges
+WIDEST_PROMPT = 60  # characters of a prompt that stand over its answer
+
+
+def run_plain(
+    factory: Callable[..., Engine],
+    asked: tuple[tuple[str, SamplingParams], ...],
+    *,
+    steps: int | None,
+    record: Path | None,
+) -> int:
+    """Run every prompt to its end (or for `steps` steps) and print what the screen would show."""
+    with status_line() as progress:
+        engine = _call(factory, progress)
+    engine.trace.subscribe(_say)
+    recorder = _record(engine, record) if record is not None else None
+    outputs = [engine.ask(prompt, params) for prompt, params in asked]
+    taken = 0
+    try:
+        while engine.has_work and (steps is None or taken < steps):
+            engine.step()
+            taken += 1
+    finally:
+        if recorder is not None:
+            recorder.close()
+    _print_texts(outputs)
+    return 2 if any(output.error for output in outputs) else 0
+
+
+def _call(factory: Callable[..., Engine], progress: Report) -> Engine:
+    return factory(progress=progress)
+
+
+def _record(engine: Engine, path: Path) -> Any:
+    from minipaged.trace.stream import open_recorder
+
+    recorder = open_recorder(path, engine)
+    engine.trace.subscribe(recorder.write)
+    return recorder
+
+
+def _say(delta: StepDelta) -> None:
+    stats = delta.stats
+    for event in delta.events:
+        if event.kind in TOLD:
+            print(
+                f"step {delta.step:4} · {describe(event.kind, event.sequence, event.block, event.other, event.amount)}"
+            )
+    if delta.step % EVERY == 0:
+        used = stats.total_blocks - 1 - stats.free_blocks
+        waste = 100 * stats.tail_slots / (used * stats.block_size) if used else 0.0
+        print(
+            f"step {delta.step:4} · {used}/{stats.total_blocks - 1} blocks · waste {waste:.1f} % · "
+            f"{len(delta.queues.running)} running · {stats.num_waiting} waiting · "
+            f"{stats.shared_saved_blocks} blocks saved by sharing",
+            flush=True,
+        )
+
+
+def describe(kind: str, sequence: int, block: int, other: int, amount: int) -> str:
+    """One event in plain words."""
+    words = {
+        "fork": f"sequence {sequence} shares the blocks of sequence {other}",
+        "copy": f"sequence {sequence} writes the shared block {block}: copied to {other}",
+        "cache_hit": f"sequence {sequence} finds block {block} in the prefix cache",
+        "preempt": f"sequence {sequence} makes way ({amount} tokens computed)",
+        "evict": f"cached block {block} is handed out again",
+        "swap_out": f"sequence {sequence}: block {block} moves to host block {other}",
+        "swap_in": f"sequence {sequence}: host block {other} comes back as block {block}",
+        "finish": f"sequence {sequence} is complete ({amount} tokens)",
+    }
+    return words.get(kind, kind)
+
+
+def _print_texts(outputs: list[RequestOutput]) -> None:
+    for output in outputs:
+        prompt = printable(" ".join((output.prompt or "").split()))
+        if output.error:
+            print(f"\n{prompt[:60]}\n  refused: {output.error}")
+        for sequence in output.request.sequences:  # by number, as the lines above name them
+            text = printable(" ".join(sequence.text.split()))
+            print(f"\nsequence {sequence.seq_id} · {end_of(prompt, WIDEST_PROMPT)}\n  {text}")
+
+
+def end_of(text: str, width: int) -> str:
+    """The last words of a text in at most `width` characters, after … where some were left out."""
+    if len(text) <= width:
+        return text
+    end = text[-(width - 1) :]
+    _, space, words = end.partition(" ")
+    return "…" + (words if space and not text[-width].isspace() else end)

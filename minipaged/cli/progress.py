@@ -1,0 +1,50 @@
+"""One line of progress on standard error: a bar in a terminal, a line per stage elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+Report = Callable[[str, int, int], None]  # (what is going on, how much is done, how much there is)
+MEGABYTE = 1_000_000  # from here on an amount is a number of bytes
+
+
+@contextmanager
+def status_line(console: Console | None = None) -> Iterator[Report]:
+    """Yields the function to report with; the line disappears at the end. Standard output stays free for what a command answers."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        last: list[str] = []
+
+        def write_once(message: str, done: int, total: int) -> None:
+            if last != [message]:
+                last[:] = [message]
+                console.print(message, highlight=False)
+
+        yield write_once
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None, amount="")
+
+        def show(message: str, done: int, total: int) -> None:
+            new = bar.tasks[0].description != message
+            bar.update(task, description=message, completed=done, total=total or None, amount=_amount(done, total))
+            if new:  # a stage that ends before the next repaint is seen all the same
+                bar.refresh()
+
+        yield show
+
+
+def _amount(done: int, total: int) -> str:
+    if total >= MEGABYTE:
+        return f"{done / MEGABYTE:.0f} of {total / MEGABYTE:.0f} MB"
+    return f"{100 * done / total:.0f} %" if total else ""

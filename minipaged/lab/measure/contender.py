@@ -1,0 +1,98 @@
+"""One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.measure.contender NAME FILE < JOB`.
+
+Loads the engine, then for each workload makes a warm pass and the timed ones, and appends a JSON line to FILE for each. Knows the job and
+the clock; each engine's own calls are in contender_*.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minipaged.lab.measure.engine import ContenderMissingError, Job, Runs, requests_of
+from minipaged.lab.simulation.workloads import Draw
+from minipaged.model.loading.shapes import SHAPES
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+WARM_PART = 8  # a warm pass asks for an eighth of each answer: the batch shrinks through the same sizes
+MODULES = {
+    "minipaged": "minipaged.lab.measure.contender_minipaged",
+    "minipaged-plain": "minipaged.lab.measure.contender_minipaged",
+    "vllm": "minipaged.lab.measure.contender_vllm",
+    "transformers": "minipaged.lab.measure.contender_transformers",
+}
+
+
+def compete(name: str, job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Load the contender and run the job."""
+    started = time.perf_counter()
+    runs: Runs = importlib.import_module(MODULES[name]).load(name, job)
+    tell({"kind": "ready", "seconds": time.perf_counter() - started, "device": _device()})
+    for workload in job.workloads:
+        asked, temperature = requests_of(workload)
+        asked = _within(asked, job.model)
+        if runs.most_requests is not None:
+            asked = asked[: runs.most_requests]
+        runs.answer(workload, [(prompt, max(1, n // WARM_PART)) for prompt, n in asked], temperature)
+        expected = sum(n for _, n in asked)
+        for _ in range(runs.repeats or job.repeats_of(workload)):
+            started = time.perf_counter()
+            tokens = runs.answer(workload, asked, temperature)
+            seconds = time.perf_counter() - started
+            if tokens != expected:
+                raise RuntimeError(f"{workload}: {tokens} tokens were generated instead of {expected}")
+            tell({"kind": "pass", "workload": workload, "requests": len(asked), "tokens": tokens, "seconds": seconds})
+
+
+def _within(asked: list[Draw], model: str) -> list[Draw]:
+    """The draws with token ids that a small vocabulary has too; those of the known shapes hold all of them."""
+    config = SHAPES.get(model.removeprefix("random:"))
+    if config is None:
+        return asked
+    return [([token % config.vocab_size for token in prompt], n) for prompt, n in asked]
+
+
+def _device() -> str:
+    from minipaged.lab.report.results import device_name
+
+    return device_name()
+
+
+def die_with_parent() -> None:
+    """On Linux: end as soon as the process that started this one ends, however it does. An orphan would hold the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(arguments: list[str]) -> int:
+    """The process; 0 if the job was done."""
+    die_with_parent()
+    name, path = arguments
+    told = json.load(sys.stdin)
+    job = Job(**{**told, "workloads": tuple(told["workloads"])})
+    with Path(path).open("a", encoding="utf-8") as file:
+
+        def tell(words: dict[str, Any]) -> None:
+            file.write(json.dumps(words) + "\n")
+            file.flush()
+
+        try:
+            compete(name, job, tell)
+        except ContenderMissingError as error:
+            tell({"kind": "missing", "why": str(error)})
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # engines leave threads and child processes behind; what was told is written

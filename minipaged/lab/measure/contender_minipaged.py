@@ -1,0 +1,38 @@
+"""This project's engine as a contender: LLM with contexts of 2,048, no prefix cache, as many sequences as the peers may run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minipaged.api import LLM
+from minipaged.config import SamplingParams
+from minipaged.lab.measure.engine import CONTEXT, Job, Runs
+from minipaged.lab.simulation.workloads import Draw
+
+STEP_TOKENS = 8192
+PLAIN: dict[str, Any] = {"graphs": False, "overlap": 0}  # the oracle of the fast path
+
+
+def make_llm(model: str, **settings: Any) -> LLM:
+    """The engine as the benchmarks run it. Token ids out: nobody reads the text, so none is made, as the peers make none."""
+    chosen = {
+        "max_model_len": CONTEXT,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": STEP_TOKENS,
+    }
+    return LLM(model, **{**chosen, **settings})
+
+
+def load(name: str, job: Job) -> Runs:
+    """The fast path, or the plain one for minipaged-plain."""
+    llm = make_llm(
+        job.model, max_num_seqs=job.max_num_seqs, device=job.device, **(PLAIN if name == "minipaged-plain" else {})
+    )
+
+    def answer(workload: str, asked: list[Draw], temperature: float) -> int:
+        params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for _, n in asked]
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked], params)
+        return sum(output.request.sequences[0].num_output for output in outputs)
+
+    return Runs(answer)

@@ -1,0 +1,181 @@
+"""Results files -> the Markdown tables of the README, so that no figure there is typed by hand.
+
+Knows the form of the files (results.py) and of each command's rows; knows nothing of how anything was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from minipaged.config import check_choice
+from minipaged.errors import InputError
+from minipaged.lab.measure.rows import OURS
+from minipaged.lab.report.device_tables import ablation_tables, system_tables
+from minipaged.lab.report.results import read_results
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+KERNEL_TITLES = {
+    "decode": "Paged decode attention, block 16, shuffled pages, bfloat16: GB/s of keys and values read",
+    "prefill": "Paged causal prefill, the same pages: TFLOP/s",
+}
+Rows = list[dict[str, Any]]
+
+
+GROUPS = ("engine", "kernels", "host", "systems", "ablation", "screen")
+
+
+def report(folder: Path, only: Sequence[str] = ()) -> str:
+    """The tables of every results file in `folder`, and what was left out; or, of the groups in `only`, the tables alone.
+
+    InputError if there is no file, or one that cannot be read, or an unknown group.
+    """
+    for group in only:
+        check_choice("only", group, GROUPS)
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"{folder}: no results (*.json) there")
+    documents = [read_results(path) for path in paths]
+    parts: list[str] = []
+    keys = ("workload", "kernel", "what", "system", "section", "screen")
+    makers = (engine_tables, kernel_tables, host_tables, system_tables, ablation_tables, screen_tables)
+    for title, key, tables in zip(GROUPS, keys, makers, strict=True):
+        if only and title not in only:
+            continue
+        found = [document for document in documents if document["rows"] and key in document["rows"][0]]
+        if found:
+            parts += [origin(title, found), *tables([row for document in found for row in document["rows"]])]
+            parts += [f"Left out: {text}." for text in _notes(found) if not only]
+    return "\n\n".join(parts) + "\n"
+
+
+def origin(title: str, documents: Sequence[dict[str, Any]]) -> str:
+    """Where figures come from: device, versions, date, command; one sentence for all files that agree."""
+    heads: dict[str, list[str]] = {}
+    for document in documents:
+        versions = ", ".join(
+            f"{name} {document['versions'][name]}"
+            for name in ("torch", "triton", "vllm", "transformers")
+            if document["versions"].get(name, "not installed") != "not installed"
+        )
+        heads.setdefault(f"{document['device']}, {versions}, {document['date']}", []).append(document["command"])
+    return " ".join(
+        f"**{title.capitalize()}**, one {head}: " + "; ".join(f"`{command}`" for command in commands) + "."
+        for head, commands in heads.items()
+    )
+
+
+def _notes(documents: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(note for document in documents for note in document.get("notes", ())))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _contenders(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["contender"] for row in rows))
+
+
+def _cell(row: dict[str, Any] | None, value: str, form: str) -> str:
+    """A peer's figure with our ratio to it behind it, or ours alone; empty if it was not measured."""
+    if row is None:
+        return ""
+    ratio = row.get("ratio")
+    return format(row[value], form) + (f" (**{ratio:.2f}×**)" if ratio is not None else "")
+
+
+def engine_tables(rows: Rows) -> list[str]:
+    """Tokens per second: a line for each model and workload, a column for each contender."""
+    contenders = _contenders(rows)
+    found = {(row["model"], row["workload"], row["contender"]): row for row in rows}
+    lines = []
+    for model, workload in dict.fromkeys((row["model"], row["workload"]) for row in rows):
+        cells = [
+            _cell(found.get((model, workload, name)), "tokens_per_second", ",.0f" if workload != "batch:1" else ",.1f")
+            for name in contenders
+        ]
+        lines.append([model.removeprefix("random:"), workload, *cells])
+    text = "Output tokens per second, bfloat16, random weights; in brackets how many times as fast minipaged is."
+    return [text, _table(["model shape", "workload", *contenders], lines)]
+
+
+def kernel_tables(rows: Rows) -> list[str]:
+    """A table for decode and for prefill, one for the small kernels, and the ceilings."""
+    ceilings = [row for row in rows if row["contender"] == "torch" and row["kernel"] in ("copy", "matrix product")]
+    measured = [row for row in rows if row not in ceilings]
+    parts = [
+        "Measured ceilings: "
+        + ", ".join(f"{row['kernel']} {row['shape']} {row['value']:,.0f} {row['unit']}" for row in ceilings)
+        + "."
+    ]
+    for kernel, title in KERNEL_TITLES.items():
+        ours = [row for row in measured if row["kernel"] == kernel]
+        if not ours:
+            continue
+        contenders = _contenders(ours)
+        found = {(row["shape"], row["contender"]): row for row in ours}
+        lines = [
+            [
+                shape,
+                *(_cell(found.get((shape, name)), "value", ",.0f") for name in contenders[:1]),
+                _share(found.get((shape, OURS))),
+                f"{found[shape, OURS]['microseconds']:,.1f}" if (shape, OURS) in found else "",
+                *(_cell(found.get((shape, name)), "value", ",.0f") for name in contenders[1:]),
+            ]
+            for shape in dict.fromkeys(row["shape"] for row in ours)
+        ]
+        head = ["shape", contenders[0], "of the ceiling", "µs", *contenders[1:]]
+        parts += [f"{title}; in brackets how many times as fast minipaged is.", _table(head, lines)]
+    small = [row for row in measured if row["kernel"] not in KERNEL_TITLES]
+    if small:
+        lines = [[r["kernel"], r["shape"], f"{r['value']:,.0f}", _share(r), f"{r['microseconds']:,.1f}"] for r in small]
+        parts += [
+            "The kernels around attention: GB/s of the bytes that must move.",
+            _table(["kernel", "shape", "GB/s", "of the copy ceiling", "µs"], lines),
+        ]
+    return parts
+
+
+def _share(row: dict[str, Any] | None) -> str:
+    share = row.get("share") if row is not None else None
+    return f"{100 * share:.0f} %" if share is not None else ""
+
+
+def host_tables(rows: Rows) -> list[str]:
+    """One line a figure."""
+    lines = [
+        [
+            row["what"],
+            f"{row['value']:,.1f} {row['unit']}",
+            "" if row["goal"] is None else f"< {row['goal']:g} {row['unit']}",
+        ]
+        for row in rows
+    ]
+    return [_table(["what", "measured", "goal"], lines)]
+
+
+def screen_tables(rows: Rows) -> list[str]:
+    """One line a model: rounds with the screen and without, in turn."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        without, shown = (
+            [r["tokens_per_second"] for r in rows if r["model"] == model and r["screen"] is on] for on in (False, True)
+        )
+        ratio = median(on / off for on, off in zip(shown, without, strict=False))
+        speeds = [f"{median(speed):,.0f}" for speed in (without, shown)]
+        lines.append([model.removeprefix("random:"), str(len(shown)), *speeds, f"{100 * ratio:.1f} %"])
+    text = "The terminal screen beside the engine, drawn in full: tokens per second without and with it, medians over the rounds."
+    return [text, _table(["model", "rounds each", "without", "with the screen", "of the speed"], lines)]
+
+
+def insert(text: str, tables: str) -> str:
+    """`text` with what stands between the two marks replaced. InputError if it has not both, once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise InputError(f"the file must hold one line {BEGIN} and after it one line {END}")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{tables}{END}{after}"

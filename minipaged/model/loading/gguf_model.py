@@ -1,0 +1,178 @@
+"""A model kept in a GGUF file: its config from the metadata, its tensors under Hugging Face's names.
+
+Knows llama.cpp's names for Llama-style networks and how its converter reorders rows. Does not know the file's bytes
+(gguf_file.py) or the network's parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipaged.config import ModelConfig, RopeScaling
+from minipaged.errors import InputError, ModelError
+from minipaged.model.loading.gguf_file import GGUFFile
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # `llama` also holds SmolLM2 and Mistral
+ROPE_FACTORS = "rope_freqs.weight"
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GGUFCheckpoint:
+    """A GGUF file opened as a model (weights.Checkpoint)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GGUFFile(path)
+        self.architecture = str(self.file.metadata.get("general.architecture"))
+        if self.architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{path}: general.architecture {self.architecture!r} is not supported; "
+                f"{', '.join(ARCHITECTURES)} are (Llama, SmolLM2, Mistral, Qwen 2.5, Qwen 3)"
+            )
+        self.config = self._config()
+        self._stored = {_hf_name(name): name for name in self.file.tensors if name != ROPE_FACTORS}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self.file.tensors[stored].shape for name, stored in self._stored.items()}
+
+    def read(self, name: str) -> Tensor:
+        values = self.file.read(self._stored[name])
+        if self.architecture != "llama":
+            return values
+        if ".q_proj." in name:
+            return _undo_permutation(values, self.config.num_heads)
+        if ".k_proj." in name:
+            return _undo_permutation(values, self.config.num_kv_heads)
+        return values
+
+    def _config(self) -> ModelConfig:
+        self._refuse_what_would_be_ignored()
+        heads, hidden = self._whole("attention.head_count"), self._whole("embedding_length")
+        head_dim = self._head_dim(hidden, heads)
+        tensors = self.file.tensors
+        try:
+            return ModelConfig(
+                name=str(self.file.metadata.get("general.name", self.path.stem)),
+                vocab_size=tensors["token_embd.weight"].shape[0]
+                if "token_embd.weight" in tensors
+                else self._whole("vocab_size"),
+                hidden_size=hidden,
+                intermediate_size=self._whole("feed_forward_length"),
+                num_layers=self._whole("block_count"),
+                num_heads=heads,
+                num_kv_heads=self._whole("attention.head_count_kv", heads),
+                head_dim=head_dim,
+                max_position=self._whole("context_length"),
+                rms_norm_eps=self._real("attention.layer_norm_rms_epsilon"),
+                rope_theta=self._real("rope.freq_base", 10000.0),
+                rope_scaling=self._rope_scaling(head_dim),
+                tie_embeddings="output.weight" not in tensors,
+                attention_bias="blk.0.attn_q.bias" in tensors,
+                output_bias="blk.0.attn_output.bias" in tensors,
+                mlp_bias="blk.0.ffn_up.bias" in tensors,
+                qk_norm="blk.0.attn_q_norm.weight" in tensors,
+                eos_token_ids=self._eos_token_ids(),
+                bos_token_id=self._token("bos"),
+            )
+        except ModelError:
+            raise
+        except InputError as error:
+            raise ModelError(f"{self.path}: {error}") from None
+
+    def _refuse_what_would_be_ignored(self) -> None:
+        refused = {
+            "expert_count": "a mixture of experts",
+            "attention.sliding_window": "sliding-window attention",
+            "attention.scale": "its own attention scale",
+        }
+        for key, what in refused.items():
+            if self.file.metadata.get(f"{self.architecture}.{key}"):
+                raise ModelError(f"{self.path}: {self.architecture}.{key} asks for {what}, which is not supported")
+        scaling = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        if scaling != "none":
+            raise ModelError(f"{self.path}: {self.architecture}.rope.scaling.type {scaling!r} is not supported")
+
+    def _head_dim(self, hidden: int, heads: int) -> int:
+        head_dim = self._whole("attention.key_length", hidden // max(heads, 1))
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if self._whole(key, head_dim) != head_dim:
+                raise ModelError(
+                    f"{self.path}: {self.architecture}.{key} differs from the head size {head_dim}; not supported"
+                )
+        return head_dim
+
+    def _rope_scaling(self, head_dim: int) -> RopeScaling | None:
+        """Llama 3's scaling. GGUF keeps only the divisors that follow from it, so its numbers are found again and checked."""
+        if ROPE_FACTORS not in self.file.tensors:
+            return None
+        from minipaged.model.llama import rope_frequencies
+
+        divisors = self.file.read(ROPE_FACTORS).float()
+        scaling = RopeScaling(float(divisors.max()), 1.0, 4.0, 8192)
+        theta = self._real("rope.freq_base", 10000.0)
+        expected = rope_frequencies(head_dim, theta, None) / rope_frequencies(head_dim, theta, scaling)
+        if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
+            raise ModelError(f"{self.path}: {ROPE_FACTORS} is not Llama 3's rope scaling, the only one supported")
+        return scaling
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        found = (self._token(kind) for kind in ("eos", "eot", "eom"))
+        return tuple(dict.fromkeys(token for token in found if token is not None))
+
+    def _token(self, kind: str) -> int | None:
+        value = self.file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        return value if isinstance(value, int) else None
+
+    def _whole(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ModelError(f"{self.path}: metadata {self.architecture}.{key} must be a whole number, not {value!r}")
+        return value
+
+    def _real(self, key: str, default: float | None = None) -> float:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelError(f"{self.path}: metadata {self.architecture}.{key} must be a number, not {value!r}")
+        return float(value)
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise ModelError(f"{self.path}: metadata {self.architecture}.{key} is missing")
+        return value
+
+
+def _hf_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; a name that is not known stays as it is."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in NAMES:
+        return name
+    prefix = f"model.layers.{match[1]}." if match[1] else ""
+    return f"{prefix}{NAMES[match[2]]}.{match[3]}"
+
+
+def _undo_permutation(values: Tensor, num_heads: int) -> Tensor:
+    """Rows of q and k from llama.cpp's order (pairs side by side) back to Hugging Face's (first halves, then second)."""
+    rows = values.shape[0]
+    return values.view(num_heads, rows // num_heads // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

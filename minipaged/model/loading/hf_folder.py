@@ -1,0 +1,117 @@
+"""A model kept as Hugging Face keeps it: a folder with config.json and safetensors, in one file or in shards.
+
+Knows the safetensors files and their index. Does not know what config.json means (hf_config.py) or the network's
+parameters. Pickle checkpoints are refused: opening one can run code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minipaged.errors import ModelError
+from minipaged.model.loading.hf_config import read_config, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class FolderCheckpoint:
+    """A folder opened as a model (weights.Checkpoint)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+        self._open: tuple[str, Any] | None = None  # the shard last read, held open
+        self._files = self._find_tensors()
+        self._shapes = self._read_shapes()
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        file = self._files[name]
+        if self._open is None or self._open[0] != file:
+            self._open = (file, _open(self.path / file))
+        try:
+            values: Tensor = self._open[1].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.path / file}: tensor {name} cannot be read: {_first_line(error)}") from None
+        return values
+
+    def _find_tensors(self) -> dict[str, str]:
+        """Which file holds which tensor."""
+        index = self.path / INDEX
+        if index.exists():
+            return self._read_index(index)
+        single = self.path / SINGLE
+        files = [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(self._why_nothing())
+        found: dict[str, str] = {}
+        for file in files:
+            names = _open(file).keys()
+            for name in names:
+                if name in found:
+                    raise ModelError(
+                        f"{self.path}: tensor {name} is in both {found[name]} and {file.name}; {INDEX} is missing"
+                    )
+                found[name] = file.name
+        return found
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ModelError(f"{index}: weight_map must name the file of each tensor")
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise ModelError(f"{index}: names {file!r}, which is not a file of this folder")
+            if not (self.path / file).exists():
+                raise ModelError(f"{index}: names {file}, which is not there; fetch it again")
+        return weight_map
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self._files.values())):
+            tensors = _open(self.path / file)
+            held = set(tensors.keys())
+            for name in (name for name, place in self._files.items() if place == file):
+                if name not in held:
+                    raise ModelError(f"{self.path / file}: tensor {name} is missing, though {INDEX} names it")
+                view = tensors.get_slice(name)
+                if view.get_dtype() not in FLOATS:
+                    raise ModelError(
+                        f"{self.path / file}: tensor {name} is stored as {view.get_dtype()}; {', '.join(FLOATS)} can be read"
+                    )
+                if not self._ignored(name):
+                    shapes[name] = tuple(view.get_shape())
+        return shapes
+
+    def _ignored(self, name: str) -> bool:
+        """Whether a tensor repeats what the config says: old rotary tables, and the second copy of tied embeddings."""
+        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == "lm_head.weight")
+
+    def _why_nothing(self) -> str:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.path.glob(pattern))
+        if not pickles:
+            return f"{self.path}: holds no *.safetensors"
+        return (
+            f"{self.path}: holds its weights as a pickle only ({pickles[0]}), which can run code when opened; "
+            "convert them to safetensors (transformers: save_pretrained) or fetch a safetensors copy"
+        )
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a whole safetensors file ({_first_line(error)}); fetch it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,240 @@
+"""Text <-> token ids, for any model.
+
+Knows tokenizer.json (by the `tokenizers` package), the tokenizer inside a GGUF file, and plain bytes for models without one.
+Does not know requests or streams: `token_bytes` gives each token's exact bytes, so that whoever streams text can wait for a
+character to be whole.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from minipaged.errors import ModelError, RequestError
+from minipaged.model.loading.chat_template import ChatTemplate, Message
+from minipaged.model.loading.gguf_tokenizer import build_tokenizer
+from minipaged.model.loading.hf_config import read_json
+
+SPACE = "▁"  # how SentencePiece writes a space
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer(ABC):
+    """What an engine needs of a tokenizer."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    chat_template: ChatTemplate | None = None
+
+    @abstractmethod
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        `add_special` adds what the model wants around a text (a BOS, if any); leave it out for a rendered chat, whose
+        template has written it. `parse_special` reads "<|im_end|>" and the like in the text as the special tokens that
+        they name; without it they are plain characters. RequestError if `text` is no text or is not valid Unicode.
+        """
+
+    @abstractmethod
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        """The exact bytes that one token stands for; none for a special token (unless wanted) or for an unused id."""
+
+    def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `token_ids`; bytes that make no character become U+FFFD."""
+        joined = b"".join(self.token_bytes(token, skip_special=skip_special) for token in token_ids)
+        return joined.decode("utf-8", errors="replace")
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Messages ({"role": ..., "content": ...}) as the text this model was trained to continue; encode it with
+        `add_special=False`. ModelError if the model has no chat template, RequestError if it refuses the messages."""
+        if self.chat_template is None:
+            raise ModelError("this model has no chat template; give it plain text (--raw), or choose an instruct model")
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+
+class SubwordTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` package."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        source: Path,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        named = dict(special_tokens or {})
+        self._backend = backend
+        self._added = backend.get_added_tokens_decoder()
+        self._spelling, self._drops_space = _spelling(backend, source)
+        self._bytes: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
+        self.eos_token_ids = tuple(eos_token_ids) or (() if eos is None else (eos,))
+        self.bos_token_id = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named)
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        check_text(text)
+        with self._lock:  # the switch belongs to the whole backend
+            self._backend.encode_special_tokens = not parse_special
+            return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        added = self._added.get(token_id)
+        if added is not None:
+            return b"" if skip_special and added.special else str(added.content).encode("utf-8")
+        if token_id not in self._bytes:
+            piece = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+            self._bytes[token_id] = b"" if piece is None else self._spelling(piece)
+        return self._bytes[token_id]
+
+    def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """As `Tokenizer.decode`; the space that SentencePiece puts before a text is left out."""
+        text = super().decode(token_ids, skip_special=skip_special)
+        return text.removeprefix(" ") if self._drops_space else text
+
+
+class ByteTokenizer(Tokenizer):
+    """Each byte is its own token, then an end; ids beyond (of models drawn at random) are shown as their number."""
+
+    def __init__(self, vocab_size: int = 257) -> None:
+        if vocab_size < 257:
+            raise ModelError(f"a byte tokenizer needs a vocabulary of at least 257, not {vocab_size}")
+        self.vocab_size = vocab_size
+        self.eos_token_ids = (256,)
+        self.bos_token_id = None
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        check_text(text)
+        return list(text.encode("utf-8"))
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        if 0 <= token_id < 256:
+            return bytes((token_id,))
+        if token_id == 256:
+            return b"" if skip_special else b"<end>"
+        return f"<{token_id}>".encode() if 256 < token_id < self.vocab_size else b""
+
+
+def check_text(text: object) -> None:
+    """Raise RequestError unless `text` is a string that UTF-8 can write (no half of a surrogate pair)."""
+    if not isinstance(text, str):
+        raise RequestError(f"a prompt must be text, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid Unicode: a lone surrogate at character {error.start}") from None
+
+
+def folder_tokenizer(folder: Path, eos_token_ids: Sequence[int] = ()) -> SubwordTokenizer:
+    """The tokenizer of a Hugging Face folder: tokenizer.json, with names and chat template from tokenizer_config.json."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ModelError(
+            f"{folder}: holds no tokenizer.json; save the tokenizer there with transformers' save_pretrained"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise ModelError(f"{path}: not a tokenizer that can be read: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    config_path = folder / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.exists() else {}
+    return SubwordTokenizer(
+        backend,
+        path,
+        special_tokens=_named_tokens(config),
+        chat_template=_folder_template(folder, config),
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def gguf_tokenizer(metadata: dict[str, Any], path: Path, eos_token_ids: Sequence[int] = ()) -> SubwordTokenizer:
+    """The tokenizer inside a GGUF file."""
+    backend = build_tokenizer(metadata, path)
+    ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    named: dict[str, str] = {}
+    for name, key in ids.items():
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        piece = backend.id_to_token(token) if isinstance(token, int) and token >= 0 else None
+        if piece is not None:
+            named[name] = piece
+    template = metadata.get("tokenizer.chat_template")
+    return SubwordTokenizer(
+        backend,
+        path,
+        special_tokens=named,
+        chat_template=template if isinstance(template, str) else None,
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and the like: plain text, or an object with a content."""
+    named: dict[str, str] = {}
+    for name in SPECIAL_NAMES:
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            named[name] = value
+    return named
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own (transformers 5), or a field that holds one or a list of named ones."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file}: cannot be read: {error}") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _spelling(backend: tokenizers.Tokenizer, source: Path) -> tuple[Callable[[str], bytes], bool]:
+    """How pieces spell bytes, as the tokenizer's decoder tells, and whether a text's first space is the tokenizer's own."""
+    decoder = getattr(backend, "decoder", None)
+    described = "" if decoder is None else decoder.__getstate__().decode("utf-8")
+    kinds = set(re.findall(r'"type":\s*"(\w+)"', described))
+    if "ByteLevel" in kinds:
+        return _spell_bytes, False
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return _spell_pieces, bool(kinds & {"Strip", "Metaspace"})
+    found = ", ".join(sorted(kinds)) or "none"
+    raise ModelError(f"{source}: its decoder ({found}) is not supported; ByteLevel and ByteFallback are")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the others take the letters from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF_LETTER = _byte_alphabet()
+
+
+def _spell_bytes(piece: str) -> bytes:
+    if all(letter in BYTE_OF_LETTER for letter in piece):
+        return bytes(BYTE_OF_LETTER[letter] for letter in piece)
+    return piece.encode("utf-8")
+
+
+def _spell_pieces(piece: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode("utf-8")

@@ -1,0 +1,131 @@
+"""Names -> models that are ready to run.
+
+Knows every form of a model's name and where each comes from. Does not know engines, caches of keys and values, or prompts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minipaged.config import ModelConfig
+from minipaged.errors import ModelError
+from minipaged.model.llama import Llama
+from minipaged.model.loading.gguf_model import GGUFCheckpoint
+from minipaged.model.loading.placement import choose_device, choose_dtype
+from minipaged.model.loading.pull import SOURCES, cached_path, is_cached, pull
+from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
+from minipaged.model.loading.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
+from minipaged.model.loading.weights import Progress, load_model, open_checkpoint
+
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
+
+DEFAULT_MODEL = "smollm2-135m"
+TOY_SEED, TOY_STD = 6, 0.16
+TOY_ALPHABET = b"abcdefghijklmnopqrstuvwxyz "
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A network with its weights, and the tokenizer that goes with it."""
+
+    config: ModelConfig
+    model: Llama
+    tokenizer: Tokenizer
+
+
+def load(
+    name: str = DEFAULT_MODEL,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """The model called `name`, on `device`, ready to run.
+
+    `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
+    drawn on the device from `seed`. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
+    """
+    place = choose_device(device)
+    precision = choose_dtype(dtype, place)
+    if name == "toy":
+        return _toy(precision, place)
+    if name.startswith("random:"):
+        if name.removeprefix("random:").lower() in SIMULATED_ONLY:
+            raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
+        config = shape(name)
+        model = Llama.random(config, seed, precision, place)
+        return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
+    return _from_disk(find(name, progress), precision, place, progress)
+
+
+def find(name: str, progress: Progress | None = None) -> Path:
+    """The file or folder that `name` stands for, fetched first if it must be."""
+    if name in SOURCES:
+        return cached_path(name) if is_cached(name) else pull(name, progress)
+    if name.startswith("hf:"):
+        return _from_hub(name.removeprefix("hf:"))
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path
+    if os.sep in name or name.startswith("~") or path.suffix == ".gguf":
+        raise ModelError(
+            f"{name}: there is no such file or folder; give a folder (config.json, *.safetensors), a .gguf file, "
+            f"hf:org/name, or a name: {', '.join((*SOURCES, 'toy'))}"
+        )
+    raise ModelError(
+        f"no model is called {name!r}; there are {', '.join((*SOURCES, 'toy'))}, a folder (config.json, *.safetensors), "
+        f"a .gguf file, hf:org/name, and random:SHAPE with SHAPE one of "
+        f"{', '.join(known for known in SHAPES if known not in SIMULATED_ONLY)}"
+    )
+
+
+def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LoadedModel:
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    if isinstance(checkpoint, GGUFCheckpoint):
+        tokenizer = gguf_tokenizer(checkpoint.file.metadata, path, config.eos_token_ids)
+    else:
+        tokenizer = folder_tokenizer(path, config.eos_token_ids)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the network only {config.vocab_size}; they do not belong together"
+        )
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    return LoadedModel(config, model.pack(), tokenizer)
+
+
+def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Two layers with weights large enough that each token depends on all before it: one wrong key or value anywhere changes
+    the text. It can say small letters and spaces only. Drawn on the CPU, so that it is the same everywhere."""
+    config = shape("toy")
+    model = Llama.random(config, TOY_SEED, torch.float32, "cpu", TOY_STD)
+    said = torch.tensor(list(TOY_ALPHABET))
+    model.head.weight[said] *= 2
+    silent = torch.ones(config.vocab_size, dtype=torch.bool)
+    silent[said] = False
+    model.head.weight[silent] = 0
+    placed = Llama(config, dtype=dtype, device=device)
+    for slot, values in zip(placed.slots().values(), model.slots().values(), strict=True):
+        slot.copy_(values)
+    return LoadedModel(config, placed.pack(), ByteTokenizer(config.vocab_size))
+
+
+def _from_hub(repository: str) -> Path:
+    """A snapshot in huggingface_hub's own cache: configs, safetensors and tokenizer, no pickles."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModelError(f"hf:{repository} needs the package huggingface_hub: pip install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"hf:{repository} could not be fetched: {reason}; give a folder or a .gguf file instead"
+        ) from None

@@ -1,0 +1,1 @@
+"""An engine as a process of its own, and the pipe to it."""
