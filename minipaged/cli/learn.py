@@ -15,13 +15,13 @@ from rich.table import Table
 
 from minipaged.errors import InputError
 from minipaged.learn.catalog import Lesson, lesson, lessons, task_of
-from minipaged.learn.checking import LIMIT_SECONDS, Result
+from minipaged.learn.checking import Result
 from minipaged.learn.checking import check as run_check
 from minipaged.learn.workspace import Workspace
 
 app = typer.Typer(help="Rebuild PagedAttention in twelve lessons, each one checked.", pretty_exceptions_enable=False)
 console = Console(highlight=False)
-NOTE_LINES, SAID_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
+NOTE_LINES, PRINTED_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
 
 Number = Annotated[int, typer.Argument(metavar="N", help="The lesson's number.")]
 Folder = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Your lessons, if they are not here.")]
@@ -120,21 +120,23 @@ def solution(
     number: Number,
     task: TaskNumber = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="The whole lesson, solved, as a file.")] = False,
     folder: Folder = None,
 ) -> None:
     """Show the answer to a task. Asks first."""
     one = lesson(number)
+    if whole:
+        if not yes:
+            typer.confirm(f"Show all answers of lesson {one.number}?", abort=True, err=True)
+        typer.echo(one.solved(), nl=False)
+        return
     if task is None:
         task = _next_task(Workspace.find(folder), one)
     chosen = task_of(one, task)
     if not yes:
         typer.confirm(f"Show the answer to lesson {one.number}, task {chosen.number} ({chosen.name})?", abort=True)
-    answers = one.answers(chosen.number)
-    console.print(f"\n[bold]{escape(answers[0].title)}[/bold]")
-    for body in answers:
-        console.print(
-            Syntax("\n".join((*body.head, *body.lines)), "python", background_color="default", word_wrap=True)
-        )
+    console.print(f"\n[bold]{escape(one.stub(chosen.number))}[/bold]")
+    console.print(Syntax(one.answer(chosen.number), "python", background_color="default", word_wrap=True))
 
 
 @app.command()
@@ -220,10 +222,10 @@ def _folder_or_none(folder: Path | None) -> Path | None:
         return None
 
 
-def _check(workspace: Workspace, one: Lesson, limit_seconds: float = LIMIT_SECONDS) -> Result:
+def _check(workspace: Workspace, one: Lesson) -> Result:
     """Check, print, remember."""
     path = workspace.file(one)
-    result = run_check(one, path, limit_seconds=limit_seconds)
+    result = run_check(one, path)
     workspace.note_solved(one, list(result.solved))
     console.print(f"[bold]{one.number}. {one.title}[/bold] · {len(result.solved)} of {len(one.tasks)} tasks\n")
     failed = result.failure
@@ -250,10 +252,10 @@ def _check(workspace: Workspace, one: Lesson, limit_seconds: float = LIMIT_SECON
         if failed.where:
             console.print(f"[dim]{escape(failed.where)}[/dim]")
         console.print(escape(failed.message))
-        if failed.said:
+        if failed.printed:
             console.print(f"\n[dim]printed while {failed.test} ran:[/dim]")
-            console.print(escape("\n".join(failed.said.rstrip().splitlines()[-SAID_LINES:])))
-        if result.said and failed.task == 0:
-            console.print(escape(result.said[-2000:]))
+            console.print(escape("\n".join(failed.printed.rstrip().splitlines()[-PRINTED_LINES:])))
+        if result.printed and failed.task == 0:
+            console.print(escape(result.printed[-2000:]))
     console.print(f"[dim]stuck? minipaged learn hint {one.number}[/dim]")
     return result

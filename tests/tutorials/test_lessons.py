@@ -16,7 +16,7 @@ from minipaged.cli.learn import app
 from minipaged.learn.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
 from minipaged.learn.checking import check
 from minipaged.learn.runner import load, run
-from minipaged.learn.strip import bodies, strip
+from minipaged.learn.solve import stubs
 from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.records import Event
 
@@ -32,60 +32,83 @@ def prose(path: Path) -> str:
     return "\n".join(re.sub(r"^# ?", "", line) for text in texts for line in text.splitlines()[1:])
 
 
-@each_lesson
-def test_unsolved_file_is_the_solution_without_its_bodies(lesson: Lesson) -> None:
-    solved = lesson.solution.read_text(encoding="utf-8")
-    assert lesson.path.read_text(encoding="utf-8") == strip(solved), "run python -m minipaged.learn.strip"
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every lesson, solved."""
+    folder = tmp_path_factory.mktemp("solved")
+    for one in lessons():
+        (folder / one.path.name).write_text(one.solved(), encoding="utf-8")
+    return folder
 
 
 @each_lesson
-def test_tasks_marks_and_hints_agree(lesson: Lesson) -> None:
-    titles = list(dict.fromkeys(body.title for body in bodies(lesson.solution.read_text(encoding="utf-8"))))
-    assert titles == [f"lesson {lesson.number}, task {task.number}: {task.name}" for task in lesson.tasks]
+def test_a_solved_lesson_is_as_clean_as_all_other_code(lesson: Lesson) -> None:
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(lesson.path), "-"]
+        done = subprocess.run(ruff, input=lesson.solved(), capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+@each_lesson
+def test_tasks_stubs_and_hints_agree(lesson: Lesson) -> None:
+    titles = list(dict.fromkeys(title for title, _ in stubs(lesson.path.read_text(encoding="utf-8")).values()))
+    assert titles == [lesson.stub(task.number) for task in lesson.tasks]
     for task in lesson.tasks:
         assert f"## Task {task.number}: `{task.name}`" in prose(lesson.path)
         assert len(task.hints) == len(set(task.hints)) == HINT_LEVELS
         assert min(map(len, task.hints)) > 10
 
 
-@each_lesson
-def test_unsolved_file_fails_at_its_first_task(lesson: Lesson) -> None:
-    stub = lesson.stub(1)
+@pytest.mark.parametrize(
+    ("lesson", "task"),
+    [pytest.param(one, task.number, id=f"{one.path.stem}-{task.number}") for one in lessons() for task in one.tasks],
+)
+def test_each_task_fails_until_it_is_solved(lesson: Lesson, task: int, tmp_path: Path) -> None:
+    """With the tasks before it solved: the run ends in this task, and names its stub."""
+    path = tmp_path / lesson.path.name
+    path.write_text(lesson.solved(tasks=task - 1), encoding="utf-8")
     if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
-        failure = check(lesson, lesson.path).failure
+        failure = check(lesson, path).failure
         assert failure is not None
-        assert (failure.task, failure.stub) == (1, stub)
+        assert (failure.task, failure.stub) == (task, lesson.stub(task))
     else:
-        *before, last = run(lesson.path)
-        assert not before
-        assert (last["passed"], last["task"], last["stub"]) == (False, 1, stub)
-    told = re.search(r"\$ python (\S+)\n(\w+): (.*)\n", prose(lesson.path))
-    assert told is not None, "the lesson must show the command that fails first"
-    assert told.groups() == (lesson.path.name, "NotImplementedError", stub)
+        *before, last = run(path)
+        assert all(result["passed"] for result in before)
+        assert {result["task"] for result in before} == set(range(1, task)), "every task before has a test that passes"
+        assert (last["passed"], last["task"], last["stub"]) == (False, task, lesson.stub(task))
 
 
 @each_lesson
-def test_solution_passes(lesson: Lesson) -> None:
+def test_the_exercise_is_shipped_unsolved(lesson: Lesson) -> None:
+    assert lesson.path.read_text(encoding="utf-8") == lesson.solved(tasks=0)
+    shown = re.search(r"\$ python (\S+)\n(\w+): (.*)\n", prose(lesson.path))
+    assert shown is not None, "the lesson must show the command that fails first"
+    assert shown.groups() == (lesson.path.name, "NotImplementedError", lesson.stub(1))
+
+
+@each_lesson
+def test_solution_passes(lesson: Lesson, solved: Path) -> None:
+    path = solved / lesson.path.name
     if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
-        result = check(lesson, lesson.solution)
+        result = check(lesson, path)
         assert result.failure is None, result
         assert list(result.solved) == [task.number for task in lesson.tasks]
         return
-    results = list(run(lesson.solution))
-    assert [told for told in results if not told["passed"]] == []
-    assert {told["task"] for told in results} == {task.number for task in lesson.tasks}, "every task has a test"
+    results = list(run(path))
+    assert [result for result in results if not result["passed"]] == []
+    assert {result["task"] for result in results} == {task.number for task in lesson.tasks}, "every task has a test"
 
 
 @each_lesson
-def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson) -> None:
+def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson, solved: Path) -> None:
     if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
-        command = [sys.executable, "-m", "doctest", str(lesson.solution)]
+        command = [sys.executable, "-m", "doctest", str(solved / lesson.path.name)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert ">>> bytes_to_move(" in lesson.path.read_text(encoding="utf-8")
         return
-    module = load(lesson.solution)
+    module = load(solved / lesson.path.name)
     for task in lesson.tasks:
         subject = module
         for name in task.name.split("."):
@@ -266,12 +289,12 @@ def script(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
-def test_a_lesson_is_a_script() -> None:
+def test_a_lesson_is_a_script(solved: Path) -> None:
     """Solved, it prints its measurements; unsolved, it ends in the words that its text foretells."""
     one = lessons()[0]
-    solved = script(one.solution)
-    assert solved.returncode == 0, solved.stderr
-    assert "paged" in solved.stdout
+    done = script(solved / one.path.name)
+    assert done.returncode == 0, done.stderr
+    assert "paged" in done.stdout
     unsolved = script(one.path)
     assert unsolved.returncode == 1
     assert unsolved.stderr.splitlines()[-1] == f"NotImplementedError: {one.stub(1)}"
@@ -279,9 +302,9 @@ def test_a_lesson_is_a_script() -> None:
 
 @pytest.mark.slow
 @each_lesson
-def test_every_solution_runs_as_a_script(lesson: Lesson) -> None:
+def test_every_solution_runs_as_a_script(lesson: Lesson, solved: Path) -> None:
     before = os.times()
-    done = script(lesson.solution)
+    done = script(solved / lesson.path.name)
     after = os.times()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -291,21 +314,22 @@ def test_every_solution_runs_as_a_script(lesson: Lesson) -> None:
 
 @pytest.mark.slow
 @each_lesson
-def test_every_solution_is_a_pytest_file(lesson: Lesson) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(lesson.solution)]
+def test_every_solution_is_a_pytest_file(lesson: Lesson, solved: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", lesson.path.name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env=environment, cwd=solved, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_the_last_lessons_manager_stands_under_the_specification() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "spec")]
+def test_the_last_lessons_manager_stands_under_the_laws(solved: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "laws")]
     command += ["-k", "laws_memory or laws_machine", "--block-manager", "13_your_own:MyBlockManager"]
-    folder = tutorials_folder() / "solutions"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "quick"}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=environment, cwd=folder, check=False
+        command, capture_output=True, text=True, timeout=280, env=environment, cwd=solved, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -330,9 +354,9 @@ def test_lesson_12_compiles_for_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_lesson_12_on_a_gpu() -> None:
+def test_lesson_12_on_a_gpu(solved: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LESSON_ON_GPU": "1"}
-    command = [sys.executable, str(lessons()[11].solution)]
+    command = [sys.executable, str(solved / lessons()[11].path.name)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "minipaged's" in done.stdout
