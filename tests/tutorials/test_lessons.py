@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -122,10 +125,19 @@ def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson, s
 
 @each_lesson
 def test_text_names_only_what_exists(lesson: Lesson) -> None:
-    for path, symbols in places(prose(lesson.path)):
-        assert (ROOT / path).exists(), f"{path} does not exist"
-        missing = [symbol for symbol in symbols if not defines(ROOT / path, symbol)]
-        assert not missing, f"{path} has no {missing}"
+    for part in re.split(r"\n(?=- )|\n\n", prose(lesson.path)):
+        if re.search(rf"`{FILE}`", part):
+            assert wrong_names(part) == [], part
+
+
+@each_lesson
+def test_where_this_lives_is_a_list_of_files_and_names(lesson: Lesson) -> None:
+    section = prose(lesson.path).partition("## Where this lives in minipaged\n")[2].partition("\n\n\n")[0]
+    first, *items = section.split("\n- ")
+    assert not first.strip()
+    assert items
+    for item in items:
+        assert re.match(rf"`{FILE}`", item), f"an item begins with a file: {item}"
 
 
 @each_lesson
@@ -148,55 +160,66 @@ def test_prose_tells_the_whole_story(lesson: Lesson) -> None:
     assert f"*{lesson.minutes} minutes." in prose(lesson.path)
 
 
-def places(text: str) -> list[tuple[str, list[str]]]:
-    """(path, symbols) of each line that names files of this repository; the symbols are those that follow the path."""
-    found = []
-    for part in re.split(r"\n(?=- )|\n\n", text):
-        path = None
-        symbols: list[str] = []
-        for name in re.findall(r"`([^`\n]+)`", part):
-            if re.fullmatch(r"(minipaged|kernels|tui|tests|tutorials)/[\w/.]*", name):
-                if path is not None:
-                    found.append((path, symbols))
-                path, symbols = name, []
-            elif path is not None and re.fullmatch(r"[A-Za-z_][\w.]*", name):
-                symbols.append(name)
-        if path is not None:
-            found.append((path, symbols))
-    return found
+FILE = r"(?:minipaged|kernels|tui|tests|tutorials)/[\w/.]*"
 
 
-def defines(path: Path, symbol: str) -> bool:
-    """Whether a file defines a name: a module's, a class' (Class.name), or one of any class in it."""
-    if path.is_dir() or path.suffix != ".py":
-        return symbol in path.read_text(encoding="utf-8") if path.is_file() else False
-    owner, _, name = symbol.rpartition(".")
+def wrong_names(text: str) -> list[str]:
+    """What a text names and this repository lacks: files, and the names that stand behind a file and should be defined in it.
+
+    A name is a function, class or constant of the file, or Class.attribute, or an attribute of a class that was named before it.
+    """
+    wrong: list[str] = []
+    path, classes = None, list[str]()
+    for word in re.findall(r"`([^`\n]+)`", text):
+        if re.fullmatch(FILE, word):
+            path, classes = word, []
+            if not (ROOT / path).exists():
+                wrong.append(path)
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", word) and path is not None and (ROOT / path).is_file():
+            names = defined_in(ROOT / path)
+            if word not in names and not any(f"{owner}.{word}" in names for owner in classes):
+                wrong.append(f"{path}: {word}")
+            classes.append(word.partition(".")[0])
+    return wrong
+
+
+@cache
+def defined_in(path: Path) -> set[str]:
+    """The names that a module defines at its top, and its classes' methods and fields as Class.name."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.FunctionDef):
-                    names.add(f"{node.name}.{inner.name}")
-                if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
-                    names |= {inner.target.id, f"{node.name}.{inner.target.id}"}
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        for target in targets:
-            names |= {each.id for each in ast.walk(target) if isinstance(each, ast.Name)}
-    return symbol in names if owner else name in names
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef) and not prefix:
+                collect(node.body, f"{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    collect(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return names
 
 
-def test_readme_and_glossary_name_only_what_exists() -> None:
-    for name in ("README.md", "glossary.md"):
-        text = (tutorials_folder() / name).read_text(encoding="utf-8")
-        for line in text.splitlines():
-            for path, symbols in places(line):
-                assert (ROOT / path).exists(), f"{name}: {path} does not exist"
-                missing = [symbol for symbol in symbols if not defines(ROOT / path, symbol)]
-                assert not missing, f"{name}: {path} has no {missing}"
+def test_readme_names_only_what_exists() -> None:
+    for line in (tutorials_folder() / "README.md").read_text(encoding="utf-8").splitlines():
+        if re.search(rf"`{FILE}`", line):
+            assert wrong_names(line) == [], line
+
+
+def test_every_word_of_the_glossary_says_where_it_lives() -> None:
+    for word, line in glossary().items():
+        where = line.rstrip(" |").rsplit(" | ", 1)[1]
+        if word != "word":
+            assert re.fullmatch(rf"`{FILE}`( `[\w.]+`)*", where), f"{word}: a file, then names in it, not {where}"
+            assert wrong_names(where) == [], word
+
+
+def test_texts_name_only_modules_that_exist() -> None:
+    texts = [path for kind in ("*.py", "*.md", "hints/*.toml") for path in tutorials_folder().glob(kind)]
+    for path in texts:
+        for name in re.findall(r"\bminipaged(?:\.[a-z_]\w*)+", path.read_text(encoding="utf-8")):
+            assert importlib.util.find_spec(name) is not None, f"{path.name}: {name}"
 
 
 @each_lesson
@@ -325,8 +348,11 @@ def test_every_solution_is_a_pytest_file(lesson: Lesson, solved: Path) -> None:
 
 @pytest.mark.slow
 def test_the_last_lessons_manager_stands_under_the_laws(solved: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "laws")]
-    command += ["-k", "laws_memory or laws_machine", "--block-manager", "13_your_own:MyBlockManager"]
+    """With the command that the lesson's script prints."""
+    printed = next(line for line in script(solved / lessons()[-1].path.name).stdout.splitlines() if "-k" in line)
+    profile, pytest_, *arguments = shlex.split(printed)
+    assert (profile, pytest_) == ("HYPOTHESIS_PROFILE=quick", "pytest")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "quick"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=280, env=environment, cwd=solved, check=False
