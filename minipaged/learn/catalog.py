@@ -87,6 +87,6 @@ def task_of(one: Lesson, number: int) -> Task:
 def _read(path: Path) -> Lesson:
     number = int(path.name[:2])
     heading = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# # "))
-    told = tomllib.loads((path.parent / "hints" / f"{path.stem}.toml").read_text(encoding="utf-8"))
-    tasks = tuple(Task(i, row["name"], tuple(row["hints"])) for i, row in enumerate(told["task"], 1))
-    return Lesson(number, heading.removeprefix("# # ").split(". ", 1)[1], told["minutes"], path, tasks)
+    details = tomllib.loads((path.parent / "hints" / f"{path.stem}.toml").read_text(encoding="utf-8"))
+    tasks = tuple(Task(i, row["name"], tuple(row["hints"])) for i, row in enumerate(details["task"], 1))
+    return Lesson(number, heading.removeprefix("# # ").split(". ", 1)[1], details["minutes"], path, tasks)

@@ -29,7 +29,7 @@ def test_the_manager_so_far_is_a_solution_of_lesson_8(tmp_path: Path) -> None:
         function()
 
 
-def test_a_tape_shows_what_was_photographed(tmp_path: Path) -> None:
+def test_a_tape_shows_what_was_recorded(tmp_path: Path) -> None:
     tape = Tape(6, 4)
     tape.note({"A": [2]}, {"A": 3})
     tape.note({"A": [2, 4], "B": [5]}, {"A": 6, "B": 1})
