@@ -151,8 +151,9 @@ def show(
     from minipaged.cli.show import show as open_screen
     from minipaged.learn.replays import replay
 
+    workspace = _workspace_or_none(folder)
     with TemporaryDirectory(prefix="minipaged-") as scratch:
-        path, look_for = replay(one, _folder_or_none(folder), Path(scratch))
+        path, look_for = replay(one, workspace.folder if workspace is not None else None, Path(scratch))
         console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}")
         raise typer.Exit(open_screen("toy", replay=path, headless=headless, screenshot=screenshot))
 
@@ -174,12 +175,7 @@ def reset(
 
 def show_list(folder: Path | None) -> None:
     """Print the table of lessons; with a learner's folder, their progress too."""
-    workspace = None
-    try:
-        workspace = Workspace.find(folder)
-    except InputError:
-        if folder is not None:
-            raise
+    workspace = _workspace_or_none(folder)
     table = Table(box=None, pad_edge=False)
     for heading in ("", "lesson", "minutes", "tasks"):
         table.add_column(heading, justify="right" if heading in ("", "minutes") else "left")
@@ -213,9 +209,10 @@ def _next_task(workspace: Workspace, one: Lesson) -> int:
     return next((task.number for task in one.tasks if task.number not in done), len(one.tasks))
 
 
-def _folder_or_none(folder: Path | None) -> Path | None:
+def _workspace_or_none(folder: Path | None) -> Workspace | None:
+    """The learner's folder; None if there is none and none was named."""
     try:
-        return Workspace.find(folder).folder
+        return Workspace.find(folder)
     except InputError:
         if folder is not None:
             raise
