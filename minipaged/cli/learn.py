@@ -249,10 +249,10 @@ def _check(workspace: Workspace, one: Lesson) -> Result:
         if failed.where:
             console.print(f"[dim]{escape(failed.where)}[/dim]")
         console.print(escape(failed.message))
-        if failed.printed:
+        if failed.printed and failed.test:
             console.print(f"\n[dim]printed while {failed.test} ran:[/dim]")
             console.print(escape("\n".join(failed.printed.rstrip().splitlines()[-PRINTED_LINES:])))
-        if result.printed and failed.task == 0:
+        if result.printed and not failed.test:  # the file could not be loaded
             console.print(escape(result.printed[-2000:]))
     console.print(f"[dim]stuck? minipaged learn hint {one.number}[/dim]")
     return result

@@ -93,6 +93,14 @@ def test_check_remembers_what_is_solved_and_what_is_no_longer(folder: Path) -> N
     assert Workspace(folder).solved(lesson(1)) == []
 
 
+def test_what_a_file_prints_before_it_fails_to_load_is_shown_once(folder: Path) -> None:
+    (folder / lesson(1).path.name).write_text("print('loading')\n1 / 0\n", encoding="utf-8")
+    code, text = learn("check", 1, "--dir", folder)
+    assert code == 1
+    assert "line 2: 1 / 0\nZeroDivisionError: division by zero\nloading\n" in text
+    assert text.count("loading") == 1
+
+
 def test_a_file_that_does_not_parse_is_a_line_and_not_a_traceback(folder: Path) -> None:
     (folder / lesson(1).path.name).write_text("def split(:\n", encoding="utf-8")
     code, text = learn("check", 1, "--dir", folder)
