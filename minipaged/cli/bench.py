@@ -13,7 +13,7 @@ from rich.table import Table
 
 from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
-from minipaged.lab.report.results import Results
+from minipaged.lab.measure.results import Results
 
 WIDTH = 130  # columns of the wide tables
 

@@ -60,7 +60,7 @@ def gpus() -> None:
 
 @app.command()
 def simulate(
-    system: Systems = "vllm",
+    system: Systems = "paged",
     model: ModelName = "llama-13b",
     gpu: GPUName = "a100-40",
     tp: TensorParallel = 1,
@@ -263,12 +263,11 @@ def shadow(
 ) -> None:
     """What other systems would have held on a recorded trace's traffic: accounting, not speed."""
     from minipaged.baselines import shadows
-    from minipaged.baselines.shadow_files import read_deltas, write_with_shadows
     from minipaged.lab.report.simulation_report import WASTE_COLUMNS
     from minipaged.lab.report.tables import percent, table, write_json
 
     names = shadows.DEFAULT_SYSTEMS if systems == "all" else tuple(n.strip() for n in systems.split(",") if n.strip())
-    deltas = read_deltas(trace)
+    deltas = shadows.read_deltas(trace)
     found = shadows.summarise(deltas, names, max_len=max_len)
     notes = ["Means over the steps of the trace. Rows grow as the engine's did: accounting, not speed."]
     if any(s.refused for s in found):
@@ -277,10 +276,10 @@ def shadow(
         )
     rows = [(s.system, f"{s.running:.2f}", f"{s.waiting:.2f}", f"{s.refused:,}") for s in found]
     table(f"{trace.name}: {len(deltas):,} steps", ("system", "would run", "would wait", "never fit"), rows, notes=notes)
-    shares = [(s.system, *(percent(b) for b in s.bands.values())) for s in found]
+    shares = [(s.system, *(percent(b) for b in s.shares.values())) for s in found]
     table("percent of the pool", WASTE_COLUMNS, shares)
     if out is not None:
-        write_with_shadows(trace, out, names, max_len=max_len)
+        shadows.write_with_shadows(trace, out, names, max_len=max_len)
     if json_file is not None:
         write_json(json_file, found)
 

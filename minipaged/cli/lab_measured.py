@@ -32,9 +32,9 @@ def compare_on_device(
     """`lab compare --device`: peers first, while the device is empty, then every system in every pool."""
     from minipaged.cli.progress import status_line
     from minipaged.lab.measure.device_run import DeviceResult, draws_for, run_systems
+    from minipaged.lab.measure.results import Results
     from minipaged.lab.measure.transformers_peer import PEERS, run_peer
     from minipaged.lab.report.device_report import device_dict, print_device
-    from minipaged.lab.report.results import Results
     from minipaged.lab.simulation.simulate import parse_systems
 
     names = parse_systems(systems)
@@ -74,8 +74,8 @@ def ablate(
     from minipaged.cli.progress import status_line
     from minipaged.lab.measure.ablate import Ablation
     from minipaged.lab.measure.ablate import ablate as measure
+    from minipaged.lab.measure.results import Results
     from minipaged.lab.report import device_report
-    from minipaged.lab.report.results import Results
 
     check_real("seconds", limit, 0.0, open_low=True)
 
@@ -107,7 +107,7 @@ def beams(
 
     from minipaged.cli.progress import status_line
     from minipaged.lab.measure import beam_run
-    from minipaged.lab.report.results import Results
+    from minipaged.lab.measure.results import Results
     from minipaged.lab.report.tables import percent, table
 
     kept = Results(json_file)
@@ -131,8 +131,8 @@ def plot(
     out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
 ) -> None:
     """A plot of a results file, as SVG."""
+    from minipaged.lab.measure.results import read_results
     from minipaged.lab.report.device_report import plot_of
-    from minipaged.lab.report.results import read_results
 
     text = plot_of(read_results(results))
     try:

@@ -31,24 +31,24 @@ def run(systems: tuple[str, ...], **settings: object) -> dict[str, DeviceResult]
 
 
 def test_every_system_gives_the_same_text() -> None:
-    found = run(("vllm", *sorted(RESERVING)))
+    found = run(("paged", *sorted(RESERVING)))
     for system, result in found.items():
         assert result.same_answers == 1.0, system
         assert result.refused == 0, system
         assert result.tokens == sum(length for _, length in DRAWS)
-    assert found["vllm"].mean_rows > found["orca-max"].mean_rows > found["webui"].mean_rows
-    assert found["vllm"].token_share > found["orca-max"].token_share
+    assert found["paged"].mean_rows > found["orca-max"].mean_rows > found["webui"].mean_rows
+    assert found["paged"].token_share > found["orca-max"].token_share
     assert found["webui"].mean_rows <= 1
 
 
 def test_several_pools_in_one_go_and_each_result_at_once() -> None:
     heard: list[tuple[str, int]] = []
     results = run_systems(
-        ("orca-max", "vllm"), DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(128, 256), max_len=64,
+        ("orca-max", "paged"), DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(128, 256), max_len=64,
         max_new=30, progress=lambda message, done, total: None, done=lambda r: heard.append((r.system, r.pool)),
     )  # fmt: skip
     assert heard == [(r.system, r.pool) for r in results]
-    assert heard == [("orca-max", 128), ("vllm", 128), ("orca-max", 256), ("vllm", 256)]
+    assert heard == [("orca-max", 128), ("paged", 128), ("orca-max", 256), ("paged", 256)]
     assert all(r.finished == len(DRAWS) for r in results)
     assert results[2].mean_rows > results[0].mean_rows
 
@@ -60,7 +60,7 @@ def test_a_time_limit_stops_a_system_and_says_so() -> None:
     assert webui.note.startswith("stopped")
     assert math.isinf(webui.first_token[1])
     assert static.note.startswith("stopped")
-    assert run(("vllm",), seconds=1e9)["vllm"].note == ""
+    assert run(("paged",), seconds=1e9)["paged"].note == ""
 
 
 def test_systems_run_ahead_as_the_engine_does_on_a_gpu() -> None:
@@ -70,11 +70,11 @@ def test_systems_run_ahead_as_the_engine_does_on_a_gpu() -> None:
     texts = {}
     for depth in (0, 1):
         bench.config = replace(bench.config, depth=depth)
-        for system in ("vllm", *RESERVING):
+        for system in ("paged", *RESERVING):
             engine, slots, fits = bench.engine(system, DRAWS, 30, 256)
             assert engine.depth == depth
             _, texts[system, depth] = serve(engine, system, DRAWS, slots, None, lambda done: None, fits=fits)
-    assert all(text == texts["vllm", 0] for text in texts.values())
+    assert all(text == texts["paged", 0] for text in texts.values())
 
 
 @pytest.mark.parametrize("system", sorted(RESERVING))
@@ -116,18 +116,18 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(InputError, match=word):
             run_systems(
-                ("vllm",), DRAWS, model="toy", device="cpu", block_size=4, progress=lambda message, done, total: None,
+                ("paged",), DRAWS, model="toy", device="cpu", block_size=4, progress=lambda message, done, total: None,
                 **{"pools": (256,), **settings},
             )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(InputError, match="no requests"):
-        run_systems(("vllm",), [], model="toy", progress=lambda message, done, total: None)
+        run_systems(("paged",), [], model="toy", progress=lambda message, done, total: None)
 
 
 def test_results_become_tables_and_a_plot() -> None:
-    found = [*run(("webui", "vllm")).values(), run(("orca-max",), seconds=1e-9)["orca-max"]]
+    found = [*run(("webui", "paged")).values(), run(("orca-max",), seconds=1e-9)["orca-max"]]
     rows = json.loads(json.dumps([device_dict(r) for r in found]))
     _, table, *notes = system_tables(rows[:2])
-    assert "| vllm | 256 |" in table
+    assert "| paged | 256 |" in table
     assert notes == []
     assert rows[2]["first_token"][1] is None
     ElementTree.fromstring(plot_of({"device": "here", "date": "today", "rows": rows}))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.api import LLM
-from minipaged.baselines.shadow_files import write_with_shadows
+from minipaged.baselines.shadows import write_with_shadows
 from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.engine import Engine
 from minipaged.trace.stream import Header, open_recorder

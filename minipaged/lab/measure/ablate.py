@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from minipaged.baselines.systems import PAGED
 from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress, SamplingParams
 from minipaged.engine import Engine
 from minipaged.lab.measure.attention_variants import (
@@ -164,7 +165,7 @@ class _Work:
         large = max(
             self.sizes.rows * self.sizes.context,
             self.sizes.lone,
-            math.ceil(self.rows_of["vllm"]) * self._mean_context(),
+            math.ceil(self.rows_of[PAGED]) * self._mean_context(),
         )
         self.pool = self._pool(self.config, len(self.model.layers), large)
         for section in (self.attention, self.prefill, self.layout, self.block_size, self.together, self.ladder):
@@ -286,7 +287,7 @@ class _Work:
         ("webui", "one at a time"),
         ("static", "static batches"),
         ("orca-max", "continuous, contiguous"),
-        ("vllm", "continuous, paged"),
+        (PAGED, "continuous, paged"),
     )
 
     def batching(self) -> None:
@@ -361,7 +362,7 @@ class _Work:
     def together(self) -> None:
         """Do the factors multiply? Attention's factor and the batch's, alone and together, at the batches that were measured."""
         context = self._mean_context()
-        small, large = self._rows("orca-max"), self._rows("vllm")
+        small, large = self._rows("orca-max"), self._rows(PAGED)
         speed = {
             (name, rows): rows / self._step(attend, rows, context)
             for name, attend in (("written out", written_out), ("one pass, split", split))
@@ -390,7 +391,7 @@ class _Work:
         """One thing after the other, each at the batch it was measured to have; prompts left out."""
         context = self._mean_context()
         one, static = self._rows("webui"), self._rows("static")
-        orca, ours = self._rows("orca-max"), self._rows("vllm")
+        orca, ours = self._rows("orca-max"), self._rows(PAGED)
         rungs: tuple[tuple[str, int, Decode], ...] = (
             ("one at a time, attention written out", one, written_out),
             ("+ attention in one pass", one, one_pass),

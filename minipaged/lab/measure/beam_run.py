@@ -15,7 +15,7 @@ import numpy as np
 
 from minipaged.config import CacheConfig, EngineConfig, Progress, SamplingParams, check_int
 from minipaged.errors import InputError
-from minipaged.lab.report.results import read_results
+from minipaged.lab.measure.results import read_results
 from minipaged.lab.simulation.workloads import ALPACA
 from minipaged.trace.records import StepDelta
 

@@ -61,7 +61,7 @@ def _within(asked: list[Draw], model: str) -> list[Draw]:
 
 
 def _device() -> str:
-    from minipaged.lab.report.results import device_name
+    from minipaged.lab.measure.results import device_name
 
     return device_name()
 

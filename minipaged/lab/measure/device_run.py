@@ -12,12 +12,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from minipaged.baselines.contiguous import Ask, ContiguousBlockManager
-from minipaged.baselines.systems import RESERVING
+from minipaged.baselines.contiguous import Ask, contiguous_scheduler
+from minipaged.baselines.systems import PAGED, SYSTEMS, todays_name
 from minipaged.config import CacheConfig, EngineConfig, Progress, SamplingParams, check_int, check_real
 from minipaged.engine import Engine
 from minipaged.errors import InputError
@@ -110,9 +110,10 @@ def run_systems(
     through by then is stopped; a batch that nobody joins is let end first. `done` hears each result at once.
     Raises InputError for an unknown system, a model that cannot be loaded, or a pool that the device cannot hold.
     """
+    systems = [todays_name(system) for system in systems]
     for system in systems:
-        if system not in RESERVING and system != "vllm":
-            raise InputError(f"unknown system {system!r}; known: {', '.join(RESERVING)}, vllm")
+        if system not in SYSTEMS:
+            raise InputError(f"unknown system {system!r}; known: {', '.join(SYSTEMS)}")
     check_int("max_num_seqs", max_num_seqs, 1)
     if seconds is not None:
         check_real("seconds", seconds, 0.0, open_low=True)
@@ -204,7 +205,7 @@ class Bench:
             if few and room < 0:
                 break
             few.append((prompt, max(1, length)))
-        self._run_through("vllm", few)
+        self._run_through(PAGED, few)
         for system in systems:
             self._run_through(system, few[:WARM_DRAWS])
 
@@ -222,22 +223,16 @@ class Bench:
         runner: Any = self.parts.engine.runner
         num_blocks = self.num_blocks if pool is None else pool // self.block_size + 1
         slots = (num_blocks - 1) * self.block_size
-        if system == "vllm":
+        if system == PAGED:
             paged = BlockManager(num_blocks, self.block_size, prefix_caching=False)
             return Engine(Scheduler(self.config, paged, self.block_size), runner), slots, lambda draw: True
-        manager = ContiguousBlockManager(num_blocks, self.block_size, system, max_len=self.max_len)
         joins = system not in ("webui", "static", "fastertransformer")
         config = self.config if joins else replace(self.config, max_num_batched_tokens=BATCH_BUDGET)
-        scheduler = Scheduler(config, cast(BlockManager, manager), self.block_size)
-
-        def ask(seq_id: int) -> Ask:
-            length = scheduler.sequences[seq_id].request.params.max_tokens
-            return Ask(max(max_new, length), length)
+        scheduler, manager = contiguous_scheduler(system, config, num_blocks, self.block_size, max_new=max_new)
 
         def fits(draw: Draw) -> bool:
             return manager.fits(len(draw[0]), Ask(max(max_new, draw[1]), draw[1]))
 
-        manager.ask_of = ask
         return Engine(scheduler, runner), slots, fits
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from minipaged.baselines.systems import PAGED
 from minipaged.config import Progress
 from minipaged.errors import InputError
 from minipaged.lab.measure.beam_run import kept
@@ -21,7 +22,6 @@ from minipaged.lab.simulation.simulate import simulate
 from minipaged.lab.simulation.workloads import Workload, make_workload
 
 ORCAS = ("orca-max", "orca-pow2", "orca-oracle")
-PAGED = "vllm"
 
 
 def _maker(name: str) -> Make:
@@ -43,10 +43,10 @@ def figure_2(progress: Progress) -> Figure:
     }
     server, load = paper_server("opt-13b"), make_workload("sharegpt", rate=2.0, count=7200)
     rows = []
-    for i, (system, bands) in enumerate(paper.items()):
+    for i, (system, parts) in enumerate(paper.items()):
         progress(f"Fig. 2: {system}", i, len(paper))
         shares = simulate(system, load, server).shares
-        rows += [Row(f"{system}, {band}", 100 * shares[band], percent, "%") for band, percent in bands.items()]
+        rows += [Row(f"{system}, {part}", 100 * shares[part], percent, "%") for part, percent in parts.items()]
     note = "The spread of the lengths was chosen with this figure in view; the paper prints only their means."
     return Figure("2", "The pool, OPT-13B with ShareGPT at 2 requests a second, percent", tuple(rows), (note,))
 
@@ -66,7 +66,7 @@ def figure_12(progress: Progress) -> Figure:
         for j, system in enumerate(systems):
             progress(f"Fig. 12: {model}, {load}, {system}", i * len(systems) + j, len(panels) * len(systems))
             rates[system] = sustainable_rate(system, _maker(load), server)
-        rows.append(Row(f"{model}, {load}: vllm sustains", rates[PAGED], unit="req/s"))
+        rows.append(Row(f"{model}, {load}: paged sustains", rates[PAGED], unit="req/s"))
         for system in systems[:-1]:
             paper = claims.get(system) if load == "sharegpt" else None
             if (model, load, system) == ("opt-175b", "alpaca", "orca-oracle"):
@@ -112,12 +112,12 @@ def figure_13(progress: Progress) -> Figure:
         load = make_workload(name, rate=rate, count=round(rate * 3600 / (4 if rate > 10 else 1)))
         for j, (system, batch) in enumerate(batches.items()):
             progress(f"Fig. 13: {name}, {system}", 4 * i + j, 8)
-            tally = simulate(system, load, server).outcome.tally
+            averages = simulate(system, load, server).outcome.averages
             fitted = (name, system) == ("alpaca", PAGED)
-            ours = (tally.whole if fitted else tally.steady).mean_requests
+            ours = (averages.whole if fitted else averages.steady).mean_requests
             rows.append(Row(f"{name} at {rate:g} req/s, {system}", ours, batch, fitted=fitted))
     full = simulate(PAGED, make_workload("alpaca", rate=math.inf, count=8000), server).mean_batch
-    rows.append(Row("alpaca, vllm, with a queue that never empties", full))
+    rows.append(Row("alpaca, paged, with a queue that never empties", full))
     notes = (
         "Orca and ShareGPT: the mean while requests wait. vLLM with Alpaca is not saturated at 30 requests a second: the mean",
         "over the run, and the point to which the A100's one constant was fitted.",
@@ -160,7 +160,7 @@ def figure_15(progress: Progress) -> Figure:
     rows = []
     for i, (name, percent) in enumerate(paper.items()):
         progress(f"Fig. 15: {name}", i, len(paper))
-        saving = simulate(PAGED, make_workload(name, rate=math.inf, count=1500), server).outcome.tally.steady.saving
+        saving = simulate(PAGED, make_workload(name, rate=math.inf, count=1500), server).outcome.averages.steady.saving
         rows.append(Row(name, 100 * saving, percent, "%", fitted="beam" in name))
     measured = kept()
     for sharing in measured:

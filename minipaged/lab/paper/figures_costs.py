@@ -5,6 +5,7 @@ Knows the roofline of a prompt and of the host link; knows nothing of other figu
 
 from __future__ import annotations
 
+from minipaged.baselines.systems import PAGED
 from minipaged.config import Progress
 from minipaged.lab.paper.figure_types import Curve, Figure, Row
 from minipaged.lab.simulation.capacity_search import sustainable_rate
@@ -32,7 +33,7 @@ def figure_18b(progress: Progress) -> Figure:
         rates = {}
         for j, size in enumerate(BLOCK_SIZES):
             progress(f"Fig. 18b: {name}, blocks of {size}", len(BLOCK_SIZES) * i + j, 2 * len(BLOCK_SIZES))
-            rates[size] = sustainable_rate("vllm", make, server, block_size=size)
+            rates[size] = sustainable_rate(PAGED, make, server, block_size=size)
         best = max(rates.values())
         for size in (16, largest, 256):
             share = Row(f"{name}: rate with blocks of {size}, of the best", 100 * rates[size] / best, unit="%")

@@ -12,9 +12,9 @@ from typing import Any
 
 from minipaged.config import check_choice
 from minipaged.errors import InputError
+from minipaged.lab.measure.results import read_results
 from minipaged.lab.measure.rows import OURS
 from minipaged.lab.report.device_tables import ablation_tables, system_tables
-from minipaged.lab.report.results import read_results
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 KERNEL_TITLES = {

@@ -35,9 +35,9 @@ def result_dict(result: Result) -> dict[str, Any]:
         "per_token_p50_s": result.per_token(50),
         "per_token_p99_s": result.per_token(99),
         "pool_shares": result.shares,
-        "blocks_saved_share": outcome.tally.steady.saving,
+        "blocks_saved_share": outcome.averages.steady.saving,
         "timeline": [
-            {"s": sample.seconds, "requests": sample.requests, **sample.bands._asdict()} for sample in outcome.samples
+            {"s": sample.seconds, "requests": sample.requests, **sample.pool._asdict()} for sample in outcome.samples
         ],
     }
 
@@ -67,7 +67,7 @@ def latency_row(result: Result) -> tuple[str, ...]:
 
 def waste_row(result: Result) -> tuple[str, ...]:
     """What the pool held, percent."""
-    return (result.system, *(percent(result.shares[band]) for band in PoolBreakdown._fields))
+    return (result.system, *(percent(result.shares[part]) for part in PoolBreakdown._fields))
 
 
 def print_results(results: Sequence[Result]) -> None:
