@@ -197,7 +197,7 @@ def compare(
     if limit is not None or beside:
         raise InputError("--seconds and --beside need --device")
     from minipaged.cli.progress import status_line
-    from minipaged.lab.report.simulation_report import print_results
+    from minipaged.lab.report import simulation_report
     from minipaged.lab.report.tables import table, write_json
     from minipaged.lab.simulation import compare as comparing
     from minipaged.lab.simulation.servers import make_server
@@ -211,15 +211,15 @@ def compare(
             names, trace, server,
             rate=rate, count=requests, seed=seed, block_size=block_size, rates=others, progress=progress,
         )  # fmt: skip
-    print_results(found.results)
+    simulation_report.print_results(found.results)
     if found.sweep:
-        curves = comparing.latency_curves(found)
+        curves = simulation_report.latency_curves(found)
         columns = ("latency a token", *(f"{x:g}/s" for x, _ in curves[0].points))
         table("seconds a token against rate", columns, [(c.name, *(f"{y:.3g}" for _, y in c.points)) for c in curves])
     if json_file is not None:
-        write_json(json_file, comparing.comparison_dict(found))
+        write_json(json_file, simulation_report.comparison_dict(found))
     if html is not None:
-        comparing.comparison_page(found).write(html)
+        simulation_report.comparison_page(found).write(html)
 
 
 for measured in (ablate, beams, plot):
@@ -263,8 +263,9 @@ def shadow(
 ) -> None:
     """What other systems would have held on a recorded trace's traffic: accounting, not speed."""
     from minipaged.baselines import shadows
+    from minipaged.lab.formats import percent
     from minipaged.lab.report.simulation_report import WASTE_COLUMNS
-    from minipaged.lab.report.tables import percent, table, write_json
+    from minipaged.lab.report.tables import table, write_json
 
     names = shadows.DEFAULT_SYSTEMS if systems == "all" else tuple(n.strip() for n in systems.split(",") if n.strip())
     deltas = shadows.read_deltas(trace)

@@ -106,9 +106,10 @@ def beams(
     from dataclasses import asdict
 
     from minipaged.cli.progress import status_line
+    from minipaged.lab.formats import percent
     from minipaged.lab.measure import beam_run
     from minipaged.lab.measure.results import Results
-    from minipaged.lab.report.tables import percent, table
+    from minipaged.lab.report.tables import table
 
     kept = Results(json_file)
     counts = [whole("widths", text) for text in widths.split(",") if text.strip()]

@@ -12,7 +12,7 @@ import torch
 
 from minipaged.errors import InputError
 from minipaged.lab.measure import ablate as module
-from minipaged.lab.measure.ablate import SECTIONS, ablate, sizes_for
+from minipaged.lab.measure.ablate import ablate, sizes_for
 from minipaged.lab.measure.attention_variants import (
     DECODES,
     Cells,
@@ -21,9 +21,10 @@ from minipaged.lab.measure.attention_variants import (
     torch_dense,
     written_out_prefill,
 )
+from minipaged.lab.measure.rows import SECTIONS
 from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
+from minipaged.lab.report.bench_report import ablation_tables
 from minipaged.lab.report.device_report import ablation_dicts, ablation_page, load_note, plot_of, print_ablation
-from minipaged.lab.report.device_tables import TITLES, ablation_tables
 from minipaged.model.llama import Llama
 from minipaged.model.loading.shapes import shape
 
@@ -106,8 +107,8 @@ def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "sizes_for", lambda device, seconds: small)
     stages: list[str] = []
     found = ablate("toy", device="cpu", seconds=120.0, progress=lambda what, done, total: stages.append(what))
-    assert {m.section for m in found.measures} == set(SECTIONS) == set(TITLES)
-    assert [m.section for m in found.measures] == sorted((m.section for m in found.measures), key=SECTIONS.index)
+    assert {m.section for m in found.measures} == set(SECTIONS)
+    assert [m.section for m in found.measures] == sorted((m.section for m in found.measures), key=list(SECTIONS).index)
     assert all(m.ratio > 0 for m in found.measures)
     assert all(m.seconds > 0 for m in found.measures if not math.isnan(m.seconds))
     assert set(stages) == {"loading", *SECTIONS}

@@ -14,8 +14,8 @@ import pytest
 from minipaged.baselines.systems import RESERVING
 from minipaged.errors import InputError
 from minipaged.lab.measure.device_run import Bench, DeviceResult, draws_for, draws_of, percentiles, run_systems, serve
+from minipaged.lab.report.bench_report import system_tables
 from minipaged.lab.report.device_report import device_dict, device_latency_row, plot_of, print_device
-from minipaged.lab.report.device_tables import system_tables
 from minipaged.lab.simulation.workloads import make_workload
 
 RNG = random.Random(5)

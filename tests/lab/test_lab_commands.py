@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from minipaged.cli.lab import app
 from minipaged.errors import InputError
+from minipaged.lab.formats import seconds, size
 from minipaged.lab.paper.figure_types import Curve, Row
 from minipaged.lab.paper.figures import FIGURES, parse_figures
 from minipaged.lab.report.html import Page
 from minipaged.lab.report.svg import bars, line_chart, stacked_bars
-from minipaged.lab.report.tables import seconds, size
 
 
 def run(*arguments: str) -> str:

@@ -17,9 +17,8 @@ from minipaged.baselines.systems import PAGED
 from minipaged.config import ModelConfig, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.lab.advise.calculators import Deployment, Load, capacity
-from minipaged.lab.paper.figures_costs import COPY_SECONDS
-from minipaged.lab.report.tables import seconds
-from minipaged.lab.simulation.hardware import GPU
+from minipaged.lab.formats import seconds
+from minipaged.lab.simulation.hardware import COPY_SECONDS, GPU
 from minipaged.lab.simulation.roofline import FEMTO, roofline
 from minipaged.lab.simulation.servers import Server
 from minipaged.lab.simulation.simulate import Result, simulate

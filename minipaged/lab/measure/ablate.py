@@ -32,6 +32,7 @@ from minipaged.lab.measure.attention_variants import (
     written_out,
 )
 from minipaged.lab.measure.device_run import Bench, DeviceResult, serve
+from minipaged.lab.measure.rows import SECTIONS
 from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
 from minipaged.lab.simulation.workloads import Draw, engine_draws, make_workload
 from minipaged.model.llama import Llama
@@ -92,9 +93,6 @@ class Ablation:
     def of(self, section: str) -> list[Measure]:
         """One section's."""
         return [m for m in self.measures if m.section == section]
-
-
-SECTIONS = ("attention", "prefill", "layout", "block size", "batching", "preemption", "together", "ladder", "heads")
 
 
 def ablate(
@@ -174,7 +172,7 @@ class _Work:
             self.done(self.found)
         self._tell("heads")
         self.heads()
-        self.found.measures.sort(key=lambda m: SECTIONS.index(m.section))
+        self.found.measures.sort(key=lambda m: list(SECTIONS).index(m.section))
         self.done(self.found)
 
     def _pool(self, config: ModelConfig, layers: int, slots: int) -> SlotPool:

@@ -8,6 +8,17 @@ from typing import Any
 from minipaged.lab.measure.timing import Timing
 
 OURS = "minipaged"
+SECTIONS = {  # of `lab ablate`, in their order, and their titles
+    "attention": "Attention: one layer's operator, and the whole decode step",
+    "prefill": "Attention over a prompt: the whole step, and so the first token",
+    "layout": "Contiguous and paged: where the blocks lie",
+    "block size": "Block size, shuffled blocks",
+    "batching": "Batching: the engine, in a pool that binds",
+    "preemption": "Preemption: computed again, or swapped",
+    "together": "Do the factors multiply?",
+    "ladder": "One thing after the other: decode steps at the batches measured above",
+    "heads": "Heads of keys and values",
+}
 PAST_CACHE_BYTES = 256 * 2**20  # buffers that rotate are together at least this large
 GRAPH_MICROSECONDS = (
     1500  # a graph's work takes at least this long, so that what lies between two replays does not count

@@ -9,14 +9,12 @@ from minipaged.baselines.systems import PAGED
 from minipaged.config import Progress
 from minipaged.lab.paper.figure_types import Curve, Figure, Row
 from minipaged.lab.simulation.capacity_search import sustainable_rate
+from minipaged.lab.simulation.hardware import COPY_SECONDS
 from minipaged.lab.simulation.roofline import FEMTO, roofline
 from minipaged.lab.simulation.servers import paper_server
 from minipaged.lab.simulation.workloads import Workload, make_workload
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-COPY_SECONDS = (
-    5e-6  # to start one copy between host and device; each layer's K and V of each block is a copy of its own
-)
 
 
 def figure_18b(progress: Progress) -> Figure:

@@ -1,4 +1,4 @@
-"""What was measured on a device, as tables, plain values, pages and plots. Knows results; measures nothing."""
+"""What was measured on this device, for the terminal, for JSON, and as pages and plots: systems side by side, and the ablation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from minipaged.errors import InputError
-from minipaged.lab.measure.ablate import SECTIONS, Ablation, Measure
+from minipaged.lab.formats import percent, seconds, speed
+from minipaged.lab.measure.ablate import Ablation, Measure
 from minipaged.lab.measure.device_run import DeviceResult
-from minipaged.lab.report.device_tables import TITLES
+from minipaged.lab.measure.rows import SECTIONS
 from minipaged.lab.report.html import Page
 from minipaged.lab.report.svg import bars
-from minipaged.lab.report.tables import percent, plain, seconds, speed, table
+from minipaged.lab.report.tables import plain, table
 
 DEVICE_COLUMNS = ("system", "pool", "tok/s", "rows", "used %", "finished", "preempted", "same text %")
 DEVICE_LATENCY_COLUMNS = ("system", "pool", "first p50", "first p99", "gap p50", "gap p99", "latency a token")
@@ -120,7 +121,7 @@ def print_ablation(found: Ablation, note: str = "") -> None:
         if measures:
             rows = ablation_rows(measures)
             wide = len(ABLATION_COLUMNS) - (not any(row[-1] for row in rows))
-            table(f"{TITLES[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
+            table(f"{SECTIONS[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
     if note:
         Console().print(note, highlight=False)
 
@@ -138,7 +139,7 @@ def ablation_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         for row in rows:
             if row.get("section") == section:
                 ratio = float(row["ratio"])
-                groups.setdefault(TITLES[section], []).append((_short(row["name"]), ratio, f"{ratio:.1f}x"))
+                groups.setdefault(SECTIONS[section], []).append((_short(row["name"]), ratio, f"{ratio:.1f}x"))
     return bars(title, groups, "times the tokens per second of the first bar of the group")
 
 
@@ -169,7 +170,7 @@ def ablation_page(found: Ablation) -> Page:
     page.svg(ablation_plot(ablation_dicts(found), "Alone and together"))
     for section in SECTIONS:
         if measures := found.of(section):
-            page.heading(TITLES[section])
+            page.heading(SECTIONS[section])
             page.table(ABLATION_COLUMNS, ablation_rows(measures))
     return page
 

@@ -7,10 +7,10 @@ searches for sustained rates in 415 runs of 1.6 million requests in all: 23 s he
 also runs systems that the engine can only run in batches (webui, static, fastertransformer) or not at all (tgi-early).
 
 What keeps it honest: tests/lab/test_loop_equals_engine.py runs the same workload in both, for paging and for every system
-whose memory the engine can use. Every request must enter and end at the same femtosecond, with as many steps and preemptions, and
-the pool breakdown over time must agree within half a percent of the pool. Where the samples of a request share blocks, saved
-blocks must agree within two percent and the makespan within one. Two things are simplified and not held: a prefix that all requests share is
-there from the start, and the beams of beam search live and die by a random tree (beams.py).
+whose memory the engine can use. Every request must enter and end at the same femtosecond, with as many steps and preemptions, and the
+pool breakdown over time must agree within half a percent of the pool. Where the samples of a request share blocks, saved
+blocks must agree within two percent and the makespan within one. Two things are simplified and not held: a prefix that all
+requests share is there from the start, and the beams of beam search live and die by a random tree (beams.py).
 
 It knows requests, a memory (simulated_memory.py) and step times (roofline.py), but not what the systems are called. Time is in
 whole femtoseconds.
