@@ -118,7 +118,8 @@ def engine(
                 row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
                 f"{row.tokens_per_second:,.1f}", _times(row.ratio),
             )  # fmt: skip
-    console.print(table)
+    if results.rows:
+        console.print(table)
     _say_notes(results, console)
     if not results.rows:
         raise typer.Exit(1)
