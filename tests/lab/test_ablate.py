@@ -126,6 +126,24 @@ def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> 
     assert "<svg" in ablation_page(found).text()
 
 
+def test_an_ablation_stopped_after_a_few_steps_gives_no_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems that the time limit stopped at once have neither speed nor factor, and the tables and the plot say so."""
+    small = replace(sizes_for(CPU, 1e-9), rows=2, context=64, lone=64, prompt=32)
+    monkeypatch.setattr(module, "sizes_for", lambda device, seconds: small)
+    heard: list[float] = []
+    found = ablate("toy", device="cpu", seconds=1e-9, progress=lambda what, done, total: heard.append(done / total))
+    assert heard == sorted(heard)
+    assert heard[-1] <= 1
+    for measure in (*found.of("batching"), *found.of("preemption")):
+        assert math.isnan(measure.ratio)
+        assert math.isnan(measure.tokens_per_second)
+        assert "too few" in measure.note
+    print_ablation(found)
+    rows = json.loads(json.dumps(ablation_dicts(found)))
+    assert "| one at a time |" in "\n".join(ablation_tables(rows))
+    ElementTree.fromstring(plot_of({"device": "here", "date": "2026-01-01", "rows": rows}))
+
+
 def test_results_without_a_plot_are_refused() -> None:
     with pytest.raises(InputError, match="no plot"):
         plot_of({"device": "here", "date": "today", "rows": [{"kernel": "copy"}]})

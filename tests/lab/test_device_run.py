@@ -14,8 +14,16 @@ import pytest
 from minipaged.baselines.systems import RESERVING
 from minipaged.errors import InputError
 from minipaged.lab.measure.device_run import Bench, DeviceResult, draws_for, draws_of, percentiles, run_systems, serve
+from minipaged.lab.measure.rows import ENOUGH_STEPS
 from minipaged.lab.report.bench_report import system_tables
-from minipaged.lab.report.device_report import device_dict, device_latency_row, plot_of, print_device
+from minipaged.lab.report.device_report import (
+    device_dict,
+    device_latency_row,
+    device_notes,
+    device_row,
+    plot_of,
+    print_device,
+)
 from minipaged.lab.simulation.workloads import make_workload
 
 RNG = random.Random(5)
@@ -61,6 +69,52 @@ def test_a_time_limit_stops_a_system_and_says_so() -> None:
     assert math.isinf(webui.first_token[1])
     assert static.note.startswith("stopped")
     assert run(("paged",), seconds=1e9)["paged"].note == ""
+
+
+def test_a_system_stopped_after_a_few_steps_is_not_ranked(capsys: pytest.CaptureFixture[str]) -> None:
+    """No speed in the table, in the report or in the plot; a note says how many steps it made. Others keep their place."""
+    whole, cut = run(("paged",))["paged"], run(("orca-max",), seconds=1e-9)["orca-max"]
+    assert whole.steps is not None
+    assert whole.steps >= ENOUGH_STEPS
+    assert not whole.too_few_steps
+    assert (cut.steps, cut.too_few_steps) == (1, True)
+    assert "1 step: too few" in cut.note
+    assert device_row(whole)[2] != "-"
+    assert device_row(cut)[2:5] == ("-", "-", "-")
+    rows = [device_dict(whole), device_dict(cut)]
+    _, table, *notes = system_tables(rows)
+    assert "orca-max" not in table
+    assert any("orca-max: stopped" in note for note in notes)
+    plot = plot_of({"device": "here", "date": "today", "rows": rows})
+    assert "paged" in plot
+    assert "orca-max" not in plot
+    assert "not ranked" in " ".join(device_notes([whole, cut]))
+    for row in rows:
+        del row["steps"]  # as in files of earlier versions, which are shown as they were
+    assert "orca-max" in system_tables(rows)[1]
+
+
+def test_progress_moves_with_every_step_and_never_back() -> None:
+    heard: list[tuple[str, int, int]] = []
+    run_systems(
+        ("static", "paged"), DRAWS, model="toy", device="cpu", block_size=4, pools=(256,), max_len=64, max_new=30,
+        progress=lambda *what: heard.append(what),
+    )  # fmt: skip
+    assert [what for what, _, _ in heard if what.startswith("warming up")] == ["warming up"] * 3
+    served = [(what, done / total) for what, done, total in heard if not what.startswith("warming up")]
+    shares = [share for _, share in served]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert len(set(shares)) > 20, "a few jumps are no progress"
+    assert served[0][0] == "static: the whole batch's prompts, in one step"
+
+
+def test_progress_follows_the_time_limit_where_that_ends_first() -> None:
+    engine, slots, fits = Bench("toy", "cpu", "float32", 4, (256,), 16, 64).engine("paged", DRAWS, 30, 256)
+    shares: list[float] = []
+    serve(engine, "paged", DRAWS, slots, 1e-9, shares.append, fits=fits)
+    assert shares == [0.0, 1.0]
 
 
 def test_systems_run_ahead_as_the_engine_does_on_a_gpu() -> None:

@@ -32,7 +32,7 @@ from minipaged.lab.measure.attention_variants import (
     written_out,
 )
 from minipaged.lab.measure.device_run import Bench, DeviceResult, serve
-from minipaged.lab.measure.rows import SECTIONS
+from minipaged.lab.measure.rows import SECTIONS, too_few_steps
 from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
 from minipaged.lab.simulation.workloads import Draw, engine_draws, make_workload
 from minipaged.model.llama import Llama
@@ -132,8 +132,12 @@ class _Work:
         self.rows_of: dict[str, float] = {}
 
     def _tell(self, what: str) -> None:
-        self.progress(what, self.steps, len(SECTIONS) + 1)
+        self._report(what, 0.0)
         self.steps += 1
+
+    def _report(self, what: str, share: float) -> None:
+        """`what` is the section after those that are done; this share of it is done as well."""
+        self.progress(what, round(1000 * (self.steps + share)), 1000 * (len(SECTIONS) + 1))
 
     def _add(
         self,
@@ -293,16 +297,23 @@ class _Work:
         assert self.bench is not None
         sizes, first = self.sizes, math.nan
         self.bench.warm_up(sizes.draws, [system for system, _ in self.BATCHING])
-        for system, name in self.BATCHING:
+        for i, (system, name) in enumerate(self.BATCHING):
+
+            def tell(share: float, i: int = i) -> None:
+                self._report("batching", (i + share) / len(self.BATCHING) - 1)
+
             engine, slots, fits = self.bench.engine(system, sizes.draws, sizes.max_new, sizes.pool)
-            result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, lambda done: None, fits=fits)
+            result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, tell, fits=fits)
             self.found.runs[system] = result
             self.rows_of[system] = result.mean_rows
-            first = result.tokens_per_second if math.isnan(first) else first
+            if i == 0 and not result.too_few_steps:
+                first = result.tokens_per_second
             note = f"{result.mean_rows:.1f} rows, {100 * result.token_share:.0f} % of the pool used" + (
                 f", {result.note}" if result.note else ""
             )
             self._add("batching", name, result.seconds, rows=result.tokens, first=first, note=note)
+            if result.too_few_steps:  # no speed and no factor: the note says why
+                self.found.measures[-1] = Measure("batching", name, result.seconds, note=note)
 
     def preemption(self) -> None:
         """Requests that together outgrow the pool: the victim's keys and values are computed again, or wait in host memory."""
@@ -323,34 +334,42 @@ class _Work:
                     max_num_seqs=rows, max_model_len=prompt + output, preemption=kind, depth=int(on_gpu),
                 )  # fmt: skip
                 engine = build_engine(loaded, cache, config, device=self.device, dtype=self.parts.dtype)
-                took, tokens, count = self._answer(
-                    engine, draws, passes=2 if on_gpu else 1
-                )  # the first captures graphs
-                first = tokens / took if math.isnan(first) else first
-                note = f"{count} preemptions, {rows} requests in a pool for {0.6 * rows:.1f}"
-                note += "" if tokens == rows * output else f", stopped after {took:.0f} s"
-                self._add("preemption", f"{kind}, blocks of {size}", took, rows=tokens, first=first, note=note)
+                # On a GPU the first of two passes captures graphs.
+                took, tokens, count, steps = self._answer(engine, draws, passes=2 if on_gpu else 1)
+                name = f"{kind}, blocks of {size}"
+                stopped = "" if tokens == rows * output else f"stopped after {took:.0f} s"
+                if too_few_steps(steps, stopped):
+                    note = f"{stopped}, {steps} step{'s'[: steps != 1]}: too few to say how fast it is; give --seconds more"
+                    self.found.measures.append(Measure("preemption", name, took, note=note))
+                else:
+                    if kind == "recompute":
+                        first = tokens / took
+                    note = f"{count} preemptions, {rows} requests in a pool for {0.6 * rows:.1f}"
+                    note += f", {stopped}" if stopped else ""
+                    self._add("preemption", name, took, rows=tokens, first=first, note=note)
                 del engine
                 self._forget()
 
-    def _answer(self, engine: Engine, draws: list[Draw], *, passes: int) -> tuple[float, int, int]:
-        """Seconds, tokens and preemptions of the last pass over the draws; it alone is stopped at the time limit, since those before it
-        compile and capture.
+    def _answer(self, engine: Engine, draws: list[Draw], *, passes: int) -> tuple[float, int, int, int]:
+        """Seconds, tokens, preemptions and steps of the last pass over the draws; it alone is stopped at the time limit, since those
+        before it compile and capture.
         """
-        took, tokens, count = math.nan, 0, 0
+        took, tokens, count, steps = math.nan, 0, 0, 0
         for limit in (*[math.inf] * (passes - 1), self.sizes.seconds):
             before, start = engine.scheduler.counters.preemptions, time.perf_counter()
             outputs = [engine.ask(prompt, SamplingParams(max_tokens=n, ignore_eos=True)) for prompt, n in draws]
+            steps = 0
             while engine.has_work and time.perf_counter() - start < limit:
                 engine.step()
+                steps += 1
             engine.drain()
             took, count = time.perf_counter() - start, engine.scheduler.counters.preemptions - before
-            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            tokens = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
             for output in outputs:
                 engine.abort(output.request_id)
             while engine.has_work:
                 engine.step()
-        return took, tokens, count
+        return took, tokens, count, steps
 
     # ---- both
 

@@ -20,9 +20,15 @@ SECTIONS = {  # of `lab ablate`, in their order, and their titles
     "heads": "Heads of keys and values",
 }
 PAST_CACHE_BYTES = 256 * 2**20  # buffers that rotate are together at least this large
+ENOUGH_STEPS = 20  # of a run that a time limit stopped: fewer are mostly prompts and first times, and rank nobody
 GRAPH_MICROSECONDS = (
     1500  # a graph's work takes at least this long, so that what lies between two replays does not count
 )
+
+
+def too_few_steps(steps: int | None, note: str) -> bool:
+    """Whether a run of the engine was stopped before its speed says anything. steps: None where nobody counted them."""
+    return note.startswith("stopped") and steps is not None and steps < ENOUGH_STEPS
 
 
 @dataclass(frozen=True)

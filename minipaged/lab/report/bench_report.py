@@ -16,7 +16,7 @@ from minipaged.config import check_choice
 from minipaged.errors import InputError
 from minipaged.lab.formats import seconds
 from minipaged.lab.measure.results import read_results
-from minipaged.lab.measure.rows import OURS, SECTIONS
+from minipaged.lab.measure.rows import OURS, SECTIONS, too_few_steps
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 KERNEL_TITLES = {
@@ -188,7 +188,7 @@ def system_tables(rows: Rows) -> list[str]:
             _late(row["per_token"][1], row["seconds"]),
         )
         for row in rows
-        if row["tokens"]
+        if row["tokens"] and not too_few_steps(row.get("steps"), row["note"])
     ]
     text = (
         "Every system on this engine, its kernels and its scheduler; only what is held and who may enter differs, and all requests wait "
@@ -214,7 +214,7 @@ def ablation_tables(rows: Rows) -> list[str]:
                     row["name"],
                     _seconds(row["seconds"]),
                     _whole(row["tokens_per_second"]),
-                    f"{row['ratio']:.2f}×",
+                    "-" if row["ratio"] is None else f"{row['ratio']:.2f}×",
                     row["note"],
                 )
                 for row in measured
