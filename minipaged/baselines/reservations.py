@@ -37,7 +37,7 @@ class Reservations:
     """Rows in a pool of `pool` slots. Subclasses say what a row takes and where.
 
     A row is admitted with nothing written; `grow` counts slots as they are written. Sums over the rows are kept, so
-    that `bands` is O(1).
+    that `breakdown` is O(1).
     """
 
     name = ""
@@ -138,7 +138,7 @@ class Reservations:
         """Slots that nobody else can take."""
         return self._chunks + self._padding()
 
-    def bands(self, *, waiting: bool, tokens: int | None = None) -> PoolBreakdown:
+    def breakdown(self, *, waiting: bool, tokens: int | None = None) -> PoolBreakdown:
         """The pool by what its slots hold. `waiting`: whether a request waits for room, which makes free slots
         fragmentation. `tokens`: the slots written in all rows, from a caller that counts them instead of calling
         `grow`.

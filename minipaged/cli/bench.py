@@ -11,11 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.config import check_choice, check_int
+from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
-from minipaged.lab.report.results import Results
+from minipaged.lab.measure.results import Results
 
-DEFAULT_MODEL = "smollm2-135m"
 WIDTH = 130  # columns of the wide tables
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -119,7 +118,8 @@ def engine(
                 row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
                 f"{row.tokens_per_second:,.1f}", _times(row.ratio),
             )  # fmt: skip
-    console.print(table)
+    if results.rows:
+        console.print(table)
     _say_notes(results, console)
     if not results.rows:
         raise typer.Exit(1)

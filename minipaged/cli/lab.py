@@ -60,7 +60,7 @@ def gpus() -> None:
 
 @app.command()
 def simulate(
-    system: Systems = "vllm",
+    system: Systems = "paged",
     model: ModelName = "llama-13b",
     gpu: GPUName = "a100-40",
     tp: TensorParallel = 1,
@@ -95,8 +95,8 @@ def simulate(
         overhead_seconds=not_negative("overhead-ms", overhead_ms) / 1e3,
     )
     load = load_workload(trace, rate=rate, count=requests, seed=seed)
-    with status_line() as say:
-        results = [run(n, load, server, block_size=block_size, progress=partial(say, n)) for n in names]
+    with status_line() as progress:
+        results = [run(n, load, server, block_size=block_size, progress=partial(progress, n)) for n in names]
     print_results(results)
     if json_file is not None:
         write_json(json_file, [result_dict(r) for r in results])
@@ -197,7 +197,7 @@ def compare(
     if limit is not None or beside:
         raise InputError("--seconds and --beside need --device")
     from minipaged.cli.progress import status_line
-    from minipaged.lab.report.simulation_report import print_results
+    from minipaged.lab.report import simulation_report
     from minipaged.lab.report.tables import table, write_json
     from minipaged.lab.simulation import compare as comparing
     from minipaged.lab.simulation.servers import make_server
@@ -206,20 +206,20 @@ def compare(
     pool = None if slots == "all" else whole("slots", slots)
     names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=pool)
     others = [number("rates", text) for text in rates.split(",") if text.strip()]
-    with status_line() as say:
+    with status_line() as progress:
         found = comparing.compare(
             names, trace, server,
-            rate=rate, count=requests, seed=seed, block_size=block_size, rates=others, say=say,
+            rate=rate, count=requests, seed=seed, block_size=block_size, rates=others, progress=progress,
         )  # fmt: skip
-    print_results(found.results)
+    simulation_report.print_results(found.results)
     if found.sweep:
-        curves = comparing.latency_curves(found)
+        curves = simulation_report.latency_curves(found)
         columns = ("latency a token", *(f"{x:g}/s" for x, _ in curves[0].points))
         table("seconds a token against rate", columns, [(c.name, *(f"{y:.3g}" for _, y in c.points)) for c in curves])
     if json_file is not None:
-        write_json(json_file, comparing.comparison_dict(found))
+        write_json(json_file, simulation_report.comparison_dict(found))
     if html is not None:
-        comparing.comparison_page(found).write(html)
+        simulation_report.comparison_page(found).write(html)
 
 
 for measured in (ablate, beams, plot):
@@ -239,8 +239,8 @@ def figures(
     from minipaged.lab.report.tables import table, write_json
 
     names = parse_figures(only)
-    with status_line() as say:
-        found = [FIGURES[name](say) for name in names]
+    with status_line() as progress:
+        found = [FIGURES[name](progress) for name in names]
     for figure in found:
         table(
             f"Fig. {figure.name}: {figure.title}", FIGURE_COLUMNS, figure_rows(figure), notes=(" ".join(figure.notes),)
@@ -263,12 +263,12 @@ def shadow(
 ) -> None:
     """What other systems would have held on a recorded trace's traffic: accounting, not speed."""
     from minipaged.baselines import shadows
-    from minipaged.baselines.shadow_files import read_deltas, write_with_shadows
+    from minipaged.lab.formats import percent
     from minipaged.lab.report.simulation_report import WASTE_COLUMNS
-    from minipaged.lab.report.tables import percent, table, write_json
+    from minipaged.lab.report.tables import table, write_json
 
     names = shadows.DEFAULT_SYSTEMS if systems == "all" else tuple(n.strip() for n in systems.split(",") if n.strip())
-    deltas = read_deltas(trace)
+    deltas = shadows.read_deltas(trace)
     found = shadows.summarise(deltas, names, max_len=max_len)
     notes = ["Means over the steps of the trace. Rows grow as the engine's did: accounting, not speed."]
     if any(s.refused for s in found):
@@ -277,10 +277,10 @@ def shadow(
         )
     rows = [(s.system, f"{s.running:.2f}", f"{s.waiting:.2f}", f"{s.refused:,}") for s in found]
     table(f"{trace.name}: {len(deltas):,} steps", ("system", "would run", "would wait", "never fit"), rows, notes=notes)
-    shares = [(s.system, *(percent(b) for b in s.bands.values())) for s in found]
+    shares = [(s.system, *(percent(b) for b in s.shares.values())) for s in found]
     table("percent of the pool", WASTE_COLUMNS, shares)
     if out is not None:
-        write_with_shadows(trace, out, names, max_len=max_len)
+        shadows.write_with_shadows(trace, out, names, max_len=max_len)
     if json_file is not None:
         write_json(json_file, found)
 
@@ -292,8 +292,8 @@ def claims(json_file: JsonFile = None) -> None:
     from minipaged.lab.paper.claims import all_claims
     from minipaged.lab.report.tables import table, write_json
 
-    with status_line() as say:
-        found = all_claims(say)
+    with status_line() as progress:
+        found = all_claims(progress)
     table("Claims", ("claim", "verdict", "why"), [(c.claim, c.verdict, c.evidence) for c in found], words=2, lines=True)
     if json_file is not None:
         write_json(json_file, found)

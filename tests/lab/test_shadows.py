@@ -1,4 +1,4 @@
-"""Shadows follow a real engine's traffic: their bands sum to the pool, and what they hold is what the rules say."""
+"""Shadows follow a real engine's traffic: their parts sum to the pool, and what they hold is what the rules say."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minipaged.baselines.shadow_files import read_deltas, write_with_shadows
-from minipaged.baselines.shadows import ShadowListener, answer_lengths, shadow_deltas, summarise
+from minipaged.baselines.shadows import (
+    ShadowListener,
+    answer_lengths,
+    read_deltas,
+    shadow_deltas,
+    summarise,
+    write_with_shadows,
+)
 from minipaged.baselines.systems import RESERVING
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
@@ -87,10 +93,10 @@ def test_orca_max_runs_at_most_four_and_the_oracle_more() -> None:
     found = {s.system: s for s in summarise(deltas, tuple(RESERVING), max_len=MAX_LEN)}
     assert found["orca-max"].running <= 4
     assert found["orca-oracle"].running > found["orca-max"].running
-    assert found["orca-max"].bands["internal"] > found["orca-oracle"].bands["internal"] == 0
+    assert found["orca-max"].shares["internal"] > found["orca-oracle"].shares["internal"] == 0
     assert found["orca-max"].waiting > 0
     assert found["webui"].running <= 1
-    assert found["static"].bands["padding"] > 0
+    assert found["static"].shares["padding"] > 0
 
 
 def test_live_the_limit_stands_for_the_length() -> None:

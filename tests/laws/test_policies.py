@@ -44,7 +44,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(1, 40), output=st.integers(1, 24), more=st.integers(0, 30))
     def admit(self, prompt: int, output: int, more: int) -> None:
-        before = self.pool.bands(waiting=True)
+        before = self.pool.breakdown(waiting=True)
         alone = not self.pool.rows
         taken = self.pool.admit(self.next_key, prompt, output, output + more)
         self.waiting = not taken
@@ -53,7 +53,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.next_key += 1
             self.started = self.started and not alone
         else:
-            assert self.pool.bands(waiting=True) == before, "a refused row changed the pool"
+            assert self.pool.breakdown(waiting=True) == before, "a refused row changed the pool"
 
     @precondition(lambda self: self.live())
     @rule(data=st.data(), steps=st.integers(1, 20))
@@ -70,10 +70,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(1, 40), output=st.integers(1, 24), more=st.integers(0, 30))
     def admit_and_cancel(self, prompt: int, output: int, more: int) -> None:
-        before, picture = self.pool.bands(waiting=True), self.pool.runs(waiting=True)
+        before, picture = self.pool.breakdown(waiting=True), self.pool.runs(waiting=True)
         if self.pool.admit(self.next_key, prompt, output, output + more):
             self.pool.cancel(self.next_key)
-        assert self.pool.bands(waiting=True) == before
+        assert self.pool.breakdown(waiting=True) == before
         assert self.pool.runs(waiting=True) == picture
 
     @precondition(lambda self: self.live())
@@ -89,10 +89,10 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def bands_sum_to_the_pool(self) -> None:
         for waiting in (False, True):
-            bands = self.pool.bands(waiting=waiting)
+            bands = self.pool.breakdown(waiting=waiting)
             assert sum(bands) == self.pool.pool, f"P5: {bands} do not sum to {self.pool.pool}"
             assert min(bands) >= 0, f"P5: a band below zero in {bands}"
-            assert self.pool.used() == self.pool.pool - self.pool.bands(waiting=False).idle
+            assert self.pool.used() == self.pool.pool - self.pool.breakdown(waiting=False).idle
 
     @invariant()
     def the_picture_shows_the_same_bands(self) -> None:
@@ -102,13 +102,13 @@ class PoolMachine(RuleBasedStateMachine):
         shown: Counter[str] = Counter()
         for run in runs:
             shown[run.kind] += run.length
-        bands = self.pool.bands(waiting=self.waiting)._asdict()
+        bands = self.pool.breakdown(waiting=self.waiting)._asdict()
         assert {kind: n for kind, n in bands.items() if n} == dict(shown)
 
     @invariant()
     def reservations_cover_use(self) -> None:
         rows = [row for row in self.pool.rows.values() if not row.ended]
-        assert sum(row.tokens for row in rows) == self.pool.bands(waiting=True).token
+        assert sum(row.tokens for row in rows) == self.pool.breakdown(waiting=True).token
         if self.system != "webui":
             for row in rows:
                 assert row.tokens <= row.prompt + row.output <= row.reserved <= row.chunk, "P1: used more than reserved"
@@ -117,7 +117,7 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for key in self.live():
             self.pool.finish(key)
-        bands = self.pool.bands(waiting=False)
+        bands = self.pool.breakdown(waiting=False)
         kept = self.pool.buffer_rows * MAX_LEN if self.system == "fastertransformer" else 0  # type: ignore[attr-defined]
         assert bands.idle == self.pool.pool - kept, "what was held did not come back"
 
@@ -218,10 +218,10 @@ def test_p1_each_rule_reserves_what_its_table_says(prompt: int, output: int, mor
 )
 def test_rows_that_cannot_be_are_refused_and_change_nothing(system: str, row: tuple[Any, Any, Any], word: str) -> None:
     pool = reservations(system, 333, max_len=MAX_LEN, block_size=4)
-    before = pool.bands(waiting=False)
+    before = pool.breakdown(waiting=False)
     with pytest.raises(InputError, match=word):
         pool.admit(0, *row)
-    assert pool.bands(waiting=False) == before
+    assert pool.breakdown(waiting=False) == before
 
 
 def test_unknown_systems_pools_and_repeated_rows_are_named() -> None:

@@ -179,10 +179,10 @@ def test_fastertransformers_buffer_stays_at_its_largest() -> None:
     pool.close()
     for key in range(3):
         pool.finish(key)
-    assert pool.bands(waiting=False).padding == 3 * MAX_LEN
+    assert pool.breakdown(waiting=False).padding == 3 * MAX_LEN
     assert pool.admit(3, 4, 4, 4)
     pool.close()
-    assert pool.bands(waiting=False).padding == 2 * MAX_LEN
+    assert pool.breakdown(waiting=False).padding == 2 * MAX_LEN
     assert Run(MAX_LEN, 2 * MAX_LEN, "padding", -1) in pool.runs(waiting=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.lab.measure.ablate import CONSECUTIVE, SHUFFLED
-from minipaged.lab.report.results import read_results
+from minipaged.lab.measure.results import read_results
 
 FOLDER = Path(__file__).parents[1] / "results"
 Document = dict[str, Any]

@@ -15,6 +15,7 @@ from minipaged.config import check_real
 from minipaged.errors import InputError
 
 GIB = 1024**3
+COPY_SECONDS = 5e-6  # assumed: to start one copy between host and device; K and V of each layer of each block are a copy of their own
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from minipaged.lab.simulation.workloads import Workload
 from minipaged.memory.types import PoolBreakdown
 
 
-class Store(Protocol):
+class SimulatedMemory(Protocol):
     """What the event loop asks of a memory."""
 
     joins: bool  # a request may enter while others run
@@ -55,7 +55,7 @@ class Store(Protocol):
         """Distinct slots that hold `written` tokens in each of its rows once they decode, cached ones left out."""
         ...
 
-    def bands(self, tokens: int, *, waiting: bool) -> PoolBreakdown:
+    def breakdown(self, tokens: int, *, waiting: bool) -> PoolBreakdown:
         """The pool by what it holds, given the slots written in all."""
         ...
 
@@ -64,8 +64,8 @@ class Store(Protocol):
         ...
 
 
-class ReservingStore:
-    """A system of memory/systems.py. Samples and beams are rows of their own: contiguous runs can't be shared."""
+class ReservingMemory:
+    """A system of baselines/systems.py. Samples and beams are rows of their own: contiguous runs can't be shared."""
 
     steady = True
     regular = True
@@ -114,16 +114,16 @@ class ReservingStore:
         """Every row holds all its tokens."""
         return self._rows * written
 
-    def bands(self, tokens: int, *, waiting: bool) -> PoolBreakdown:
+    def breakdown(self, tokens: int, *, waiting: bool) -> PoolBreakdown:
         """As the system accounts."""
-        return self.pool.bands(waiting=waiting, tokens=tokens)
+        return self.pool.breakdown(waiting=waiting, tokens=tokens)
 
     def blocks(self) -> tuple[int, int]:
         """No blocks."""
         return 0, 0
 
 
-class PagedStore:
+class PagedMemory:
     """Blocks on demand, full prompt blocks shared by the samples of a request, a common prefix shared by all requests.
 
     The common prefix is computed and held before the first request, as a provider of the service would do (paper,
@@ -203,7 +203,7 @@ class PagedStore:
         shared = self._prompts[index] // self.block_size * self.block_size
         return shared + self._rows * (written - shared) - self.cached
 
-    def bands(self, tokens: int, *, waiting: bool) -> PoolBreakdown:
+    def breakdown(self, tokens: int, *, waiting: bool) -> PoolBreakdown:
         """Tails of blocks are internal; what is free is external only while somebody waits."""
         tokens += self.cached
         used = (self.total - self.free) * self.block_size
@@ -215,7 +215,7 @@ class PagedStore:
         return self.total - self.free, self._saved
 
 
-class BeamStore(PagedStore):
+class BeamMemory(PagedMemory):
     """Blocks on demand under beam search: the tree of beams decides what is shared."""
 
     regular = False

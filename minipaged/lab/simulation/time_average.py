@@ -1,7 +1,7 @@
-"""Averages over time of what a pool held and of how many requests ran.
+"""Averages over time: what the pool held, and how many requests ran.
 
-Knows durations and numbers; knows nothing of systems. Sums are whole numbers (femtoseconds times slots), so that
-they do not depend on how the time was cut into pieces.
+The sums are whole numbers (femtoseconds times slots). So they are exact, and do not depend on how the time was cut into
+pieces: one jump over k steps adds the same as k steps.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ class Sample(NamedTuple):
     seconds: float
     requests: int
     rows: int
-    bands: PoolBreakdown
+    pool: PoolBreakdown
 
 
 @dataclass(slots=True)
-class Account:
-    """Sums over a span of time; every field but `weight` is a quantity times femtoseconds."""
+class TimeAverage:
+    """Sums over a span of time. `weight` is its length in femtoseconds; every other field is a quantity times femtoseconds."""
 
     weight: int = 0
     requests: int = 0
     rows: int = 0
-    bands: list[int] = field(default_factory=lambda: [0] * len(PoolBreakdown._fields))
+    pool: list[int] = field(default_factory=lambda: [0] * len(PoolBreakdown._fields))
     blocks: int = 0
     saved: int = 0
 
-    def add(self, weight: int, requests: int, rows: int, bands: PoolBreakdown, blocks: tuple[int, int]) -> None:
+    def add(self, weight: int, requests: int, rows: int, pool: PoolBreakdown, blocks: tuple[int, int]) -> None:
         """`weight` femtoseconds of one state."""
         self.weight += weight
         self.requests += weight * requests
         self.rows += weight * rows
-        sums = self.bands
-        for i, slots in enumerate(bands):
+        sums = self.pool
+        for i, slots in enumerate(pool):
             sums[i] += weight * slots
         self.blocks += weight * blocks[0]
         self.saved += weight * blocks[1]
 
-    def merged(self, other: Account) -> Account:
+    def merged(self, other: TimeAverage) -> TimeAverage:
         """Both spans together."""
-        return Account(
+        return TimeAverage(
             self.weight + other.weight,
             self.requests + other.requests,
             self.rows + other.rows,
-            [a + b for a, b in zip(self.bands, other.bands, strict=True)],
+            [a + b for a, b in zip(self.pool, other.pool, strict=True)],
             self.blocks + other.blocks,
             self.saved + other.saved,
         )
@@ -65,9 +65,9 @@ class Account:
         return self.rows / self.weight if self.weight else 0.0
 
     def shares(self) -> dict[str, float]:
-        """Each band's share of the pool, on average over the span; they sum to 1."""
-        whole = sum(self.bands)
-        return {name: n / whole if whole else 0.0 for name, n in zip(PoolBreakdown._fields, self.bands, strict=True)}
+        """The shares of the pool breakdown, on average over the span; they sum to 1."""
+        whole = sum(self.pool)
+        return {name: n / whole if whole else 0.0 for name, n in zip(PoolBreakdown._fields, self.pool, strict=True)}
 
     @property
     def saving(self) -> float:
@@ -77,26 +77,26 @@ class Account:
 
 
 @dataclass(slots=True)
-class Tally:
-    """Three spans: the warm-up (until `warm` requests are done), then the time with somebody waiting, and without."""
+class TimeAverages:
+    """Three spans of a run: the warm-up (until `warm` requests are done), then the time while requests wait, and the rest."""
 
     warm: int
-    start: Account = field(default_factory=Account)
-    busy: Account = field(default_factory=Account)
-    calm: Account = field(default_factory=Account)
+    start: TimeAverage = field(default_factory=TimeAverage)
+    busy: TimeAverage = field(default_factory=TimeAverage)
+    calm: TimeAverage = field(default_factory=TimeAverage)
 
-    def span(self, done: int, waiting: bool) -> Account:
-        """The account that this moment belongs to."""
+    def span(self, done: int, waiting: bool) -> TimeAverage:
+        """The span that this moment belongs to."""
         if done < self.warm:
             return self.start
         return self.busy if waiting else self.calm
 
     @property
-    def steady(self) -> Account:
-        """Saturated time where there was any, else all after the warm-up."""
+    def steady(self) -> TimeAverage:
+        """The time while requests waited, if they ever did; else all the time after the warm-up."""
         return self.busy if self.busy.weight else self.calm
 
     @property
-    def whole(self) -> Account:
+    def whole(self) -> TimeAverage:
         """From the first arrival to the last finish."""
         return self.start.merged(self.busy).merged(self.calm)

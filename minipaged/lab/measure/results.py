@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from minipaged.baselines.systems import todays_name
 from minipaged.errors import InputError
 
 PACKAGES = ("minipaged", "torch", "triton", "numpy", "transformers", "vllm", "flashinfer-python")
@@ -77,6 +78,9 @@ def read_results(path: Path) -> dict[str, Any]:
     missing = [name for name in HEAD if not isinstance(document, dict) or name not in document]
     if missing:
         raise InputError(f"{path}: not a results file of minipaged bench: {', '.join(missing)} is missing")
+    for row in document["rows"]:
+        if isinstance(row, dict) and "system" in row:  # files of earlier versions call our own paged policy vllm
+            row["system"] = todays_name(row["system"])
     return dict(document)
 
 
