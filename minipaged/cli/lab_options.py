@@ -7,10 +7,17 @@ from typing import Annotated
 
 import typer
 
+from minipaged.cli import complete
 from minipaged.errors import InputError
 
-ModelName = Annotated[str, typer.Option(help="A known shape (llama-13b), or the path of a config.json.")]
-GPUName = Annotated[str, typer.Option("--gpu", help="A known GPU; `minipaged lab gpus` lists them.")]
+ModelName = Annotated[
+    str,
+    typer.Option(help="A known shape (llama-13b), or the path of a config.json.", autocompletion=complete.shapes),
+]
+GPUName = Annotated[
+    str,
+    typer.Option("--gpu", help="A known GPU; `minipaged lab gpus` lists them.", autocompletion=complete.gpus),
+]
 Traffic = Annotated[
     str,
     typer.Option(
@@ -23,7 +30,7 @@ Seed = Annotated[int, typer.Option(help="Makes another draw of the same traffic.
 BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
 TensorParallel = Annotated[int, typer.Option("--tp", help="GPUs that share every layer.")]
 Slots = Annotated[int | None, typer.Option(help="KV slots of the pool; computed from the GPU's memory if left out.")]
-Systems = Annotated[str, typer.Option(help="Names with commas between them, or all.")]
+Systems = Annotated[str, typer.Option(help="Names with commas between them, or all.", autocompletion=complete.systems)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
 HtmlFile = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page to this file.")]

@@ -92,7 +92,7 @@ def _print_texts(outputs: list[RequestOutput]) -> None:
     for output in outputs:
         prompt = printable(" ".join((output.prompt or "").split()))
         if output.error:
-            print(f"\n{prompt[:60]}\n  refused: {output.error}")
+            print(f"\n{end_of(prompt, WIDEST_PROMPT)}\n  refused: {printable(output.error)}")
         for sequence in output.request.sequences:  # by number, as the lines above name them
             text = printable(" ".join(sequence.text.split()))
             print(f"\nsequence {sequence.seq_id} · {end_of(prompt, WIDEST_PROMPT)}\n  {text}")
