@@ -105,6 +105,10 @@ def assemble(
     None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None.
     """
     chosen = choose_device(device)
+    try:
+        use_triton(torch.empty(0, device=chosen))
+    except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
+        raise InputError(str(error)) from None
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
     loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress)
