@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minipaged.cli import terminal
+from minipaged.cli.main import app
 from minipaged.cli.progress import status_line
 from minipaged.cli.terminal import complain, json_text, note, read_stdin, run_guarded
 from minipaged.errors import InputError
+from minipaged.lab.report.tables import table
 
 TOY = ["--model", "toy", "--raw", "--num-blocks", "200", "--device", "cpu"]
 FULL = Path("/dev/full")
@@ -180,3 +183,15 @@ def test_a_signal_ends_it_promptly_and_leaves_the_terminal_whole(asked: signal.S
     assert os.waitstatus_to_exitcode(status) in (128 + asked, -asked)  # the latter before Python itself has started
     assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h"), "the cursor is shown again"
     assert b"Traceback" not in shown
+
+
+def test_a_table_shows_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Titles are names of files, cells names from them, notes their errors."""
+    table("a[/b]\x1b]0;title\x07", ("[red]", "b"), [("[/x]", ":smile:")], notes=("[link=y] \x9b2J",))
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("a[/b]\ufffd]0;title\ufffd", "[red]", "[/x]", ":smile:", "[link=y] \ufffd2J"))
+
+
+def test_laws_name_the_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_guarded(partial(app, args=["laws", "--tests", "no[/such]"])) == 0
+    assert "There is no tests folder at no[/such]: " in capsys.readouterr().err
