@@ -4,7 +4,7 @@ P1 a reservation is never smaller than what is used.
 P2 buddies merge back to the whole.
 P3 nobody joins a static batch.
 P4 the head blocks the line.
-P5 the bands sum to the pool at every step.
+P5 the parts of the pool breakdown sum to the pool at every step.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def bands_sum_to_the_pool(self) -> None:
         for waiting in (False, True):
-            bands = self.pool.breakdown(waiting=waiting)
-            assert sum(bands) == self.pool.pool, f"P5: {bands} do not sum to {self.pool.pool}"
-            assert min(bands) >= 0, f"P5: a band below zero in {bands}"
+            parts = self.pool.breakdown(waiting=waiting)
+            assert sum(parts) == self.pool.pool, f"P5: {parts} do not sum to {self.pool.pool}"
+            assert min(parts) >= 0, f"P5: a part below zero in {parts}"
             assert self.pool.used() == self.pool.pool - self.pool.breakdown(waiting=False).idle
 
     @invariant()
@@ -102,8 +102,8 @@ class PoolMachine(RuleBasedStateMachine):
         shown: Counter[str] = Counter()
         for run in runs:
             shown[run.kind] += run.length
-        bands = self.pool.breakdown(waiting=self.waiting)._asdict()
-        assert {kind: n for kind, n in bands.items() if n} == dict(shown)
+        parts = self.pool.breakdown(waiting=self.waiting)._asdict()
+        assert {kind: n for kind, n in parts.items() if n} == dict(shown)
 
     @invariant()
     def reservations_cover_use(self) -> None:
@@ -117,9 +117,9 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for key in self.live():
             self.pool.finish(key)
-        bands = self.pool.breakdown(waiting=False)
+        parts = self.pool.breakdown(waiting=False)
         kept = self.pool.buffer_rows * MAX_LEN if self.system == "fastertransformer" else 0  # type: ignore[attr-defined]
-        assert bands.idle == self.pool.pool - kept, "what was held did not come back"
+        assert parts.idle == self.pool.pool - kept, "what was held did not come back"
 
 
 def _case(system: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the automatic mutation run found untested in the systems that reserve ahead: what they tell, refuse, keep and hold at the start."""
+"""The systems that reserve ahead: the events they tell, what they refuse and with which words, pools at their edges, pictures."""
 
 from __future__ import annotations
 

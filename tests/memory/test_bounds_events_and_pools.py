@@ -1,4 +1,4 @@
-"""What the automatic mutation run found untested in memory: the edges of what is accepted, the words of refusals, each event's fields."""
+"""The block manager at the bounds of what it accepts, the events it tells, its pins and copies; the pools and lists it is made of."""
 
 from __future__ import annotations
 
