@@ -2,8 +2,7 @@
 admission to finish.
 
 It stands where BlockManager stands, so that the same scheduler, runner and kernels execute every system; only what
-is held, and therefore who may enter, differs. Nothing is shared: a fork gets a run of its own and copies. Knows
-rules and runs; knows nothing of tensors.
+is held, and therefore who may enter, differs. Nothing is shared: a fork gets a run of its own and copies.
 """
 
 from __future__ import annotations
