@@ -9,17 +9,17 @@ from textual.app import App
 from textual.widget import Widget
 
 from minipaged.serving.live import LiveSource
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
-from minipaged.tui.finding import arrivals
-from minipaged.tui.helptext import help_text
-from minipaged.tui.inspector import Inspector, Journey
-from minipaged.tui.lessons import LESSONS
-from minipaged.tui.lessonsession import LessonSession
-from minipaged.tui.pane import Pane
+from minipaged.tui.map.blockmap import BlockMap
+from minipaged.tui.panes.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
+from minipaged.tui.panes.inspector import Inspector, Journey
+from minipaged.tui.panes.pane import Pane
+from minipaged.tui.panes.side import TreePane, WastePane
+from minipaged.tui.reading.finding import arrivals
+from minipaged.tui.scripted.lessons import LESSONS
+from minipaged.tui.scripted.lessonsession import LessonSession
 from minipaged.tui.session import Change, Session
-from minipaged.tui.sidepanes import TreePane, WastePane
 from minipaged.tui.view import View
+from minipaged.tui.words.help import help_text
 
 
 class Actions(App[int]):

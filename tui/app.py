@@ -15,12 +15,12 @@ from minipaged.errors import InputError
 from minipaged.serving.live import EngineProcess, LiveSource
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
-from minipaged.tui.guided import GuidedSession
 from minipaged.tui.keys import load_keys
-from minipaged.tui.safe import clean
 from minipaged.tui.screen import ScreenApp, binding_ids
-from minipaged.tui.sentences import counted, plural
+from minipaged.tui.scripted.guided import GuidedSession
 from minipaged.tui.session import REPLAY_SPEED, Session
+from minipaged.tui.words.safe import clean
+from minipaged.tui.words.sentences import counted, plural
 
 Factory = Callable[..., Any]
 Prompts = Sequence[str | tuple[str, SamplingParams]]

@@ -22,20 +22,20 @@ from minipaged.serving.live import LiveSource
 from minipaged.trace.records import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.actions import Actions
-from minipaged.tui.bars import Caption, Header, HostStrip, Keys, Legend
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.compare import ComparePane
-from minipaged.tui.dialogs import Overlay
-from minipaged.tui.history import History
-from minipaged.tui.inspector import Inspector, Journey
-from minipaged.tui.lessons import LESSONS
+from minipaged.tui.map.blockmap import BlockMap
 from minipaged.tui.palette import ASCII, UNICODE, Mode
-from minipaged.tui.pane import ListPane, Pane
+from minipaged.tui.panes.bars import Caption, Header, HostStrip, Keys, Legend
+from minipaged.tui.panes.compare import ComparePane
+from minipaged.tui.panes.dialogs import Overlay
+from minipaged.tui.panes.inspector import Inspector, Journey
+from minipaged.tui.panes.pane import ListPane, Pane
+from minipaged.tui.panes.side import TreePane, WastePane
+from minipaged.tui.panes.tables import TablesPane
+from minipaged.tui.panes.text import TextPane, text_title
+from minipaged.tui.panes.timeline import Timeline, timeline_title
+from minipaged.tui.reading.history import History
+from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.session import Change, Session
-from minipaged.tui.sidepanes import TreePane, WastePane
-from minipaged.tui.tables import TablesPane
-from minipaged.tui.textpane import TextPane, text_title
-from minipaged.tui.timeline import Timeline, timeline_title
 from minipaged.tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30

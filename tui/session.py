@@ -20,9 +20,9 @@ from minipaged.trace.player import SPEEDS, Player
 from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
-from minipaged.tui.finding import cause_of, find, next_event
-from minipaged.tui.moves import RecentMoves, moves_in
-from minipaged.tui.shadowfeed import ShadowFeed
+from minipaged.tui.reading.finding import cause_of, find, next_event
+from minipaged.tui.reading.moves import RecentMoves, moves_in
+from minipaged.tui.reading.shadowfeed import ShadowFeed
 
 Asked = tuple[str, SamplingParams]
 REPLAY_SPEED = 10.0  # steps a second

@@ -20,9 +20,9 @@ from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.snapshot import SequenceState, Snapshot
 from minipaged.trace.stream import Header
 from minipaged.tui import palette
-from minipaged.tui.history import Past
 from minipaged.tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
-from minipaged.tui.safe import to_ascii
+from minipaged.tui.reading.history import Past
+from minipaged.tui.words.safe import to_ascii
 
 Run = tuple[str, str]  # text, role (a name of palette.style)
 Line = list[Run]

@@ -20,11 +20,11 @@ from minipaged.trace.player import Player
 from minipaged.trace.records import ShadowDelta
 from minipaged.trace.sources import FileSource, ListSource
 from minipaged.tui.app import run_screen
-from minipaged.tui.compare import compare_lines, real_bands, share_text
-from minipaged.tui.dialogs import Overlay
 from minipaged.tui.gallery import SCENARIOS, scenario_path
-from minipaged.tui.inspector import Journey
 from minipaged.tui.keys import load_keys
+from minipaged.tui.panes.compare import compare_lines, real_bands, share_text
+from minipaged.tui.panes.dialogs import Overlay
+from minipaged.tui.panes.inspector import Journey
 from minipaged.tui.screen import ScreenApp, binding_ids
 from minipaged.tui.view import View, width_of
 
@@ -307,7 +307,7 @@ def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
     from textual.widgets import Input
 
     from minipaged.tui.app import EngineRunner
-    from minipaged.tui.dialogs import Choice, Knobs
+    from minipaged.tui.panes.dialogs import Choice, Knobs
     from minipaged.tui.screen import ScreenApp
     from minipaged.tui.session import Session
 

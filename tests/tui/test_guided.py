@@ -17,13 +17,13 @@ from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.app import run_screen
-from minipaged.tui.guide import MOST_STEPS, Guide
-from minipaged.tui.guided import STOP_SECONDS, GuidedSession
+from minipaged.tui.panes.text import text_title
 from minipaged.tui.screen import ScreenApp
-from minipaged.tui.sentences import sentence, summary
+from minipaged.tui.scripted.guide import MOST_STEPS, Guide
+from minipaged.tui.scripted.guided import STOP_SECONDS, GuidedSession
 from minipaged.tui.session import Session
-from minipaged.tui.textpane import text_title
 from minipaged.tui.view import View
+from minipaged.tui.words.sentences import sentence, summary
 
 PARAMS = SamplingParams(max_tokens=30)
 

@@ -16,10 +16,10 @@ from textual.widgets import Input, Label
 
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.dialogs import AddPrompt, Overlay, Reading
-from minipaged.tui.inspector import Inspector
-from minipaged.tui.maplayout import Zoom
+from minipaged.tui.map.blockmap import BlockMap
+from minipaged.tui.map.layout import Zoom
+from minipaged.tui.panes.dialogs import AddPrompt, Overlay, Reading
+from minipaged.tui.panes.inspector import Inspector
 from minipaged.tui.screen import ScreenApp
 from minipaged.tui.session import Session
 

@@ -12,10 +12,10 @@ from textual.widgets import OptionList
 from minipaged.trace.player import Player
 from minipaged.trace.records import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.lessons import LESSONS, Lesson
-from minipaged.tui.lessonsession import FLASH_SECONDS, LessonSession
-from minipaged.tui.sentences import sentence
+from minipaged.tui.scripted.lessons import LESSONS, Lesson
+from minipaged.tui.scripted.lessonsession import FLASH_SECONDS, LessonSession
 from minipaged.tui.view import View
+from minipaged.tui.words.sentences import sentence
 
 
 def states(lesson: Lesson) -> list[Snapshot]:

@@ -12,10 +12,10 @@ from scripted import Scene, sharing_scene
 
 from minipaged.trace.records import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
-from minipaged.tui.lessons import LESSONS
-from minipaged.tui.maplayout import Zoom
-from minipaged.tui.mapmodel import MapModel
+from minipaged.tui.map.layout import Zoom
+from minipaged.tui.map.model import MapModel
 from minipaged.tui.palette import ASCII, LETTERS
+from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.view import View
 
 

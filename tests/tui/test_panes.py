@@ -17,21 +17,21 @@ from minipaged.trace.player import Player
 from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import ListSource
-from minipaged.tui.bars import header_line, host_line, keys_line, legend_lines
-from minipaged.tui.history import History
-from minipaged.tui.inspector import block_lines, journey_lines, past_lines
-from minipaged.tui.lessons import LESSONS
-from minipaged.tui.maplayout import Zoom
-from minipaged.tui.moves import MOVE_SECONDS
+from minipaged.tui.map.layout import Zoom
 from minipaged.tui.palette import ASCII, UNICODE, Glyphs
-from minipaged.tui.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
-from minipaged.tui.sentences import TICKS, sentence, sentences
+from minipaged.tui.panes.bars import header_line, host_line, keys_line, legend_lines
+from minipaged.tui.panes.inspector import block_lines, journey_lines, past_lines
+from minipaged.tui.panes.side import tree_lines, waste_lines
+from minipaged.tui.panes.tables import TablesPane, queue_lines, table_lines
+from minipaged.tui.panes.text import text_lines, wrap_tail
+from minipaged.tui.panes.timeline import _LEGEND, scale, timeline_lines, timeline_title
+from minipaged.tui.reading.history import History
+from minipaged.tui.reading.moves import MOVE_SECONDS
+from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.session import Session
-from minipaged.tui.sidepanes import tree_lines, waste_lines
-from minipaged.tui.tables import TablesPane, queue_lines, table_lines
-from minipaged.tui.textpane import text_lines, wrap_tail
-from minipaged.tui.timeline import _LEGEND, scale, timeline_lines, timeline_title
 from minipaged.tui.view import Line, View, width_of
+from minipaged.tui.words.safe import clean, clean_bytes, fit, rows_of, tail, to_ascii
+from minipaged.tui.words.sentences import TICKS, sentence, sentences
 
 
 def view_at(position: int, deltas: list[StepDelta] | None = None, **words: object) -> View:

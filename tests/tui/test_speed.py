@@ -17,8 +17,8 @@ from test_map import big_snapshot
 from textual.pilot import Pilot
 
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.maplayout import Zoom
+from minipaged.tui.map.blockmap import BlockMap
+from minipaged.tui.map.layout import Zoom
 from minipaged.tui.screen import ScreenApp
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from minipaged.tui.lessons import Lesson
 from minipaged.tui.palette import letter
+from minipaged.tui.scripted.lessons import Lesson
 from minipaged.tui.session import NOTHING, Change, Session
 
 FLASH_SECONDS = 0.25  # that what a beat changed stands out before it looks as ever

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from minipaged.errors import InputError
 from minipaged.serving.live import EngineProcess, LiveSource
-from minipaged.tui.benchengine import requests, timed_engine
-from minipaged.tui.pictures import take_pictures
+from minipaged.tui.bench.engine import requests, timed_engine
+from minipaged.tui.bench.pictures import take_pictures
 from minipaged.tui.screen import ScreenApp
 from minipaged.tui.session import Session
 
@@ -92,7 +92,9 @@ def measure(plan: Plan) -> Outcome:
         told, log = Path(folder) / "outcome.json", Path(folder) / "log"
         words = json.dumps({name: getattr(plan, name) for name in Plan.__dataclass_fields__})
         code, written = _on_a_terminal(
-            [sys.executable, "-m", "minipaged.tui.bench", words, str(told), str(log)], SIZE, _cores(plan.threads)[1]
+            [sys.executable, "-m", "minipaged.tui.bench.measure", words, str(told), str(log)],
+            SIZE,
+            _cores(plan.threads)[1],
         )
         if code or not told.exists():
             lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []

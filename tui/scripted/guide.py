@@ -9,7 +9,7 @@ from minipaged.trace.records import Event, StepDelta
 from minipaged.trace.rows import beside_appends
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.palette import letter
-from minipaged.tui.sentences import listing, plural
+from minipaged.tui.words.sentences import listing, plural
 
 MOST_STEPS = 400  # after which it no longer slows the run: what has not happened by then may never happen
 KINDS = ("admit", "cache_hit", "fork", "copy", "preempt")

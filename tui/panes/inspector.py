@@ -10,11 +10,11 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 
 from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
-from minipaged.tui.history import Past
-from minipaged.tui.pane import Pane
-from minipaged.tui.safe import clean_bytes, fit, rows_of, tail, to_ascii
-from minipaged.tui.sentences import listing, plural
+from minipaged.tui.panes.pane import Pane
+from minipaged.tui.reading.history import Past
 from minipaged.tui.view import Line, View
+from minipaged.tui.words.safe import clean_bytes, fit, rows_of, tail, to_ascii
+from minipaged.tui.words.sentences import listing, plural
 
 
 class Inspector(Pane, can_focus=True):

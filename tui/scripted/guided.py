@@ -8,7 +8,7 @@ from __future__ import annotations
 from minipaged.trace.player import Player
 from minipaged.trace.records import StepDelta
 from minipaged.trace.sources import Source
-from minipaged.tui.guide import Guide
+from minipaged.tui.scripted.guide import Guide
 from minipaged.tui.session import Change, Session
 
 SLOWLY = 8.0  # steps a second, until the guide has said all

@@ -16,7 +16,7 @@ from textual.widgets.option_list import Option
 from minipaged.config import SamplingParams, check_int
 from minipaged.errors import InputError
 from minipaged.scheduling.knobs import KNOBS
-from minipaged.tui.pane import Pane
+from minipaged.tui.panes.pane import Pane
 
 Asked = tuple[str, SamplingParams]
 

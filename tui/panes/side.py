@@ -6,10 +6,10 @@ import math
 
 from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.snapshot import SequenceState
-from minipaged.tui.pane import Pane
-from minipaged.tui.safe import clean_bytes, fit, tail
-from minipaged.tui.sentences import plural
+from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View, bar
+from minipaged.tui.words.safe import clean_bytes, fit, tail
+from minipaged.tui.words.sentences import plural
 
 
 class WastePane(Pane):

@@ -13,9 +13,9 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from minipaged.tui.blockcells import Ints
-from minipaged.tui.maplayout import TITLES, Zoom
-from minipaged.tui.mapmodel import MapModel
+from minipaged.tui.map.cells import Ints
+from minipaged.tui.map.layout import TITLES, Zoom
+from minipaged.tui.map.model import MapModel
 from minipaged.tui.view import View
 
 READABLE = 5  # cells a slot from which on words can be made out
