@@ -16,7 +16,6 @@ from minipaged.tui.panes.pane import Pane
 from minipaged.tui.panes.side import TreePane, WastePane
 from minipaged.tui.reading.finding import arrivals
 from minipaged.tui.scripted.lessons import LESSONS
-from minipaged.tui.scripted.lessonsession import LessonSession
 from minipaged.tui.session import Change, Session
 from minipaged.tui.view import View
 from minipaged.tui.words.help import help_text
@@ -35,24 +34,25 @@ class Actions(App[int]):
         """Show the session's moment."""
         raise NotImplementedError
 
+    def _moved(self, message: str) -> None:
+        self.session.message = message
+        self.paint()
+
     def action_leave(self) -> None:
         """Quit."""
         self.exit(0)
 
     def action_play(self) -> None:
         """Run or pause."""
-        self.session.toggle()
-        self.paint()
+        self._moved(self.session.playback.toggle())
 
     def action_step(self) -> None:
         """One step on."""
-        self.session.step()
-        self.paint()
+        self._moved(self.session.playback.step(1))
 
     def action_step_back(self) -> None:
         """One step back."""
-        self.session.back()
-        self.paint()
+        self._moved(self.session.playback.step(-1))
 
     def action_event(self, direction: int) -> None:
         """To another event."""
@@ -90,8 +90,7 @@ class Actions(App[int]):
 
     def action_speed(self, by: int) -> None:
         """Faster or slower."""
-        self.session.change_speed(by)
-        self.paint()
+        self._moved(self.session.playback.change_speed(by))
 
     def action_why(self) -> None:
         """To the cause of what happened here."""
@@ -192,10 +191,10 @@ class Actions(App[int]):
         """What was asked up to a step, at the same steps of a new engine."""
         old = self.session
         script = [(at, old.asked[request]) for at, request in arrivals(old.source, until, old.asked)]
-        old.pause()
-        self.session = Session(restart(self._next_run), speed=old.speed)
+        old.playback.pause()
+        self.session = Session(restart(self._next_run), speed=old.playback.speed)
         last = max((at for at, _ in script), default=0)
-        self.session.follow_script(script, last if then_run else until, then_run=then_run)
+        self.session.repeat(script, last if then_run else until, then_run=then_run)
         self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
 
     def action_knobs(self) -> None:
@@ -246,11 +245,12 @@ class Actions(App[int]):
         """Put a lesson in place of the session, which pauses."""
         if self._outer is None:
             self._outer = self.session
-            self.session.pause()
-        self.session = LessonSession(LESSONS[name](), animated=self.animation_level != "none")
+            self.session.playback.take_over()
+        lesson = LESSONS[name]()
+        self.session = Session.of_lesson(lesson, animated=self.animation_level != "none")
         self.screen_stack[0].query_one("#map", BlockMap).fit()
         self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
-        self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
+        self.query_one("#caption").border_title = f"Lesson: {lesson.title}"
         self.paint()
 
     def action_leave_lesson(self) -> None:
@@ -260,7 +260,7 @@ class Actions(App[int]):
         elif self._outer is not None:
             self.session, self._outer = self._outer, None
             self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
-            self.session.refresh()
+            self.session.playback.refresh()
             self.paint()
 
     def action_help(self) -> None:

@@ -16,9 +16,9 @@ from minipaged.serving.live import EngineProcess, LiveSource
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
 from minipaged.tui.keys import load_keys
+from minipaged.tui.playback import REPLAY_SPEED
 from minipaged.tui.screen import ScreenApp, binding_ids
-from minipaged.tui.scripted.guided import GuidedSession
-from minipaged.tui.session import REPLAY_SPEED, Session
+from minipaged.tui.session import Session
 from minipaged.tui.words.safe import clean
 from minipaged.tui.words.sentences import counted, plural
 
@@ -62,21 +62,21 @@ def run_screen(
         runner = EngineRunner(given, {}, record=record)
     else:
         recorded = Session(given, speed=speed if speed is not None else play_speed(len(given)))
-        recorded.playing = not (headless or given.live or recorded.at_edge)
+        if not (headless or given.live or recorded.playback.at_edge):
+            recorded.playback.toggle()
         code = _show(recorded, look, None, headless, steps, screenshot)
         if headless and code == 0 and screenshot is None:
             print(f"minipaged: {plural(len(given), 'step')} in this trace; --screenshot FILE keeps a picture of one")
         return code
     try:
-        kind = GuidedSession if guided and not headless else Session
-        session = kind(runner.start(), speed=speed)
+        session = Session(runner.start(), speed=speed, guided=guided and not headless)
         for prompt in prompts:
             session.submit(*(prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())))
         if not headless:
-            session.start()
+            session.playback.start()
         code = _show(session, look, runner, headless, steps, screenshot)
         if code == 0:
-            session.seek(len(session.source))  # the run is summed up, wherever in it somebody was looking
+            session.playback.seek(len(session.source))  # the run is summed up, wherever in it somebody was looking
             code = _say_what_it_came_to(session, guided and not headless)
         if code == 1 and (words := runner.last_words()):
             print(f"minipaged: {words}", file=sys.stderr)
@@ -174,7 +174,7 @@ def _show(
             print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
         return code
     found = app.run()
-    if session.failed and not session.ready:
+    if session.failed and not session.playback.ready:
         print(f"minipaged: {session.failed}", file=sys.stderr)
     return found if found is not None else 0
 
@@ -183,7 +183,7 @@ async def _headless(app: ScreenApp, steps: int | None, screenshot: str | Path | 
     """Run without a terminal, go the steps, take the picture."""
     session = app.session
     if session.live is not None:
-        session.playing = False
+        session.playback.pause()
     async with app.run_test(size=size) as pilot:
         code = await _go(session, steps)
         if code:

@@ -189,16 +189,16 @@ class ScreenApp(Actions):
     def frame(self) -> None:
         """Take in what is new and paint it."""
         session, now = self.session, time.monotonic()
-        if now < self._rest_until and session.at_full_speed:
+        if now < self._rest_until and session.playback.at_full_speed:
             return
         if not self.whole:
             return
         if len(self.screen_stack) > 1:
-            session.look_away(now)
+            session.playback.look_away(now)
         change = session.tick(now)
-        if session.failed and not session.ready:
+        if session.failed and not session.playback.ready:
             self.exit(2 if session.input_error else 1)
-        elif change.moved or self._painted_word != session.word:
+        elif change.moved or self._painted_word != session.playback.word:
             self.paint(change)
             used = time.process_time()
             self._rest_until, self._used = now + (used - self._used) / CPU_SHARE, used
@@ -208,7 +208,8 @@ class ScreenApp(Actions):
         if not self.whole:
             return
         session = self.session
-        self._painted_word = session.word
+        script = session.playback.script
+        self._painted_word = session.playback.word
         block_map = self.screen_stack[0].query_one("#map", BlockMap).model
         self.view = view = replace(
             self.view,
@@ -220,16 +221,16 @@ class ScreenApp(Actions):
             occupied=session.source.occupied,
             marks=session.source.marks,
             pieces=session.source.pieces,
-            word=session.word,
+            word=session.playback.word,
             branched=session.branched,
-            speed=session.speed_text,
+            speed=session.playback.speed_text,
             message=session.message,
             bookmarks=tuple(session.bookmarks),
-            caption=session.caption,
+            caption=script.caption if script is not None else "",
             zoom=block_map.zoom,
             per_cell=block_map.per_cell,
             moves=session.moves,
-            flash=session.flash,
+            flash=script.flash if script is not None else frozenset(),
             shadows=session.shadows(),
             hindsight=session.live is None,
         )
@@ -239,7 +240,7 @@ class ScreenApp(Actions):
                 watched if watched >= 0 else view.watched if view.watched > 0 else most_shared(session.snapshot)
             )
         still = (
-            view.block >= 0 or not session.playing
+            view.block >= 0 or not session.playback.moving
         )  # the past of a block that changes with each step is not read back
         view.past = ()
         if view.inspected >= 0 and still and self._inspecting():

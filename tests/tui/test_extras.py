@@ -246,12 +246,12 @@ def test_branch_repeats_the_beginning_and_goes_on_otherwise() -> None:
     runner = EngineRunner(scripted_engine, {"num_blocks": 64}, record=None)
     try:
         session = Session(runner.start())
-        session.playing = False
+        session.playback.pause()
         session.submit("a long prompt that takes a while", SamplingParams(max_tokens=60))
         app = ScreenApp(session, restart=runner.start)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "PAUSED")
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
             for _ in range(3):
                 await pilot.press("right_square_bracket")
             await until(pilot, lambda: app.session.position == 3)
@@ -314,12 +314,12 @@ def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
     runner = EngineRunner(toy_engine, {}, record=None)
     try:
         session = Session(runner.start())
-        session.playing = False
+        session.playback.pause()
         session.submit("some words", SamplingParams(max_tokens=30, ignore_eos=True))
         app = ScreenApp(session, restart=runner.start)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "PAUSED")
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
             await pilot.press("right_square_bracket")
             await until(pilot, lambda: app.session.position == 1)
             await pilot.press("e")
@@ -342,7 +342,7 @@ def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
             await pilot.press("enter")
             await until(pilot, lambda: "the next run has 20 blocks" in text(app))
             await pilot.press("R")
-            await until(pilot, lambda: app.session.word == "IDLE" and app.session.ready)
+            await until(pilot, lambda: app.session.playback.word == "IDLE" and app.session.playback.ready)
             assert app.session.snapshot.stats.total_blocks == 20
             assert len(app.session.asked) == 1
 
@@ -411,9 +411,9 @@ def test_a_tick_while_the_screen_is_taken_down_is_no_error(gone: str) -> None:
     app = replay()
 
     async def script(pilot: Pilot[int]) -> None:
-        app.session.playing = False
+        app.session.playback.pause()
         await app.screen.query_one(gone).remove()
-        app.session.refresh()
+        app.session.playback.refresh()
         app.frame()
         app.paint()
         app.action_step()

@@ -171,16 +171,16 @@ def test_who_went_to_another_queue_is_marked() -> None:
     deltas = sharing_scene().deltas
     at = next(n + 1 for n, delta in enumerate(deltas) for event in delta.events if event.kind == "swap_out")
     session = Session(ListSource(deltas))
-    session.seek(at)
+    session.playback.seek(at)
     view = View(session.snapshot, session.delta, moves=session.moves)
     assert any("▽" in text and role == "mark" for line in queue_lines(view, 40) for text, role in line)
-    session.seek(at + 1)
+    session.playback.seek(at + 1)
     assert "swap_out" not in session.moves.values()
 
 
 def test_while_it_plays_a_mark_stays_until_it_has_been_seen() -> None:
     session = Session(ListSource(sharing_scene().deltas), speed=1.0)
-    session.playing = True
+    session.playback.toggle()
     for now in (0.0, 1.0, 2.0):
         session.tick(now)
     assert session.moves == {0: "admit"}

@@ -29,7 +29,7 @@ def frame_times(num_blocks: int, changes: int, zoom: Zoom, *, frames: int = 40) 
     rng = np.random.default_rng(1)
 
     async def script(pilot: Pilot[int]) -> list[tuple[float, float]]:
-        app.session.playing = False
+        app.session.playback.pause()
         block_map = app.query_one(BlockMap)
         app.view = replace(app.view, snapshot=snapshot)
         app.screen.maximize(block_map)

@@ -150,7 +150,9 @@ class TimedScreen(ScreenApp):
         super().frame()
         session = self.session
         live = session.live
-        if live is not None and (live.ended or (live.idle and session.at_edge and not session.at_full_speed)):
+        if live is not None and (
+            live.ended or (live.idle and session.playback.at_edge and not session.playback.at_full_speed)
+        ):
             self.exit(0)
 
 
@@ -183,8 +185,8 @@ def run_rounds(plan: Plan) -> tuple[list[Round], list[str]]:
 
 def _with_screen(source: LiveSource) -> dict[str, float]:
     session = Session(source)
-    session.seek(len(source))
-    session.start()
+    session.playback.seek(len(source))
+    session.playback.start()
     TimedScreen(session).run()
     source.pause()
     return _ask(source, "report")

@@ -29,7 +29,7 @@ async def _take(source: Source, limits: Mapping[int, int], target: Path) -> list
     taken: list[str] = []
     for size in SIZES:
         session = Session(source)
-        session.playing = False
+        session.playback.pause()
         session.limits(limits)
         session.tick(0.0)
         app = ScreenApp(session)
