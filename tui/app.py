@@ -13,13 +13,13 @@ from typing import Any
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.serving.live import EngineProcess, LiveSource
+from minipaged.text.safe import clean
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
 from minipaged.tui.keys import load_keys
 from minipaged.tui.playback import REPLAY_SPEED
 from minipaged.tui.screen import ScreenApp, binding_ids
 from minipaged.tui.session import Session
-from minipaged.tui.words.safe import clean
 from minipaged.tui.words.sentences import counted, plural
 
 Factory = Callable[..., Any]

@@ -22,7 +22,7 @@ from minipaged.trace.stream import Header
 from minipaged.tui import palette
 from minipaged.tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
 from minipaged.tui.reading.history import Past
-from minipaged.tui.words.safe import to_ascii
+from minipaged.tui.words.cells import to_ascii
 
 Run = tuple[str, str]  # text, role (a name of palette.style)
 Line = list[Run]

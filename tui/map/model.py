@@ -11,11 +11,12 @@ from rich.cells import set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 
+from minipaged.text.safe import clean_bytes
 from minipaged.tui.map.cells import FREE, LONGEST, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
 from minipaged.tui.map.layout import GAP, MapLayout, Zoom
 from minipaged.tui.palette import Glyphs
 from minipaged.tui.view import View
-from minipaged.tui.words.safe import clean_bytes, to_ascii
+from minipaged.tui.words.cells import to_ascii
 
 SELECT = len(STYLES)
 NAMES = (*STYLES, "select")

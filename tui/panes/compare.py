@@ -6,7 +6,7 @@ from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.records import ShadowDelta
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, Run, View, width_of
-from minipaged.tui.words.safe import fit
+from minipaged.tui.words.cells import fit
 
 WIDE = 130  # columns beside each other from here on
 MARKS = {"reserved": "▒", "internal": "▓", "external": "/", "padding": "=", "idle": "·"}

@@ -9,11 +9,12 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
+from minipaged.text.safe import clean_bytes
 from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.reading.history import Past
 from minipaged.tui.view import Line, View
-from minipaged.tui.words.safe import clean_bytes, fit, rows_of, tail, to_ascii
+from minipaged.tui.words.cells import fit, rows_of, tail, to_ascii
 from minipaged.tui.words.sentences import listing, plural
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from minipaged.memory.types import PoolBreakdown
+from minipaged.text.safe import clean_bytes
 from minipaged.trace.snapshot import SequenceState
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View, bar
-from minipaged.tui.words.safe import clean_bytes, fit, tail
+from minipaged.tui.words.cells import fit, tail
 from minipaged.tui.words.sentences import plural
 
 

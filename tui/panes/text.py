@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
+from minipaged.text.safe import clean_bytes
 from minipaged.trace.snapshot import SequenceState
 from minipaged.tui.panes.pane import ListPane
 from minipaged.tui.view import Line, View
-from minipaged.tui.words.safe import clean_bytes, rows_of, tail
+from minipaged.tui.words.cells import rows_of, tail
 from minipaged.tui.words.sentences import plural
 
 ENDS = {"finished": "✓", "aborted": "x", "refused": "!", "waiting": "…", "swapped": "▽"}

@@ -13,7 +13,7 @@ from textual.message import Message
 from minipaged.trace.stream import MARKS
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View
-from minipaged.tui.words.safe import fit
+from minipaged.tui.words.cells import fit
 from minipaged.tui.words.sentences import TICK_ORDER, TICKS, sentence, summary
 
 _LEGEND = {  # in the order of a request's life

@@ -1,19 +1,9 @@
-"""Text that models, prompts and traces bring, made safe to print: no control or escape character reaches the
-terminal, and every character takes the cells that it is counted for.
-
-Knows Unicode; knows nothing of what the text means.
-"""
+"""Text in cells: cut to a width, broken into rows, written in 7 bits. What comes in has been made safe (minipaged.text.safe)."""
 
 from __future__ import annotations
 
-import unicodedata
-from functools import lru_cache
-
 from rich.cells import cell_len, get_character_cell_size
 
-REPLACED = "�"
-ASTRAL = "□"  # characters outside the basic plane: terminals disagree on their width
-_SPECIAL = {"\n": "↵", "\t": " ", "\r": ""}
 _TO_ASCII = str.maketrans(
     {
         "→": ">",
@@ -58,42 +48,6 @@ _TO_ASCII = str.maketrans(
         "±": "~",
     }
 )
-
-
-@lru_cache(maxsize=4096)
-def _safe_char(char: str) -> str:
-    if char in _SPECIAL:
-        return _SPECIAL[char]
-    if ord(char) > 0xFFFF:
-        return ASTRAL
-    category = unicodedata.category(char)
-    if category in ("Mn", "Me"):  # marks without a base character left after composition
-        return ""
-    if category[0] == "C" or category in ("Zl", "Zp") or get_character_cell_size(char) <= 0:
-        return REPLACED
-    return " " if category == "Zs" else char
-
-
-def clean(text: str) -> str:
-    """One line of printable characters: a line break shows as ↵, what is not printable as �."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_safe_char(char) for char in unicodedata.normalize("NFC", text))
-
-
-def clean_bytes(text: bytes | bytearray) -> str:
-    """The same from UTF-8; a character cut in two at the end is left out until it is whole."""
-    return clean(_whole(bytes(text)).decode("utf-8", "replace"))
-
-
-def _whole(text: bytes) -> bytes:
-    """`text` without a last character of which bytes are still to come."""
-    for back in range(1, min(4, len(text)) + 1):
-        byte = text[-back]
-        if byte & 0xC0 != 0x80:  # a first byte
-            need = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4 if byte < 0xF8 else 1
-            return text[:-back] if need > back else text
-    return text
 
 
 def to_ascii(text: str) -> str:
