@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minipaged.config import CacheConfig, EngineConfig, ModelConfig
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
@@ -18,7 +18,6 @@ from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import choose_device, choose_dtype
 from minipaged.model.loading.tokenizer import Tokenizer
-from minipaged.model.loading.weights import Progress
 from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
 

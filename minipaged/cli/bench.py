@@ -11,11 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.config import check_choice, check_int
+from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
 from minipaged.lab.report.results import Results
 
-DEFAULT_MODEL = "smollm2-135m"
 WIDTH = 130  # columns of the wide tables
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)

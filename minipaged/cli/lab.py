@@ -95,8 +95,8 @@ def simulate(
         overhead_seconds=not_negative("overhead-ms", overhead_ms) / 1e3,
     )
     load = load_workload(trace, rate=rate, count=requests, seed=seed)
-    with status_line() as say:
-        results = [run(n, load, server, block_size=block_size, progress=partial(say, n)) for n in names]
+    with status_line() as progress:
+        results = [run(n, load, server, block_size=block_size, progress=partial(progress, n)) for n in names]
     print_results(results)
     if json_file is not None:
         write_json(json_file, [result_dict(r) for r in results])
@@ -206,10 +206,10 @@ def compare(
     pool = None if slots == "all" else whole("slots", slots)
     names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=pool)
     others = [number("rates", text) for text in rates.split(",") if text.strip()]
-    with status_line() as say:
+    with status_line() as progress:
         found = comparing.compare(
             names, trace, server,
-            rate=rate, count=requests, seed=seed, block_size=block_size, rates=others, say=say,
+            rate=rate, count=requests, seed=seed, block_size=block_size, rates=others, progress=progress,
         )  # fmt: skip
     print_results(found.results)
     if found.sweep:
@@ -239,8 +239,8 @@ def figures(
     from minipaged.lab.report.tables import table, write_json
 
     names = parse_figures(only)
-    with status_line() as say:
-        found = [FIGURES[name](say) for name in names]
+    with status_line() as progress:
+        found = [FIGURES[name](progress) for name in names]
     for figure in found:
         table(
             f"Fig. {figure.name}: {figure.title}", FIGURE_COLUMNS, figure_rows(figure), notes=(" ".join(figure.notes),)
@@ -292,8 +292,8 @@ def claims(json_file: JsonFile = None) -> None:
     from minipaged.lab.paper.claims import all_claims
     from minipaged.lab.report.tables import table, write_json
 
-    with status_line() as say:
-        found = all_claims(say)
+    with status_line() as progress:
+        found = all_claims(progress)
     table("Claims", ("claim", "verdict", "why"), [(c.claim, c.verdict, c.evidence) for c in found], words=2, lines=True)
     if json_file is not None:
         write_json(json_file, found)

@@ -50,14 +50,14 @@ def compare_on_device(
         found.append(result)
         kept.add([device_dict(result)])
 
-    with status_line() as say:
+    with status_line() as progress:
         for peer in beside:  # first, while the device is empty: each is a process of its own
-            say(f"transformers {peer}", 0, 1)
+            progress(f"transformers {peer}", 0, 1)
             largest = None if None in sizes else max(size for size in sizes if size is not None)
             done(run_peer(peer, model, draws, device=device, pool=largest, seconds=limit))
         run_systems(
             names, draws,
-            model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, say=say, done=done,
+            model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, progress=progress, done=done,
         )  # fmt: skip
     title = f"{trace} on {'this device' if device == 'auto' else device}, {len(draws)} requests, {model}"
     print_device(title, found)
@@ -85,8 +85,8 @@ def ablate(
         kept.rows = device_report.ablation_dicts(found)
         kept.write()
 
-    with status_line() as say:
-        found = measure(model, device=device, seconds=limit, say=say, done=done)
+    with status_line() as progress:
+        found = measure(model, device=device, seconds=limit, progress=progress, done=done)
     note = device_report.load_note(os.getloadavg()[0], os.cpu_count() or 1, found.device)
     if note:
         kept.note(note)
@@ -112,9 +112,14 @@ def beams(
 
     kept = Results(json_file)
     counts = [whole("widths", text) for text in widths.split(",") if text.strip()]
-    with status_line() as say:
+    with status_line() as progress:
         found = beam_run.measure(
-            model=model, widths=counts, requests=requests, device=device, say=say, done=lambda s: kept.add([asdict(s)])
+            model=model,
+            widths=counts,
+            requests=requests,
+            device=device,
+            progress=progress,
+            done=lambda s: kept.add([asdict(s)]),
         )
     rows = [(f"{s.width} {s.kind}", percent(s.saving), f"{s.steps:,}", f"{s.answer_tokens:.1f}") for s in found]
     title = f"{model}: {requests} instructions, blocks of {beam_run.BLOCK}"

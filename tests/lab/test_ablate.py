@@ -105,7 +105,7 @@ def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> 
     small = replace(small, draws=small.draws[:12])
     monkeypatch.setattr(module, "sizes_for", lambda device, seconds: small)
     stages: list[str] = []
-    found = ablate("toy", device="cpu", seconds=120.0, say=lambda what, done, total: stages.append(what))
+    found = ablate("toy", device="cpu", seconds=120.0, progress=lambda what, done, total: stages.append(what))
     assert {m.section for m in found.measures} == set(SECTIONS) == set(TITLES)
     assert [m.section for m in found.measures] == sorted((m.section for m in found.measures), key=SECTIONS.index)
     assert all(m.ratio > 0 for m in found.measures)

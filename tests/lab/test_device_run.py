@@ -25,7 +25,7 @@ DRAWS = [([RNG.randrange(250) for _ in range(RNG.randint(2, 24))], RNG.randint(2
 def run(systems: tuple[str, ...], **settings: object) -> dict[str, DeviceResult]:
     results = run_systems(
         systems, DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(256,), max_len=64, max_new=30,
-        say=lambda message, done, total: None, **settings,
+        progress=lambda message, done, total: None, **settings,
     )  # type: ignore[arg-type]  # fmt: skip
     return {r.system: r for r in results}
 
@@ -45,7 +45,7 @@ def test_several_pools_in_one_go_and_each_result_at_once() -> None:
     heard: list[tuple[str, int]] = []
     results = run_systems(
         ("orca-max", "vllm"), DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(128, 256), max_len=64,
-        max_new=30, say=lambda message, done, total: None, done=lambda r: heard.append((r.system, r.pool)),
+        max_new=30, progress=lambda message, done, total: None, done=lambda r: heard.append((r.system, r.pool)),
     )  # fmt: skip
     assert heard == [(r.system, r.pool) for r in results]
     assert heard == [("orca-max", 128), ("vllm", 128), ("orca-max", 256), ("vllm", 256)]
@@ -82,7 +82,7 @@ def test_what_an_empty_pool_could_not_hold_is_refused_and_the_others_are_served(
     """Clients allow 40 tokens; some rules reserve them, and a pool of 60 slots then holds only short prompts."""
     (result,) = run_systems(
         (system,), DRAWS, model="toy", device="cpu", dtype="float32", block_size=4, pools=(60,), max_len=64, max_new=40,
-        say=lambda message, done, total: None,
+        progress=lambda message, done, total: None,
     )  # fmt: skip
     assert result.finished + result.refused == len(DRAWS)
     assert (result.note != "") == (result.refused > 0)
@@ -116,11 +116,11 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(InputError, match=word):
             run_systems(
-                ("vllm",), DRAWS, model="toy", device="cpu", block_size=4, say=lambda message, done, total: None,
+                ("vllm",), DRAWS, model="toy", device="cpu", block_size=4, progress=lambda message, done, total: None,
                 **{"pools": (256,), **settings},
             )  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(InputError, match="no requests"):
-        run_systems(("vllm",), [], model="toy", say=lambda message, done, total: None)
+        run_systems(("vllm",), [], model="toy", progress=lambda message, done, total: None)
 
 
 def test_results_become_tables_and_a_plot() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from minipaged.config import CacheConfig, EngineConfig, ModelConfig, SamplingParams
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress, SamplingParams
 from minipaged.engine import Engine
 from minipaged.lab.measure.attention_variants import (
     DECODES,
@@ -32,7 +32,6 @@ from minipaged.lab.measure.attention_variants import (
 )
 from minipaged.lab.measure.device_run import Bench, DeviceResult, serve
 from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
-from minipaged.lab.paper.figure_types import Say
 from minipaged.lab.simulation.workloads import Draw, engine_draws, make_workload
 from minipaged.model.llama import Llama
 
@@ -102,7 +101,7 @@ def ablate(
     *,
     device: str = "auto",
     seconds: float = 8.0,
-    say: Say,
+    progress: Progress,
     done: Callable[[Ablation], None] = lambda ablation: None,
 ) -> Ablation:
     """Measure every section; `done` hears after each. Raises InputError for a model that cannot be loaded or cut into other heads."""
@@ -110,7 +109,7 @@ def ablate(
 
     place = choose_device(device)
     sizes = sizes_for(place, seconds)
-    work = _Work(model, device, sizes, say, done)
+    work = _Work(model, device, sizes, progress, done)
     work.run()
     return work.found
 
@@ -118,8 +117,10 @@ def ablate(
 class _Work:
     """The loaded model and what the sections share."""
 
-    def __init__(self, model: str, device: str, sizes: Sizes, say: Say, done: Callable[[Ablation], None]) -> None:
-        self.say, self.done, self.sizes = say, done, sizes
+    def __init__(
+        self, model: str, device: str, sizes: Sizes, progress: Progress, done: Callable[[Ablation], None]
+    ) -> None:
+        self.progress, self.done, self.sizes = progress, done, sizes
         self.steps = 0
         self._tell("loading")
         self.bench: Bench | None = Bench(model, device, "auto", BLOCK, (sizes.pool,), 256, sizes.max_len)
@@ -132,7 +133,7 @@ class _Work:
         self.rows_of: dict[str, float] = {}
 
     def _tell(self, what: str) -> None:
-        self.say(what, self.steps, len(SECTIONS) + 1)
+        self.progress(what, self.steps, len(SECTIONS) + 1)
         self.steps += 1
 
     def _add(

@@ -18,10 +18,9 @@ import numpy as np
 
 from minipaged.baselines.contiguous import Ask, ContiguousBlockManager
 from minipaged.baselines.systems import RESERVING
-from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_int, check_real
+from minipaged.config import CacheConfig, EngineConfig, Progress, SamplingParams, check_int, check_real
 from minipaged.engine import Engine
 from minipaged.errors import InputError
-from minipaged.lab.paper.figure_types import Say
 from minipaged.lab.simulation.trace_files import load_workload
 from minipaged.lab.simulation.workloads import Draw, Workload, engine_draws
 from minipaged.memory.block_manager import BlockManager
@@ -102,7 +101,7 @@ def run_systems(
     max_len: int = 2048,
     max_new: int = 1024,
     seconds: float | None = None,
-    say: Say,
+    progress: Progress,
     done: Callable[[DeviceResult], None] = lambda result: None,
 ) -> list[DeviceResult]:
     """Serve the draws under every system in turn, in every pool (slots; None: all that the device holds).
@@ -128,7 +127,7 @@ def run_systems(
                 f"a prompt of {len(prompt)} and an answer of {length} exceed the context of {max_len} tokens"
             )
     bench = Bench(model, device, dtype, block_size, pools, max_num_seqs, max_len)
-    say("warming up", 0, 1)
+    progress("warming up", 0, 1)
     bench.warm_up(draws, systems)
     results: list[DeviceResult] = []
     references: dict[int | None, list[list[int]]] = {}
@@ -140,7 +139,7 @@ def run_systems(
             before = len(results) * len(draws)
 
             def tell(n: int, system: str = system, before: int = before) -> None:
-                say(system, before + n, whole)
+                progress(system, before + n, whole)
 
             engine, slots, fits = bench.engine(system, draws, max_new, pool)
             result, answers = serve(engine, system, draws, slots, seconds, tell, fits=fits)

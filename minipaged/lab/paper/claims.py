@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from minipaged.config import Progress
 from minipaged.lab.advise.calculators import Deployment, Load, capacity
 from minipaged.lab.paper import measured
-from minipaged.lab.paper.figure_types import Say
 from minipaged.lab.simulation.hardware import GIB, find_gpu
 from minipaged.lab.simulation.roofline import roofline
 from minipaged.lab.simulation.servers import paper_server
@@ -228,10 +228,10 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
 )
 
 
-def all_claims(say: Say) -> list[Claim]:
+def all_claims(progress: Progress) -> list[Claim]:
     """Every claim, computed now."""
     found = []
     for i, make in enumerate(CLAIMS):
-        say(make.__name__.replace("_", " "), i, len(CLAIMS))
+        progress(make.__name__.replace("_", " "), i, len(CLAIMS))
         found.append(make())
     return found

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-Say = Callable[[str, int, int], None]  # (what is going on, how much is done, how much there is)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ Knows the roofline of a prompt and of the host link; knows nothing of other figu
 
 from __future__ import annotations
 
-from minipaged.lab.paper.figure_types import Curve, Figure, Row, Say
+from minipaged.config import Progress
+from minipaged.lab.paper.figure_types import Curve, Figure, Row
 from minipaged.lab.simulation.capacity_search import sustainable_rate
 from minipaged.lab.simulation.roofline import FEMTO, roofline
 from minipaged.lab.simulation.servers import paper_server
@@ -17,7 +18,7 @@ COPY_SECONDS = (
 )
 
 
-def figure_18b(say: Say) -> Figure:
+def figure_18b(progress: Progress) -> Figure:
     """What the block size costs in memory: the sustained rate at each."""
     server = paper_server("opt-13b")
     paper = {"sharegpt": 128, "alpaca": 32}  # the largest sizes that the paper finds good
@@ -30,7 +31,7 @@ def figure_18b(say: Say) -> Figure:
 
         rates = {}
         for j, size in enumerate(BLOCK_SIZES):
-            say(f"Fig. 18b: {name}, blocks of {size}", len(BLOCK_SIZES) * i + j, 2 * len(BLOCK_SIZES))
+            progress(f"Fig. 18b: {name}, blocks of {size}", len(BLOCK_SIZES) * i + j, 2 * len(BLOCK_SIZES))
             rates[size] = sustainable_rate("vllm", make, server, block_size=size)
         best = max(rates.values())
         for size in (16, largest, 256):
@@ -62,9 +63,9 @@ def recompute_seconds(tokens: int) -> float:
     return roofline(server.model, server.gpu).step(tokens, 1, tokens, tokens * (tokens + 1) // 2) / FEMTO
 
 
-def figure_19(say: Say) -> Figure:
+def figure_19(progress: Progress) -> Figure:
     """Bringing a preempted request back: recompute is flat over the block size, swap pays per block."""
-    say("Fig. 19", 0, 1)
+    progress("Fig. 19", 0, 1)
     tokens = 500  # a ShareGPT request at its end: 161 + 338
     again = recompute_seconds(tokens)
     swap = {size: swap_seconds(tokens, size) for size in BLOCK_SIZES}

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minipaged.config import check_real
+from minipaged.config import Progress, check_real
 from minipaged.errors import InputError
-from minipaged.lab.paper.figure_types import Curve, Say
+from minipaged.lab.paper.figure_types import Curve
 from minipaged.lab.report.html import Page
 from minipaged.lab.report.simulation_report import (
     LATENCY_COLUMNS,
@@ -48,7 +48,7 @@ def compare(
     seed: int = 0,
     block_size: int = 16,
     rates: Sequence[float] = (),
-    say: Say,
+    progress: Progress,
 ) -> Comparison:
     """Run all. A trace file brings its own arrivals, so it has no sweep: InputError if both are asked for."""
     if rates and source.endswith((".csv", ".jsonl")):
@@ -64,7 +64,7 @@ def compare(
             whole = (1 + len(rates)) * len(systems) * len(load)
 
             def tell(done: int, _: int, system: str = system, before: int = before, whole: int = whole) -> None:
-                say(f"{source} at {at:g} a second: {system}", before + done, whole)
+                progress(f"{source} at {at:g} a second: {system}", before + done, whole)
 
             found.append(simulate(system, load, server, block_size=block_size, progress=tell))
         return tuple(found)

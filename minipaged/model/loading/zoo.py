@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minipaged.config import ModelConfig
+from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress
 from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
@@ -19,11 +19,10 @@ from minipaged.model.loading.placement import choose_device, choose_dtype
 from minipaged.model.loading.pull import SOURCES, cached_path, is_cached, pull
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from minipaged.model.loading.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
-from minipaged.model.loading.weights import Progress, load_model, open_checkpoint
+from minipaged.model.loading.weights import load_model, open_checkpoint
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
 
-DEFAULT_MODEL = "smollm2-135m"
 TOY_SEED, TOY_STD = 6, 0.16
 TOY_ALPHABET = b"abcdefghijklmnopqrstuvwxyz "
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
