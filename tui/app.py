@@ -52,7 +52,9 @@ def run_screen(
     of a headless screen, 80 by 24 by default. guided: a live run in a terminal goes slowly at first and says what it does.
     compare: begin with other systems in the place of the map.
     """
-    look = Look(ascii, light, load_keys(binding_ids()), size or (80, 24), compare)
+    if screenshot is not None and Path(screenshot).suffix.lower() != ".svg":
+        raise InputError(f"{str(screenshot)!r}: a screenshot is an SVG picture: give a name that ends in .svg")
+    display = DisplayOptions(ascii, light, load_keys(binding_ids()), size or (80, 24), compare)
     given = source_or_engine_factory
     if isinstance(given, str | Path):
         given = FileSource(given, progress=_say_progress)
@@ -64,7 +66,7 @@ def run_screen(
         recorded = Session(given, speed=speed if speed is not None else play_speed(len(given)))
         if not (headless or given.live or recorded.playback.at_edge):
             recorded.playback.toggle()
-        code = _show(recorded, look, None, headless, steps, screenshot)
+        code = _show(recorded, display, None, headless, steps, screenshot)
         if headless and code == 0 and screenshot is None:
             print(f"minipaged: {plural(len(given), 'step')} in this trace; --screenshot FILE keeps a picture of one")
         return code
@@ -74,7 +76,7 @@ def run_screen(
             session.submit(*(prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())))
         if not headless:
             session.playback.start()
-        code = _show(session, look, runner, headless, steps, screenshot)
+        code = _show(session, display, runner, headless, steps, screenshot)
         if code == 0:
             session.playback.seek(len(session.source))  # the run is summed up, wherever in it somebody was looking
             code = _say_what_it_came_to(session, guided and not headless)
@@ -86,8 +88,8 @@ def run_screen(
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How the screen is to look."""
+class DisplayOptions:
+    """How the screen is shown, whatever it shows."""
 
     ascii: bool
     light: bool
@@ -137,8 +139,8 @@ def _say_what_it_came_to(session: Session, first_run: bool) -> int:
             f"{plural(stats.generated_tokens, 'token')} in {plural(session.position, 'step')} "
             f"over {max(0, stats.total_blocks - 1)} blocks of {stats.block_size}"
         )
-        if told := counted(stats):
-            print(f"           {' · '.join(told)}")
+        if counts := counted(stats):
+            print(f"           {' · '.join(counts)}")
     if first_run:
         print("next: minipaged tui --scenario cow · minipaged learn · minipaged chat")
     return 0
@@ -158,7 +160,7 @@ def _say_progress(done: int, size: int) -> None:
 
 def _show(
     session: Session,
-    look: Look,
+    display: DisplayOptions,
     runner: EngineRunner | None,
     headless: bool,
     steps: int | None,
@@ -166,10 +168,15 @@ def _show(
 ) -> int:
     restart = runner.start if runner is not None else None
     app = ScreenApp(
-        session, ascii=look.ascii, light=look.light, keymap=look.keymap, restart=restart, compare=look.compare
+        session,
+        ascii=display.ascii,
+        light=display.light,
+        keymap=display.keymap,
+        restart=restart,
+        compare=display.compare,
     )
     if headless:
-        code = asyncio.run(_headless(app, steps, screenshot, look.size))
+        code = asyncio.run(_headless(app, steps, screenshot, display.size))
         if code:
             print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
         return code

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +19,7 @@ from textual.filter import ANSIToTruecolor, LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
 from textual.widget import Widget
+from textual.widgets import Static
 
 from minipaged.serving.live import LiveSource
 from minipaged.trace.records import StepDelta
@@ -39,6 +42,7 @@ from minipaged.tui.session import Change, Session
 from minipaged.tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30
+LEAST_SIZE = (40, 12)  # columns and rows that the screen needs to show anything
 # Of one core, while an engine runs at full speed: the screen's frames become fewer before the engine becomes slower.
 CPU_SHARE = 0.1 * max(1, (os.cpu_count() or 2) - 1)
 THEMES = (
@@ -56,11 +60,17 @@ class ScreenApp(Actions):
 
     CSS_PATH = "screen.tcss"
     TITLE = "minipaged"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide"), (190, "-wider")]  # noqa: RUF012  textual declares it so
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (34, "-tall"), (54, "-taller")]  # noqa: RUF012
+    # What has no room yields before the map does: tables below 72 columns, text below 20 rows. Nothing fits below LEAST_SIZE.
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  textual declares it so
+        (0, "-too-small"), (LEAST_SIZE[0], "-slim"), (72, "-narrow"), (120, "-wide"), (190, "-wider")
+    ]  # fmt: skip
+    VERTICAL_BREAKPOINTS = [  # noqa: RUF012
+        (0, "-too-low"), (LEAST_SIZE[1], "-flat"), (20, "-low"), (34, "-tall"), (54, "-taller")
+    ]  # fmt: skip
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "leave", "quit", id="quit"),
         Binding("ctrl+c", "leave", "quit", show=False, priority=True, id="quit.now"),
+        Binding("ctrl+z", "suspend_process", "suspend", show=False, priority=True, id="suspend"),
         Binding("space", "play", "run or pause", id="run"),
         Binding("right_square_bracket", "step", "one step", id="step"),
         Binding("left_square_bracket", "step_back", "one step back", id="back"),
@@ -118,6 +128,7 @@ class ScreenApp(Actions):
         self._next_run: dict[str, object] = {}
         self._painted: tuple[Widget, ...] = ()
         self._painted_word = ""
+        self._before: Session | None = None  # the run that another one took the place of
         self._rest_until = 0.0
         self._used = time.process_time()
         self._outer: Session | None = None  # what a lesson stands in front of
@@ -129,6 +140,9 @@ class ScreenApp(Actions):
     def compose(self) -> ComposeResult:
         """The panes."""
         view = self.view
+        yield Static(
+            f"this terminal is too small: {LEAST_SIZE[0]} × {LEAST_SIZE[1]} at least", id="too-small", markup=False
+        )
         yield Header(view, id="header")
         with Horizontal(id="upper"):
             with Vertical(id="blocks", classes="pane") as blocks:
@@ -158,6 +172,13 @@ class ScreenApp(Actions):
             self.action_compare()
         self.theme_changed_signal.subscribe(self, self._follow_theme)
         self.set_interval(FRAME_SECONDS, self.frame)
+        if not self.is_headless:
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                asyncio.get_running_loop().add_signal_handler(number, self._end_by_signal, number)
+
+    def _end_by_signal(self, number: int) -> None:
+        """Leave in good order, so that the terminal is as it was before. The code is 128 + the signal's number, as a shell has it."""
+        self.exit(128 + number)
 
     def _follow_theme(self, theme: Theme) -> None:
         """Another theme was chosen: dark hues on dark, light ones on light."""
@@ -169,7 +190,7 @@ class ScreenApp(Actions):
         """The command palette: every key's action by name, the lessons, and Textual's own."""
         yield from super().get_system_commands(screen)
         for binding in self.BINDINGS:
-            if isinstance(binding, Binding) and binding.id not in ("quit.now", "lesson.leave"):
+            if isinstance(binding, Binding) and binding.id not in ("quit.now", "suspend", "lesson.leave"):
                 action = partial(self.run_action, binding.action)
                 yield SystemCommand(binding.description.capitalize(), f"key {binding.key.split(',')[0]}", action)
         for name in LESSONS:
@@ -197,7 +218,10 @@ class ScreenApp(Actions):
             session.playback.look_away(now)
         change = session.tick(now)
         if session.failed and not session.playback.ready:
-            self.exit(2 if session.input_error else 1)
+            if self._before is None:
+                self.exit(2 if session.input_error else 1)
+            else:
+                self._return_from_failed_run(self._before)
         elif change.moved or self._painted_word != session.playback.word:
             self.paint(change)
             used = time.process_time()
@@ -220,7 +244,7 @@ class ScreenApp(Actions):
             length=len(session.source),
             occupied=session.source.occupied,
             marks=session.source.marks,
-            pieces=session.source.pieces,
+            token_bytes=session.source.pieces,
             word=session.playback.word,
             branched=session.branched,
             speed=session.playback.speed_text,

@@ -41,7 +41,7 @@ def view_at(position: int, deltas: list[StepDelta] | None = None, **words: objec
     player = Player(source, position)
     view = View(player.snapshot, player.delta, position=position, length=len(deltas), **words)  # type: ignore[arg-type]
     view.occupied, view.marks = source.occupied, source.marks
-    view.pieces = {code: bytes([code]) for code in range(128)}
+    view.token_bytes = {code: bytes([code]) for code in range(128)}
     return view
 
 

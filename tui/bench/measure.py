@@ -89,17 +89,17 @@ class Outcome(NamedTuple):
 def measure(plan: Plan) -> Outcome:
     """Run the plan in a process on a new terminal. InputError with the last words of one that fails."""
     with tempfile.TemporaryDirectory(prefix="minipaged-bench-") as folder:
-        told, log = Path(folder) / "outcome.json", Path(folder) / "log"
+        outcome, log = Path(folder) / "outcome.json", Path(folder) / "log"
         words = json.dumps({name: getattr(plan, name) for name in Plan.__dataclass_fields__})
         code, written = _on_a_terminal(
-            [sys.executable, "-m", "minipaged.tui.bench.measure", words, str(told), str(log)],
+            [sys.executable, "-m", "minipaged.tui.bench.measure", words, str(outcome), str(log)],
             SIZE,
             _cores(plan.threads)[1],
         )
-        if code or not told.exists():
+        if code or not outcome.exists():
             lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
             raise InputError(f"the run ended with code {code}: {lines[-1] if lines else 'it said nothing'}")
-        found = json.loads(told.read_text())
+        found = json.loads(outcome.read_text())
     rounds = tuple(Round(bool(screen), figures) for screen, figures in found["rounds"])
     return Outcome(rounds, written, tuple(found["pictures"]))
 
@@ -203,11 +203,11 @@ def _ask(source: LiveSource, name: str) -> dict[str, float]:
 
     def answered() -> bool:
         while source.notes:
-            told = source.notes.popleft()
-            if told.get("kind") == "failed":
-                raise RuntimeError(str(told.get("text")))
-            if told.get("kind") == "turned" and told.get("name") == name:
-                words.append(str(told.get("text")))
+            note = source.notes.popleft()
+            if note.get("kind") == "failed":
+                raise RuntimeError(str(note.get("text")))
+            if note.get("kind") == "turned" and note.get("name") == name:
+                words.append(str(note.get("text")))
         return bool(words)
 
     if not source.wait(answered, ROUND_SECONDS):
@@ -218,18 +218,18 @@ def _ask(source: LiveSource, name: str) -> dict[str, float]:
 
 def _wait(source: LiveSource, condition: Callable[[], bool], seconds: float, engine: EngineProcess) -> None:
     if not source.wait(condition, seconds):
-        failed = [str(told.get("text")) for told in source.notes if told.get("kind") == "failed"]
+        failed = [str(note.get("text")) for note in source.notes if note.get("kind") == "failed"]
         raise RuntimeError(failed[-1] if failed else source.ended or engine.last_words() or "the engine did not start")
 
 
-def main(words: str, told: str, log: str) -> int:
-    """Run a plan that was told as JSON, and tell the outcome in a file. Errors go to a log: the terminal is the screen's."""
+def main(words: str, outcome: str, log: str) -> int:
+    """Run a plan given as JSON, and write the outcome to a file. Errors go to a log: the terminal is the screen's."""
     try:
         rounds, pictures = run_rounds(Plan(**json.loads(words)))
     except Exception as error:
         Path(log).write_text(f"{type(error).__name__}: {error}\n")
         return 1
-    Path(told).write_text(json.dumps({"rounds": rounds, "pictures": pictures}))
+    Path(outcome).write_text(json.dumps({"rounds": rounds, "pictures": pictures}))
     return 0
 
 

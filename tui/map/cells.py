@@ -7,6 +7,8 @@ operations and a row is the runs of equal numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -56,13 +58,12 @@ class Looks:
     ) -> Ints:
         """The looks of some consecutive blocks. swapped: a host pool, where a held block is a swapped one."""
         owner, refs, fill, flags = pool.owner[part], pool.refs[part], pool.fill[part], pool.flags[part]
-        label = labels.of(owner)
+        label, hue = labels.of(owner), labels.hue_of(owner)
         size = max(1, block_size)
         held, full, shared = refs > 0, fill >= size, refs > 1
         level = np.minimum(self._num_fills - 1, fill * self._num_fills // size)
         glyph = np.where(full, self._letters + label % len(LETTERS), self._fills + level)
         glyph = np.where(shared, np.where(refs > 9, self._many, self._digits + np.minimum(refs, 9)), glyph)
-        hue = label % NUM_HUES
         style = np.where(shared, NUM_HUES + hue, hue)
         if only >= 0:
             style = np.where(owner == only, style, np.where(shared, FAINT_SHARED, FAINT))
@@ -79,18 +80,25 @@ class Looks:
 
 
 class Labels:
-    """Sequence -> label, as an array operation."""
+    """Sequence -> label and hue, as array operations. other_hues: of the sequences that have not their label's."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, other_hues: Mapping[int, int]) -> None:
         known = snapshot.sequences
         self._first = min(known, default=0)
         self._table: Ints = np.zeros(max(known, default=0) - self._first + 1 if known else 1, np.int32)
         for sequence, state in known.items():
             self._table[sequence - self._first] = state.label
+        self._hues: Ints = self._table % NUM_HUES
+        for sequence, hue in other_hues.items():
+            self._hues[sequence - self._first] = hue
 
     def of(self, owner: Ints) -> Ints:
         """The label of each owner; 0 where nobody, or nobody known, owns."""
         return self._table.take(owner - self._first, mode="clip")
+
+    def hue_of(self, owner: Ints) -> Ints:
+        """The hue of each owner."""
+        return self._hues.take(owner - self._first, mode="clip")
 
 
 def runs(codes: Ints) -> list[int]:
@@ -118,7 +126,7 @@ def heat_codes(looks: Looks, pool: Pool, labels: Labels, per_cell: int, cells: I
         places = np.flatnonzero(pool.refs.take(blocks, mode="clip") * (blocks < len(pool)))
         held, cell = blocks[places], places // per_cell
     used = np.bincount(cell, minlength=count)
-    hue = labels.of(pool.owner[held]) % NUM_HUES
+    hue = labels.hue_of(pool.owner[held])
     counts = np.bincount(cell * NUM_HUES + hue, minlength=count * NUM_HUES).reshape(count, NUM_HUES)
     level = np.where(used == 0, 0, np.maximum(1, used * (looks.num_heat - 1) // per_cell))
     style = np.where(used > 0, counts.argmax(axis=1), FREE)

@@ -28,7 +28,7 @@ class MapModel(MapLayout):
     def __init__(self, view: View, *, host: bool = False) -> None:
         super().__init__(view, host=host)
         self.looks = Looks(view.glyphs)
-        self._labels = Labels(view.snapshot)
+        self._labels = Labels(view.snapshot, view.other_hues)
         self.base = Style()
         self._segments: dict[int, Segment] = {}  # by code * LONGEST + length
         self._rows: dict[int, list[Segment]] = {}
@@ -60,6 +60,7 @@ class MapModel(MapLayout):
             view.mode,
             view.only,
             view.flash,
+            view.other_hues,
             len(view.snapshot.host if self.host else view.snapshot.device),
         )
         old_block, old = self.view.block, self._look_key
@@ -68,7 +69,7 @@ class MapModel(MapLayout):
             ids = None
             self._segments.clear()
             self.looks = Looks(view.glyphs)
-        self._labels = Labels(view.snapshot)
+        self._labels = Labels(view.snapshot, view.other_hues)
         if ids is None:
             self._heat = None
             self._rows.clear()
@@ -318,8 +319,8 @@ class MapModel(MapLayout):
         return self._index_of.get(block, (-1, 0))
 
     def _token_cells(self, token: int, width: int) -> str:
-        piece = clean_bytes(self.view.pieces.get(token, b""))
-        shown = piece.strip() or ("␣" if piece else "▪")
+        text = clean_bytes(self.view.token_bytes.get(token, b""))
+        shown = text.strip() or ("␣" if text else "▪")
         if width > 1:
             return set_cell_size(shown, width)
         return shown[0] if len(shown[0].encode()) < 3 or shown[0] in "↵␣▪" else "▪"

@@ -52,19 +52,19 @@ def _honesty(view: View) -> str:
 def system_lines(view: View, name: str, width: int, rows: int) -> list[Line]:
     """`rows` lines: name and shares first, the picture below."""
     shadow = view.shadows.get(name)
-    bands = shadow.stats if shadow is not None else real_bands(view)
+    breakdown = shadow.stats if shadow is not None else real_breakdown(view)
     running = _running(view, shadow)
     alive = sum(state.alive for state in view.snapshot.sequences.values())
     none = " · none fits" if alive and not running else ""
     head: Line = [(name, "strong"), (f" · runs {running} · waits {max(0, alive - running)}{none}", "dim")]
-    told = share_text(bands, real=shadow is None)
-    short = told.replace("fragments", "frag")
+    shares = share_text(breakdown, real=shadow is None)
+    short = shares.replace("fragments", "frag")
     beside = width - width_of(head) - 2
-    fitting = next((text for text in (told, short, short.partition(" idle")[0]) if len(text) <= beside), "")
+    fitting = next((text for text in (shares, short, short.partition(" idle")[0]) if len(text) <= beside), "")
     if fitting:
         lines: list[Line] = [[*head, ("  ", "text"), (fitting, "text")]]
     else:
-        below: Line = [(fit(told if len(told) <= width else short, width), "text")]
+        below: Line = [(fit(shares if len(shares) <= width else short, width), "text")]
         lines = [[(fit("".join(text for text, _ in head), width), "strong")], below]
     room = max(0, rows - len(lines))
     cells = shadow_cells(view, shadow, room * width) if shadow is not None else real_cells(view, room * width)
@@ -80,20 +80,20 @@ def _running(view: View, shadow: ShadowDelta | None) -> int:
     return len({run.sequence for run in shadow.runs} & alive)
 
 
-def share_text(bands: PoolBreakdown, *, real: bool = False) -> str:
+def share_text(breakdown: PoolBreakdown, *, real: bool = False) -> str:
     """`tokens 22% reserved 71% fragments 7%`, zeros left out."""
-    total = max(1, sum(bands))
+    total = max(1, sum(breakdown))
     named = (
-        ("tokens", bands.token),
-        ("reserved", bands.reserved),
-        ("tail" if real else "never used", bands.internal),
-        ("fragments", bands.external),
+        ("tokens", breakdown.token),
+        ("reserved", breakdown.reserved),
+        ("tail" if real else "never used", breakdown.internal),
+        ("fragments", breakdown.external),
     )
-    more = (("padding", bands.padding), ("idle", bands.idle))
+    more = (("padding", breakdown.padding), ("idle", breakdown.idle))
     return " ".join(f"{name} {count / total:.0%}" for name, count in (*named, *more) if count or name == "tokens")
 
 
-def real_bands(view: View) -> PoolBreakdown:
+def real_breakdown(view: View) -> PoolBreakdown:
     """The engine's own pool in the same words: tails of last blocks are its only waste."""
     stats = view.snapshot.stats
     slots = max(0, stats.total_blocks - 1) * stats.block_size

@@ -18,6 +18,7 @@ from minipaged.errors import InputError
 from minipaged.scheduling.knobs import KNOBS
 from minipaged.tui.panes.pane import Pane
 
+MOST_BLOCKS = 1_000_000  # of a next run: ten times the largest pool that the map is measured with
 Asked = tuple[str, SamplingParams]
 
 _FIELDS = (
@@ -52,7 +53,7 @@ class AddPrompt(Window):
                 for name, label, default in _FIELDS:
                     yield Label(label)
                     yield Input(value=default, id=name, compact=True)
-            yield Label("", id="problem")
+            yield Label("", id="problem", markup=False)
             yield Button("add (enter)", id="ok", compact=True)
             yield Label("tab: next field · enter: add · escape: leave", classes="hint")
 
@@ -124,8 +125,8 @@ class Knobs(Window):
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         super().__init__()
-        told = {knob.name: settings.get(knob.name, knob.options[0] if knob.options else "") for knob in KNOBS}
-        self._settings = {**told, "num_blocks": settings.get("num_blocks", "")}
+        current = {knob.name: settings.get(knob.name, knob.options[0] if knob.options else "") for knob in KNOBS}
+        self._settings = {**current, "num_blocks": settings.get("num_blocks", "")}
 
     def compose(self) -> ComposeResult:
         """A line a knob."""
@@ -143,7 +144,7 @@ class Knobs(Window):
                 yield Label("num_blocks")
                 yield Input(value=str(self._settings["num_blocks"]), id="num_blocks", compact=True)
                 yield Label("next run (R), null block too", classes="hint")
-            yield Label("", id="problem")
+            yield Label("", id="problem", markup=False)
             yield Label("tab: next · ← →: choose · enter: turn · escape: leave", classes="hint")
 
     def on_input_submitted(self) -> None:
@@ -170,7 +171,7 @@ class Knobs(Window):
             elif text := self.query_one(f"#{knob.name}", Input).value.strip():
                 yield knob.name, knob.value(knob.amount(_number(knob.name, text, float)))
         if text := self.query_one("#num_blocks", Input).value.strip():
-            yield "num_blocks", check_int("num_blocks", _number("num_blocks", text, int), 2)
+            yield "num_blocks", check_int("num_blocks", _number("num_blocks", text, int), 2, MOST_BLOCKS)
 
 
 def _number(name: str, text: str, read: Callable[[str], object]) -> object:

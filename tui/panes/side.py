@@ -61,10 +61,10 @@ def waste_lines(view: View, width: int) -> list[Line]:
     return [[(fit(text, width), role) for text, role in line] if len(line) == 1 else line for line in lines]
 
 
-def wasted(bands: PoolBreakdown) -> float:
+def wasted(breakdown: PoolBreakdown) -> float:
     """Share of the pool in use that holds no token: reserved, internal, external, padding."""
-    lost = bands.reserved + bands.internal + bands.external + bands.padding
-    return lost / (lost + bands.token) if lost + bands.token else 0.0
+    lost = breakdown.reserved + breakdown.internal + breakdown.external + breakdown.padding
+    return lost / (lost + breakdown.token) if lost + breakdown.token else 0.0
 
 
 class TreePane(Pane):

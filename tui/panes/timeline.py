@@ -84,7 +84,7 @@ class Timeline(Pane):
 
     def lines(self, view: View, width: int, height: int) -> list[Line]:
         """Occupancy, ticks and caret, sentence."""
-        return timeline_lines(view, width, max(1, height - 2))[: max(1, height)]
+        return timeline_lines(view, width, max(0, height - 2))[: max(1, height)]
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
         """Start to scrub."""
@@ -108,12 +108,12 @@ class Timeline(Pane):
 
 
 def timeline_lines(view: View, width: int, rows: int = 1) -> list[Line]:
-    """`rows` lines of occupancy, the ticks, the sentence."""
+    """`rows` lines of occupancy (none on the lowest screens), the ticks, the sentence."""
     found = scale_of(view, width)
     caret = found.column_of(view.position)
     heights, ticks = _columns(view, found, rows)
     lines: list[Line] = [[(row[: caret + 1], "hue1"), (row[caret + 1 :], "faint")] for row in heights]
-    return [*lines, _tick_line(view, ticks, caret, width), _told(view, width)]
+    return [*lines, _tick_line(view, ticks, caret, width), _sentence(view, width)]
 
 
 def full_height(view: View) -> int:
@@ -134,7 +134,7 @@ def timeline_title(view: View, width: int) -> str:
     return title
 
 
-def _told(view: View, width: int) -> Line:
+def _sentence(view: View, width: int) -> Line:
     """What the program says, else what the step did."""
     if view.message:
         return [(fit(view.message, width), "strong")]

@@ -26,7 +26,7 @@ class ShadowFeed:
         self.hindsight = not source.live  # whether true answer lengths are known
         self._limits = dict(limits or {})  # request -> most new tokens asked for
         self._request_of: dict[int, int] = {}
-        self._told: list[tuple[ShadowDelta, ...]] = []
+        self._computed: list[tuple[ShadowDelta, ...]] = []
         self._listener: ShadowListener | None = None
 
     def limit(self, request: int, max_tokens: int) -> None:
@@ -37,14 +37,14 @@ class ShadowFeed:
         """Catch up with the source, at most so many steps."""
         if self._listener is None:
             self._listener = self._make()
-        end = min(len(self.source), MOST_STEPS, len(self._told) + most)
-        while len(self._told) < end:
+        end = min(len(self.source), MOST_STEPS, len(self._computed) + most)
+        while len(self._computed) < end:
             try:
-                delta = self.source.delta(len(self._told))
+                delta = self.source.delta(len(self._computed))
             except TraceError:
                 return
             self._note(delta)
-            self._told.append(self._listener(delta))
+            self._computed.append(self._listener(delta))
 
     def _make(self) -> ShadowListener:
         max_len = int(self.source.header.engine.get("max_model_len", MAX_LEN))
@@ -62,6 +62,6 @@ class ShadowFeed:
 
     def at(self, position: int) -> dict[str, ShadowDelta]:
         """By system, after the first `position` steps."""
-        if not 0 < position <= len(self._told):
+        if not 0 < position <= len(self._computed):
             return {}
-        return {shadow.system: shadow for shadow in self._told[position - 1]}
+        return {shadow.system: shadow for shadow in self._computed[position - 1]}

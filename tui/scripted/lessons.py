@@ -108,15 +108,15 @@ class Stage:
         self.trace.step()
         self.manager.begin_step()
 
-    def say(self, caption: str) -> None:
+    def beat(self, caption: str) -> None:
         """A beat here."""
         self.beats.append(Beat(len(self.trace.deltas), caption))
 
     def lesson(self, title: str) -> Lesson:
         """All of it."""
-        pieces = {token: f" {word}".encode() for word, token in self._ids.items()}
+        token_bytes = {token: f" {word}".encode() for word, token in self._ids.items()}
         return Lesson(
-            title, ListSource(self.trace.deltas, header=Header(model="lesson"), pieces=pieces), tuple(self.beats)
+            title, ListSource(self.trace.deltas, header=Header(model="lesson"), pieces=token_bytes), tuple(self.beats)
         )
 
 
@@ -129,29 +129,29 @@ def copy_on_write() -> Lesson:
     stage.admit(0, PROMPT)
     stage.step()
     last = stage.manager.table(0)[-1]
-    stage.say(
+    stage.beat(
         "A has read its prompt: ten words, four to a block. Its table says where they lie: "
         f"blocks {stage.table(0)}. Block {last} is half full."
     )
     stage.fork(0, 1)
     stage.step()
-    stage.say(
+    stage.beat(
         "A second answer, B, starts from the same words. B's table appears with the SAME numbers, and the cells read 2. No memory copied."
     )
-    stage.say(
+    stage.beat(
         f"Now B wants to write its next word, into block {last}. But A reads that block too: its count is 2, so not in place."
     )
-    stage.say("Which block number in which table will change? Make up your mind, then press space.")
+    stage.beat("Which block number in which table will change? Make up your mind, then press space.")
     stage.write(1, "sleeps")
     stage.step()
     new = stage.manager.table(1)[-1]
     shared = " and ".join(str(block) for block in stage.manager.table(1)[:-1])
-    stage.say(
+    stage.beat(
         f"◆ Block {last} was copied to {new}, B's last entry flips {last}→{new}, and B's word goes there. The count of {last} goes 2→1."
     )
     stage.write(0, "ends")
     stage.step()
-    stage.say(
+    stage.beat(
         f"A writes in {last} itself: it is the last one there. One block copied; {shared} stay shared. That is copy-on-write."
     )
     return stage.lesson("Sharing and copy-on-write")
@@ -162,24 +162,24 @@ def prefix_hit() -> Lesson:
     stage = Stage(8)
     stage.admit(0, "You are a kind helper Answer in one line What is a page")
     stage.step()
-    stage.say(
+    stage.beat(
         f"A has read 13 words into blocks {stage.table(0)}. Full blocks are remembered by what they and all words before them say."
     )
     stage.write(0, "A sheet")
     stage.step()
     stage.end(0)
     stage.step()
-    stage.say(
+    stage.beat(
         "A is done. Its full blocks are free now, and show ░: their words are still known. A partly filled block is not kept."
     )
-    stage.say("B will ask another question after the same eight first words. How many of its words must be computed?")
+    stage.beat("B will ask another question after the same eight first words. How many of its words must be computed?")
     found = stage.admit(1, "You are a kind helper Answer in one line Who wrote it")
     stage.step()
     hit = ", ".join(str(block) for block in stage.manager.table(1)[: found // BLOCK_SIZE])
-    stage.say(
+    stage.beat(
         f"{found} words were found: B's table begins with blocks {hit}, as they lie. Only the other {12 - found} were computed."
     )
-    stage.say(
+    stage.beat(
         "A hit is always a beginning: the first block that differs ends it, for every later word depends on what stands before."
     )
     return stage.lesson("A prefix hit")
@@ -192,21 +192,21 @@ def preemption() -> Lesson:
     stage.admit(1, "My bread needs flour and also salt and")
     stage.step()
     free = stage.manager.usage().free
-    stage.say(f"A holds {stage.table(0)}, B holds {stage.table(1)}. Seven blocks are all there is: {free} are free.")
+    stage.beat(f"A holds {stage.table(0)}, B holds {stage.table(1)}. Seven blocks are all there is: {free} are free.")
     stage.write(0, "who lost his")
     stage.write(1, "water then bake")
     stage.step()
     stage.write(0, "crown one day")
     stage.step()
-    stage.say(
+    stage.beat(
         "Both have grown, block by block. A takes the last free block: the pool is full, and nothing was reserved ahead."
     )
     stage.write(1, "it")
     stage.step()
-    stage.say("B needs a block too, and there is none. Who must give way?")
+    stage.beat("B needs a block too, and there is none. Who must give way?")
     stage.end(1, "waiting")
     stage.step()
-    stage.say(
+    stage.beat(
         "B, the latest to come. Its blocks go back and it waits, with all its words kept: only their keys and values are lost."
     )
     stage.write(0, "in the deep wood")
@@ -214,7 +214,7 @@ def preemption() -> Lesson:
     stage.step()
     stage.admit(1)
     stage.step()
-    stage.say(
+    stage.beat(
         "A is done, so B starts again: its words are read once more in one go (recompute), and its text goes on unchanged."
     )
     return stage.lesson("Preemption by recompute")
@@ -226,20 +226,20 @@ def swapping() -> Lesson:
     stage.admit(0, "Once upon a time there was a king who")
     stage.admit(1, "My bread needs flour and also salt and water")
     stage.step()
-    stage.say(f"A holds {stage.table(0)}, B holds {stage.table(1)}: all six blocks there are. And both will grow.")
+    stage.beat(f"A holds {stage.table(0)}, B holds {stage.table(1)}: all six blocks there are. And both will grow.")
     stage.swap(1, "out")
     stage.step()
     host = len(stage.manager.host_table(1))
-    stage.say(
+    stage.beat(
         f"B makes way, but keeps its work: its {host} blocks are copied to CPU memory ▽, and its device blocks are free."
     )
     stage.write(0, "lost his crown in the wood")
     stage.step()
-    stage.say(f"A goes on, into {stage.table(0)}. Some of them were B's a moment ago.")
+    stage.beat(f"A goes on, into {stage.table(0)}. Some of them were B's a moment ago.")
     stage.end(0)
     stage.swap(1, "in")
     stage.step()
-    stage.say(
+    stage.beat(
         f"A is done. B comes back, into blocks {stage.table(1)}: other places than before. "
         "Its table says so, and nothing is computed again."
     )
@@ -252,26 +252,28 @@ def beam_step() -> Lesson:
     stage.admit(0, "The capital of France is a")
     stage.fork(0, 1)
     stage.step()
-    stage.say(f"Two beams, A and B, go on from one prompt. Both tables name blocks {stage.table(0)}.")
+    stage.beat(f"Two beams, A and B, go on from one prompt. Both tables name blocks {stage.table(0)}.")
     stage.write(0, "town")
     stage.write(1, "city")
     stage.step()
-    stage.say("Each wrote its own word: the shared last block was copied for one of them, the full block stays shared.")
-    stage.say("The two best next words both follow B's. What becomes of A, and of its blocks?")
+    stage.beat(
+        "Each wrote its own word: the shared last block was copied for one of them, the full block stays shared."
+    )
+    stage.beat("The two best next words both follow B's. What becomes of A, and of its blocks?")
     stage.fork(1, 2)
     stage.step()
-    stage.say(
+    stage.beat(
         "First the winner forks: C has B's table, no memory copied. Forking before dropping keeps what they share."
     )
     stage.end(0)
     stage.step()
-    stage.say(
+    stage.beat(
         "Then the loser A is dropped. What only A held is free at once; what others name lives on, its count one less."
     )
     stage.write(1, "known")
     stage.write(2, "called")
     stage.step()
-    stage.say(
+    stage.beat(
         "B and C write: where they still share a part-filled block, one of them copies it. This repeats in every step of a beam search."
     )
     return stage.lesson("A step of a beam search")
@@ -284,24 +286,24 @@ def eviction() -> Lesson:
     stage.step()
     stage.end(0)
     stage.step()
-    stage.say(
+    stage.beat(
         "A is done. Its two full blocks stay cached ░: free, yet still known. Blocks never used before are taken first."
     )
     stage.admit(1, "The moon is a rock that follows the earth round and round")
     stage.step()
-    stage.say(f"B holds {stage.table(1)}. No plain free block is left, only cached ones.")
-    stage.say("B goes on. Which cached block will be forgotten first: the beginning of A's text, or its end?")
+    stage.beat(f"B holds {stage.table(1)}. No plain free block is left, only cached ones.")
+    stage.beat("B goes on. Which cached block will be forgotten first: the beginning of A's text, or its end?")
     stage.write(1, "the sun")
     stage.step()
     gone = stage.manager.table(1)[-1]
-    stage.say(
+    stage.beat(
         f"Block {gone}, the end: without its beginning no text can be found, so the deepest block is forgotten first."
     )
     stage.end(1)
     stage.step()
     found = stage.admit(2, "The sun is a star")
     stage.step()
-    stage.say(f"B is done, and C begins like A: {found} words are found again. The beginning was worth keeping.")
+    stage.beat(f"B is done, and C begins like A: {found} words are found again. The beginning was worth keeping.")
     return stage.lesson("Eviction")
 
 

@@ -85,8 +85,8 @@ def sentences(view: View) -> list[str]:
         if event.kind == "fork" and event.other < 0:
             continue  # a copy that was given up: its source stands in the table again
         grouped[event.kind].append(event)
-    told = [(kind, _TELL[kind](view, grouped)) for kind in ORDER if grouped.get(kind)]
-    telling = [(kind, text) for kind, text in told if text]
+    found = [(kind, _TELL[kind](view, grouped)) for kind in ORDER if grouped.get(kind)]
+    telling = [(kind, text) for kind, text in found if text]
     if len(telling) > 1:  # plain writing goes without saying where more happened
         telling = [(kind, text) for kind, text in telling if kind != "append"]
     return [text for _, text in sorted(telling[:2], key=lambda pair: grouped[pair[0]][0].id)]
@@ -94,8 +94,8 @@ def sentences(view: View) -> list[str]:
 
 def sentence(view: View) -> str:
     """The step in one line."""
-    told = sentences(view)
-    if not told:
+    found = sentences(view)
+    if not found:
         if view.delta is not None:
             return "nothing changed in this step"
         return (
@@ -103,7 +103,7 @@ def sentence(view: View) -> str:
             if view.word == "LIVE"
             else "the start: every block is free"
         )
-    return " · ".join(told)
+    return " · ".join(found)
 
 
 def summary(view: View) -> str:
@@ -116,12 +116,12 @@ def summary(view: View) -> str:
 
 def counted(stats: Stats) -> list[str]:
     """What happened to the blocks of a run so far, as far as it did."""
-    told = (
+    found = (
         (stats.copies, f"{plural(stats.copies, 'block')} copied on write"),
         (stats.hit_tokens, f"{plural(stats.hit_tokens, 'token')} found cached"),
         (stats.preemptions, f"{stats.preemptions} preempted"),
     )
-    return [words for count, words in told if count]
+    return [words for count, words in found if count]
 
 
 def _names(view: View, events: list[Event]) -> str:
