@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ from minipaged.tui.session import Change, Session
 from minipaged.tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30
+LEAVE_SECONDS = 5.0  # after SIGTERM or SIGHUP, to give the terminal back
 LEAST_SIZE = (40, 12)  # columns and rows that the screen needs to show anything
 # Of one core, while an engine runs at full speed: the screen's frames become fewer before the engine becomes slower.
 CPU_SHARE = 0.1 * max(1, (os.cpu_count() or 2) - 1)
@@ -178,6 +180,10 @@ class ScreenApp(Actions):
 
     def _end_by_signal(self, number: int) -> None:
         """Leave in good order, so that the terminal is as it was before. The code is 128 + the signal's number, as a shell has it."""
+        # Where the terminal itself is gone, Textual may wait for ever to write its farewell. The engine ends when its pipe does.
+        overdue = threading.Timer(LEAVE_SECONDS, os._exit, (128 + number,))
+        overdue.daemon = True
+        overdue.start()
         self.exit(128 + number)
 
     def _follow_theme(self, theme: Theme) -> None:
