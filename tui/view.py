@@ -1,7 +1,6 @@
-"""What every pane is given: one moment of a trace and how to show it. And lines: runs of (text, role) that become
-strips.
+"""What every pane is given: one moment of a trace, and how to show it. And lines of (text, role), which become strips.
 
-Everything that a pane shows comes from here, so that live, replay and tests feed the same widgets.
+Everything that a pane shows comes from here, so that live runs, replays and tests feed the same widgets.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class View:
     moves: Mapping[int, str] = field(default_factory=dict)  # sequence -> the queue event it was just seen in
     flash: frozenset[int] = frozenset()  # blocks that a lesson has just changed
     block: int = -1  # the cursor's block; -1: none
-    watched: int = -1  # without a cursor: the block that something told of has just happened to
+    watched: int = -1  # without a cursor: the block of this step's most telling event
     only: int = -1  # the sequence that is not dimmed; -1: all are equal
     bookmarks: tuple[int, ...] = ()
     past: tuple[Past, ...] = ()  # of the cursor's block

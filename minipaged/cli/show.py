@@ -63,10 +63,10 @@ def show(
         asked_for = settings or {}
         given |= {f"--{name.replace('_', '-')}": asked_for.get(name, usual) != usual for name, usual in USUAL.items()}
         refuse(given, f"{recording} shows a recording, which is over: it takes no")
-    if not headless and not web and (terminal or (replay is None and scenario is None)):
+    on_screen = (web or terminal) and not headless
+    if on_screen or (not headless and replay is None and scenario is None):  # the second prints lines instead
         given = {"--screenshot": screenshot is not None, "--size": size is not None}
-        if terminal:
-            given["--steps"] = steps is not None
+        given["--steps"] = on_screen and steps is not None
         refuse(given, "without --headless there is no use for")
     asked = read_prompts(prompts) if prompts is not None else DEMO
     cells = parse_size(size)

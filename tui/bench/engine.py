@@ -1,6 +1,6 @@
 """The engine of `minipaged bench screen`: it serves the same requests with its trace listened to, or not, and times both alike.
 
-Runs in the engine's process, where the clock is. Knows engines and their settings; knows nothing of screens.
+It runs in the engine's process, where the clock is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which block of the map lies where: zoom levels, blocks a row, rows of the pool, cells of a block. Knows room and views, no colours."""
+"""Which block of the map lies where: zoom levels, blocks a row, rows of the pool, cells of a block."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Finding a step: by kind of event, sequence, block, number, or as the cause of something. A position, or words on why there is none.
+"""Finding a step by kind of event, sequence, block or number, or as the cause of another event.
 
-Knows sources and the marks of their steps; knows nothing of players or widgets.
+Each search returns a position in the source, or a sentence on why there is none.
 """
 
 from __future__ import annotations

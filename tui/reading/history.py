@@ -1,4 +1,4 @@
-"""A block's past: the events that named it, read back from the trace a bounded way and kept up as time goes on."""
+"""A block's past: the events that name it, read from the last LOOK_BACK steps of the trace and kept up to date as the position moves on."""
 
 from __future__ import annotations
 

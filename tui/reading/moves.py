@@ -1,7 +1,4 @@
-"""Who has just gone from queue to queue, so that the screen can mark the letter for as long as an eye needs.
-
-Knows deltas and the clock that it is given; knows nothing of the player.
-"""
+"""Which sequences have just been admitted, preempted or swapped: their letters stay marked long enough to be seen. Time is passed in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Shadows of a trace that carries none: computed beside the screen, step by step, and kept so that a seek finds them.
-
-Knows the lab's shadow allocators and traces; knows nothing of widgets.
-"""
+"""What other systems would hold (shadows), for a trace that does not carry them: computed step by step, and kept for every position."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Where a first run stops for a moment: the first time that something happens which paging is about, with a sentence on it.
-
-Knows deltas and snapshots; knows nothing of time or widgets.
-"""
+"""What the tour of a first run explains: the first admission, cache hit, fork, copy and preemption, a sentence each."""
 
 from __future__ import annotations
 

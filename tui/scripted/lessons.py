@@ -1,7 +1,6 @@
-"""Lessons on the screen: a few beats each, space advances. A real block manager is driven; every number in a caption is its own.
+"""The lessons' content: each drives a real block manager through a few beats; every number in a caption is read from it.
 
-Words are tokens and four of them fill a block, so that a whole story fits the screen. Knows the block manager and the trace;
-knows nothing of widgets.
+A word is a token and four of them fill a block, so that a whole story fits the screen.
 """
 
 from __future__ import annotations

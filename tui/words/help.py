@@ -32,7 +32,8 @@ t         a token's journey       c         compare with other systems
 e         knobs, pool size        L         lessons
 B         branch: run again to here, then otherwise
 R         run all again, with the pool size that was set
-ctrl+p    all commands            q         quit
+ctrl+p    all commands            ctrl+z    suspend (fg goes on)
+q         quit
 """
 
 

@@ -1,7 +1,4 @@
-"""What happened, in words: one sentence for a step, from its events and the state after it.
-
-Knows the trace's vocabulary; knows nothing of widgets.
-"""
+"""What happened, in words: one sentence for a step, from its events and the state after it."""
 
 from __future__ import annotations
 
