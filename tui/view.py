@@ -122,8 +122,8 @@ def other_hues(snapshot: Snapshot) -> dict[int, int]:
     So no two living answers to one prompt look alike, up to seven; past seven hues repeat, and the letters tell them apart.
     """
     alive = [state for state in snapshot.sequences.values() if state.alive]
-    if max((state.label for state in alive), default=0) < NUM_HUES:
-        return {}
+    if len({(state.request, state.label % NUM_HUES) for state in alive}) == len(alive):
+        return {}  # as almost always
     taken: dict[int, set[int]] = {}
     others: dict[int, int] = {}
     for state in sorted(alive, key=lambda state: state.label):
