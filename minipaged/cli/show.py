@@ -53,6 +53,7 @@ def show(
         check_int("steps", steps, 1)
     check_int("block_size", chosen.get("block_size", 16), 1, 256)
     check_choice("dtype", chosen.get("dtype", "auto"), ("auto", "float32", "float16", "bfloat16"))
+    cells = parse_size(size)
     in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
     terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())
     if scenario is not None or replay is not None:
@@ -69,7 +70,6 @@ def show(
         given["--steps"] = on_screen and steps is not None
         refuse(given, "without --headless there is no use for")
     asked = read_prompts(prompts) if prompts is not None else DEMO
-    cells = parse_size(size)
     for target in (record, screenshot):
         if target is not None and not target.resolve().parent.is_dir():
             raise InputError(f"{target}: the folder {target.resolve().parent} does not exist")
