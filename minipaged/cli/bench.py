@@ -174,7 +174,7 @@ def screen(
     if threads is not None:
         check_int("threads", threads, 1)
     results = Results(json_file)
-    from minipaged.tui.bench import Plan, measure
+    from minipaged.tui.bench.measure import Plan, measure
 
     settings = {"num_blocks": num_blocks, "device": device, "max_num_batched_tokens": 2048}
     folder = "" if pictures is None else str(pictures.resolve())
