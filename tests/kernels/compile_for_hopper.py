@@ -108,9 +108,9 @@ def main() -> None:
             ids = torch.zeros(rows, dtype=torch.int32)
             embed_tokens_triton(weight, ids, torch.zeros(2, dtype=torch.int64), ids)
             draw_tokens_triton(x)
-            chances = torch.zeros(rows, dtype=torch.float64)
-            draw_tokens_triton(x, chances, chances)
-            draw_tokens_triton(x, chances, chances, truncation_threshold_triton(x, chances, chances, chances, chances))
+            numbers = torch.zeros(rows, dtype=torch.float64)
+            draw_tokens_triton(x, numbers, numbers)
+            draw_tokens_triton(x, numbers, numbers, truncation_threshold_triton(x, numbers, numbers, numbers, numbers))
     compile_prefill_hopper()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
