@@ -1,6 +1,6 @@
 """The embedding of a step's tokens, some of which only the device knows: those that the step before drew.
 
-Knows rows of a table; knows nothing of steps. The Triton kernel is in embed_triton.py.
+The Triton kernel is in embed_triton.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The matrix products of a layer with what stands around them: the norm before, the residual sum or the gate after.
 
-Knows rows of hidden states and weights; knows nothing of layers. The Triton kernels, for the few rows of a small decode step, are in
-matmul_triton.py; with more rows the product is torch's.
+The Triton kernels, for the few rows of a small decode step, are in matmul_triton.py; with more rows the product is torch's.
 """
 
 from __future__ import annotations

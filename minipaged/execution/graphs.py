@@ -222,8 +222,8 @@ class GraphRunner(TorchRunner):
         if draws is Draws.GREEDY:
             return draw_tokens(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
-        least = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
-        return draw_tokens(logits, temperature, uniform, least)
+        threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
+        return draw_tokens(logits, temperature, uniform, threshold)
 
     def _all_logits(self) -> Tensor:
         """Where the graphs that end in logits leave them, float32 [rows, vocab]: one place for all, read before the next replay."""

@@ -72,7 +72,7 @@ def views(buffer: Any, shape: Shape, width: int) -> StepInputs:
     """The inputs of a shape in a flat buffer of at least size_of integers. longest_chunk: the most that the shape allows."""
     *flat, chunk_tables, decode_tables = (buffer[start:end] for start, end in _layout(shape, width))
     tables = (chunk_tables.reshape(shape.chunks, width), decode_tables.reshape(shape.decodes, width))
-    return StepInputs(*flat, *tables, longest_chunk=shape.tokens)
+    return StepInputs._make((*flat, *tables, shape.tokens))
 
 
 def inputs_of(plan: StepPlan, block_size: int, device: torch.device) -> StepInputs:

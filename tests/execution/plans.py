@@ -24,7 +24,7 @@ def plan_of(
     if tables is None:
         free = iter(np.random.default_rng(0).permutation(10_000) + 1)
         tables = [[next(free) for _ in range(count)] for count in blocks.tolist()]
-    padded = np.zeros((len(rows), int(blocks.max())), np.int32)
+    padded = np.zeros((len(rows), max(map(len, tables))), np.int32)
     for row, table in enumerate(tables):
         padded[row, : len(table)] = table
     if token_ids is None:
