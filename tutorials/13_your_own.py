@@ -624,16 +624,16 @@ def in_the_engine(kind: type[BlockManager], record_to: Path | None = None) -> tu
     from minipaged.config import EngineConfig, SamplingParams
     from minipaged.engine import Engine
     from minipaged.execution.eager import TorchRunner
-    from minipaged.execution.kv_store import KVStore
+    from minipaged.execution.paged_kv import PagedKV
     from minipaged.model.loading import zoo
     from minipaged.scheduling.scheduler import Scheduler
     from minipaged.trace.stream import open_recorder
 
     num_blocks, block_size, toy = 52, 4, zoo.load("toy", device="cpu", dtype="float32")
-    store = KVStore(toy.config, num_blocks, block_size, dtype=torch.float32, device=torch.device("cpu"))
+    kv = PagedKV(toy.config, num_blocks, block_size, dtype=torch.float32, device=torch.device("cpu"))
     config = EngineConfig(max_model_len=150, preemption="recompute")
     scheduler = Scheduler(config, kind(num_blocks, block_size), block_size)
-    engine = Engine(scheduler, TorchRunner(toy.model, store, config.max_num_seqs), codec=toy.tokenizer)
+    engine = Engine(scheduler, TorchRunner(toy.model, kv, config.max_num_seqs), codec=toy.tokenizer)
     recorder = open_recorder(record_to, engine) if record_to is not None else None
     if recorder is not None:
         engine.trace.subscribe(recorder.write)
