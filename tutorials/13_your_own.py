@@ -36,14 +36,12 @@ from __future__ import annotations
 
 import random
 import time
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 
 from minipaged.errors import InputError
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.blocks import BlockPool, next_key, root_key
+from minipaged.memory.blocks import BlockPool
 from minipaged.memory.tables import PendingCopies, SequenceBlocks
 from minipaged.memory.types import NULL_BLOCK, Allocation
 
@@ -199,13 +197,12 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `MyPrefixIndex`
 #
-# Content to blocks. The keys are made elsewhere: `root_key(salt)` is the key before the first block,
-# `next_key(key, tokens as bytes)` one link of the chain (lesson 10). Here a key is some bytes.
+# Content to blocks. The keys are made elsewhere, one link of a chain for each block (lesson 10); here a key is
+# some bytes.
 #
-# Three rules. A block has one key: `publish` returns `False` and changes nothing where it has one already. A key
+# Two rules. A block has one key: `publish` returns `False` and changes nothing where it has one already. And a key
 # may belong to several blocks, as two sequences that compute the same text side by side make two copies of it:
-# all are remembered, the one published first is found, and when it is erased the next one is. And
-# `match` goes through the keys until the first that finds nothing; there may be many more, so it asks for none after it.
+# all are remembered, the one published first is found, and when it is erased the next one is.
 
 
 # %%
@@ -213,10 +210,10 @@ class MyPrefixIndex:
     """Keys and the blocks that hold their content.
 
     >>> index = MyPrefixIndex()
-    >>> index.publish(b"some key", 3), index.publish(b"some key", 4), index.match([b"some key", b"other"])
-    (True, True, [3])
-    >>> index.erase(3), index.match([b"some key"]), 3 in index, len(index)
-    (True, [4], False, 1)
+    >>> index.publish(b"some key", 3), index.publish(b"some key", 4), index.find(b"some key")
+    (True, True, 3)
+    >>> index.erase(3), index.find(b"some key"), index.find(b"another"), 3 in index, len(index)
+    (True, 4, None, False, 1)
     """
 
     def __init__(self) -> None:
@@ -242,66 +239,38 @@ class MyPrefixIndex:
         """The block can no longer be found (another with its content still can); False if it could not anyway."""
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
-    def match(self, keys: Iterable[bytes]) -> list[int]:
-        """A block for each of the leading keys, up to the first that finds nothing."""
+    def find(self, key: bytes) -> int | None:
+        """The block that is found by the key; None if there is none."""
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
 
 # %%
-def keys_of(*tokens: int, salt: str | None = None) -> list[bytes]:
-    """The keys of the full blocks of 2 tokens."""
-    keys, key = [], root_key(salt)
-    for start in range(0, len(tokens) - 1, 2):
-        key = next_key(key, array("I", tokens[start : start + 2]).tobytes())
-        keys.append(key)
-    return keys
-
-
-def published(keys: list[bytes], blocks: list[int]) -> MyPrefixIndex:
-    index = MyPrefixIndex()
-    assert all(index.publish(key, block) for key, block in zip(keys, blocks, strict=True))
-    return index
-
-
-def test_2_finds_from_the_left_until_the_first_miss() -> None:
-    keys = keys_of(1, 2, 3, 4, 5, 6)
-    index = published(keys, [7, 3, 5])
-    assert index.match(keys) == [7, 3, 5]
-    assert index.match(keys[:2]) == [7, 3]
-    assert index.match(keys_of(1, 2, 3, 4, salt="somebody")) == [], "another salt is another world"
-    assert index.match(keys_of(9, 9, 3, 4)) == []
-    assert index.erase(3)
-    asked = iter(keys)
-    assert index.match(asked) == [7]
-    assert list(asked) == keys[2:], "after the first miss nothing more is asked for"
-
-
 def test_2_a_block_has_one_key() -> None:
-    (key,) = keys_of(1, 2)
-    index = published([key], [4])
+    index = MyPrefixIndex()
+    assert index.find(b"key") is None
+    assert index.publish(b"key", 4)
     assert index.publish(b"another", 4) is False, "the block has a key"
-    assert index.match([key]) == [4]
+    assert index.find(b"key") == 4
+    assert index.find(b"another") is None
     assert (len(index), 4 in index, 9 in index, index.blocks()) == (1, True, False, [4])
     assert index.erase(4) is True
     assert index.erase(4) is False
-    assert len(index) == 0
-    assert index.match([key]) == []
+    assert (len(index), index.find(b"key")) == (0, None)
 
 
 def test_2_equal_content_is_remembered_twice() -> None:
-    (key,) = keys_of(1, 2)
-    index = published([key, key, key], [4, 9, 2])
-    assert (index.match([key]), index.blocks()) == ([4], [4, 9, 2]), "the one published first is found"
+    index = MyPrefixIndex()
+    assert all(index.publish(b"key", block) for block in (4, 9, 2))
+    assert (index.find(b"key"), index.blocks()) == (4, [4, 9, 2]), "the one published first is found"
     assert index.erase(9)
-    assert index.match([key]) == [4]
+    assert index.find(b"key") == 4
     assert index.erase(4)
-    assert index.match([key]) == [2], "the copy that is left"
-    assert index.publish(key, 4)
-    assert index.match([key]) == [2]
+    assert index.find(b"key") == 2, "the copy that is left"
+    assert index.publish(b"key", 4)
+    assert index.find(b"key") == 2
 
 
 if __name__ == "__main__":
-    test_2_finds_from_the_left_until_the_first_miss()
     test_2_a_block_has_one_key()
     test_2_equal_content_is_remembered_twice()
 

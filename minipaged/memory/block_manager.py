@@ -300,19 +300,10 @@ class BlockManager:
         sequence = self._sequences.on_device(seq_id)
         check_int("num_tokens", num_tokens, 0, sequence.reserved)
         keep = self._editor.blocks_for(num_tokens)
-        if num_tokens < keep * self._block_size:
-            tail = sequence.table[keep - 1]
-            if tail == NULL_BLOCK:
-                raise InputError(
-                    f"sequence {seq_id} cannot be cut at token {num_tokens}: entry {keep - 1} was released"
-                )
-            writer = self._editor.promises.writer_of.get(tail, seq_id)
-            if writer != seq_id and sequence.reserved >= keep * self._block_size:
-                # It found this block, and to go on inside it would copy it, which is done before the block is written.
-                raise InputError(
-                    f"sequence {seq_id} cannot be cut at token {num_tokens}: sequence {writer} writes that block in this step"
-                )
-        self._editor.check_withdrawal(sequence, num_tokens)
+        if num_tokens < keep * self._block_size and sequence.table[keep - 1] == NULL_BLOCK:
+            raise InputError(f"sequence {seq_id} cannot be cut at token {num_tokens}: entry {keep - 1} was released")
+        if self._editor.promises.writer_of:
+            self._editor.check_leaving(sequence, num_tokens)
         self._editor.cut(sequence, num_tokens)
 
     def release(self, seq_id: int, indices: Iterable[int]) -> None:
@@ -350,7 +341,8 @@ class BlockManager:
                     self._host.drop(block)
                     self._editor.emit("free", seq_id, block, -1, index, "host")
         else:
-            self._editor.check_withdrawal(sequence, 0)
+            if self._editor.promises.writer_of:
+                self._editor.check_leaving(sequence, 0)
             self._editor.cut(sequence, 0)
         self._sequences.remove(seq_id)
 
@@ -367,7 +359,7 @@ class BlockManager:
         ends = [sequence.before_plan() for sequence in group]
         for sequence, end in zip(group, ends, strict=True):
             if end is not None:
-                self._editor.check_withdrawal(sequence, end)
+                self._editor.check_leaving(sequence, end)
         blocks = swap.blocks_to_move(group, self._block_size)
         if len(blocks) > self._host.num_available or not self._arrivals.isdisjoint(blocks):
             return None

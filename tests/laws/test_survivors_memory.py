@@ -175,18 +175,18 @@ def test_the_index_remembers_every_copy() -> None:
     index = PrefixIndex()
     assert all(index.publish(b"key", block) for block in (3, 4, 5))
     assert not index.publish(b"other", 3)
-    assert index.match([b"key", b"other"]) == [3]
+    assert index.find(b"key") == 3
     assert (index.blocks(), 3 in index, 6 in index) == ([3, 4, 5], True, False)
     assert index.erase(4)
     assert not index.erase(4)
-    assert index.match([b"key"]) == [3]
+    assert index.find(b"key") == 3
     assert index.erase(3)
-    assert index.match([b"key"]) == [5]
+    assert index.find(b"key") == 5
     assert index.publish(b"key", 3)
-    assert index.match([b"key"]) == [5]
+    assert index.find(b"key") == 5
     assert index.erase(5)
     assert index.erase(3)
-    assert index.match([b"key"]) == []
+    assert index.find(b"key") is None
     assert index.blocks() == []
 
 
