@@ -182,7 +182,9 @@ class BlockManager:
         if hit is not None:
             self._check_hit(hit)
             if hit.tokens != tokens:
-                raise InputError(f"the hit is of {len(hit.tokens)} other tokens: look these up")
+                raise InputError(
+                    f"hit is of other tokens ({len(hit.tokens)} of them, not these {len(tokens)}): look these up"
+                )
         if hit is None or hit.salt != salt:
             hit = PrefixHit(self._editor.index, tokens, self._block_size, salt)
         blocks = hit.find(wanted) if read_cache else []
@@ -205,7 +207,7 @@ class BlockManager:
         return Allocation(sequence.computed, self._editor.grow(sequence, count), ())
 
     def _check_hit(self, hit: PrefixHit) -> None:
-        if not isinstance(hit, PrefixHit) or not hit.is_of(self._editor.index):
+        if not isinstance(hit, PrefixHit) or hit.index is not self._editor.index:
             raise InputError(f"hit must be what this manager's lookup returned, not {hit!r}")
 
     # ---- growing

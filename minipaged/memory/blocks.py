@@ -236,12 +236,12 @@ class PrefixIndex:
 class PrefixHit:
     """A prompt's keys, each hashed once and only when it is needed. It holds no block: what it finds is looked up anew each time."""
 
-    __slots__ = ("_block_size", "_index", "keys", "root", "salt", "tokens")
+    __slots__ = ("_block_size", "index", "keys", "root", "salt", "tokens")
 
     def __init__(self, index: PrefixIndex, tokens: array[int], block_size: int, salt: str | None) -> None:
         self.tokens, self.salt, self.root = tokens, salt, root_key(salt)
         self.keys: list[bytes] = []  # of the leading full blocks, as far as anybody has asked
-        self._index = index
+        self.index = index  # where it looks
         self._block_size = block_size
 
     @property
@@ -249,16 +249,12 @@ class PrefixHit:
         """Tokens that a new sequence would find now: whole blocks, and never all of its tokens."""
         return len(self.find(len(self.tokens))) * self._block_size
 
-    def is_of(self, index: PrefixIndex) -> bool:
-        """Whether this index is the one that is searched."""
-        return self._index is index
-
     def find(self, num_tokens: int) -> list[int]:
         """Blocks that hold the prompt's leading full blocks now, inside its first `num_tokens` tokens and with at least one token of
         it left to compute. The first miss ends it."""
         most = max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size
         blocks: list[int] = []
-        keys, find = self.keys, self._index.find
+        keys, find = self.keys, self.index.find
         for key in keys[:most]:
             block = find(key)
             if block is None:

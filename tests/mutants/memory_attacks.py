@@ -183,7 +183,7 @@ class _SkipsMisses(PrefixHit):
             parent = self.keys[-1] if self.keys else self.root
             self.keys.append(next_key(parent, self.tokens[start : start + self._block_size].tobytes()))
         most = max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size
-        later = [self._index.find(key) for key in self.keys[len(whole) : most]]
+        later = [self.index.find(key) for key in self.keys[len(whole) : most]]
         return whole + [block for block in later if block is not None]
 
 
@@ -200,7 +200,7 @@ class HeadFirst(BlockManager):
 
     def free(self, seq_id: int) -> None:
         sequence = self._sequences.find(seq_id)
-        if sequence.host is None and sequence.pending is None:
+        if sequence.host is None and sequence.pending is None and sequence.promised_from is None:
             sequence.table.reverse()
         super().free(seq_id)
 
