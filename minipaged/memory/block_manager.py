@@ -359,13 +359,17 @@ class BlockManager:
         """
         group = self._sequences.group(seq_ids, swapped=False)
         ends = [sequence.before_plan() for sequence in group]
+        not_yet_written = set(self._editor.promises.writer_of)
         for sequence, end in zip(group, ends, strict=True):
             if end is not None:
                 self._editor.check_leaving(sequence, end)
+                not_yet_written.difference_update(
+                    sequence.table[i] for i in self._editor.promised_entries(sequence, end)
+                )
         blocks = swap.blocks_to_move(group, self._block_size)
-        if len(blocks) > self._host.num_available or not self._arrivals.isdisjoint(blocks):
+        if len(blocks) > self._host.num_available:
             return None
-        if not self._editor.promises.writer_of.keys().isdisjoint(blocks):
+        if not blocks.keys().isdisjoint(self._arrivals | not_yet_written):
             return None
         for sequence, end in zip(group, ends, strict=True):
             if end is not None:
@@ -380,7 +384,7 @@ class BlockManager:
         """
         group = self._sequences.group(seq_ids, swapped=True)
         blocks = {block for sequence in group for block in sequence.host or () if block >= 0}
-        need = len(blocks) + swap.next_step_blocks(group, self._host, self._block_size)
+        need = len(blocks) + swap.next_step_blocks(group, self._block_size)
         if need + self._watermark() > self._pool.num_available:
             return None
         pairs = swap.move_in(group, self._pool, self._host, self._editor.take, self._editor.emit)

@@ -51,7 +51,7 @@ class FullMachine(SharingMachine):
             return
         tables |= {i: watch.view.tables[i] for i in ids if i not in tables}
         blocks = {b for table in tables.values() for b in table if b}
-        arriving = blocks & ({device for _, device in watch.swap_ins} | watch.promised.keys())
+        arriving = blocks & ({device for _, device in watch.swap_ins} | watch.promised.keys() - set(withdrawn))
         least, most = watch.host_available()
         pairs = watch.call("swap_out", ids)
         said = f"swap_out({ids}) of {tables}"
