@@ -1,11 +1,11 @@
 """What a system that reserves ahead holds, as accounting over the slots of one pool.
 
-Knows prompt, answer and limit of each row; knows nothing of time, queues or kernels. The split of the pool is that of
+There is no time, queue or kernel here, only the prompt, answer and limit of each row. The split of the pool is that of
 the PagedAttention paper (section 3.1, Fig. 2): with t slots written of a row that will need p + o, of which R were
 reserved and C taken,
   token t . reserved (p + o) - t . internal R - (p + o) . external (C - R) and what is free while somebody waits
 and beside it: padding (left padding, rows that ended in a static batch), and idle: what is free while nobody waits.
-The systems themselves stand in systems.py.
+The systems themselves stand in batches.py, orca.py and tgi.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Shadow allocators: what other systems would hold, at every step, on the very traffic that an engine serves.
 
-A listener of a trace, live or recorded. Knows arrivals, progress and ends of sequences from StepDeltas; knows
-nothing of engines. This is accounting, not speed: a shadow's row grows as the engine's sequence does, and a sequence
-that the shadow has no room for waits in its line until there is room or the engine has finished it. Nothing is
-shared: every fork is a row of its own.
+A shadow listens to a trace, live or recorded, and sees in it when sequences arrive, grow and end. This is accounting,
+not speed: a shadow's row grows as the engine's sequence does, and a sequence that the shadow has no room for waits in
+its line until there is room or the engine has finished it. Nothing is shared: every fork is a row of its own.
 
 The reservations need lengths that only hindsight knows. A recorded trace has them; live, a request's limit stands
 for its answer's length, and reserved and internal are then one, called reserved.

@@ -1,7 +1,4 @@
-"""The lab's commands that run on this device: `compare --device`, `ablate`, `beams`, and `plot` for what they kept.
-
-Knows flags; knows nothing of how anything is measured. The imports of a command are inside it, so that help is instant.
-"""
+"""The lab's commands that run on this device: `compare --device`, `ablate`, `beams`, and `plot` for what they wrote."""
 
 from __future__ import annotations
 
@@ -70,7 +67,7 @@ def ablate(
     json_file: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
-    """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, the product."""
+    """Measure on this device what each technique contributes: attention, layout, heads, block size, preemption, batching, all together."""
     from minipaged.cli.progress import status_line
     from minipaged.lab.measure.ablate import Ablation
     from minipaged.lab.measure.ablate import ablate as measure
@@ -102,7 +99,7 @@ def beams(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Blocks that a real model's beams and samples share, measured; Fig. 15 shows them beside the simulated ones."""
+    """Measure how many blocks a real model's beams and samples share. Fig. 15 shows them beside the simulated ones."""
     from dataclasses import asdict
 
     from minipaged.cli.progress import status_line
@@ -131,7 +128,7 @@ def plot(
     results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
     out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
 ) -> None:
-    """A plot of a results file, as SVG."""
+    """Draw a results file as an SVG plot."""
     from minipaged.lab.measure.results import read_results
     from minipaged.lab.report.device_report import plot_of
 

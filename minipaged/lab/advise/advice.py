@@ -1,7 +1,7 @@
 """Which techniques help a given use, each with the number that says so.
 
-Knows the calculators and the simulator; knows no rules of thumb: a technique is only judged by a figure computed for
-this very use.
+There are no rules of thumb here: a technique is judged only by a figure that the calculators or the simulator compute
+for this very use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Measures what real beams share: a real model's beam search over short instructions, blocks counted at every step.
 
-Beside it the same with parallel samples. Knows how to run an engine and to read its trace; the simulated figure that it stands
-beside is in figures.py.
+Beside it stands the same with parallel samples. The simulated figure that both are compared with is in paper/figures.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.measure.contender NAME FILE < JOB`.
+"""One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.measure.contender NAME
+FILE < JOB`.
 
-Loads the engine, then for each workload makes a warm pass and the timed ones, and appends a JSON line to FILE for each. Knows the job and
-the clock; each engine's own calls are in contender_*.py.
+Loads the engine, then for each workload makes a warm pass and the timed ones, and appends a JSON line to FILE for each.
+The job and the clock are here; each engine's own calls are in contender_*.py.
 """
 
 from __future__ import annotations

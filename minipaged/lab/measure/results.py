@@ -1,6 +1,6 @@
 """The one form of all benchmark results: rows, with all that is needed to measure them again.
 
-A file is written anew after every row, so a run that is cut short leaves what it has. Knows JSON; knows nothing of what was measured.
+A file is written anew after every row, so a run that is cut short leaves what it has.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Claims that circulate about paged attention, each beside what is computed here.
 
-Knows which sum or simulation speaks to which claim. A figure that only a device can give is read from the results that came
-with this version (measured.py), or the command that measures it is named.
+Each function runs the sum or the simulation that speaks to one claim. A figure that only a device can give is read from
+the results that came with this version (measured.py), or the command that measures it is named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a reproduced figure is: numbers of the paper beside ours. Knows comparison; knows nothing of systems."""
+"""What a reproduced figure is: numbers of the paper beside ours."""
 
 from __future__ import annotations
 

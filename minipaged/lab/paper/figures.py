@@ -1,8 +1,8 @@
 """The figures of the PagedAttention paper (arXiv 2309.06180), simulated, each number beside the published one.
 
-Knows which run gives which number. Two things were fitted to the paper: the spread of the lengths (workloads.py) to
-the split of Fig. 2, and one constant of the A100 (servers.py) to one batch of Fig. 13; the persistence of beams
-(beams.py) to Fig. 15. The rest is prediction.
+One function a figure. Three things were fitted to the paper: the spread of the lengths (workloads.py) to the split of
+Fig. 2, one constant of the A100 (servers.py) to one batch of Fig. 13, and the persistence of beams (beams.py) to Fig.
+15. The rest is prediction.
 """
 
 from __future__ import annotations

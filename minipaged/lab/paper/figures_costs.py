@@ -1,7 +1,4 @@
-"""Fig. 18b (block size) and Fig. 19 (recompute against swap) of the PagedAttention paper.
-
-Knows the roofline of a prompt and of the host link; knows nothing of other figures.
-"""
+"""Fig. 18b (block size) and Fig. 19 (recompute against swap) of the PagedAttention paper."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Plots as SVG text, with no plotting library: lines and stacked bars.
+"""Plots as SVG text, with no plotting library: lines, bars and stacked bars.
 
-Knows axes and colours; knows nothing of what is plotted. The text can stand inside an HTML page or a file of its own.
+The text can stand inside an HTML page or a file of its own.
 """
 
 from __future__ import annotations

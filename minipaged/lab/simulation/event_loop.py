@@ -3,17 +3,19 @@
 Why a second scheduler. The engine itself, run on the simulated runner (engine_run.py, `--system engine`), decides token
 by token. On one processor that takes 0.7 ms a request with Alpaca, 6 ms with ShareGPT and 14 ms with four beams; this loop
 takes 30 to 240 times less, because it jumps to the next event and counts blocks without naming them. Fig. 12 of the paper
-searches for sustained rates in 415 runs of 1.6 million requests in all: 23 s here, about an hour with the engine. The loop
-also runs systems that the engine can only run in batches (webui, static, fastertransformer) or not at all (tgi-early).
+searches for sustained rates in 415 runs of 1.6 million requests in all: 23 s here; at the rates above the engine would need
+between twenty minutes and three hours. The loop also charges what some systems waste in time and the engine does not do:
+padded prompts, ended rows that are computed on, caches that are copied at every step.
 
-What keeps it honest: tests/lab/test_loop_equals_engine.py runs the same workload in both, for paging and for every system
-whose memory the engine can use. Every request must enter and end at the same femtosecond, with as many steps and preemptions, and the
-pool breakdown over time must agree within half a percent of the pool. Where the samples of a request share blocks, saved
-blocks must agree within two percent and the makespan within one. Two things are simplified and not held: a prefix that all
-requests share is there from the start, and the beams of beam search live and die by a random tree (beams.py).
+What keeps it honest: tests/lab/test_loop_equals_engine.py runs the same workload in both, for paging and for every
+system whose memory the engine can use. Every request must enter and end at the same femtosecond, with as many steps and
+preemptions, and the pool breakdown over time must agree within half a percent of the pool. Where the samples of a
+request share blocks, saved blocks must agree within two percent and the makespan within one. Two things are simplified
+and not held: a prefix that all requests share is there from the start, and the beams of beam search live and die by a
+random tree (beams.py).
 
-It knows requests, a memory (simulated_memory.py) and step times (roofline.py), but not what the systems are called. Time is in
-whole femtoseconds.
+It knows requests, a memory (simulated_memory.py) and step times (roofline.py), but not what the systems are called.
+Time is in whole femtoseconds.
 
 One step is: room for one more token in every decoding row (where there is none, the latest arrival leaves, to be
 computed anew); admissions in order of arrival, whose head blocks the line; one forward pass over decoding rows and

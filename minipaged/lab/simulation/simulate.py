@@ -1,6 +1,6 @@
 """Runs a named system over a workload on a server and sums up what came out.
 
-Knows which memory and which behaviour each system has; the event loop does the rest.
+It chooses the memory and the behaviour that go with the name; the event loop does the rest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The memory of a simulated system, as the event loop sees it: rows that reserve ahead, or blocks on demand.
 
-Knows requests by their index in a workload, and slots; knows nothing of time. All decoding rows grow by one token a
-step, so that blocks on demand are counted by the phase of a row within its block, not row by row.
+A request is named by its index in the workload. All decoding rows grow by one token a step, so that blocks on demand
+are counted by the phase of a row within its block, not row by row.
 """
 
 from __future__ import annotations
