@@ -182,19 +182,23 @@ class Terminal:
         self.pid, self._keyboard = pty.fork()
         if self.pid == 0:
             os.execve(sys.executable, [sys.executable, "-c", SCRIPT], {**os.environ, "TERM": "dumb", "NO_COLOR": "1"})
-        self.shown = ""
+        self._read = b""
+
+    @property
+    def shown(self) -> str:
+        return self._read.decode(errors="replace")
 
     def type(self, keys: str) -> None:
         os.write(self._keyboard, keys.encode())
 
-    def wait_for(self, done: Callable[[str], bool], seconds: float = 90.0) -> None:
+    def wait_for(self, done: Callable[[str], bool], seconds: float = 60.0) -> None:
         """Read until what was shown satisfies `done`."""
         end = time.monotonic() + seconds
         while not done(self.shown):
             assert time.monotonic() < end, self.shown
             if select.select([self._keyboard], [], [], 0.1)[0]:
                 try:
-                    self.shown += os.read(self._keyboard, 65536).decode(errors="replace")
+                    self._read += os.read(self._keyboard, 65536)
                 except OSError:  # the other end has closed
                     assert done(self.shown), self.shown
 
@@ -219,7 +223,10 @@ class Terminal:
 def test_at_a_terminal() -> None:
     terminal = Terminal()
     terminal.wait_for(lambda shown: shown.endswith("› "))
-    terminal.type("half a quest\x03")
+    terminal.type("half a quest")
+    terminal.wait_for(lambda shown: shown.endswith("half a quest"))
+    time.sleep(0.3)  # until it waits for keys again: in between, Python's input() hears a signal only with the next key
+    terminal.type("\x03")
     terminal.wait_for(lambda shown: "ctrl+d or /quit ends the conversation." in shown and shown.endswith("› "))
     terminal.type("hello\r")
     terminal.wait_for(lambda shown: len(terminal.answers()) > 5)
