@@ -37,11 +37,19 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 def check_real(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
     """Return `value` as a float if it is a finite number in the range; otherwise say what was given and what is allowed."""
     span = f"{'above' if open_low else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number {span}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        raise InputError(f"{name} must be a finite number {span}, not {value!r:.40}")
     if value < low or value > high or (open_low and value == low):
         raise InputError(f"{name} must be {span}, not {value:g}")
     return float(value)
+
+
+def _is_finite(value: int | float) -> bool:
+    """Whether a float can hold the value: a whole number may be larger than any float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -57,6 +65,20 @@ def check_bool(name: str, value: object) -> None:
         raise InputError(f"{name} must be true or false, not {value!r}")
 
 
+# Far above any real model: a damaged config is refused before its sizes are multiplied or allocated.
+MAX_SIZES = {
+    "vocab_size": 2**26,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_layers": 2**14,
+    "num_heads": 2**14,
+    "num_kv_heads": 2**14,
+    "head_dim": 2**13,
+    "max_position": 2**31 - 1,
+}
+MAX_ROPE_FACTOR, MAX_ROPE_THETA = 1e6, 1e15
+
+
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """Llama 3's stretch of the rotary frequencies (Llama 3.1 report, section 3.2; Hugging Face `rope_type: llama3`)."""
@@ -65,6 +87,15 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position: int
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            check_real(name, getattr(self, name), 0.0, MAX_ROPE_FACTOR, open_low=True)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise InputError(
+                f"high_freq_factor ({self.high_freq_factor:g}) must be above low_freq_factor ({self.low_freq_factor:g})"
+            )
+        check_int("original_max_position", self.original_max_position, 1, MAX_SIZES["max_position"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +123,10 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in (*sizes, "max_position"):
-            check_int(name, getattr(self, name), 1)
+        for name, most in MAX_SIZES.items():
+            check_int(name, getattr(self, name), 1, most)
+        check_real("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
+        check_real("rope_theta", self.rope_theta, 0.0, MAX_ROPE_THETA, open_low=True)
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:

@@ -17,6 +17,13 @@ from torch import Tensor
 from minipaged.config import ModelConfig, RopeScaling
 from minipaged.errors import InputError, ModelError
 from minipaged.model.loading.gguf_file import GGUFFile
+from minipaged.model.loading.gguf_tokenizer import end_tokens, special_token
+from minipaged.model.loading.keys import (
+    ARCHITECTURE_KEYS,
+    GENERAL_KEYS,
+    GGUF_TOKENIZER_KEYS,
+    check_keys,
+)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # `llama` also holds SmolLM2 and Mistral
 ROPE_FACTORS = "rope_freqs.weight"
@@ -92,8 +99,8 @@ class GGUFCheckpoint:
                 output_bias="blk.0.attn_output.bias" in tensors,
                 mlp_bias="blk.0.ffn_up.bias" in tensors,
                 qk_norm="blk.0.attn_q_norm.weight" in tensors,
-                eos_token_ids=self._eos_token_ids(),
-                bos_token_id=self._token("bos"),
+                eos_token_ids=end_tokens(self.file.metadata, self.path),
+                bos_token_id=special_token(self.file.metadata, "bos"),
             )
         except ModelError:
             raise
@@ -101,17 +108,24 @@ class GGUFCheckpoint:
             raise ModelError(f"{self.path}: {error}") from None
 
     def _refuse_what_would_be_ignored(self) -> None:
-        refused = {
-            "expert_count": "a mixture of experts",
-            "attention.sliding_window": "sliding-window attention",
-            "attention.scale": "its own attention scale",
-        }
-        for key, what in refused.items():
-            if self.file.metadata.get(f"{self.architecture}.{key}"):
-                raise ModelError(f"{self.path}: {self.architecture}.{key} asks for {what}, which is not supported")
-        scaling = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        if scaling != "none":
-            raise ModelError(f"{self.path}: {self.architecture}.rope.scaling.type {scaling!r} is not supported")
+        metadata, prefix = self.file.metadata, f"{self.architecture}."
+        ours = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        check_keys(ours, ARCHITECTURE_KEYS, self.path, prefix)
+        check_keys(metadata, GENERAL_KEYS | GGUF_TOKENIZER_KEYS, self.path)
+        parts = metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise ModelError(
+                f"{self.path}: one part of a file split in {parts}; join them first (llama-gguf-split --merge)"
+            )
+        if ours.get("rope.scaling.type", "none") not in ("none", "linear"):
+            raise ModelError(
+                f"{self.path}: {prefix}rope.scaling.type {ours['rope.scaling.type']!r:.60} is not supported"
+            )
+        for key in ("rope.scaling.factor", "rope.scale_linear"):  # without a type llama.cpp takes both as linear
+            if ours.get(key, 1) not in (0, 1) and ours.get("rope.scaling.type") != "none":
+                raise ModelError(
+                    f"{self.path}: {prefix}{key} {ours[key]!r:.60} asks for linear rope, which is not supported"
+                )
 
     def _head_dim(self, hidden: int, heads: int) -> int:
         head_dim = self._whole("attention.key_length", hidden // max(heads, 1))
@@ -135,14 +149,6 @@ class GGUFCheckpoint:
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
             raise ModelError(f"{self.path}: {ROPE_FACTORS} is not Llama 3's rope scaling, the only one supported")
         return scaling
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        found = (self._token(kind) for kind in ("eos", "eot", "eom"))
-        return tuple(dict.fromkeys(token for token in found if token is not None))
-
-    def _token(self, kind: str) -> int | None:
-        value = self.file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        return value if isinstance(value, int) else None
 
     def _whole(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)

@@ -7,9 +7,11 @@ parameters. Pickle checkpoints are refused: opening one can run code.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from minipaged.model.loading.hf_config import read_config, read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+ROWS_AT_ONCE = 4096  # of the two, while they are compared
 
 
 class FolderCheckpoint:
@@ -29,6 +33,8 @@ class FolderCheckpoint:
         self.config = read_config(path)
         self._open: tuple[str, Any] | None = None  # the shard last read, held open
         self._files = self._find_tensors()
+        if self.config.tie_embeddings and self._has_own_head():
+            self.config = replace(self.config, tie_embeddings=False)
         self._shapes = self._read_shapes()
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -43,6 +49,25 @@ class FolderCheckpoint:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.path / file}: tensor {name} cannot be read: {_first_line(error)}") from None
         return values
+
+    def _has_own_head(self) -> bool:
+        """Whether an lm_head is stored that differs from the embeddings, whatever tie_word_embeddings says."""
+        if HEAD not in self._files or EMBEDDINGS not in self._files:
+            return False
+        head, embeddings = self._slice(HEAD), self._slice(EMBEDDINGS)
+        rows: list[int] = head.get_shape()
+        if rows != embeddings.get_shape() or head.get_dtype() != embeddings.get_dtype():
+            return True
+        starts = range(0, rows[0] if rows else 0, ROWS_AT_ONCE)
+        return any(not torch.equal(head[i : i + ROWS_AT_ONCE], embeddings[i : i + ROWS_AT_ONCE]) for i in starts)
+
+    def _slice(self, name: str) -> Any:
+        """A stored tensor whose rows can be read in parts."""
+        file = self.path / self._files[name]
+        try:
+            return _open(file).get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: tensor {name} is missing, though {INDEX} names it") from error
 
     def _find_tensors(self) -> dict[str, str]:
         """Which file holds which tensor."""
@@ -94,7 +119,7 @@ class FolderCheckpoint:
 
     def _ignored(self, name: str) -> bool:
         """Whether a tensor repeats what the config says: old rotary tables, and the second copy of tied embeddings."""
-        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == "lm_head.weight")
+        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == HEAD)
 
     def _why_nothing(self) -> str:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.path.glob(pattern))
