@@ -21,7 +21,10 @@ PLAIN_ROPE = (None, "default")
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ModelError if it is missing or is none."""
     try:
-        value = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        value = json.loads(raw)
+        if b"\\ud" in raw.lower():  # half of a surrogate pair is no text that a tokenizer or a screen could take
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a Hugging Face folder holds it") from None
     except OSError as error:

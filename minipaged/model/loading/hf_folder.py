@@ -6,6 +6,7 @@ parameters. Pickle checkpoints are refused: opening one can run code.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -95,9 +96,9 @@ class FolderCheckpoint:
             raise ModelError(f"{index}: weight_map must name the file of each tensor")
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
-                raise ModelError(f"{index}: names {file!r}, which is not a file of this folder")
-            if not (self.path / file).exists():
-                raise ModelError(f"{index}: names {file}, which is not there; fetch it again")
+                raise ModelError(f"{index}: names {file!r:.80}, which is not a file of this folder")
+            if not os.path.isfile(self.path / file):
+                raise ModelError(f"{index}: names {file!r:.80}, which is not there; fetch it again")
         return weight_map
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
