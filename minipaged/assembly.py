@@ -11,8 +11,8 @@ from minipaged.config import CacheConfig, EngineConfig, ModelConfig
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
-from minipaged.execution.kv_store import KVStore
 from minipaged.execution.largest_step import peak_bytes
+from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
@@ -147,7 +147,7 @@ def build_runner(
     graphs: bool = True,
 ) -> TorchRunner:
     """A runner with a KV pool of its own."""
-    store = KVStore(
+    kv = PagedKV(
         loaded.config,
         cache.num_blocks,
         cache.block_size,
@@ -155,11 +155,11 @@ def build_runner(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    if graphs and can_capture(store.layers[0][0]):
+    if graphs and can_capture(kv.keys[0]):
         from minipaged.execution.graphs import GraphRunner
 
-        return GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len, depth=config.depth)
-    return TorchRunner(loaded.model, store, config.max_num_seqs)
+        return GraphRunner(loaded.model, kv, config.max_num_seqs, config.max_model_len, depth=config.depth)
+    return TorchRunner(loaded.model, kv, config.max_num_seqs)
 
 
 def can_capture(cache: torch.Tensor) -> bool:

@@ -145,10 +145,10 @@ def test_L64_embed_tokens_equals_twin(tokens: int, size: int, dtype: torch.dtype
 
     table, newest = normal(0, 9, size, dtype=dtype), torch.tensor([3, 8, 1])
     token_ids = torch.tensor([4, -1, 0, -1, 8], dtype=torch.int32)[:tokens]
-    places = torch.tensor([0, 1, 0, 2, 2], dtype=torch.int32)[:tokens]
+    batch_indices = torch.tensor([0, 1, 0, 2, 2], dtype=torch.int32)[:tokens]
     expected = table[torch.tensor([4, 8, 0, 1, 8])[:tokens]]
-    assert torch.equal(embed_tokens_torch(table, token_ids, newest, places), expected)
-    assert torch.equal(embed_tokens_triton(table, token_ids, newest, places), expected)
+    assert torch.equal(embed_tokens_torch(table, token_ids, newest, batch_indices), expected)
+    assert torch.equal(embed_tokens_triton(table, token_ids, newest, batch_indices), expected)
 
 
 def test_rope_write_norms_each_head_first() -> None:
@@ -194,7 +194,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         rms_norm(x, weight, -1)
     with pytest.raises(ValueError, match=r"gate_up has shape \[3, 7\]"):
         silu_mul(torch.zeros(3, 7))
-    with pytest.raises(ValueError, match=r"places has shape \[2\]; it must be \[3\]"):
+    with pytest.raises(ValueError, match=r"batch_indices has shape \[2\]; it must be \[3\]"):
         embed_tokens(x, torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(2).int())
     case = RopeCase(5, 2, 1, 32, 4, torch.float32)
     arguments = case.arguments()

@@ -128,10 +128,11 @@ def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
     config = shape("toy")
     model = Llama.random(config, TOY_SEED, torch.float32, "cpu", TOY_STD)
     said = torch.tensor(list(TOY_ALPHABET))
-    model.head.weight[said] *= 2
+    scores = model.slots()["lm_head.weight"]
+    scores[said] *= 2
     silent = torch.ones(config.vocab_size, dtype=torch.bool)
     silent[said] = False
-    model.head.weight[silent] = 0
+    scores[silent] = 0
     placed = Llama(config, dtype=dtype, device=device)
     for slot, values in zip(placed.slots().values(), model.slots().values(), strict=True):
         slot.copy_(values)

@@ -1,4 +1,4 @@
-"""What belongs to a block travels with it: copies and swaps move every tensor of the store, the scales of quantized KV as well.
+"""What belongs to a block travels with it: copies and swaps move every tensor of the pool, the scales of quantized KV as well.
 
 A prefix hit moves nothing: whoever finds a block reads its number in every tensor. So scales can only be lost where blocks are copied or
 swapped; the mutants at the end do that, and the test must find each.
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.execution.kv_store import KVStore
+from minipaged.execution.paged_kv import PagedKV
 from minipaged.model.loading.shapes import shape
 from minipaged.scheduling.plan import Pairs
 
@@ -19,8 +19,8 @@ BLOCKS, HOST = 6, 4
 MOVES = st.lists(st.tuples(st.sampled_from(["copy", "out", "in"]), st.integers(0, 5), st.integers(0, 5)), max_size=12)
 
 
-def with_scales(kind: type[KVStore]) -> KVStore:
-    """A store with one scale a block and head beside its keys and values, every number of it another."""
+def with_scales(kind: type[PagedKV]) -> PagedKV:
+    """A pool with one scale a block and head beside its keys and values, every number of it another."""
     store = kind(shape("toy"), BLOCKS, 2, num_host_blocks=HOST)
     heads = next(iter(store.tensors.values())).shape[2]
     store.tensors["scale.0"] = torch.zeros(BLOCKS, heads)
@@ -32,9 +32,9 @@ def with_scales(kind: type[KVStore]) -> KVStore:
     return store
 
 
-def follow(kind: type[KVStore], moves: list[tuple[str, int, int]]) -> None:
-    """The moves on a store, and on lists that remember which block each block's content came from."""
-    store, first = with_scales(kind), with_scales(KVStore)
+def follow(kind: type[PagedKV], moves: list[tuple[str, int, int]]) -> None:
+    """The moves on a pool, and on lists that remember which block each block's content came from."""
+    store, first = with_scales(kind), with_scales(PagedKV)
     device, host = [("device", i) for i in range(BLOCKS)], [("host", i) for i in range(HOST)]
     for move, source, target in moves:
         if move == "copy" and source != target:
@@ -57,10 +57,10 @@ def follow(kind: type[KVStore], moves: list[tuple[str, int, int]]) -> None:
 
 @given(MOVES)
 def test_all_tensors_of_a_block_travel_together(moves: list[tuple[str, int, int]]) -> None:
-    follow(KVStore, moves)
+    follow(PagedKV, moves)
 
 
-class ScalesLostInCopies(KVStore):
+class ScalesLostInCopies(PagedKV):
     """A copy moves keys and values and leaves the scales behind."""
 
     def copy(self, pairs: Pairs) -> None:
@@ -69,7 +69,7 @@ class ScalesLostInCopies(KVStore):
         self.tensors["scale.0"].copy_(kept)
 
 
-class ScalesLostInSwaps(KVStore):
+class ScalesLostInSwaps(PagedKV):
     """A block comes back from the host with the scales of whoever was there before."""
 
     def swap_in(self, pairs: Pairs) -> None:
@@ -78,7 +78,7 @@ class ScalesLostInSwaps(KVStore):
         self.tensors["scale.0"].copy_(kept)
 
 
-class ValuesStay(KVStore):
+class ValuesStay(PagedKV):
     """A swap moves the keys only."""
 
     def swap_out(self, pairs: Pairs) -> None:
@@ -88,6 +88,6 @@ class ValuesStay(KVStore):
 
 
 @pytest.mark.parametrize("mutant", [ScalesLostInCopies, ScalesLostInSwaps, ValuesStay])
-def test_what_is_left_behind_is_found(mutant: type[KVStore]) -> None:
+def test_what_is_left_behind_is_found(mutant: type[PagedKV]) -> None:
     with pytest.raises(AssertionError, match="did not come along"):
         follow(mutant, [("copy", 1, 2), ("out", 2, 0), ("in", 0, 3)])
