@@ -99,8 +99,26 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class RopeDivisors:
+    """A stretch that divides each rotary frequency by a number of its own, and scales queries and keys as they turn by
+    `attention_factor`: linear rope, YaRN and LongRoPE all end in this form."""
+
+    divisors: tuple[float, ...]  # one for each pair of dimensions that turns
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for divisor in self.divisors:
+            check_real("a divisor of rope frequencies", divisor, 0.0, MAX_ROPE_FACTOR, open_low=True)
+        check_real("attention_factor", self.attention_factor, 0.0, MAX_ROPE_FACTOR, open_low=True)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a LLaMA-style decoder. Flags tell the families apart: Llama 1-3, SmolLM2, Mistral, Qwen 2.5, Qwen 3."""
+    """The shape of a LLaMA-style decoder.
+
+    Flags tell the families apart: Llama 1-3, SmolLM2 and 3, Mistral, Qwen 2.5 and 3, Granite, Seed-OSS, Phi-3 and 4. The network
+    itself knows nothing of the multipliers: they are worked into the weights when these are loaded (loading/weights.py).
+    """
 
     name: str
     vocab_size: int
@@ -113,12 +131,20 @@ class ModelConfig:
     max_position: int  # context length, in tokens
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | RopeDivisors | None = None
+    rotary_dim: int | None = (
+        None  # leading dimensions of each head that turn; None for all (Phi-4-mini turns three quarters)
+    )
+    unrotated_layers: tuple[int, ...] = ()  # layers without rope (SmolLM3)
     tie_embeddings: bool = False
     attention_bias: bool = False  # a bias on q, k and v (Qwen 2.5)
     output_bias: bool = False  # a bias on the attention's output projection too (`attention_bias` of a Llama config)
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head's q and k before rope (Qwen 3)
+    embedding_multiplier: float = 1.0  # of the hidden states after the embedding (the four of Granite)
+    residual_multiplier: float = 1.0  # of what each attention and MLP adds
+    attention_multiplier: float | None = None  # of the scores; None for 1 / sqrt(head_dim)
+    logits_divisor: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -131,6 +157,16 @@ class ModelConfig:
             raise InputError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+        if self.rotary_dim is not None and (check_int("rotary_dim", self.rotary_dim, 2, self.head_dim) % 2):
+            raise InputError(f"rotary_dim must be even, not {self.rotary_dim}")
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        if isinstance(self.rope_scaling, RopeDivisors) and len(self.rope_scaling.divisors) != pairs:
+            raise InputError(f"rope scaling has {len(self.rope_scaling.divisors)} divisors for {pairs} frequencies")
+        for layer in self.unrotated_layers:
+            check_int("unrotated_layers", layer, 0, self.num_layers - 1)
+        for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor"):
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name), 0.0, MAX_ROPE_FACTOR, open_low=True)
 
     @property
     def group_size(self) -> int:

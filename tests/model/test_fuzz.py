@@ -25,7 +25,7 @@ from minipaged.errors import InputError
 from minipaged.model.llama import Llama
 from minipaged.model.loading import zoo
 from minipaged.model.loading.tokenizer import IdTokenizer
-from tests.model.tiny import CONFIGS, LLAMA_3_ROPE, dense_logits, make_model, reference_logits, save_folder
+from tests.model.tiny import CONFIGS, dense_logits, make_model, reference_logits, save_folder
 from tests.model.tiny_gguf import write_gguf
 
 MOST_SECONDS = 1.0  # of processor time
@@ -40,12 +40,24 @@ NASTY: tuple[Any, ...] = (
 Mutate = Callable[[Path, random.Random], None]
 
 
+FAMILIES = ("llama 3 rope", "granite", "smollm 3 by list", "phi 4 mini", "qwen 3 yarn")
+
+
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in shards with a tokenizer of its own, and the same model as a GGUF file."""
-    folder = tmp_path_factory.mktemp("sound")
-    values = CONFIGS["gqa"].to_dict() | {"vocab_size": 320, "rope_parameters": LLAMA_3_ROPE}
-    save_folder(type(CONFIGS["gqa"])(**values), folder, max_shard_size="60KB")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders of several families, in shards and with a tokenizer; beside the first its model as a GGUF file."""
+    folders = []
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp("sound")
+        config = CONFIGS[family]
+        save_folder(type(config)(**(config.to_dict() | {"vocab_size": 320})), folder, max_shard_size="60KB")
+        save_tokenizer(folder)
+        folders.append(folder)
+    write_gguf(folders[0] / "model.gguf", make_model(CONFIGS["gqa"]))
+    return folders
+
+
+def save_tokenizer(folder: Path) -> None:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -62,8 +74,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = names | {"chat_template": template, "added_tokens_decoder": added, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps(names))
-    write_gguf(folder / "model.gguf", make_model(CONFIGS["gqa"]))
-    return folder
 
 
 def spoil_bytes(data: bytes, rng: random.Random, end: int | None = None) -> bytes:
@@ -191,13 +201,14 @@ def outcome(path: Path) -> str:
     return "runs"
 
 
-def run(kind: str, count: int, sound: Path, place: Path) -> Counter[str]:
+def run(kind: str, count: int, sounds: list[Path], place: Path) -> Counter[str]:
     """Spoil and load `count` times. Each refusal is one line, and each case keeps to its time and memory."""
     mutate, pattern = KINDS[kind]
     seen: Counter[str] = Counter()
     for number in range(count):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
+        sound = sounds[number % len(sounds) if kind == "config" else 0]
         for file in sound.glob(pattern):
             shutil.copy(file, place)
         target = place / "model.gguf" if kind == "gguf" else place
@@ -220,14 +231,14 @@ def run(kind: str, count: int, sound: Path, place: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_few_mutated_files(kind: str, sound: Path, tmp_path: Path) -> None:
-    assert outcome(sound / "model.gguf") == outcome(sound) == "runs"
-    seen = run(kind, FEW, sound, tmp_path / "spoilt")
+def test_a_few_mutated_files(kind: str, sounds: list[Path], tmp_path: Path) -> None:
+    assert {outcome(sounds[0] / "model.gguf"), *map(outcome, sounds)} == {"runs"}
+    seen = run(kind, FEW, sounds, tmp_path / "spoilt")
     assert min(seen["runs"], seen["refused"]) >= 3, "the mutations reach what they should and leave something whole"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_mutated_files(kind: str, sound: Path, tmp_path: Path) -> None:
-    print(f"\n{kind}: {dict(run(kind, MANY, sound, tmp_path / 'spoilt'))}")
+def test_a_thousand_mutated_files(kind: str, sounds: list[Path], tmp_path: Path) -> None:
+    print(f"\n{kind}: {dict(run(kind, MANY, sounds, tmp_path / 'spoilt'))}")

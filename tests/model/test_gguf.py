@@ -16,9 +16,15 @@ from minipaged.model.llama import rope_frequencies
 from minipaged.model.loading import zoo
 from minipaged.model.loading.gguf_file import GGUFFile
 from minipaged.model.loading.weights import load_model, open_checkpoint
-from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, make_model, reference_logits
+from tests.model.tiny import CONFIGS, YARN_ROPE, dense_logits, drawn_tokens, make_model, reference_logits
 from tests.model.tiny_gguf import byte_letters, write_gguf
 
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+YARN = {
+    "llama.rope.scaling.type": "yarn",
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scaling.original_context_length": 64,
+}
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16")
 DEQUANTIZED_ONLY = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -167,7 +173,6 @@ def test_garbled_bytes_end_in_a_model_error_or_a_model(whole: bytes, tmp_path: P
         ({"metadata": {"llama.attention.head_count": 0}}, ("num_heads", "from 1 to")),
         ({"metadata": {"llama.expert_count": 8}}, ("llama.expert_count", "experts")),
         ({"metadata": {"llama.attention.sliding_window": 4096}}, ("sliding_window", "not supported")),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, ("yarn", "not supported")),
         ({"metadata": {"llama.rope.dimension_count": 4}}, ("rope.dimension_count", "not supported")),
         ({"drop": ("blk.1.ffn_up.weight",)}, ("model.layers.1.mlp.up_proj.weight", "missing")),
         ({"tensors": {"blk.0.attn_q.extra": np.zeros(4, np.float32)}}, ("blk.0.attn_q.extra", "no place")),
@@ -202,6 +207,27 @@ def test_the_reader_leaves_the_file_as_it_is(whole: bytes, tmp_path: Path) -> No
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, LINEAR_ROPE),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 9.0}, LINEAR_ROPE),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, LINEAR_ROPE),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, {"rope_type": "default"}),
+        (YARN, YARN_ROPE),
+        (YARN | {"llama.rope.scaling.yarn_beta_fast": 8.0}, YARN_ROPE | {"beta_fast": 8.0}),
+    ],
+)
+def test_rope_scaling_by_metadata(metadata: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
+    """A file by llama.cpp's keys computes what transformers does by its own for the same stretch."""
+    values = CONFIGS["gqa"].to_dict() | {"head_dim": 16, "rope_parameters": rope | {"rope_theta": 10000.0}}
+    reference = make_model(type(CONFIGS["gqa"])(**values))
+    write_gguf(tmp_path / "tiny.gguf", reference, metadata=metadata)
+    tokens = drawn_tokens(100, 97)
+    expected = reference_logits(reference, tokens)
+    torch.testing.assert_close(dense_logits(load(tmp_path / "tiny.gguf"), tokens), expected, rtol=1e-4, atol=1e-4)
+
+
 def end_tokens_of(path: Path) -> tuple[int, ...]:
     return open_checkpoint(path).config.eos_token_ids
 
@@ -228,10 +254,10 @@ def test_ends_are_found_by_key_and_by_text(sound: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"llama.rope.scale_linear": 4.0}, ("llama.rope.scale_linear 4.0", "linear rope")),
-        ({"llama.rope.scaling.factor": 4.0}, ("llama.rope.scaling.factor 4.0", "linear rope")),
-        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, ("linear rope",)),
         ({"llama.rope.scaling.type": "longrope"}, ("longrope",)),
+        ({"llama.rope.scale_linear": -4.0}, ("divisor", "above 0")),
+        (YARN | {"llama.rope.scaling.attn_factor": 0.5}, ("rope.scaling.attn_factor",)),
+        (YARN | {"llama.rope.scaling.yarn_beta_slow": 90.0}, ("beta_fast (32)", "beta_slow (90)")),
         ({"split.count": 3, "split.no": 0}, ("split in 3", "llama-gguf-split")),
         ({"llama.attention.causal": False}, ("attention.causal", "later tokens")),
         ({"llama.logit_scale": 0.5}, ("llama.logit_scale 0.5",)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,11 @@ def test_every_field_of_the_generation_config_is_in_the_table() -> None:
     assert sorted(set(vars(transformers.GenerationConfig())) - set(keys.GENERATION_KEYS)) == []
 
 
-def test_every_rope_parameter_is_in_the_table() -> None:
-    """Whatever ROPE_KEYS lacks is refused with its rope type, before it could be skipped."""
-    assert {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"} < set(keys.ROPE_KEYS)
+def test_every_rope_parameter_that_transformers_reads_is_in_the_table() -> None:
+    source = inspect.getsource(transformers.modeling_rope_utils)
+    found = set(re.findall(r"""rope_parameters(?:_dict)?(?:\.get\(|\[)["'](\w+)["']""", source))
+    assert {"factor", "beta_fast", "truncate", "short_factor"} < found
+    assert sorted(found - set(keys.ROPE_KEYS)) == []
 
 
 def gguf_keys() -> dict[str, list[str]]:
@@ -77,32 +81,32 @@ def folder_with(tmp_path: Path, **fields: Any) -> Path:
 
 OTHER_VALUE = {  # a value that each key may have and that differs from the tiny model's
     "model_type": "qwen3", "architectures": ["LlamaForSequenceClassification"], "rope_parameters": {"rope_theta": 5.0},
-    "rope_scaling": None, "rope_theta": None, "partial_rotary_factor": 0.5, "tie_word_embeddings": True,
+    "rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5, "tie_word_embeddings": True,
     "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "bos_token_id": 7, "eos_token_id": [7],
-    "rms_norm_eps": 0.5, "num_key_value_heads": 3, "num_attention_heads": 12, "sliding_window": None, "use_sliding_window": True,
-    "layer_types": ["sliding_attention"] * 2,
+    "rms_norm_eps": 0.5, "num_key_value_heads": 3, "num_attention_heads": 12, "sliding_window": 64,
+    "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2, "no_rope_layers": [0, 1],
+    "no_rope_layer_interval": 2, "attention_out_bias": True, "original_max_position_embeddings": 33,
+}  # fmt: skip
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+BESIDE = {  # what must stand beside a key, so that its family reads it
+    **{key: {"model_type": "smollm3"} for key in ("no_rope_layers", "no_rope_layer_interval")},
+    **{key: {"model_type": "granite"} for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier")},
+    "logits_scaling": {"model_type": "granite"}, "original_max_position_embeddings": YARN,
+    "rope_scaling": {"rope_parameters": None}, "rope_theta": {"rope_parameters": None}, "sliding_window": {"model_type": "mistral"},
+    "use_sliding_window": {"layer_types": None}, "attention_out_bias": {"model_type": "seed_oss"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name, key in keys.CONFIG_KEYS.items() if key.fate == "read"])
-def test_a_key_that_is_read_changes_the_config_or_is_refused(name: str, tmp_path: Path) -> None:
-    before = read_config(folder_with(tmp_path))
-    changes = {name: OTHER_VALUE.get(name, 96)}
-    if name == "sliding_window":
-        changes = {"model_type": "mistral", "sliding_window": 64}
-    elif name == "rope_theta":
-        changes = {"rope_parameters": None, "rope_theta": 77.0}
-    elif name == "rope_scaling":
-        changes = {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
-    elif name == "use_sliding_window":
-        changes = {"use_sliding_window": True, "layer_types": None}
+def test_a_key_that_is_read_changes_the_config_or_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    beside = BESIDE.get(name, {})
+    before, words = read_config(folder_with(tmp_path, **beside)), ""
     try:
-        after = read_config(folder_with(tmp_path, **changes))
+        after = read_config(folder_with(tmp_path, **beside, **{name: OTHER_VALUE.get(name, 96)}))
     except ModelError as error:
-        words = str(error)
-    else:
-        words = "" if after == before else name
-    assert name in words or (name == "rope_scaling" and "rope scaling" in words)
+        after, words = None, str(error)
+    assert after != before
+    assert after is not None or name in words
 
 
 @pytest.mark.parametrize("name", [name for name, key in keys.CONFIG_KEYS.items() if key.fate == "refused"])

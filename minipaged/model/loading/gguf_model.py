@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipaged.config import ModelConfig, RopeScaling
+from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
 from minipaged.errors import InputError, ModelError
+from minipaged.model.loading import rope_scaling
 from minipaged.model.loading.gguf_file import GGUFFile
 from minipaged.model.loading.gguf_tokenizer import end_tokens, special_token
 from minipaged.model.loading.keys import (
@@ -27,6 +28,11 @@ from minipaged.model.loading.keys import (
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # `llama` also holds SmolLM2 and Mistral
 ROPE_FACTORS = "rope_freqs.weight"
+YARN_ADJUSTMENTS = {
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+}
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -117,15 +123,6 @@ class GGUFCheckpoint:
             raise ModelError(
                 f"{self.path}: one part of a file split in {parts}; join them first (llama-gguf-split --merge)"
             )
-        if ours.get("rope.scaling.type", "none") not in ("none", "linear"):
-            raise ModelError(
-                f"{self.path}: {prefix}rope.scaling.type {ours['rope.scaling.type']!r:.60} is not supported"
-            )
-        for key in ("rope.scaling.factor", "rope.scale_linear"):  # without a type llama.cpp takes both as linear
-            if ours.get(key, 1) not in (0, 1) and ours.get("rope.scaling.type") != "none":
-                raise ModelError(
-                    f"{self.path}: {prefix}{key} {ours[key]!r:.60} asks for linear rope, which is not supported"
-                )
 
     def _head_dim(self, hidden: int, heads: int) -> int:
         head_dim = self._whole("attention.key_length", hidden // max(heads, 1))
@@ -136,10 +133,35 @@ class GGUFCheckpoint:
                 )
         return head_dim
 
-    def _rope_scaling(self, head_dim: int) -> RopeScaling | None:
-        """Llama 3's scaling. GGUF keeps only the divisors that follow from it, so its numbers are found again and checked."""
-        if ROPE_FACTORS not in self.file.tensors:
+    def _rope_scaling(self, head_dim: int) -> RopeScaling | RopeDivisors | None:
+        """By llama.cpp's rules: a factor without a type is linear, and the old key of it counts where the new one is missing."""
+        kind = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "linear")
+        factor = self._real("rope.scaling.factor", self._real("rope.scale_linear", 1.0)) or 1.0
+        scaled = factor != 1 and kind != "none"
+        if kind not in ("none", "linear", "yarn"):
+            raise ModelError(f"{self.path}: {self.architecture}.rope.scaling.type {kind!r:.60} is not supported")
+        if ROPE_FACTORS in self.file.tensors:
+            if scaled:
+                raise ModelError(f"{self.path}: {ROPE_FACTORS} and a rope scaling factor of {factor:g} together")
+            return self._llama_3_scaling(head_dim)
+        if not scaled:
             return None
+        if kind == "linear":
+            return rope_scaling.linear(head_dim, factor)
+        for key, default in YARN_ADJUSTMENTS.items():
+            if self._real(key, default) != default:
+                raise ModelError(f"{self.path}: {self.architecture}.{key} is not supported; {default:g} is")
+        return rope_scaling.yarn(
+            head_dim,
+            self._real("rope.freq_base", 10000.0),
+            factor,
+            self._whole("rope.scaling.original_context_length", self._whole("context_length")),
+            beta_fast=self._real("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=self._real("rope.scaling.yarn_beta_slow", 1.0),
+        )
+
+    def _llama_3_scaling(self, head_dim: int) -> RopeScaling:
+        """Llama 3's scaling. GGUF keeps only the divisors that follow from it, so its numbers are found again and checked."""
         from minipaged.model.llama import rope_frequencies
 
         divisors = self.file.read(ROPE_FACTORS).float()

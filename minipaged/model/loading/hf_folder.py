@@ -34,6 +34,7 @@ class FolderCheckpoint:
         self.config = read_config(path)
         self._open: tuple[str, Any] | None = None  # the shard last read, held open
         self._files = self._find_tensors()
+        self._pieces: dict[str, tuple[str, int, int]] = {}  # of fused tensors: stored name, first row, rows
         if self.config.tie_embeddings and self._has_own_head():
             self.config = replace(self.config, tie_embeddings=False)
         self._shapes = self._read_shapes()
@@ -42,10 +43,14 @@ class FolderCheckpoint:
         return self._shapes
 
     def read(self, name: str) -> Tensor:
+        name, first, count = self._pieces.get(name, (name, 0, None))
         file = self._files[name]
         if self._open is None or self._open[0] != file:
             self._open = (file, _open(self.path / file))
         try:
+            if count is not None:
+                piece: Tensor = self._open[1].get_slice(name)[first : first + count]
+                return piece
             values: Tensor = self._open[1].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.path / file}: tensor {name} cannot be read: {_first_line(error)}") from None
@@ -115,8 +120,35 @@ class FolderCheckpoint:
                         f"{self.path / file}: tensor {name} is stored as {view.get_dtype()}; {', '.join(FLOATS)} can be read"
                     )
                 if not self._ignored(name):
-                    shapes[name] = tuple(view.get_shape())
+                    shapes |= self._cut(name, tuple(view.get_shape()))
         return shapes
+
+    def _cut(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The tensors that a stored one holds, with their shapes: itself, or those that Phi-3 lays one below the other."""
+        config = self.config
+        query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        fused = {
+            "qkv_proj": (("q_proj", query), ("k_proj", kv), ("v_proj", kv)),
+            "gate_up_proj": (("gate_proj", config.intermediate_size), ("up_proj", config.intermediate_size)),
+        }
+        stem, _, kind = name.rpartition(".")
+        place, _, last = stem.rpartition(".")
+        if last not in fused:
+            return {name: shape}
+        rows = sum(count for _, count in fused[last])
+        if not shape or shape[0] != rows:
+            raise ModelError(
+                f"{self.path}: tensor {name} has the shape {list(shape)}, but the config asks for {rows} rows"
+            )
+        cut, first = {}, 0
+        for piece, count in fused[last]:
+            whole = f"{place}.{piece}.{kind}"
+            if whole in self._files:
+                raise ModelError(f"{self.path}: tensor {whole} is stored by itself and inside {name}")
+            self._pieces[whole] = (name, first, count)
+            cut[whole] = (count, *shape[1:])
+            first += count
+        return cut
 
     def _ignored(self, name: str) -> bool:
         """Whether a tensor repeats what the config says: old rotary tables, and the second copy of tied embeddings."""

@@ -66,7 +66,9 @@ CONFIG_KEYS: dict[str, Key] = {
         *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
         *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "tie_word_embeddings"),
         *("attention_bias", "mlp_bias", "hidden_act", "bos_token_id", "eos_token_id"),
-        *("sliding_window", "use_sliding_window", "layer_types"),
+        *("sliding_window", "use_sliding_window", "layer_types", "original_max_position_embeddings"),
+        *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+        *("no_rope_layers", "no_rope_layer_interval", "attention_out_bias"),
     ),
     **_no_effect("says from which layer on the window of use_sliding_window acts", "max_window_layers"),
     **_no_effect(
@@ -75,6 +77,9 @@ CONFIG_KEYS: dict[str, Key] = {
     ),
     **_no_effect(
         "training only",
+        "residual_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
         "attention_dropout",
         "initializer_range",
         "problem_type",
@@ -167,6 +172,8 @@ TOKENIZER_KEYS: dict[str, Key] = {
 ROPE_KEYS: dict[str, Key] = {
     **_read("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     **_read("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    **_read("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor"),
+    **_no_effect("the context ends where the long factors would begin", "long_factor"),
 }
 
 # GGUF: general.* and split.*
