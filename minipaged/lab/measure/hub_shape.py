@@ -52,15 +52,10 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
 
 def _family(config: ModelConfig) -> tuple[str, str]:
     plain = ModelConfig.__dataclass_fields__
-    for name in (
-        "rotary_dim",
-        "unrotated_layers",
-        "embedding_multiplier",
-        "residual_multiplier",
-        "attention_multiplier",
-    ):
+    multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor")
+    for name in ("rotary_dim", "unrotated_layers", *multipliers):
         if getattr(config, name) != plain[name].default:
-            raise InputError(f"{config.name}: {name} is not written for the hub")
+            raise InputError(f"{config.name}: {name} cannot be written as a config")
     if config.qk_norm and not config.mlp_bias:
         return "qwen3", "Qwen3ForCausalLM"
     if config.attention_bias and not config.output_bias and not config.mlp_bias:
