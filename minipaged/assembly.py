@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minipaged.config import CacheConfig, EngineConfig, ModelConfig
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
@@ -16,9 +16,8 @@ from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
-from minipaged.model.loading.placement import choose_device, choose_dtype
+from minipaged.model.loading.placement import check_room, choose_device, choose_dtype
 from minipaged.model.loading.tokenizer import Tokenizer
-from minipaged.model.loading.weights import Progress
 from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
 
@@ -97,6 +96,8 @@ def assemble(
     if num_blocks is None:
         step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
         num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step)
+    pool = num_blocks * cache.block_size * shape.kv_bytes_per_token(kind)
+    check_room(f"a pool of {num_blocks:,} blocks of {cache.block_size} tokens", pool, chosen, "lower num_blocks")
     cache = replace(cache, num_blocks=num_blocks)
     engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)

@@ -6,7 +6,7 @@ Knows numbers and names; knows nothing of torch, devices or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -22,6 +22,8 @@ PREEMPTION: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 MAX_BLOCK_SIZE = 256
+DEFAULT_MODEL = "smollm2-135m"
+Progress = Callable[[str, int, int], None]  # progress(what is going on, how much is done, how much there is)
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:

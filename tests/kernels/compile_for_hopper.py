@@ -85,7 +85,9 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
     print(self.fn.__name__, "shared memory", shared, "registers", getattr(compiled, "n_regs", "?"))
     if shared > SHARED_MEMORY:
         raise SystemExit(f"{self.fn.__name__} needs {shared} bytes of shared memory")
-    if options.get("DEPENDENT"):
+    if (
+        options.get("DEPENDENT") and "bf16" in compiled.asm["ttir"]
+    ):  # one dtype will do: disassembling takes as long as compiling
         check_waits(self.fn.__name__, compiled.asm["cubin"])
     return compiled
 

@@ -1,7 +1,7 @@
 """Times one step of a real network over a real KV pool: the same step with other attention, other tables, other rows.
 
 On a GPU a time is the median replay of a CUDA graph, so that launches cost nothing; on a CPU the median of plain runs.
-Knows models and tensors; knows nothing of requests, so rows have one length and nothing is scheduled.
+There are no requests here: all rows have one length and nothing is scheduled.
 """
 
 from __future__ import annotations

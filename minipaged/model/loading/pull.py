@@ -17,14 +17,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from minipaged.config import Progress
 from minipaged.errors import ModelError
 
-Progress = Callable[[str, int, int], None]
 TEMPORARY = "pull-"
 POLL_SECONDS = 0.1
 CHUNK_BYTES = 1 << 20

@@ -7,21 +7,18 @@ values go straight into the parameters, so that no more than one tensor is held 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minipaged.config import ModelConfig, RopeDivisors
+from minipaged.config import ModelConfig, Progress, RopeDivisors
 from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
 from minipaged.model.loading.hf_folder import FolderCheckpoint
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is being done, how much is done, how much there is)."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from minipaged.config import ModelConfig
+from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress
 from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
 from minipaged.model.loading.hf_config import read_config
-from minipaged.model.loading.placement import choose_device, choose_dtype
+from minipaged.model.loading.placement import ROOM_SHARE, check_room, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.pull import SOURCES, cached_path, is_cached, pull
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from minipaged.model.loading.tokenizer import (
@@ -27,11 +27,10 @@ from minipaged.model.loading.tokenizer import (
     folder_tokenizer,
     gguf_tokenizer,
 )
-from minipaged.model.loading.weights import Checkpoint, Progress, load_model, open_checkpoint
+from minipaged.model.loading.weights import Checkpoint, load_model, open_checkpoint
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
 
-DEFAULT_MODEL = "smollm2-135m"
 TOY_SEED, TOY_STD = 6, 0.16
 TOY_ALPHABET = b"abcdefghijklmnopqrstuvwxyz "
 NO_TOKENIZER = (None, "no_vocab", "none")  # as llama.cpp calls it
@@ -68,9 +67,31 @@ def load(
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
+        check_weights(name, config, precision, place)
         model = Llama.random(config, seed, precision, place)
         return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
     return _from_disk(find(name, progress), precision, place, progress)
+
+
+def check_weights(
+    name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, fixed_dtype: bool = False
+) -> None:
+    """Raise InputError, before a weight is drawn or read, if the weights do not fit on the device. The error says what would fit;
+    another dtype is named only if the caller can choose one (`fixed_dtype` False).
+    """
+
+    def takes(other: ModelConfig, kind: torch.dtype) -> int:
+        return other.num_parameters() * kind.itemsize
+
+    room, ways = ROOM_SHARE * free_bytes(device), []
+    if not fixed_dtype and takes(config, torch.bfloat16) <= room:
+        ways.append(f"dtype bfloat16 takes {takes(config, torch.bfloat16) / 2**30:,.1f}")
+    smaller = [other for known, other in SHAPES.items() if known not in SIMULATED_ONLY and takes(other, dtype) <= room]
+    if name.startswith("random:") and smaller:
+        largest = max(smaller, key=lambda other: takes(other, dtype))
+        ways.append(f"the largest shape that fits is random:{largest.name}, {takes(largest, dtype) / 2**30:,.1f}")
+    kind = str(dtype).removeprefix("torch.")
+    check_room(f"{name} in {kind}", takes(config, dtype), device, "; ".join(ways) or "take a smaller model")
 
 
 def find(name: str, progress: Progress | None = None) -> Path:
@@ -104,6 +125,7 @@ def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: P
         )
     if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
         config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
+    check_weights(str(path), config, dtype, device)
     model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     return LoadedModel(config, model.pack(), tokenizer)
 
