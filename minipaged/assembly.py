@@ -153,7 +153,14 @@ def build_engine(
         "watermark": cache.watermark,
         "num_host_blocks": cache.num_host_blocks,
     }
-    return Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=loaded.config.eos_token_ids, about=about)
+    return Engine(
+        scheduler,
+        runner,
+        codec=loaded.tokenizer,
+        eos_token_ids=loaded.config.eos_token_ids,
+        vocab_size=loaded.config.vocab_size,
+        about=about,
+    )
 
 
 def build_runner(

@@ -61,7 +61,7 @@ class PagedKV:
         """
         query, key, value = layer.split(heads)
         where = (self.keys[layer.index], self.values[layer.index], inputs.slot_mapping)
-        rope_write_kv(query, key, value, inputs.positions, angles, *where, **layer.head_norms())
+        rope_write_kv(query, key, value, inputs.positions, layer.angles(angles), *where, **layer.head_norms())
         return query
 
     def attend(self, layer: int, query: Tensor, inputs: StepInputs) -> Tensor:

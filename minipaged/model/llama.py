@@ -1,4 +1,4 @@
-"""The network, once: a LLaMA-style decoder whose flags cover Llama 1-3, SmolLM2, Mistral, Qwen 2.5 and Qwen 3.
+"""The network, once: a LLaMA-style decoder whose flags cover every family of ModelConfig.
 
 The arithmetic of a step over a flat list of tokens, from ids to logits. Where keys and values are kept, which sequence a token belongs
 to and how attention is done is the caller's: it passes a function, so the same layers run over pages, over a dense cache, or over no
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minipaged.config import ModelConfig, RopeScaling
+from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
 from minipaged.model.linear import Dense, Linear, RMSNorm, empty_parameter
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -41,6 +41,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.index = index
+        self.rotates = index not in config.unrotated_layers
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         query_size, qkv_size = self.num_heads * self.head_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -81,8 +82,13 @@ class Layer(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = query_key.tensor_split((self.num_heads,), dim=1)
             query_key = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
-        query, key = rotate(query_key, cos, sin).tensor_split((self.num_heads,), dim=1)
+        turned = rotate(query_key, cos, sin) if self.rotates else query_key
+        query, key = turned.tensor_split((self.num_heads,), dim=1)
         return query, key, value
+
+    def angles(self, table: Tensor) -> Tensor:
+        """The angle table for rope_write_kv; a layer without rope reads the row of position 0, which turns nothing, everywhere."""
+        return table if self.rotates else table[:1].expand_as(table)
 
 
 class Llama(nn.Module):
@@ -100,7 +106,7 @@ class Llama(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=head_device)
         if config.tie_embeddings:
             self.head.format = Dense(self.embedding)
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
         self.frequencies: Tensor
 
@@ -161,15 +167,24 @@ class Llama(nn.Module):
         return model
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | RopeDivisors | None, rotary_dim: int | None = None
+) -> Tensor:
     """Radians a position for each pair of dimensions, float32 [head_dim / 2]: theta^(-2i / head_dim) (RoFormer, 3.2.2).
 
-    With Llama 3's scaling, wavelengths longer than the original context are stretched by `factor`, short ones are kept,
-    and those between are blended.
+    If only `rotary_dim` dimensions of a head turn, theirs are the first pairs, and the others have the frequency 0. With Llama 3's
+    scaling, wavelengths longer than the original context are stretched by `factor`, short ones are kept, and those between are blended.
     """
-    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    if scaling is None:
-        return frequencies
+    turning = head_dim if rotary_dim is None else rotary_dim
+    frequencies = 1.0 / (theta ** (torch.arange(0, turning, 2, dtype=torch.float32) / turning))
+    if isinstance(scaling, RopeScaling):
+        frequencies = _llama_3(frequencies, scaling)
+    elif scaling is not None:
+        frequencies = frequencies / torch.tensor(scaling.divisors, dtype=torch.float32)
+    return functional.pad(frequencies, (0, (head_dim - turning) // 2))
+
+
+def _llama_3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     longest = scaling.original_max_position / scaling.low_freq_factor
     shortest = scaling.original_max_position / scaling.high_freq_factor
     wavelengths = 2 * math.pi / frequencies

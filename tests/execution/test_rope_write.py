@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from minipaged.config import ModelConfig
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.step_inputs import inputs_of
 from minipaged.model.llama import Layer, Llama, angle_table
+from minipaged.model.loading import rope_scaling
 from tests.execution.plans import plan_of
 
 BASE = ModelConfig(
@@ -26,8 +28,14 @@ BASE = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("flags", [{}, {"qk_norm": True}, {"attention_bias": True}, {"tie_embeddings": True}], ids=str)
-def test_rotated_while_written_equals_rotated_before(flags: dict[str, bool]) -> None:
+FLAGS: tuple[dict[str, Any], ...] = (
+    *({}, {"qk_norm": True}, {"attention_bias": True}, {"tie_embeddings": True}),
+    *({"unrotated_layers": (0, 2)}, {"rotary_dim": 12}, {"rope_scaling": rope_scaling.yarn(16, 1e4, 4.0, 32)}),
+)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_rotated_while_written_equals_rotated_before(flags: dict[str, Any]) -> None:
     config = dataclasses.replace(BASE, **flags)
     model = Llama.random(config, 1, torch.float32, "cpu", std=0.2)
     tokens = torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(0))

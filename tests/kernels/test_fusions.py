@@ -164,13 +164,15 @@ def test_rope_write_norms_each_head_first() -> None:
 
 @pytest.mark.usefixtures("interpreted")
 @examples(40)
-@given(rope_cases(), st.booleans(), st.booleans())
-def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool, with_norm: bool) -> None:
+@given(rope_cases(), st.booleans(), st.booleans(), st.booleans())
+def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool, with_norm: bool, one_row: bool) -> None:
     from minipaged.kernels.cache.rope_write import rope_write_kv_torch
     from minipaged.kernels.cache.rope_write_triton import rope_write_kv_triton
 
     if half_angles:
         case.cos_sin = case.cos_sin.to(case.query.dtype)
+    if one_row:  # of a layer without rope: the same row for every position
+        case.cos_sin = case.cos_sin[:1].expand_as(case.cos_sin)
     norm: dict[str, Any] = {}
     if with_norm:
         weights = normal(4, 2, case.query.shape[2], dtype=case.query.dtype)

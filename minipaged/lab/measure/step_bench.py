@@ -102,7 +102,7 @@ def decode_step(
             own = cells[layer.index]
             query, key, value = layer.split(heads)
             where = (own.keys, own.values, writes)
-            rope_write_kv(query, key, value, rotations, angles, *where, **layer.head_norms())
+            rope_write_kv(query, key, value, rotations, layer.angles(angles), *where, **layer.head_norms())
             return attend(query, own, scale)
 
         def whole() -> Tensor:
