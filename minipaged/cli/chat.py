@@ -106,13 +106,12 @@ class Conversation:
 
     def ask(self, question: str) -> None:
         """Print the answer as it grows, and what it cost; a question that was not answered at all is forgotten."""
-        prompt, params = self._fit(question)
         meter = Meter(self._llm)
         answer = ""
 
         def run() -> list[RequestOutput]:
             nonlocal answer
-            answer = self._print_answer(prompt, params)
+            answer = self._print_answer(*self._fit(question))
             return []
 
         with keys_unseen():
