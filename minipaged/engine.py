@@ -1,4 +1,7 @@
-"""The engine: schedule, launch, commit. One thread owns it; what others ask of it waits in an inbox that is emptied before each step."""
+"""The engine: schedule, launch, commit. One thread owns it; what others ask of it waits in an inbox that is emptied before each step.
+
+It owns the text as well: the scheduler asks it whether a stop string ends a sequence, outputs ask it for their texts.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from minipaged.config import SamplingParams
 from minipaged.config import describe as settings_of
 from minipaged.errors import InputError, RequestError
 from minipaged.execution.runner import Pending, Runner
-from minipaged.scheduling import knobs
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, RequestOutput
+from minipaged.scheduling.runtime_settings import change_of
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import Detokenizer, TextCodec
 from minipaged.trace.builder import TraceBuilder
@@ -43,7 +46,7 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.about = dict(about or {})
         self.depth = scheduler.config.depth
-        self.detokenizer = Detokenizer(codec) if codec is not None else None
+        self.detokenizer = scheduler.text_stops = Detokenizer(codec) if codec is not None else None
         self.trace = TraceBuilder(scheduler, codec, clock)
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
@@ -73,7 +76,7 @@ class Engine:
         except InputError as error:
             request.error = str(error)
         else:
-            self._inbox.append(lambda: self.scheduler.add(request))
+            self._inbox.append(lambda: self.scheduler.enqueue(request))
         return request.output
 
     def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
@@ -99,11 +102,12 @@ class Engine:
         self._inbox.append(lambda: self.scheduler.abort(request_id))
 
     def knob(self, name: str, value: object) -> str:
-        """Turn a setting before the next step, and say what it is then. InputError, before anything is changed, if that cannot be."""
-        turn = knobs.check(self.scheduler, name, value)
-        self._inbox.append(lambda: knobs.apply(self.scheduler, turn))
-        self._inbox.append(lambda: self.trace.note_turn(turn))
-        return turn.words
+        """Change a setting before the next step, and say what it is then. InputError, before anything is changed, if that cannot be."""
+        change = change_of(name, value)
+        self.scheduler.check_setting(change)
+        self._inbox.append(lambda: self.scheduler.apply(change))
+        self._inbox.append(lambda: self.trace.note_change(change))
+        return change.words
 
     def describe(self) -> dict[str, object]:
         """What a trace's header says: `model`, `seed`, and under `engine` the settings."""
@@ -143,8 +147,6 @@ class Engine:
             outputs = self.scheduler.take_ended()
             if not outputs and self.scheduler.requests:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
-        if self.detokenizer is not None:
-            self.detokenizer.look_for_stops(outputs, self.scheduler)
         self.trace.publish(plan, outputs)
         return outputs
 
@@ -167,8 +169,6 @@ class Engine:
             self.trace.begin()
             plan, pending = self._in_flight.popleft()
             changed = self.scheduler.commit(plan, pending.tokens())
-            if self.detokenizer is not None:
-                self.detokenizer.look_for_stops(changed, self.scheduler)
             self.trace.publish(None, changed)
             outputs.extend(changed)
         return outputs

@@ -15,7 +15,7 @@ from textual.widgets.option_list import Option
 
 from minipaged.config import SamplingParams, check_int
 from minipaged.errors import InputError
-from minipaged.scheduling.knobs import KNOBS
+from minipaged.scheduling.runtime_settings import SETTINGS
 from minipaged.tui.pane import Pane
 
 Asked = tuple[str, SamplingParams]
@@ -124,7 +124,7 @@ class Knobs(Window):
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         super().__init__()
-        told = {knob.name: settings.get(knob.name, knob.options[0] if knob.options else "") for knob in KNOBS}
+        told = {knob.name: settings.get(knob.name, knob.options[0] if knob.options else "") for knob in SETTINGS}
         self._settings = {**told, "num_blocks": settings.get("num_blocks", "")}
 
     def compose(self) -> ComposeResult:
@@ -132,7 +132,7 @@ class Knobs(Window):
         with Vertical(classes="window", id="knobs"):
             yield Label("Knobs: they act from the next step on", classes="title")
             with Grid(classes="knobs"):
-                for knob in KNOBS:
+                for knob in SETTINGS:
                     yield Label(knob.name)
                     value = str(self._settings[knob.name])
                     if knob.options:
@@ -164,7 +164,7 @@ class Knobs(Window):
 
     def _typed(self) -> Iterator[tuple[str, object]]:
         """What stands in the fields, checked; empty ones left out."""
-        for knob in KNOBS:
+        for knob in SETTINGS:
             if knob.options:
                 yield knob.name, self.query_one(f"#{knob.name}", Choice).value
             elif text := self.query_one(f"#{knob.name}", Input).value.strip():

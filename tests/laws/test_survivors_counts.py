@@ -17,7 +17,7 @@ from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import IN_FLIGHT
 from minipaged.scheduling.policies import PreemptionCost, wants_swap
 from minipaged.scheduling.queue import RequestQueue
-from minipaged.scheduling.records import Draft, SchedulerEvent
+from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import Request, Sequence, beam_score
 from tests.laws.test_scheduler_laws import most_blocks, of_kind, ran, tight, workloads
 from tests.laws.test_survivors_scheduling import Drawer, run, scheduler_of
@@ -132,14 +132,14 @@ def test_the_columns_agree_with_the_block_tables(
     def watched() -> Step:
         done = step()
         control, batch = world.control, world.control.batch
-        assert control._num_groups == sum(request.params.num_sequences > 1 for request in control.running)
+        assert control.running_set.num_groups == sum(request.params.num_sequences > 1 for request in control.running)
         for line in world.control.sequences.values():
             if line.slot < 0:
                 continue
             table = world.manager.table(line.seq_id)
             assert tuple(batch.tables[line.slot, : batch.table_len[line.slot]].tolist()) == table
-            assert len(table) == -(-int(batch.room[line.slot]) // world.block_size)
-            assert batch.marked[line.slot] <= batch.computed[line.slot] <= batch.room[line.slot]
+            assert len(table) == -(-int(batch.num_reserved[line.slot]) // world.block_size)
+            assert batch.num_published[line.slot] <= batch.num_computed[line.slot] <= batch.num_reserved[line.slot]
         return done
 
     world.step = watched  # type: ignore[method-assign]
@@ -255,7 +255,7 @@ def test_a_group_that_returns_is_promised_no_more_than_the_step_can_compute() ->
     [request] = scheduler.running
     assert len(request.alive) == 2
     scheduler.manager.begin_step()
-    scheduler._preempt(Draft(budget=8), request)
+    scheduler.running_set.preempt(request)
     assert scheduler.manager.reset_prefix_cache()
     plan = scheduler.schedule()
     assert plan is not None

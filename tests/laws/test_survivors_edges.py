@@ -57,7 +57,7 @@ def test_a_seat_that_was_left_looks_like_one_never_taken() -> None:
     """It names nobody, by a number that no sequence has; the marks in the columns are no tokens, and are told apart."""
     batch = Batch(2)
     sequence = Sequence(5, Request(0, (1, 2), SamplingParams()), [1, 2])
-    [slot] = batch.reserve(1)
+    [slot] = batch.take_slots(1)
     batch.put(sequence, slot, 2, 0)
     assert batch.seq_id[slot] == 5
     batch.remove(sequence)
@@ -119,14 +119,14 @@ def test_seeds_that_differ_give_streams_that_differ() -> None:
     """Also where they differ in their highest bit only."""
     seeds = [0, 1, 2, 2**31, 2**61, 2**62, 2**62 + 1]
     request = Request(0, (1,), SamplingParams(temperature=1.0), arrival=0)
-    assert len({scheduler_of(seed=seed).seed_of(request) for seed in seeds}) == len(seeds)
+    assert len({scheduler_of(seed=seed).running_set.seed_of(request) for seed in seeds}) == len(seeds)
 
 
 def test_who_waits_has_found_nothing_yet() -> None:
     scheduler = scheduler_of()
     scheduler.add(Request(0, (1, 2, 3), SamplingParams()))
     [sequence] = scheduler.sequences.values()
-    assert (sequence.num_cached, sequence.computed, sequence.index) == (0, 0, 0)
+    assert (sequence.num_cached, sequence.num_computed, sequence.index) == (0, 0, 0)
     assert Sequence(7, sequence.request, [1]).index == 0
 
 

@@ -279,7 +279,9 @@ class World:
         for request in self.control.swapped:
             for sequence in request.alive:
                 held = self.manager.host_table(sequence.seq_id)
-                assert len(held) == -(-sequence.computed // self.block_size), f"{sequence} left with {len(held)} blocks"
+                assert len(held) == -(-sequence.num_computed // self.block_size), (
+                    f"{sequence} left with {len(held)} blocks"
+                )
 
     def run(self, workload: list[Asked], limit: int = 5000, most_steps: int | None = None) -> list[RequestOutput]:
         """Feed a workload in and run it to the end, or for so many steps."""

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import Phase, settings
 
 from minipaged.memory.block_manager import BlockManager
+from minipaged.scheduling.running_set import RunningSet
+from minipaged.scheduling.scheduler import Scheduler
 from tests.laws import test_scheduler_laws, test_survivors_counts, test_survivors_edges
 
 Law = Callable[..., None]
@@ -47,6 +49,16 @@ def _once_more(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def in_running_set(mutant: type[RunningSet]) -> type[Scheduler]:
+    """A scheduler that is whole but for its running set, which has the mutant's bug."""
+
+    def with_the_bug(self: Scheduler, *args: Any, **options: Any) -> None:
+        Scheduler.__init__(self, *args, **options)
+        self.running_set.__class__ = mutant
+
+    return type(mutant.__name__, (Scheduler,), {"__init__": with_the_bug, "__doc__": mutant.__doc__})
 
 
 def verdict(scheduler: Any, words: str = "") -> tuple[str, BaseException] | None:

@@ -273,7 +273,7 @@ def serve(
         now = time.perf_counter()
         running = engine.scheduler.order()
         weighted_rows += (now - before) * len(running)
-        weighted_tokens += (now - before) * float(batch.computed[running].sum())
+        weighted_tokens += (now - before) * float(batch.num_computed[running].sum())
         before = now
         for output in changed:
             index = served[output.request_id]

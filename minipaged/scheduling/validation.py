@@ -1,7 +1,4 @@
-"""What is refused at the door: requests that this engine can never serve, each with the reason and what would do.
-
-Knows limits and the pool's size; knows nothing of who is here.
-"""
+"""What a request must be to be served here: each refusal says why, and what would do."""
 
 from __future__ import annotations
 
