@@ -160,15 +160,3 @@ def note_prompt_logprobs(running_set: RunningSet, plan: StepPlan, found: dict[in
         if sequence is not None and sequence.seq_id == plan.seq_ids[row]:
             request = sequence.request
             request.prompt_logprobs.extend(prompt_entries(request, values))
-
-
-def publish_full_blocks(running_set: RunningSet, plan: StepPlan) -> None:
-    """Tell the block manager of the tokens whose blocks this step has filled."""
-    batch, size = running_set.batch, running_set.block_size
-    slots, ends = plan.slots.astype(np.int64), plan.starts + plan.lengths
-    filled = ends // size > batch.num_published[slots] // size
-    filled &= batch.seq_id[slots] == plan.seq_ids
-    for row in filled.nonzero()[0].tolist():
-        sequence = batch.sequences[int(slots[row])]
-        if sequence is not None:
-            running_set.publish(sequence, int(ends[row]))

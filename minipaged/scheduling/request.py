@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
+from minipaged.memory.blocks import PrefixHit
 from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.plan import IntArray
 
@@ -63,6 +64,8 @@ class Sequence:
         "_num_published",
         "cumulative_logprob",
         "finish_reason",
+        "forks_at",
+        "forks_from",
         "index",
         "left_at",
         "logprobs",
@@ -91,6 +94,9 @@ class Sequence:
         self.num_cached = 0  # tokens found in the prefix cache when it was last admitted
         # Steps that had been launched when it last left the batch: it comes back once all of them are committed.
         self.left_at = 0
+        # After a recompute: it is forked again from this sequence, which has computed `forks_at` tokens by then. None: it has its own blocks.
+        self.forks_from: Sequence | None = None
+        self.forks_at = 0
         self.finish_reason = ""
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []
@@ -182,6 +188,7 @@ class Request:
         False  # whether it has several sequences yet: its prompt is computed and its n samples or beams go their ways
     )
     reserved_slots: list[int] = field(default_factory=list)  # for sequences that are still to be forked
+    prefix: PrefixHit | None = None  # the keys of the tokens that it is admitted with, while it waits
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     beams: BeamSearch | None = None
     hypotheses: list[Sequence] = field(default_factory=list)  # beams that ended, by their number
@@ -227,6 +234,11 @@ class Request:
     def alive(self) -> list[Sequence]:
         """The sequences that have not ended."""
         return [s for s in self.sequences if not s.finished]
+
+    @property
+    def to_fork(self) -> list[Sequence]:
+        """Those of them that are to be forked again from another, after a recompute."""
+        return [s for s in self.alive if s.forks_from is not None]
 
     @property
     def finished(self) -> bool:

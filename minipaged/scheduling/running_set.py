@@ -47,6 +47,7 @@ class RunningSet:
         self.requests: dict[int, Request] = {}  # all that have not ended
         self.sequences: dict[int, Sequence] = {}  # theirs, those that have ended left out
         self.num_groups = 0  # running requests with several sequences
+        self.regrouping: list[Request] = []  # running ones of which some sequences are still to be forked again
         self.steps_launched = self.steps_committed = 0
         self._order: Slots | None = np.zeros(0, np.int64)  # running slots in serving order; None: out of date
         self._next_seq_id = 0
@@ -133,11 +134,20 @@ class RunningSet:
                 batch.extend_table(slot, new_blocks)
 
     def publish(self, sequence: Sequence, upto: int) -> None:
-        """Tell the manager that the KV of token_ids[:upto] is written."""
+        """Tell the manager that the KV of token_ids[:upto] is written, in the step that is planned at the latest."""
         published = sequence.num_published
         if upto > published:
             self.manager.mark_computed(sequence.seq_id, sequence.token_ids[published:upto])
             self.batch.num_published[sequence.slot] = upto
+
+    def publish_full_blocks(self, slots: Slots, ends: Slots) -> None:
+        """Publish the blocks of these running sequences that are full of known tokens below `ends`."""
+        batch, size = self.batch, self.block_size
+        ends = np.minimum(ends, batch.num_tokens[slots])
+        for i in (ends // size > batch.num_published[slots] // size).nonzero()[0].tolist():
+            sequence = batch.sequences[int(slots[i])]
+            if sequence is not None:  # it has not been sent away meanwhile
+                self.publish(sequence, int(ends[i]))
 
     # ---- coming in
 
@@ -146,15 +156,17 @@ class RunningSet:
 
         reserved: positions of each sequence that have a place in its block table.
         """
-        alive = request.alive
+        present = [s for s in request.alive if s.forks_from is None]
         slots = self.batch.take_slots(self.width(request))
-        request.reserved_slots.extend(slots[len(alive) :])
+        request.reserved_slots.extend(slots[len(present) :])
         seed = self.seed_of(request)
-        for sequence, slot, num_reserved in zip(alive, slots, reserved, strict=False):
+        for sequence, slot, num_reserved in zip(present, slots, reserved, strict=False):
             sequence.status = Status.RUNNING
             self.batch.put(sequence, slot, num_reserved, seed)
             self.batch.set_table(slot, self.manager.table(sequence.seq_id))
             self.log("admit", sequence, sequence.num_computed)
+        if len(present) < len(request.alive):
+            self.regrouping.append(request)
         insort(self.running, request, key=self._rank)
         self.num_groups += request.params.num_sequences > 1
         self._order = None
@@ -166,24 +178,65 @@ class RunningSet:
 
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A child that shares the parent's blocks and takes a slot that its request has reserved."""
-        batch, request = self.batch, parent.request
-        slot = request.reserved_slots.pop(0)
-        computed = parent.num_computed
-        self.publish(parent, computed)
-        self.manager.truncate(parent.seq_id, computed)
-        batch.num_reserved[parent.slot] = computed
+        request = parent.request
         child = self.new_sequence(request, list(parent.token_ids), index=index, parent=parent.seq_id)
         child.cumulative_logprob = parent.cumulative_logprob
         child.logprobs = list(parent.logprobs)
         child.num_cached = parent.num_cached
-        child.restart(computed)
-        self.manager.fork(parent.seq_id, child.seq_id)
-        child.status = Status.RUNNING
         request.sequences.append(child)
-        batch.put(child, slot, computed, self.seed_of(request))
-        batch.set_table(slot, self.manager.table(child.seq_id))
-        self._order = None
+        self._share_blocks(parent, child, parent.num_computed)
         return child
+
+    def fork_again(self, request: Request) -> None:
+        """A request that came back from a recompute as one sequence: fork those whose parents are where the tokens of both part."""
+        for sequence in request.to_fork:
+            parent = sequence.forks_from
+            if parent is not None and parent.slot >= 0 and parent.num_computed >= sequence.forks_at:
+                self._come_back(parent, sequence)
+                sequence.forks_from = None
+                self.log("admit", sequence, sequence.num_computed)
+        if not request.to_fork and request in self.regrouping:
+            self.regrouping.remove(request)
+
+    def _come_back(self, parent: Sequence, sequence: Sequence) -> None:
+        """Let `sequence` run again, sharing with `parent` what both agree on, and with the cache what that still has of it."""
+        manager, params, size = self.manager, sequence.request.params, self.block_size
+        shared = sequence.forks_at
+        if parent.num_computed > shared:  # the cache has given it more: a block that holds other tokens at its end is not shared
+            shared = shared // size * size
+        hit = manager.lookup(sequence.token_ids, salt=params.cache_salt)
+        if params.prompt_logprobs is None and hit.num_tokens > shared:
+            allocation = manager.allocate(
+                sequence.seq_id, sequence.token_ids, num_tokens=hit.num_tokens, salt=params.cache_salt, hit=hit
+            )
+            common = shared // size
+            if allocation is not None:
+                if manager.table(sequence.seq_id)[:common] == manager.table(parent.seq_id)[:common]:
+                    self.counters.own_hit_tokens += allocation.cached_tokens - shared
+                    self._run(sequence, allocation.cached_tokens)
+                    return
+                manager.free(sequence.seq_id)  # equal blocks that somebody else has made: the parent's are to be shared
+        self._share_blocks(parent, sequence, shared)
+
+    def _share_blocks(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        """Let `child`, which holds nothing, run with the parent's blocks of its first `num_tokens` tokens."""
+        computed = parent.num_computed
+        self.publish(parent, computed)
+        self.manager.truncate(parent.seq_id, computed)
+        self.batch.num_reserved[parent.slot] = computed
+        self.manager.fork(parent.seq_id, child.seq_id)
+        if num_tokens < computed:
+            self.manager.truncate(child.seq_id, num_tokens)
+        self._run(child, num_tokens)
+
+    def _run(self, sequence: Sequence, num_computed: int) -> None:
+        """Give a sequence that has its blocks a slot that its request has reserved."""
+        slot = sequence.request.reserved_slots.pop(0)
+        sequence.restart(num_computed)
+        sequence.status = Status.RUNNING
+        self.batch.put(sequence, slot, num_computed, self.seed_of(sequence.request))
+        self.batch.set_table(slot, self.manager.table(sequence.seq_id))
+        self._order = None
 
     # ---- leaving
 
@@ -192,17 +245,17 @@ class RunningSet:
         None: it is to be computed anew.
         """
         self.counters.preemptions += 1
-        alive = request.alive
-        for sequence in alive:
+        present = [s for s in request.alive if s.slot >= 0]
+        for sequence in present:
             self.manager.truncate(sequence.seq_id, sequence.num_computed)  # what was reserved for this step as well
-        num_blocks = len({block for s in alive for block in self.manager.table(s.seq_id)})
-        num_tokens = sum(s.num_computed for s in alive)
-        for sequence in alive:
+        num_blocks = len({block for s in present for block in self.manager.table(s.seq_id)})
+        num_tokens = sum(s.num_computed for s in present)
+        for sequence in present:
             self.log("preempt", sequence, sequence.num_computed)
         pairs = None
-        if wants_swap(self.config, self.cost, num_blocks, num_tokens):
-            pairs = self.manager.swap_out([s.seq_id for s in alive])
-        for sequence in alive:
+        if wants_swap(self.config, self.cost, num_blocks, num_tokens) and request not in self.regrouping:
+            pairs = self.manager.swap_out([s.seq_id for s in present])
+        for sequence in present:
             self.remove(sequence)
             sequence.status = Status.WAITING if pairs is None else Status.SWAPPED
             if pairs is None:
@@ -230,6 +283,7 @@ class RunningSet:
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         del self.sequences[sequence.seq_id]
+        request.prefix = None
         if request.finished:
             self._retire(request)
 
@@ -257,6 +311,8 @@ class RunningSet:
         request.reserved_slots.clear()
 
     def _leave_running(self, request: Request) -> None:
+        if request in self.regrouping:
+            self.regrouping.remove(request)
         if request in self.running:
             self.running.remove(request)
             self.num_groups -= request.params.num_sequences > 1

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from minipaged.config import EngineConfig, check_int
 from minipaged.errors import InputError
+from minipaged.memory.adapter import adapted
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.types import Admission, Allocation, BlockEvent
+from minipaged.memory.types import Admission, BlockEvent
 from minipaged.scheduling import sequence_groups
 from minipaged.scheduling.beam import BeamSearch
-from minipaged.scheduling.commit import TextStops, commit_draws, drawn_ids, note_prompt_logprobs, publish_full_blocks
+from minipaged.scheduling.commit import TextStops, commit_draws, drawn_ids, note_prompt_logprobs
 from minipaged.scheduling.plan import StepPlan, StepTokens
 from minipaged.scheduling.policies import PreemptionCost, Rank, may_join
 from minipaged.scheduling.records import SchedulerEvent
@@ -41,8 +42,9 @@ class Scheduler:
     def __init__(
         self, config: EngineConfig, manager: BlockManager, block_size: int, cost: PreemptionCost | None = None
     ) -> None:
+        manager = self.manager = adapted(manager)
+        manager.end_step()  # from now on it is told when a plan is final
         running_set = self.running_set = RunningSet(config, manager, block_size, cost)
-        self.manager = manager
         self.block_size = block_size
         self.text_stops: TextStops | None = None
         # The running set's own, for those who look: they stay the same objects.
@@ -57,13 +59,18 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be done before a step in flight is committed (or at all)."""
         running_set = self.running_set
+        for request in list(running_set.regrouping):
+            running_set.fork_again(request)
         self.manager.begin_step()
         step = StepBuilder(budget=running_set.config.max_num_batched_tokens)
-        # 1) Running requests come first, by rank. Where the pool runs dry, the last of them make way.
+        # 1) Running requests come first, by rank. Where the pool runs dry, the last of them make way. After that nobody leaves the step,
+        #    so the blocks that it fills are published.
         self._schedule_running(step)
-        # 2) Those on the host return, then new ones start; a step that sent somebody away lets nobody in.
+        # 2) Those on the host return, then new ones start: they share what the step writes for those before them. A step that sent
+        #    somebody away lets nobody in.
         if len(self.requests) > len(self.running) and not step.preempted:
             self._let_in(step)
+        self.manager.end_step()
         # 3) The step is launched: its tokens count as computed, and what it draws as pending.
         plan = step.launch(running_set.steps_launched, self.batch)
         if plan is None:
@@ -75,7 +82,7 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, tokens: StepTokens) -> list[RequestOutput]:
-        """Take in what a launched step drew, oldest first: publish full blocks, append, fork and prune, stop, finish, free.
+        """Take in what a launched step drew, oldest first: append, fork and prune, stop, finish, free.
 
         Returns the outputs of every request that gained a token or ended. ValueError if `plan` is not the oldest in flight, or if these
         are no tokens of its draws; nothing is changed then.
@@ -86,8 +93,7 @@ class Scheduler:
         self._in_flight.popleft()
         running_set = self.running_set
         running_set.steps_committed = plan.step + 1
-        # 1) What the step computed: full blocks can be found from now on.
-        publish_full_blocks(running_set, plan)
+        # 1) What it computed besides.
         if tokens.prompt_logprobs:
             note_prompt_logprobs(running_set, plan, tokens.prompt_logprobs)
         # 2) What it drew: sequences gain a token, fork or end.
@@ -141,13 +147,6 @@ class Scheduler:
             self.running_set.end(sequence, reason)
         self._ended.append(request)
 
-    def finish(self, sequence: Sequence, reason: str) -> None:
-        """End one sequence from outside; does nothing if it has ended."""
-        if not isinstance(sequence, Sequence):
-            raise InputError(f"a sequence must be a Sequence, not {sequence!r}")
-        if not sequence.finished:
-            self.running_set.end(sequence, reason)
-
     def take_ended(self) -> list[RequestOutput]:
         """The requests that ended outside a step, each reported once."""
         ended, self._ended = self._ended, []
@@ -176,17 +175,15 @@ class Scheduler:
         for i in short[served:].tolist():
             if take[i]:
                 self._make_room(step, slots, take, ends, i)
+        self.running_set.publish_full_blocks(slots, computed + take)
         step.add(slots, take)
 
     def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
         """Tokens for each running slot: all it needs, first come first served."""
         if self.running_set.num_groups:
             return sequence_groups.share_budget(self.running, budget, need)
-        if int(need.sum()) <= budget:
-            return need.astype(np.int64)
-        before = np.cumsum(need) - need
-        take: Counts = np.clip(budget - before, 0, need)
-        return take
+        want = need.astype(np.int64)
+        return want if int(want.sum()) <= budget else sequence_groups.in_turn(want, budget)
 
     def _make_room(self, step: StepBuilder, slots: Slots, take: Counts, ends: Slots, i: int) -> None:
         """Find room for slots[i] up to ends[i]; the last of the running make way until there is, or will be in the next step."""
@@ -255,42 +252,44 @@ class Scheduler:
         step.swap_ins.extend(pairs)
         self.swapped.pop()
         self.running_set.enter(request, [s.num_computed for s in alive])
-        self._take_tokens(step, alive)
+        self._take_tokens(step, request)
         return True
 
     def _admit(self, step: StepBuilder, request: Request) -> bool:
-        """Start a request, or start it again after a recompute, if there is room: as much of its prompt as the budget allows."""
+        """Start a request, or start it again after a recompute, if there is room: as much of its prompt as the budget allows.
+
+        One that had several sequences comes back as its first; the others are forked again from it.
+        """
         if not self._fits_batch(step, request) or not may_join(self.config.batching, request, self.running):
             return False
-        alive, params, manager = request.alive, request.params, self.manager
-        read_cache = params.prompt_logprobs is None
-        share = step.budget - len(alive) + 1  # at least one token stays for each of the others
-        ends: list[int] = []
-        for sequence in alive:
-            n = len(sequence.token_ids)
-            hit = manager.match_prefix(sequence.token_ids, salt=params.cache_salt) if read_cache else 0
-            chunk = min(n - hit, share)
-            share -= chunk - 1
-            ends.append(hit + chunk)
-        tokens = alive[0].token_ids if len(alive) == 1 and read_cache else None
-        salt = params.cache_salt if tokens else None
-        if manager.can_admit(max(ends), num_sequences=len(alive), token_ids=tokens, salt=salt) is not Admission.OK:
+        first, params, manager = request.alive[0], request.params, self.manager
+        reads_cache = params.prompt_logprobs is None
+        if request.prefix is None:  # once, however long it waits
+            request.prefix = manager.lookup(first.token_ids, salt=params.cache_salt)
+            sequence_groups.plan_forks(request)
+        found = request.prefix.num_tokens if reads_cache else 0
+        # Its first tokens are those up to where the next sequence is forked from it, or all of them.
+        goal = min((s.forks_at for s in request.to_fork if s.forks_at > found), default=len(first.token_ids))
+        end = min(goal, found + step.budget)
+        hit = request.prefix if reads_cache else None
+        if manager.can_admit(end, hit=hit) is not Admission.OK:
             return False
-        allocations: list[Allocation] = []
-        for sequence, end in zip(alive, ends, strict=True):
-            allocation = manager.allocate(
-                sequence.seq_id, sequence.token_ids, num_tokens=end, salt=params.cache_salt, read_cache=read_cache
-            )
-            if allocation is None:
-                for done in alive[: len(allocations)]:
-                    manager.free(done.seq_id)
-                return False
-            allocations.append(allocation)
+        allocation = manager.allocate(
+            first.seq_id,
+            first.token_ids,
+            num_tokens=end,
+            salt=params.cache_salt,
+            read_cache=reads_cache,
+            hit=request.prefix,
+        )
+        if allocation is None:
+            return False
         self.waiting.pop()
-        for sequence, allocation in zip(alive, allocations, strict=True):
-            self._note_hits(sequence, allocation.cached_tokens)
-        self.running_set.enter(request, ends)
-        self._take_tokens(step, alive)
+        request.prefix = None
+        self._note_hits(first, allocation.cached_tokens)
+        self.running_set.enter(request, [end])
+        self.running_set.fork_again(request)
+        self._take_tokens(step, request)
         return True
 
     def _note_hits(self, sequence: Sequence, num_tokens: int) -> None:
@@ -303,15 +302,17 @@ class Scheduler:
             self.counters.hit_tokens += num_tokens
             self.counters.queried_tokens += len(sequence.token_ids)
 
-    def _take_tokens(self, step: StepBuilder, alive: list[Sequence]) -> None:
+    def _take_tokens(self, step: StepBuilder, request: Request) -> None:
         """Schedule what a returning or new request may compute now."""
         batch = self.batch
-        slots = np.array([s.slot for s in alive], np.int64)
-        take = sequence_groups.lockstep(batch.num_with_pending[slots] - batch.num_computed[slots], step.budget)
-        ends = batch.num_computed[slots] + take
+        slots = np.array([s.slot for s in request.sequences if s.slot >= 0], np.int64)
+        computed = batch.num_computed[slots]
+        take = sequence_groups.share_of(request, step.budget, batch.num_with_pending[slots] - computed)
+        ends = computed + take
         for i in np.flatnonzero(ends > batch.num_reserved[slots]).tolist():
             if not self.running_set.reserve(step, slots[i : i + 1], ends[i : i + 1]):
                 take[i] = 0
+        self.running_set.publish_full_blocks(slots, computed + take)
         step.add(slots, take)
 
     # ---- settings

@@ -28,9 +28,29 @@ def lockstep(need: npt.NDArray[np.int32] | Counts, budget: int) -> Counts:
     want = need.astype(np.int64)
     if len(want) > 1 and int(want.sum()) > budget:
         want = np.maximum(want - 1, 0)
+    return in_turn(want, budget)
+
+
+def in_turn(want: Counts, budget: int) -> Counts:
+    """As much of `want` as the budget has, first come first served."""
     before = np.cumsum(want) - want
     take: Counts = np.clip(budget - before, 0, want)
     return take
+
+
+def share_of(request: Request, budget: int, need: npt.NDArray[np.int32] | Counts) -> Counts:
+    """Tokens for each sequence of the request that is in the batch, out of `budget`."""
+    to_fork = request.to_fork
+    if not to_fork:
+        return lockstep(need, budget)
+    # Each goes on to where the next one is forked from it; nobody draws before all are there.
+    present = [s for s in request.sequences if s.slot >= 0]
+    want = need.astype(np.int64)
+    for i, sequence in enumerate(present):
+        forks = [s.forks_at for s in to_fork if s.forks_from is sequence]
+        stop = min([*forks, len(sequence.token_ids) - 1])
+        want[i] = min(want[i], stop - sequence.num_computed)
+    return in_turn(want, budget)
 
 
 def share_budget(running: list[Request], budget: int, need: npt.NDArray[np.int32]) -> Counts:
@@ -40,10 +60,31 @@ def share_budget(running: list[Request], budget: int, need: npt.NDArray[np.int32
     for request in running:
         width = sum(s.slot >= 0 for s in request.sequences)
         if budget > 0:
-            take[at : at + width] = lockstep(need[at : at + width], budget)
+            take[at : at + width] = share_of(request, budget, need[at : at + width])
             budget -= int(take[at : at + width].sum())
         at += width
     return take
+
+
+# ---- after a recompute
+
+
+def plan_forks(request: Request) -> None:
+    """Let a request that was sent away come back as one sequence: say of each other one from which it is forked again, and where.
+
+    That is the earlier one that it agrees with longest. Each computes its own last token at least, since it draws what follows.
+    """
+    alive, start = request.alive, request.num_prompt
+    for i, sequence in enumerate(alive):
+        agrees = [_agreement(other, sequence, start) for other in alive[:i]]
+        sequence.forks_from = alive[agrees.index(max(agrees))] if agrees else None
+        sequence.forks_at = max(agrees, default=0)
+
+
+def _agreement(one: Sequence, other: Sequence, start: int) -> int:
+    """How many leading tokens are the same and not the last of either; the first `start` are known to be."""
+    most = min(len(one.token_ids), len(other.token_ids)) - 1
+    return next((i for i in range(start, most) if one.token_ids[i] != other.token_ids[i]), most)
 
 
 # ---- what was drawn
