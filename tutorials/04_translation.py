@@ -295,4 +295,4 @@ if __name__ == "__main__":
 # - `kernels/cache/cache_write.py`: `write_kv` takes it.
 # - `minipaged/scheduling/plan.py`: `StepPlan` carries `tables`, `starts` and `lengths`, the arguments of task
 #   2.
-# - `minipaged/memory/sequence_blocks.py`: `SequenceBlocks` owns one sequence's table.
+# - `minipaged/memory/tables.py`: `SequenceBlocks` owns one sequence's table.

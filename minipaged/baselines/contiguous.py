@@ -17,9 +17,11 @@ from minipaged.baselines.reservations import Reservations
 from minipaged.baselines.systems import Orca, PagedTGI, WebUI, reservations
 from minipaged.config import MAX_BLOCK_SIZE, check_int
 from minipaged.errors import InputError
-from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, BlockEvent, PoolUsage
+from minipaged.memory.blocks import PrefixHit, PrefixIndex
+from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, BlockEvent, PoolUsage, token_array
 
 _NOTHING = Allocation(0, (), ())
+_EMPTY_INDEX = PrefixIndex()
 
 
 class Ask(NamedTuple):
@@ -45,7 +47,7 @@ class _Run:
 
 
 class ContiguousBlockManager:
-    """A system of memory/systems.py in blocks. Set `ask_of` before the first allocate: it tells what a sequence's
+    """A system of baselines/systems.py in blocks. Set `ask_of` before the first allocate: it tells what a sequence's
     request asked for.
 
     The public calls are BlockManager's, with its errors; there is no prefix cache, no swap, no beam search (a beam
@@ -82,6 +84,9 @@ class ContiguousBlockManager:
         """Rows admitted in the step before now run: nobody joins a static batch any more."""
         self._accounts.close()
 
+    def end_step(self) -> None:
+        """Nothing: no promise is ever taken back here."""
+
     def take_events(self) -> tuple[BlockEvent, ...]:
         """What happened since the last call, in causal order."""
         events, self._events = tuple(self._events), []
@@ -100,6 +105,7 @@ class ContiguousBlockManager:
         num_sequences: int = 1,
         token_ids: Iterable[int] | None = None,
         salt: str | None = None,
+        hit: PrefixHit | None = None,
     ) -> Admission:
         """NEVER where not even an empty pool could hold it; else OK: `allocate` finds out whether there is room now."""
         check_int("num_tokens", num_tokens, 1)
@@ -115,6 +121,10 @@ class ContiguousBlockManager:
         empty = ContiguousBlockManager(self._num_blocks, self._block_size, self.system, max_len=self._max_len)
         return all(empty._reserve(num_tokens, ask) is not None for _ in range(ask.rows))
 
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        """A hit that finds nothing: nothing is cached."""
+        return PrefixHit(_EMPTY_INDEX, token_array(token_ids), self._block_size, salt)
+
     def match_prefix(self, token_ids: Iterable[int], *, salt: str | None = None) -> int:
         """0: nothing is cached."""
         return 0
@@ -127,7 +137,7 @@ class ContiguousBlockManager:
         num_tokens: int | None = None,
         salt: str | None = None,
         read_cache: bool = True,
-        reserve_tokens: int | None = None,
+        hit: PrefixHit | None = None,
     ) -> Allocation | None:
         """Reserve a row for every sequence of the request, and show the blocks of the first `num_tokens`. None: no
         room, nothing changed.

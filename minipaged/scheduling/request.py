@@ -94,7 +94,7 @@ class Sequence:
         self.num_cached = 0  # tokens found in the prefix cache when it was last admitted
         # Steps that had been launched when it last left the batch: it comes back once all of them are committed.
         self.left_at = 0
-        # After a recompute: it is forked again from this sequence, which has computed `forks_at` tokens by then. None: it has its own blocks.
+        # After a recompute: it is forked again from this sequence, once that has computed `forks_at` tokens. None: it stands on its own.
         self.forks_from: Sequence | None = None
         self.forks_at = 0
         self.finish_reason = ""

@@ -202,7 +202,9 @@ class RunningSet:
         """Let `sequence` run again, sharing with `parent` what both agree on, and with the cache what that still has of it."""
         manager, params, size = self.manager, sequence.request.params, self.block_size
         shared = sequence.forks_at
-        if parent.num_computed > shared:  # the cache has given it more: a block that holds other tokens at its end is not shared
+        if (
+            parent.num_computed > shared
+        ):  # the cache has given it more: a block that holds other tokens at its end is not shared
             shared = shared // size * size
         hit = manager.lookup(sequence.token_ids, salt=params.cache_salt)
         if params.prompt_logprobs is None and hit.num_tokens > shared:
@@ -212,7 +214,7 @@ class RunningSet:
             common = shared // size
             if allocation is not None:
                 if manager.table(sequence.seq_id)[:common] == manager.table(parent.seq_id)[:common]:
-                    self.counters.own_hit_tokens += allocation.cached_tokens - shared
+                    self.counters.own_hit_tokens += allocation.cached_tokens
                     self._run(sequence, allocation.cached_tokens)
                     return
                 manager.free(sequence.seq_id)  # equal blocks that somebody else has made: the parent's are to be shared
@@ -224,6 +226,7 @@ class RunningSet:
         self.publish(parent, computed)
         self.manager.truncate(parent.seq_id, computed)
         self.batch.num_reserved[parent.slot] = computed
+        self.batch.set_table(parent.slot, self.manager.table(parent.seq_id))
         self.manager.fork(parent.seq_id, child.seq_id)
         if num_tokens < computed:
             self.manager.truncate(child.seq_id, num_tokens)

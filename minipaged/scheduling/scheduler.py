@@ -274,6 +274,8 @@ class Scheduler:
         hit = request.prefix if reads_cache else None
         if manager.can_admit(end, hit=hit) is not Admission.OK:
             return False
+        if request.to_fork:
+            end = found  # some may be forked at once: blocks for more are reserved after that
         allocation = manager.allocate(
             first.seq_id,
             first.token_ids,

@@ -18,7 +18,7 @@ SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
 
 # Bits of BlockPatch.flags
 FLAG_CACHED, FLAG_PINNED, FLAG_COPIED, FLAG_NULL = 1, 2, 4, 8  # COPIED: a copy wrote this block in this very step
-TIER_DEVICE, TIER_HOST, TIER_DISK = 0, 1, 2
+TIER_DEVICE, TIER_HOST = 0, 1
 
 
 class Event(NamedTuple):

@@ -54,7 +54,8 @@ def test_counters_are_sums_over_the_steps(
                 if e.sequence is not None and e.seq_id in moved
             }
         )
-        back = {e.seq_id for e in step.events if isinstance(e, BlockEvent) and e.kind == "swap_in"}
+        # Whoever returns from the host, or is forked again after a recompute, has found nothing in the cache.
+        back = {e.seq_id for e in step.events if isinstance(e, BlockEvent) and e.kind in ("swap_in", "fork")}
         for event in of_kind(step, "admit"):
             if event.seq_id in back or event.sequence is None:
                 continue
@@ -245,7 +246,7 @@ def test_a_prompt_that_reads_no_cache_is_admitted_whole_or_not_at_all() -> None:
 
 
 def test_a_group_that_returns_is_promised_no_more_than_the_step_can_compute() -> None:
-    """After a recompute its lines share the budget: room for all of what one of them needs would be blocks held idle."""
+    """After a recompute it comes back as one sequence: room for more than the step computes would be blocks held idle."""
     scheduler, drawer = scheduler_of(max_num_batched_tokens=8, preemption="recompute"), Drawer(2)
     scheduler.add(Request(0, (1,) * 20, SamplingParams(n=2, temperature=1.0, max_tokens=12, ignore_eos=True)))
     for _ in range(8):
@@ -260,7 +261,8 @@ def test_a_group_that_returns_is_promised_no_more_than_the_step_can_compute() ->
     plan = scheduler.schedule()
     assert plan is not None
     assert plan.num_tokens <= 8
-    assert sum(len(scheduler.manager.table(s.seq_id)) for s in request.alive) <= 3
+    [first] = [s for s in request.alive if s.slot >= 0]
+    assert len(scheduler.manager.table(first.seq_id)) == 2
     scheduler.commit(plan, drawer.answer(plan))
     run(scheduler, drawer)
 

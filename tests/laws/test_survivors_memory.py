@@ -11,10 +11,8 @@ import pytest
 
 from minipaged.errors import InputError
 from minipaged.memory import Admission, BlockEvent, BlockManager
-from minipaged.memory.block_pool import BlockPool
-from minipaged.memory.free_list import FreeList
-from minipaged.memory.host_pool import HostPool
-from minipaged.memory.prefix_index import PrefixIndex, next_key, root_key
+from minipaged.memory.blocks import BlockPool, FreeList, PrefixIndex, next_key, root_key
+from minipaged.memory.swap import HostPool
 
 
 def manager_with(num_tokens: int, num_blocks: int = 12, **settings: Any) -> BlockManager:
@@ -170,13 +168,26 @@ def test_keys_are_as_documented() -> None:
     assert root_key(None) == bytes(32)
     assert root_key("s") == blake2b(b"s", digest_size=32, person=b"salt").digest()
     assert next_key(bytes(32), tokens) == blake2b(bytes(32) + tokens, digest_size=32).digest()
+
+
+def test_the_index_remembers_every_copy() -> None:
+    """A block has one key, a key any number of blocks: the first published is found, then the next, in their order."""
     index = PrefixIndex()
-    assert index.publish(next_key(bytes(32), tokens), 3)
-    assert not index.publish(next_key(bytes(32), tokens), 4)
+    assert all(index.publish(b"key", block) for block in (3, 4, 5))
     assert not index.publish(b"other", 3)
-    assert (len(index), 3 in index, 4 in index) == (1, True, False)
+    assert index.match([b"key", b"other"]) == [3]
+    assert (index.blocks(), 3 in index, 6 in index) == ([3, 4, 5], True, False)
+    assert index.erase(4)
+    assert not index.erase(4)
+    assert index.match([b"key"]) == [3]
     assert index.erase(3)
-    assert not index.erase(3)
+    assert index.match([b"key"]) == [5]
+    assert index.publish(b"key", 3)
+    assert index.match([b"key"]) == [5]
+    assert index.erase(5)
+    assert index.erase(3)
+    assert index.match([b"key"]) == []
+    assert index.blocks() == []
 
 
 # ---- the parts

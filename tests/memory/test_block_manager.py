@@ -59,7 +59,6 @@ CALLS: list[tuple[str, Callable[[BlockManager, Any], Any], list[Any]]] = [
     ),
     ("allocate salt", lambda m, bad: m.allocate(7, [1], salt=bad), [1, b"a", 1.5, ["a"]]),
     ("allocate read_cache", lambda m, bad: m.allocate(7, [1], read_cache=bad), [0, 1, None, "yes"]),
-    ("allocate reserve", lambda m, bad: m.allocate(7, [1], reserve_tokens=bad), [-1, 1.5, True, math.nan]),
     ("allocate again", lambda m, bad: m.allocate(bad, [1]), [0, 1]),
     ("append", lambda m, bad: m.append(bad, 1), BAD_SEQUENCES),
     ("append count", lambda m, bad: m.append(0, bad), BAD_COUNTS),
@@ -207,12 +206,6 @@ def test_found_blocks_lie_inside_the_first_chunk() -> None:
     got = manager.allocate(1, list(range(12)), num_tokens=7)
     assert got is not None
     assert (got.cached_tokens, len(manager.table(1))) == (4, 2)
-
-
-def test_reserving_ahead_is_not_this_managers_way() -> None:
-    """reserve_tokens is checked, and blocks come on demand."""
-    manager = manager_with()
-    assert len(manager.allocate(0, [1, 2], reserve_tokens=100).new_blocks) == 1  # type: ignore[union-attr]
 
 
 def test_empty_blocks_go_before_cached_ones() -> None:

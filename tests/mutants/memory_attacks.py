@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from random import Random
 from typing import Any
 
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.prefix_index import next_key, root_key
-from minipaged.memory.sequence_blocks import SequenceBlocks
+from minipaged.memory.blocks import next_key, root_key
+from minipaged.memory.tables import SequenceBlocks
 from minipaged.memory.types import Admission, Allocation, PoolUsage
+from tests.mutants.memory_bugs import Rekeyed
 
 
 class Patched(BlockManager):
@@ -29,10 +29,10 @@ class ModuloBoundary(BlockManager):
 
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
         sequence = self._sequences.find(seq_id)
-        if num_tokens and sequence.room and sequence.room % self._block_size:
-            got = super().append(seq_id, min(num_tokens, self._block_size - sequence.room % self._block_size))
+        if num_tokens and sequence.reserved and sequence.reserved % self._block_size:
+            got = super().append(seq_id, min(num_tokens, self._block_size - sequence.reserved % self._block_size))
             if got is not None:
-                sequence.room += max(0, num_tokens - 1) // self._block_size
+                sequence.reserved += max(0, num_tokens - 1) // self._block_size
             return got
         return super().append(seq_id, num_tokens)
 
@@ -42,7 +42,7 @@ class CopiesAFullTail(BlockManager):
 
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
         sequence = self._sequences.find(seq_id)
-        full = sequence.table and sequence.room == len(sequence.table) * self._block_size
+        full = sequence.table and sequence.reserved == len(sequence.table) * self._block_size
         shared = full and self._pool.refs[sequence.table[-1]] > 1
         if num_tokens and shared and self._pool.num_available > self._editor.blocks_for(num_tokens):
             pair = self._editor.copy_tail(sequence)
@@ -142,58 +142,25 @@ class HostBlocksReused(Patched):
         host.touch = lambda block: None  # type: ignore[method-assign]
 
 
-class KeyWithoutPrefix(Patched):
+class KeyWithoutPrefix(Rekeyed):
     """A block's key is made of its own tokens alone."""
 
-    def patch(self) -> None:
-        _rekey(self, lambda parent, tokens: next_key(b"", tokens), root_key)
+    def key_of(self, parent: bytes, tokens: bytes) -> bytes:
+        return next_key(b"", tokens)
 
 
-class SaltIgnored(Patched):
+class SaltIgnored(Rekeyed):
     """The salt is left out of the key."""
 
-    def patch(self) -> None:
-        _rekey(self, next_key, lambda salt: bytes(32))
+    def root_of(self, salt: str | None) -> bytes:
+        return bytes(32)
 
 
-class EmptySaltIsNone(Patched):
+class EmptySaltIsNone(Rekeyed):
     """An empty salt is taken for no salt."""
 
-    def patch(self) -> None:
-        _rekey(self, next_key, lambda salt: root_key(salt or None))
-
-
-def _rekey(manager: BlockManager, key_of: Any, root_of: Any) -> None:
-    editor, size = manager._editor, manager._block_size
-
-    def match(tokens: array[int], block_size: int, salt: str | None, most: int) -> tuple[list[int], list[bytes]]:
-        blocks, keys, key = [], [], root_of(salt)
-        for i in range(most):
-            key = key_of(key, tokens[i * block_size : (i + 1) * block_size].tobytes())
-            block = editor.index._block_of.get(key)
-            if block is None:
-                break
-            blocks.append(block)
-            keys.append(key)
-        return blocks, keys
-
-    def publish_full(sequence: SequenceBlocks) -> None:
-        for i in range(len(sequence.keys), sequence.computed // size):
-            parent = sequence.keys[-1] if sequence.keys else sequence.root
-            sequence.keys.append(key_of(parent, sequence.tokens[i * size : (i + 1) * size].tobytes()))
-            editor.publish(sequence, i)
-
-    real = manager.allocate
-
-    def allocate(seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
-        got = real(seq_id, token_ids, **options)
-        if got is not None:
-            manager._sequences.find(seq_id).root = root_of(options.get("salt"))
-        return got
-
-    editor.index.match = match  # type: ignore[method-assign]
-    editor.publish_full = publish_full  # type: ignore[method-assign]
-    manager.allocate = allocate  # type: ignore[method-assign, assignment]
+    def root_of(self, salt: str | None) -> bytes:
+        return root_key(salt or None)
 
 
 class MissesSkipped(Patched):
@@ -201,16 +168,7 @@ class MissesSkipped(Patched):
 
     def patch(self) -> None:
         index = self._editor.index
-
-        def match(tokens: array[int], block_size: int, salt: str | None, most: int) -> tuple[list[int], list[bytes]]:
-            found, key = [], root_key(salt)
-            for i in range(most):
-                key = next_key(key, tokens[i * block_size : (i + 1) * block_size].tobytes())
-                if key in index._block_of:
-                    found.append((index._block_of[key], key))
-            return [block for block, _ in found], [key for _, key in found]
-
-        index.match = match  # type: ignore[method-assign]
+        index.match = lambda keys: [index._block_of[k] for k in keys if k in index._block_of]  # type: ignore[method-assign]
 
 
 class NewestEvicted(Patched):
@@ -246,7 +204,7 @@ class ResetsWhileHeld(BlockManager):
         for block in self._editor.index.blocks():
             if self._pool.refs[block]:
                 self._editor.index.erase(block)
-                self._editor.tell("evict", -1, block, -1, -1)
+                self._editor.emit("evict", -1, block, -1, -1)
         super().reset_prefix_cache()
         return True
 
@@ -300,7 +258,7 @@ class PartialPublished(Patched):
 
         def careless(sequence: SequenceBlocks) -> None:
             computed = sequence.computed
-            sequence.computed = min(sequence.room, -(-computed // size) * size)
+            sequence.computed = min(sequence.reserved, -(-computed // size) * size)
             real(sequence)
             sequence.computed = computed
 
@@ -308,19 +266,39 @@ class PartialPublished(Patched):
 
 
 class KeyStolen(Patched):
-    """Of two blocks with equal content the later takes the key."""
+    """Of two blocks with equal content the one published last is found."""
 
     def patch(self) -> None:
         index = self._editor.index
-        real = index.publish
 
-        def steal(key: bytes, block: int) -> bool:
-            old = index._block_of.get(key)
-            if old is not None and block not in index and self._pool.refs[old]:
-                index.erase(old)
-            return real(key, block)
+        def match(keys: Iterable[bytes]) -> list[int]:
+            found = []
+            for key in keys:
+                blocks = [index._block_of[key], *index._twins.get(key, ())] if key in index._block_of else []
+                if not blocks:
+                    break
+                found.append(blocks[-1])
+            return found
 
-        index.publish = steal  # type: ignore[method-assign]
+        index.match = match  # type: ignore[method-assign]
+
+
+class TwinsLostOnErase(Patched):
+    """When the found one of two equal blocks is evicted, the other can no longer be found."""
+
+    def patch(self) -> None:
+        index, real = self._editor.index, self._editor.index.erase
+
+        def erase(block: int) -> bool:
+            key = index._key_of.get(block)
+            if key is None:
+                return False
+            if index._block_of.get(key) == block:
+                for twin in index._twins.pop(key, ()):
+                    del index._key_of[twin]
+            return real(block)
+
+        index.erase = erase  # type: ignore[method-assign]
 
 
 class CachedCountedOut(BlockManager):
@@ -331,8 +309,8 @@ class CachedCountedOut(BlockManager):
         return usage._replace(free=usage.free - usage.cached)
 
 
-class NeverCountsOnSharing(BlockManager):
-    """Whether a request can ever fit assumes that its sequences share their prompt."""
+class NeverForgetsTheTails(BlockManager):
+    """Whether a request can ever fit assumes that its samples share their prompt's last, partly filled block too."""
 
     def can_admit(self, num_tokens: int, max_new_tokens: int = 0, **options: Any) -> Admission:
         width = options.get("num_sequences", 1)
@@ -346,7 +324,7 @@ class WatermarkOnGrowth(BlockManager):
 
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
         sequence = self._sequences.on_device(seq_id)
-        need = self._editor.blocks_for(sequence.room + max(0, num_tokens)) - len(sequence.table)
+        need = self._editor.blocks_for(sequence.reserved + max(0, num_tokens)) - len(sequence.table)
         if type(num_tokens) is int and need > 0 and need + self._watermark_blocks > self._pool.num_available:
             return None
         return super().append(seq_id, num_tokens)
@@ -375,8 +353,8 @@ class PublishUntold(Patched):
     """A block is published and no event says so."""
 
     def patch(self) -> None:
-        real = self._editor.tell
-        self._editor.tell = (  # type: ignore[method-assign]
+        real = self._editor.emit
+        self._editor.emit = (  # type: ignore[method-assign]
             lambda kind, *rest: None if kind == "publish" else real(kind, *rest)
         )
 
@@ -385,8 +363,8 @@ class ForkUntold(Patched):
     """A fork is not told."""
 
     def patch(self) -> None:
-        real = self._editor.tell
-        self._editor.tell = lambda kind, *rest: None if kind == "fork" else real(kind, *rest)  # type: ignore[method-assign]
+        real = self._editor.emit
+        self._editor.emit = lambda kind, *rest: None if kind == "fork" else real(kind, *rest)  # type: ignore[method-assign]
 
 
 class HostLeak(BlockManager):
@@ -490,7 +468,7 @@ class WritesBeyondRoom(BlockManager):
     def mark_computed(self, seq_id: int, token_ids: Iterable[int]) -> None:
         sequence = self._sequences.find(seq_id)
         ids = list(token_ids)
-        sequence.room = max(sequence.room, sequence.computed + len(ids))
+        sequence.reserved = max(sequence.reserved, sequence.computed + len(ids))
         super().mark_computed(seq_id, ids)
 
 
@@ -499,9 +477,9 @@ class ForksWithRoom(BlockManager):
 
     def fork(self, parent_id: int, child_id: int) -> None:
         parent = self._sequences.find(parent_id)
-        room, parent.room = parent.room, parent.computed
+        reserved, parent.reserved = parent.reserved, parent.computed
         super().fork(parent_id, child_id)
-        parent.room = self._sequences.find(child_id).room = room
+        parent.reserved = self._sequences.find(child_id).reserved = reserved
 
 
 class ReleasesTheTail(BlockManager):
@@ -549,5 +527,5 @@ class DicedBlocks(Patched):
 ATTACKS: tuple[type[BlockManager], ...] = tuple(
     mutant
     for mutant in list(globals().values())
-    if isinstance(mutant, type) and issubclass(mutant, BlockManager) and mutant not in (BlockManager, Patched)
+    if isinstance(mutant, type) and issubclass(mutant, BlockManager) and mutant not in (BlockManager, Patched, Rekeyed)
 )

@@ -65,7 +65,7 @@ class Store(Protocol):
 
 
 class ReservingStore:
-    """A system of memory/systems.py. Samples and beams are rows of their own: contiguous runs can't be shared."""
+    """A system of baselines/systems.py. Samples and beams are rows of their own: contiguous runs can't be shared."""
 
     steady = True
     regular = True
