@@ -309,10 +309,12 @@ class Scheduler:
         batch = self.batch
         slots = np.array([s.slot for s in request.sequences if s.slot >= 0], np.int64)
         computed = batch.num_computed[slots]
-        take = sequence_groups.share_of(request, step.budget, batch.num_with_pending[slots] - computed)
+        need = batch.num_with_pending[slots] - computed
+        take = sequence_groups.share_of(request, step.budget, need)
         ends = computed + take
         for i in np.flatnonzero(ends > batch.num_reserved[slots]).tolist():
             if not self.running_set.reserve(step, slots[i : i + 1], ends[i : i + 1]):
+                take = np.minimum(take, np.maximum(need - 1, 0))  # nobody draws before all of them can
                 take[i] = 0
         self.running_set.publish_full_blocks(slots, computed + take)
         step.add(slots, take)
