@@ -142,12 +142,16 @@ class RunningSet:
 
     def publish_full_blocks(self, slots: Slots, ends: Slots) -> None:
         """Publish the blocks of these running sequences that are full of known tokens below `ends`."""
-        batch, size = self.batch, self.block_size
-        ends = np.minimum(ends, batch.num_tokens[slots])
-        for i in (ends // size > batch.num_published[slots] // size).nonzero()[0].tolist():
-            sequence = batch.sequences[int(slots[i])]
-            if sequence is not None:  # it has not been sent away meanwhile
-                self.publish(sequence, int(ends[i]))
+        batch, size, mark = self.batch, self.block_size, self.manager.mark_computed
+        ends, starts = np.minimum(ends, batch.num_tokens[slots]), batch.num_published[slots]
+        # Those that were sent away meanwhile have no number any more.
+        rows = ((ends // size > starts // size) & (batch.seq_id[slots] >= 0)).nonzero()[0]
+        if len(rows):
+            slots, starts, ends = slots[rows], starts[rows], ends[rows]
+            running = zip(batch.seq_id[slots].tolist(), batch.token_ids[slots].tolist(), strict=True)
+            for (seq_id, tokens), start, end in zip(running, starts.tolist(), ends.tolist(), strict=True):
+                mark(seq_id, tokens[start:end])
+            batch.num_published[slots] = ends
 
     # ---- coming in
 

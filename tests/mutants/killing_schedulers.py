@@ -15,10 +15,10 @@ from hypothesis import Phase, settings
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.running_set import RunningSet
 from minipaged.scheduling.scheduler import Scheduler
-from tests.laws import test_scheduler_laws, test_survivors_counts, test_survivors_edges
+from tests.laws import test_scheduler_laws, test_sharing_laws, test_survivors_counts, test_survivors_edges
 
 Law = Callable[..., None]
-MODULES = (test_scheduler_laws, test_survivors_counts, test_survivors_edges)
+MODULES = (test_scheduler_laws, test_sharing_laws, test_survivors_counts, test_survivors_edges)
 
 
 @cache
@@ -67,11 +67,22 @@ def verdict(scheduler: Any, words: str = "") -> tuple[str, BaseException] | None
     if not chosen:
         raise ValueError(f"no law is called {words}")
     for law in chosen:
-        try:
-            law(block_manager_class=BlockManager, scheduler_class=scheduler)
-        except (Exception, pytest.fail.Exception) as error:
-            return law.__name__, error
+        for case in _cases(law):
+            try:
+                law(block_manager_class=BlockManager, scheduler_class=scheduler, **case)
+            except (Exception, pytest.fail.Exception) as error:
+                return law.__name__, error
     return None
+
+
+def _cases(law: Law) -> list[dict[str, Any]]:
+    """The arguments of every case of a law that is written once for many."""
+    cases: list[dict[str, Any]] = [{}]
+    for mark in getattr(law, "pytestmark", []):
+        if mark.name == "parametrize":
+            name, values = mark.args
+            cases = [{**case, name: value} for case in cases for value in values]
+    return cases
 
 
 def killed(mutant: Any, law: str) -> None:

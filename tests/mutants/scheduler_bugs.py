@@ -115,13 +115,55 @@ class CopiesAfterWrites(Scheduler):
 
 
 @in_running_set
-class HitBeforeWrite(RunningSet):
-    """A prompt's blocks are reported computed when its request is let in: others of the same step find them before they are written."""
+class HitOnALaterStepsBlock(RunningSet):
+    """A whole prompt can be found when its request is let in: others find blocks that only a later step's chunk writes."""
 
     def enter(self, request: Request, reserved: list[int]) -> None:
         super().enter(request, reserved)
-        for sequence, end in zip(request.alive, reserved, strict=True):
-            self.publish(sequence, min(end, len(sequence.token_ids)))
+        for sequence, end in zip(request.alive, reserved, strict=False):
+            later = len(sequence.token_ids) - end
+            if (
+                later > 0
+                and request.params.num_sequences == 1
+                and self.manager.append(sequence.seq_id, later) is not None
+            ):
+                self.batch.num_reserved[sequence.slot] = end + later
+                self.batch.set_table(sequence.slot, self.manager.table(sequence.seq_id))
+                self.publish(sequence, end + later)
+
+
+class PromiseKeptAfterAWithdrawal(Scheduler):
+    """What a victim was to write in the step that it leaves can still be found."""
+
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
+        for sequence in request.alive:
+            if request.params.num_sequences == 1:
+                end = min(len(sequence.token_ids), int(self.batch.num_reserved[sequence.slot]))
+                self.running_set.publish(sequence, end)
+        self.manager.end_step()
+        super()._preempt(step, request)
+
+
+@in_running_set
+class GroupResumesOneByOne(RunningSet):
+    """After a recompute each sequence of a request computes all of its tokens in blocks of its own."""
+
+    def _come_back(self, parent: Sequence, sequence: Sequence) -> None:
+        if self.manager.allocate(sequence.seq_id, sequence.token_ids, num_tokens=0, read_cache=False) is not None:
+            self._run(sequence, 0)
+
+
+class PrefixesMadeTwice(Scheduler):
+    """A step's blocks can be found once it is committed: those who start with it compute the same again."""
+
+    def schedule(self) -> StepPlan | None:
+        running_set = self.running_set
+        publish, running_set.publish_full_blocks = running_set.publish_full_blocks, lambda slots, ends: None  # type: ignore[method-assign]
+        plan = super().schedule()
+        del running_set.publish_full_blocks
+        for sequence in [s for r in self.running for s in r.alive if s.slot >= 0]:
+            publish(np.array([sequence.slot]), np.array([sequence.num_computed]))
+        return plan
 
 
 @in_running_set
@@ -225,7 +267,10 @@ HISTORICAL: list[tuple[type[Scheduler], str]] = [
     (RequeuedAtTheEnd, "L40"),
     (AbortBetweenForkAndWriteLeaks, "L53"),
     (CopiesAfterWrites, "L55"),
-    (HitBeforeWrite, "L37"),
+    (HitOnALaterStepsBlock, "L29"),
+    (PromiseKeptAfterAWithdrawal, "L48"),
+    (GroupResumesOneByOne, "L67"),
+    (PrefixesMadeTwice, "L65"),
     (FullHitComputesNothing, "L55"),
     (LateBoundary, "L55"),
     (AdmitsAfterPreempting, "L39"),
