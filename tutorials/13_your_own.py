@@ -6,8 +6,8 @@
 # ## Why
 #
 # You have built every part of a paged memory once, in a world made for learning. Now put your parts into the
-# real one. minipaged's `BlockManager` consists of organs with small contracts. In this lesson you write your
-# own version of five of them and transplant them, one by one:
+# real one. minipaged's `BlockManager` consists of parts with small contracts. In this lesson you write your
+# own version of five of them and put them in, one by one:
 #
 # ```
 #  BlockManager        fork, more_room                     task 4, task 5        lessons 8 and 6
@@ -23,27 +23,25 @@
 # given up when a victim leaves in the middle of a step, blocks that a step still reads. It is there, around
 # your parts, in `minipaged/memory`.
 #
-# At the end your manager stands where minipaged's own one stands: under the whole specification, and in the
-# engine with a model.
+# At the end your manager is used like minipaged's own one: all laws of the specification are tested on it, and
+# it serves a model in the engine.
 #
 # ## The pain
 #
-# There is none to measure this time, so let us measure the patient: the real manager at work for a batch that
-# is decoding. Yours will be compared with it.
+# There is none this time. Let us measure minipaged's manager instead, at work for a batch that is decoding.
+# Yours will be compared with it.
 
 # %%
 from __future__ import annotations
 
 import random
 import time
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 
 from minipaged.errors import InputError
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.blocks import BlockPool, next_key, root_key
+from minipaged.memory.blocks import BlockPool
 from minipaged.memory.tables import PendingCopies, SequenceBlocks
 from minipaged.memory.types import NULL_BLOCK, Allocation
 
@@ -199,13 +197,12 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `MyPrefixIndex`
 #
-# Content to blocks. The keys are made elsewhere: `root_key(salt)` is the key before the first block,
-# `next_key(key, tokens as bytes)` one link of the chain (lesson 10). Here a key is some bytes.
+# Content to blocks. The keys are made elsewhere, one link of a chain for each block (lesson 10); here a key is
+# some bytes.
 #
-# Three rules. A block has one key: `publish` returns `False` and changes nothing where it has one already. A key
+# Two rules. A block has one key: `publish` returns `False` and changes nothing where it has one already. And a key
 # may belong to several blocks, as two sequences that compute the same text side by side make two copies of it:
-# all are remembered, the one published first is found, and when it is erased the next one is. And
-# `match` goes through the keys until the first that finds nothing; there may be many more, so it asks for none after it.
+# all are remembered, the one published first is found, and when it is erased the next one is.
 
 
 # %%
@@ -213,10 +210,10 @@ class MyPrefixIndex:
     """Keys and the blocks that hold their content.
 
     >>> index = MyPrefixIndex()
-    >>> index.publish(b"some key", 3), index.publish(b"some key", 4), index.match([b"some key", b"other"])
-    (True, True, [3])
-    >>> index.erase(3), index.match([b"some key"]), 3 in index, len(index)
-    (True, [4], False, 1)
+    >>> index.publish(b"some key", 3), index.publish(b"some key", 4), index.find(b"some key")
+    (True, True, 3)
+    >>> index.erase(3), index.find(b"some key"), index.find(b"another"), 3 in index, len(index)
+    (True, 4, None, False, 1)
     """
 
     def __init__(self) -> None:
@@ -242,66 +239,38 @@ class MyPrefixIndex:
         """The block can no longer be found (another with its content still can); False if it could not anyway."""
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
-    def match(self, keys: Iterable[bytes]) -> list[int]:
-        """A block for each of the leading keys, up to the first that finds nothing."""
+    def find(self, key: bytes) -> int | None:
+        """The block that is found by the key; None if there is none."""
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
 
 # %%
-def keys_of(*tokens: int, salt: str | None = None) -> list[bytes]:
-    """The keys of the full blocks of 2 tokens."""
-    keys, key = [], root_key(salt)
-    for start in range(0, len(tokens) - 1, 2):
-        key = next_key(key, array("I", tokens[start : start + 2]).tobytes())
-        keys.append(key)
-    return keys
-
-
-def published(keys: list[bytes], blocks: list[int]) -> MyPrefixIndex:
-    index = MyPrefixIndex()
-    assert all(index.publish(key, block) for key, block in zip(keys, blocks, strict=True))
-    return index
-
-
-def test_2_finds_from_the_left_until_the_first_miss() -> None:
-    keys = keys_of(1, 2, 3, 4, 5, 6)
-    index = published(keys, [7, 3, 5])
-    assert index.match(keys) == [7, 3, 5]
-    assert index.match(keys[:2]) == [7, 3]
-    assert index.match(keys_of(1, 2, 3, 4, salt="somebody")) == [], "another salt is another world"
-    assert index.match(keys_of(9, 9, 3, 4)) == []
-    assert index.erase(3)
-    asked = iter(keys)
-    assert index.match(asked) == [7]
-    assert list(asked) == keys[2:], "after the first miss nothing more is asked for"
-
-
 def test_2_a_block_has_one_key() -> None:
-    (key,) = keys_of(1, 2)
-    index = published([key], [4])
+    index = MyPrefixIndex()
+    assert index.find(b"key") is None
+    assert index.publish(b"key", 4)
     assert index.publish(b"another", 4) is False, "the block has a key"
-    assert index.match([key]) == [4]
+    assert index.find(b"key") == 4
+    assert index.find(b"another") is None
     assert (len(index), 4 in index, 9 in index, index.blocks()) == (1, True, False, [4])
     assert index.erase(4) is True
     assert index.erase(4) is False
-    assert len(index) == 0
-    assert index.match([key]) == []
+    assert (len(index), index.find(b"key")) == (0, None)
 
 
 def test_2_equal_content_is_remembered_twice() -> None:
-    (key,) = keys_of(1, 2)
-    index = published([key, key, key], [4, 9, 2])
-    assert (index.match([key]), index.blocks()) == ([4], [4, 9, 2]), "the one published first is found"
+    index = MyPrefixIndex()
+    assert all(index.publish(b"key", block) for block in (4, 9, 2))
+    assert (index.find(b"key"), index.blocks()) == (4, [4, 9, 2]), "the one published first is found"
     assert index.erase(9)
-    assert index.match([key]) == [4]
+    assert index.find(b"key") == 4
     assert index.erase(4)
-    assert index.match([key]) == [2], "the copy that is left"
-    assert index.publish(key, 4)
-    assert index.match([key]) == [2]
+    assert index.find(b"key") == 2, "the copy that is left"
+    assert index.publish(b"key", 4)
+    assert index.find(b"key") == 2
 
 
 if __name__ == "__main__":
-    test_2_finds_from_the_left_until_the_first_miss()
     test_2_a_block_has_one_key()
     test_2_equal_content_is_remembered_twice()
 
@@ -396,13 +365,13 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 4: `MyBlockManager.fork`
 #
-# The transplant is in `__init__`. A sequence is an object here, and the checks of `fork` are given. What is
+# `__init__` puts your parts in the place of minipaged's. A sequence is an object here, and the checks of `fork` are given. What is
 # left:
 #
 # 1. `parent.child(child_id)` makes the child, with lists of its own; `child.table` are its blocks;
 # 2. each of these blocks gains a holder (task 3), except the null block, which nobody holds;
 # 3. the child goes into the directory: `self._sequences.add(child)`;
-# 4. tell the world: `self._editor.emit("fork", child_id, -1, parent_id, len(child.table))`. The screen, the
+# 4. report the event: `self._editor.emit("fork", child_id, -1, parent_id, len(child.table))`. The screen, the
 #    trace and the specification read nothing but these events.
 #
 # ## Task 5: `MyBlockManager.more_room`
@@ -437,7 +406,7 @@ if __name__ == "__main__":
 
 # %%
 class MyBlockManager(BlockManager):
-    """minipaged's manager with your organs."""
+    """minipaged's manager with your parts."""
 
     def __init__(self, num_blocks: int, block_size: int, **settings) -> None:
         super().__init__(num_blocks, block_size, **settings)
@@ -568,8 +537,8 @@ class Both:
     def __call__(self, name: str, *arguments: object) -> object:
         theirs, mine = (getattr(manager, name)(*arguments) for manager in (self.theirs, self.mine))
         assert mine == theirs, f"{name}{arguments} gave {mine}, and should give {theirs}"
-        told, said = self.theirs.take_events(), self.mine.take_events()
-        assert said == told, f"{name}{arguments} told {said}, and should tell {told}"
+        their_events, my_events = self.theirs.take_events(), self.mine.take_events()
+        assert my_events == their_events, f"{name}{arguments} reported {my_events}, and should report {their_events}"
         assert self.mine.usage() == self.theirs.usage(), f"after {name}{arguments}"
         return theirs
 
@@ -626,7 +595,7 @@ if __name__ == "__main__":
 # minipaged's own manager gives. In your lessons' folder the run is recorded; `minipaged learn show 13` plays
 # it.
 #
-# Then the price of your organs, measured as above.
+# Then the time that your parts take, measured as above.
 #
 # Then the commands of the last checkpoint: your class under every law of the specification. A state machine
 # will do all it can think of to your manager, with all laws watched after every call. If it finds a weakness,
@@ -642,16 +611,16 @@ def in_the_engine(kind: type[BlockManager], record_to: Path | None = None) -> tu
     from minipaged.config import EngineConfig, SamplingParams
     from minipaged.engine import Engine
     from minipaged.execution.eager import TorchRunner
-    from minipaged.execution.kv_store import KVStore
+    from minipaged.execution.paged_kv import PagedKV
     from minipaged.model.loading import zoo
     from minipaged.scheduling.scheduler import Scheduler
     from minipaged.trace.stream import open_recorder
 
     num_blocks, block_size, toy = 52, 4, zoo.load("toy", device="cpu", dtype="float32")
-    store = KVStore(toy.config, num_blocks, block_size, dtype=torch.float32, device=torch.device("cpu"))
+    kv = PagedKV(toy.config, num_blocks, block_size, dtype=torch.float32, device=torch.device("cpu"))
     config = EngineConfig(max_model_len=150, preemption="recompute")
     scheduler = Scheduler(config, kind(num_blocks, block_size), block_size)
-    engine = Engine(scheduler, TorchRunner(toy.model, store, config.max_num_seqs), codec=toy.tokenizer)
+    engine = Engine(scheduler, TorchRunner(toy.model, kv, config.max_num_seqs), codec=toy.tokenizer)
     recorder = open_recorder(record_to, engine) if record_to is not None else None
     if recorder is not None:
         engine.trace.subscribe(recorder.write)
@@ -688,7 +657,7 @@ def what_was_won() -> None:
     print(f"copies {counters.copies}, tokens found {counters.hit_tokens}, preemptions {counters.preemptions}\n")
     print(f"minipaged's manager: {decode(BlockManager(4_000, 16)):.2f} microseconds a token")
     print(f"         and yours: {decode(MyBlockManager(4_000, 16)):.2f}\n")
-    tests = Path(BlockManager.__init__.__code__.co_filename).parents[2] / "tests" / "spec"
+    tests = Path(BlockManager.__init__.__code__.co_filename).parents[2] / "tests" / "laws"
     where = f"{tests}" if tests.is_dir() else "CLONE/tests/laws"
     print(
         "the last checkpoint, from this folder" + ("" if tests.is_dir() else "; the tests are in a clone of minipaged")
@@ -708,14 +677,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # When the second command passes, you have built PagedAttention.
 #
-# From here on the code of minipaged should hold no secrets. Some things to try: break one of your organs on
+# From here on the code of minipaged should hold no secrets. Some things to try: break one of your parts on
 # purpose, in a way that all tests of this file overlook, and see how long the specification needs. Or give
 # `MyFreeList` another order of eviction and watch the hit rate. Or read `PendingCopies` in `minipaged/memory/tables.py`,
 # the hardest class of this project.
 #
 # ## What real engines do
 #
-# - **vLLM** is built from the same organs: a block pool with a free queue, a map from hashes to blocks,
+# - **vLLM** is built from the same parts: a block pool with a free queue, a map from hashes to blocks,
 #   managers of block tables on top
 #   ([`vllm/v1/core`](https://github.com/vllm-project/vllm/tree/main/vllm/v1/core)). You can read it now.
 # - The idea of testing an implementation against a simple model, with random commands and shrinking, is from
@@ -723,7 +692,7 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/block_manager.py`: `BlockManager`, which you have just operated on.
-# - `minipaged/memory/blocks.py`: `FreeList`, `PrefixIndex`, `BlockPool`.
+# - `minipaged/memory/block_manager.py`: `BlockManager`, whose parts you have just replaced.
+# - `minipaged/memory/blocks.py`: `FreeList`, `PrefixIndex` and `BlockPool`.
 # - `minipaged/memory/tables.py`: `TableEditor`.
 # - `tests/laws`: the specification. `tests/mutants`: the bugs that it is known to find.

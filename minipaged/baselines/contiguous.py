@@ -2,23 +2,27 @@
 admission to finish.
 
 It stands where BlockManager stands, so that the same scheduler, runner and kernels execute every system; only what
-is held, and therefore who may enter, differs. Nothing is shared: a fork gets a run of its own and copies. Knows
-rules and runs; knows nothing of tensors.
+is held, and therefore who may enter, differs. Nothing is shared: a fork gets a run of its own and copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from minipaged.baselines.batches import WebUI
 from minipaged.baselines.buddy import BuddyAllocator, next_power_of_two
+from minipaged.baselines.orca import Orca
 from minipaged.baselines.reservations import Reservations
-from minipaged.baselines.systems import Orca, PagedTGI, WebUI, reservations
-from minipaged.config import MAX_BLOCK_SIZE, check_int
+from minipaged.baselines.systems import reservations
+from minipaged.baselines.tgi import PagedTGI
+from minipaged.config import MAX_BLOCK_SIZE, EngineConfig, check_int
 from minipaged.errors import InputError
+from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.blocks import PrefixHit, PrefixIndex
 from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, BlockEvent, PoolUsage, token_array
+from minipaged.scheduling.scheduler import Scheduler
 
 _NOTHING = Allocation(0, (), ())
 _EMPTY_INDEX = PrefixIndex()
@@ -324,3 +328,22 @@ class ContiguousBlockManager:
         """Blocks by state; reserved blocks count as referenced, written or not."""
         free = len(self._free)
         return PoolUsage(self._num_blocks, 1, free, 0, self._num_blocks - 1 - free, 0, 0, 0)
+
+
+def contiguous_scheduler(
+    system: str, config: EngineConfig, num_blocks: int, block_size: int, *, max_new: int = 0
+) -> tuple[Scheduler, ContiguousBlockManager]:
+    """The engine's own scheduler over that system's memory.
+
+    Requests must run to their limit (`ignore_eos`): it is then the true length of the answer, which orca-oracle knows. For
+    the others a client allows `max_new` tokens, or the request's own limit if that is more.
+    """
+    manager = ContiguousBlockManager(num_blocks, block_size, system, max_len=config.max_model_len)
+    scheduler = Scheduler(config, cast(BlockManager, manager), block_size)
+
+    def ask(seq_id: int) -> Ask:
+        length = scheduler.sequences[seq_id].request.params.max_tokens
+        return Ask(max(max_new, length), length)
+
+    manager.ask_of = ask
+    return scheduler, manager

@@ -1,6 +1,6 @@
-"""Puts a lesson's own small block manager on the screen: it is photographed after each operation, and the photographs become a trace.
+"""Records a lesson's own small block manager for the screen: after each operation it is given the tables and lengths, and writes a step.
 
-Knows tables and lengths, whoever keeps them; knows nothing of how they came about. Everything that the screen shows is derived
+Knows tables and lengths, whoever keeps them; knows nothing of how they came about. Everything that the screen shows is computed
 from those two.
 """
 
@@ -31,7 +31,7 @@ Tables = Mapping[str, Sequence[int]]
 
 
 class Tape:
-    """Photographs of a pool of `num_blocks` blocks, the null block among them, of `block_size` tokens each."""
+    """A trace of a pool of `num_blocks` blocks, the null block among them, of `block_size` tokens each."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -39,7 +39,7 @@ class Tape:
         self._names: list[str] = []  # a sequence's number is its place here
         self._tables: dict[str, tuple[int, ...]] = {}
         self._texts: dict[str, str] = {}
-        self._told: dict[int, int] = {}  # tokens told of a sequence so far
+        self._recorded: dict[int, int] = {}  # tokens recorded of a sequence so far
         self._num_events = 0
 
     def note(self, tables: Tables, lengths: Mapping[str, int], texts: Mapping[str, str] | None = None) -> None:
@@ -97,14 +97,14 @@ class Tape:
         added = text.removeprefix(old).encode()
         self._texts[name] = text or old
         tokens = tuple(
-            range(self._told.get(number, 0), length)
-        )  # nobody says which tokens: their positions stand for them
-        self._told[number] = max(self._told.get(number, 0), length)
+            range(self._recorded.get(number, 0), length)
+        )  # which tokens they are is unknown: their positions stand for them
+        self._recorded[number] = max(self._recorded.get(number, 0), length)
         reason = "stop" if status == "finished" else ""
         return SequencePatch(number, number, -1, status, length, 0, 0, tokens, added, math.nan, reason)
 
     def _events(self, new: dict[str, tuple[int, ...]]) -> tuple[Event, ...]:
-        """What must have happened between two photographs, entry by entry."""
+        """What must have happened since the last operation, entry by entry."""
         found: list[tuple[str, int, int, int]] = []
         for name in [*self._tables, *(name for name in new if name not in self._tables)]:
             old, now = self._tables.get(name, ()), new.get(name, ())

@@ -182,7 +182,9 @@ class BlockManager:
         if hit is not None:
             self._check_hit(hit)
             if hit.tokens != tokens:
-                raise InputError(f"the hit is of {len(hit.tokens)} other tokens: look these up")
+                raise InputError(
+                    f"hit is of other tokens ({len(hit.tokens)} of them, not these {len(tokens)}): look these up"
+                )
         if hit is None or hit.salt != salt:
             hit = PrefixHit(self._editor.index, tokens, self._block_size, salt)
         blocks = hit.find(wanted) if read_cache else []
@@ -205,7 +207,7 @@ class BlockManager:
         return Allocation(sequence.computed, self._editor.grow(sequence, count), ())
 
     def _check_hit(self, hit: PrefixHit) -> None:
-        if not isinstance(hit, PrefixHit) or not hit.is_of(self._editor.index):
+        if not isinstance(hit, PrefixHit) or hit.index is not self._editor.index:
             raise InputError(f"hit must be what this manager's lookup returned, not {hit!r}")
 
     # ---- growing
@@ -300,19 +302,10 @@ class BlockManager:
         sequence = self._sequences.on_device(seq_id)
         check_int("num_tokens", num_tokens, 0, sequence.reserved)
         keep = self._editor.blocks_for(num_tokens)
-        if num_tokens < keep * self._block_size:
-            tail = sequence.table[keep - 1]
-            if tail == NULL_BLOCK:
-                raise InputError(
-                    f"sequence {seq_id} cannot be cut at token {num_tokens}: entry {keep - 1} was released"
-                )
-            writer = self._editor.promises.writer_of.get(tail, seq_id)
-            if writer != seq_id and sequence.reserved >= keep * self._block_size:
-                # It found this block, and to go on inside it would copy it, which is done before the block is written.
-                raise InputError(
-                    f"sequence {seq_id} cannot be cut at token {num_tokens}: sequence {writer} writes that block in this step"
-                )
-        self._editor.check_withdrawal(sequence, num_tokens)
+        if num_tokens < keep * self._block_size and sequence.table[keep - 1] == NULL_BLOCK:
+            raise InputError(f"sequence {seq_id} cannot be cut at token {num_tokens}: entry {keep - 1} was released")
+        if self._editor.promises.writer_of:
+            self._editor.check_leaving(sequence, num_tokens)
         self._editor.cut(sequence, num_tokens)
 
     def release(self, seq_id: int, indices: Iterable[int]) -> None:
@@ -350,7 +343,8 @@ class BlockManager:
                     self._host.drop(block)
                     self._editor.emit("free", seq_id, block, -1, index, "host")
         else:
-            self._editor.check_withdrawal(sequence, 0)
+            if self._editor.promises.writer_of:
+                self._editor.check_leaving(sequence, 0)
             self._editor.cut(sequence, 0)
         self._sequences.remove(seq_id)
 
@@ -365,13 +359,17 @@ class BlockManager:
         """
         group = self._sequences.group(seq_ids, swapped=False)
         ends = [sequence.before_plan() for sequence in group]
+        not_yet_written = set(self._editor.promises.writer_of)
         for sequence, end in zip(group, ends, strict=True):
             if end is not None:
-                self._editor.check_withdrawal(sequence, end)
+                self._editor.check_leaving(sequence, end)
+                not_yet_written.difference_update(
+                    sequence.table[i] for i in self._editor.promised_entries(sequence, end)
+                )
         blocks = swap.blocks_to_move(group, self._block_size)
-        if len(blocks) > self._host.num_available or not self._arrivals.isdisjoint(blocks):
+        if len(blocks) > self._host.num_available:
             return None
-        if not self._editor.promises.writer_of.keys().isdisjoint(blocks):
+        if not blocks.keys().isdisjoint(self._arrivals | not_yet_written):
             return None
         for sequence, end in zip(group, ends, strict=True):
             if end is not None:
@@ -386,7 +384,7 @@ class BlockManager:
         """
         group = self._sequences.group(seq_ids, swapped=True)
         blocks = {block for sequence in group for block in sequence.host or () if block >= 0}
-        need = len(blocks) + swap.next_step_blocks(group, self._host, self._block_size)
+        need = len(blocks) + swap.next_step_blocks(group, self._block_size)
         if need + self._watermark() > self._pool.num_available:
             return None
         pairs = swap.move_in(group, self._pool, self._host, self._editor.take, self._editor.emit)

@@ -17,9 +17,7 @@ the one that is found, and the other is found once the first is evicted. No tabl
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from itertools import islice
 
 _UNSALTED = bytes(32)
 
@@ -186,7 +184,7 @@ def root_key(salt: str | None) -> bytes:
     return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=32, person=b"salt").digest()
 
 
-def next_key(parent: bytes, tokens: bytes | memoryview) -> bytes:
+def next_key(parent: bytes, tokens: bytes) -> bytes:
     """The key of a block whose tokens (as bytes of an array of type "I") follow the block of key `parent`."""
     return blake2b(parent + tokens, digest_size=32).digest()
 
@@ -198,6 +196,7 @@ class PrefixIndex:
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}  # the block that is found by the key: the one published first
         self._twins: dict[bytes, dict[int, None]] = {}  # the other blocks of the key, in the order they were published
+        self.find = self._block_of.get  # a block that holds the content of a key, or None
 
     def __contains__(self, block: int) -> bool:
         """Whether this block is remembered under its content."""
@@ -233,25 +232,16 @@ class PrefixIndex:
         """The blocks that have a key, in the order they were published."""
         return list(self._key_of)
 
-    def match(self, keys: Iterable[bytes]) -> list[int]:
-        """Blocks that hold the content of the leading keys; the first miss ends it."""
-        blocks: list[int] = []
-        find = self._block_of.get
-        for key in keys:
-            block = find(key)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
-
 
 class PrefixHit:
     """A prompt's keys, each hashed once and only when it is needed. It holds no block: what it finds is looked up anew each time."""
 
+    __slots__ = ("_block_size", "index", "keys", "root", "salt", "tokens")
+
     def __init__(self, index: PrefixIndex, tokens: array[int], block_size: int, salt: str | None) -> None:
         self.tokens, self.salt, self.root = tokens, salt, root_key(salt)
         self.keys: list[bytes] = []  # of the leading full blocks, as far as anybody has asked
-        self._index = index
+        self.index = index  # where it looks
         self._block_size = block_size
 
     @property
@@ -259,24 +249,26 @@ class PrefixHit:
         """Tokens that a new sequence would find now: whole blocks, and never all of its tokens."""
         return len(self.find(len(self.tokens))) * self._block_size
 
-    def is_of(self, index: PrefixIndex) -> bool:
-        """Whether this index is the one that is searched."""
-        return self._index is index
-
     def find(self, num_tokens: int) -> list[int]:
         """Blocks that hold the prompt's leading full blocks now, inside its first `num_tokens` tokens and with at least one token of
-        it left to compute."""
+        it left to compute. The first miss ends it."""
         most = max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size
-        return self._index.match(islice(self._all_keys(), most))
-
-    def _all_keys(self) -> Iterator[bytes]:
-        """The keys known so far, then the others, which are hashed as they are asked for."""
-        keys = self.keys
-        yield from keys
+        blocks: list[int] = []
+        keys, find = self.keys, self.index.find
+        for key in keys[:most]:
+            block = find(key)
+            if block is None:
+                return blocks
+            blocks.append(block)
+        if len(keys) >= most:
+            return blocks
         key = keys[-1] if keys else self.root
-        size = self._block_size * self.tokens.itemsize
-        data = memoryview(self.tokens).cast("B")
-        for start in range(len(keys) * size, len(data), size):
-            key = next_key(key, data[start : start + size])
+        data, stride = self.tokens.tobytes(), self._block_size * self.tokens.itemsize
+        for start in range(len(keys) * stride, most * stride, stride):
+            key = next_key(key, data[start : start + stride])
             keys.append(key)
-            yield key
+            block = find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks

@@ -113,7 +113,7 @@ def move_out(group: list[SequenceBlocks], blocks: Iterable[int], pool: BlockPool
     return list(home.items())
 
 
-def next_step_blocks(group: list[SequenceBlocks], host: HostPool, block_size: int) -> int:
+def next_step_blocks(group: list[SequenceBlocks], block_size: int) -> int:
     """Device blocks that one more token for each sequence will take, copies of shared tails included."""
     grown = 0
     writers: Counter[int] = Counter()

@@ -272,10 +272,11 @@ class TableEditor:
         """Keep num_tokens tokens, at most those reserved. Promises beyond them are withdrawn. Entries beyond them go, the last first;
         a copy after which nothing is left to write is given up, and its source stands in the table again."""
         seq_id, table, keep = sequence.seq_id, sequence.table, self.blocks_for(num_tokens)
-        for index in self.promised_entries(sequence, num_tokens):
-            self.index.erase(table[index])
-            del self.promises.writer_of[table[index]]
-            self.emit("evict", seq_id, table[index], -1, index)
+        if sequence.promised_from is not None:
+            for index in self.promised_entries(sequence, num_tokens):
+                self.index.erase(table[index])
+                del self.promises.writer_of[table[index]]
+                self.emit("evict", seq_id, table[index], -1, index)
         pending = sequence.pending if sequence.pending is not None and num_tokens <= sequence.pending.reserved else None
         source = pending.source if pending is not None and pending.entry < keep else NULL_BLOCK
         if pending is not None:
@@ -321,12 +322,17 @@ class TableEditor:
         )
         return [i for i in entries if self.promises.writer_of.get(sequence.table[i]) == sequence.seq_id]
 
-    def check_withdrawal(self, sequence: SequenceBlocks, num_tokens: int) -> None:
-        """InputError if somebody else holds a block that the sequence would not write after all."""
+    def check_leaving(self, sequence: SequenceBlocks, num_tokens: int) -> None:
+        """InputError if somebody else holds a block that the sequence would not write in this step if it kept only num_tokens tokens, or
+        if it would be cut inside a block that it found and that another is to write (to go on there it would copy the block, and
+        copies are made before the step writes)."""
+        said = f"sequence {sequence.seq_id} cannot be cut at token {num_tokens} while this step is planned"
         for index in self.promised_entries(sequence, num_tokens):
             block = sequence.table[index]
             if self.pool.refs[block] > 1:
-                raise InputError(
-                    f"sequence {sequence.seq_id} cannot leave the step that is being planned: it is to write block {block}, "
-                    "which somebody else holds"
-                )
+                raise InputError(f"{said}: it is to write block {block}, which somebody else holds")
+        entry, slot = divmod(num_tokens, self.block_size)
+        if slot and sequence.reserved >= (entry + 1) * self.block_size:
+            writer = self.promises.writer_of.get(sequence.table[entry], sequence.seq_id)
+            if writer != sequence.seq_id:
+                raise InputError(f"{said}: it found block {sequence.table[entry]}, which sequence {writer} is to write")

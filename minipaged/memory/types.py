@@ -110,7 +110,7 @@ def token_array(token_ids: Iterable[int]) -> array[int]:
         tokens = array(TOKEN_TYPE, ids)
     except (TypeError, OverflowError, ValueError):
         raise InputError(_complaint(token_ids)) from None
-    if bool in map(type, ids):
+    if bool in set(map(type, ids)):
         raise InputError(_complaint(ids))
     return tokens
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from tests.laws.machine import PICK, StepMachine
+from tests.laws.machine import PICK, TAIL, StepMachine
 from tests.laws.machine_share import SharingMachine
 from tests.laws.model import Line
 
@@ -33,6 +33,10 @@ class FullMachine(SharingMachine):
         if not lines:
             return
         group = list({lines[pick % len(lines)].seq_id: lines[pick % len(lines)] for pick in picks}.values())
+        self._swap_out(group, as_they_are)
+
+    def _swap_out(self, group: list[Line], as_they_are: bool) -> None:
+        watch = self.watch
         ids = [line.seq_id for line in group]
         tables, withdrawn = {}, []
         for line in group:
@@ -47,7 +51,7 @@ class FullMachine(SharingMachine):
             return
         tables |= {i: watch.view.tables[i] for i in ids if i not in tables}
         blocks = {b for table in tables.values() for b in table if b}
-        arriving = blocks & ({device for _, device in watch.swap_ins} | watch.promised.keys())
+        arriving = blocks & ({device for _, device in watch.swap_ins} | watch.promised.keys() - set(withdrawn))
         least, most = watch.host_available()
         pairs = watch.call("swap_out", ids)
         said = f"swap_out({ids}) of {tables}"
@@ -135,6 +139,36 @@ class FullMachine(SharingMachine):
         tails = Counter(tables[line.seq_id][-1] for line in group if line.room < len(tables[line.seq_id]) * size)
         grown = sum(line.room >= len(tables[line.seq_id]) * size for line in group)
         return grown, sum(n - (n == entries[b]) for b, n in tails.items())
+
+    # ---- one step
+
+    @precondition(lambda self: self.watch.ends_steps and len(self.watch.lines) < 7)
+    @rule(
+        stem=PICK,
+        tail=TAIL,
+        who=st.integers(0, 1),
+        way=st.sampled_from(["stay", "free", "truncate", "swap_out", "swap_out as it is"]),
+        keep=PICK,
+    )
+    def come_together(self, stem: int, tail: list[int], who: int, way: str, keep: int) -> None:
+        """Two requests of one prefix in one step: the second counts on what the first is to write. Then one of them wants to leave."""
+        self._plan()
+        watch, tokens = self.watch, self.stems[stem % len(self.stems)] + tail or [0]
+        pair = []
+        for more in ([], [1]):
+            seq = self.next_id
+            self._allocate(tokens + more, None, 1, True)
+            if seq not in watch.lines:
+                return
+            pair.append(watch.lines[seq])
+            self._mark(pair[-1], pair[-1].room - pair[-1].marked)
+        line = pair[who]
+        if way == "free":
+            self._free(line.seq_id)
+        elif way == "truncate":
+            self._truncate(line, keep % (line.room + 1))
+        elif way != "stay":
+            self._swap_out([line], way == "swap_out as it is")
 
     # ---- the cache
 

@@ -15,10 +15,10 @@ from hypothesis import Phase, settings
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.running_set import RunningSet
 from minipaged.scheduling.scheduler import Scheduler
-from tests.laws import test_scheduler_laws, test_sharing_laws, test_survivors_counts, test_survivors_edges
+from tests.laws import test_scheduler_details, test_scheduler_laws, test_sharing_laws
 
 Law = Callable[..., None]
-MODULES = (test_scheduler_laws, test_sharing_laws, test_survivors_counts, test_survivors_edges)
+MODULES = (test_scheduler_laws, test_sharing_laws, test_scheduler_details)
 
 
 @cache

@@ -7,9 +7,9 @@ from random import Random
 from typing import Any
 
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.blocks import next_key, root_key
+from minipaged.memory.blocks import PrefixHit, next_key, root_key
 from minipaged.memory.tables import SequenceBlocks
-from minipaged.memory.types import Admission, Allocation, PoolUsage
+from minipaged.memory.types import Admission, Allocation, PoolUsage, token_array
 from tests.mutants.memory_bugs import Rekeyed
 
 
@@ -163,12 +163,28 @@ class EmptySaltIsNone(Rekeyed):
         return root_key(salt or None)
 
 
-class MissesSkipped(Patched):
+class MissesSkipped(BlockManager):
     """A match goes on after a miss."""
 
-    def patch(self) -> None:
-        index = self._editor.index
-        index.match = lambda keys: [index._block_of[k] for k in keys if k in index._block_of]  # type: ignore[method-assign]
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        return _SkipsMisses(self._editor.index, token_array(token_ids), self._block_size, salt)
+
+    def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
+        return super().allocate(
+            seq_id, token_ids, **{**options, "hit": self.lookup(token_ids, salt=options.get("salt"))}
+        )
+
+
+class _SkipsMisses(PrefixHit):
+    def find(self, num_tokens: int) -> list[int]:
+        whole = super().find(num_tokens)
+        while len(self.keys) * self._block_size < min(len(self.tokens) - 1, num_tokens) - self._block_size + 1:
+            start = len(self.keys) * self._block_size
+            parent = self.keys[-1] if self.keys else self.root
+            self.keys.append(next_key(parent, self.tokens[start : start + self._block_size].tobytes()))
+        most = max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size
+        later = [self.index.find(key) for key in self.keys[len(whole) : most]]
+        return whole + [block for block in later if block is not None]
 
 
 class NewestEvicted(Patched):
@@ -184,7 +200,7 @@ class HeadFirst(BlockManager):
 
     def free(self, seq_id: int) -> None:
         sequence = self._sequences.find(seq_id)
-        if sequence.host is None and sequence.pending is None:
+        if sequence.host is None and sequence.pending is None and sequence.promised_from is None:
             sequence.table.reverse()
         super().free(seq_id)
 
@@ -271,16 +287,10 @@ class KeyStolen(Patched):
     def patch(self) -> None:
         index = self._editor.index
 
-        def match(keys: Iterable[bytes]) -> list[int]:
-            found = []
-            for key in keys:
-                blocks = [index._block_of[key], *index._twins.get(key, ())] if key in index._block_of else []
-                if not blocks:
-                    break
-                found.append(blocks[-1])
-            return found
+        def find(key: bytes) -> int | None:
+            return [*index._twins.get(key, ()), index._block_of.get(key)][-1 if key not in index._twins else -2]
 
-        index.match = match  # type: ignore[method-assign]
+        index.find = find  # type: ignore[method-assign]
 
 
 class TwinsLostOnErase(Patched):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 from minipaged.memory import swap
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.blocks import PrefixHit, next_key, root_key
 from minipaged.memory.tables import SequenceBlocks
-from minipaged.memory.types import NULL_BLOCK, Admission, Allocation
+from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, token_array
 
 
 class Rekeyed(BlockManager):
@@ -39,7 +38,9 @@ class Rekeyed(BlockManager):
         return hit
 
     def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
-        return super().allocate(seq_id, token_ids, hit=self.lookup(token_ids, salt=options.get("salt")), **options)
+        return super().allocate(
+            seq_id, token_ids, **{**options, "hit": self.lookup(token_ids, salt=options.get("salt"))}
+        )
 
     def _publish_full(self, sequence: SequenceBlocks) -> None:
         size = self._block_size
@@ -83,15 +84,20 @@ class FullHit(BlockManager):
     """A prompt that is cached as a whole leaves no token to compute."""
 
     def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
-        return _WholeHit(self._editor.index, array("I", token_ids), self._block_size, salt)
+        return _WholeHit(self._editor.index, token_array(token_ids), self._block_size, salt)
 
     def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
-        return super().allocate(seq_id, token_ids, hit=self.lookup(token_ids, salt=options.get("salt")), **options)
+        return super().allocate(
+            seq_id, token_ids, **{**options, "hit": self.lookup(token_ids, salt=options.get("salt"))}
+        )
 
 
 class _WholeHit(PrefixHit):
     def find(self, num_tokens: int) -> list[int]:
-        return self._index.match(islice(self._all_keys(), min(len(self.tokens), num_tokens) // self._block_size))
+        tokens, self.tokens = self.tokens, array("I", [*self.tokens, 0])
+        found = super().find(min(len(tokens), num_tokens))
+        self.tokens = tokens
+        return found
 
 
 class TouchedBeforeTheCheck(BlockManager):
@@ -161,7 +167,7 @@ class WithdrawnAfterAHit(BlockManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._editor.check_withdrawal = lambda sequence, num_tokens: None  # type: ignore[method-assign]
+        self._editor.check_leaving = lambda sequence, num_tokens: None  # type: ignore[method-assign]
 
 
 class PromiseOutlivesItsWriter(BlockManager):
@@ -228,7 +234,7 @@ class StaleHandle(BlockManager):
     """A handle that was looked up earlier finds what was there then."""
 
     def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
-        return _RemembersBlocks(self._editor.index, array("I", token_ids), self._block_size, salt)
+        return _RemembersBlocks(self._editor.index, token_array(token_ids), self._block_size, salt)
 
 
 class _RemembersBlocks(PrefixHit):
@@ -332,7 +338,7 @@ class SwapInTooEager(BlockManager):
 
     def swap_in(self, seq_ids: Iterable[int]) -> list[tuple[int, int]] | None:
         real = swap.next_step_blocks
-        swap.next_step_blocks = lambda group, host, block_size: 0  # type: ignore[assignment]
+        swap.next_step_blocks = lambda group, block_size: 0  # type: ignore[assignment]
         try:
             return super().swap_in(seq_ids)
         finally:

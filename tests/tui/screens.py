@@ -24,7 +24,7 @@ def replay(
     """An app over a recorded list."""
     pieces = {code: bytes([code]) for code in range(128)}
     session = Session(source or ListSource(sharing_scene().deltas if deltas is None else deltas, pieces=pieces))
-    session.seek(at)
+    session.playback.seek(at)
     return ScreenApp(session, ascii=ascii)
 
 
