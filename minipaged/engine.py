@@ -69,10 +69,10 @@ class Engine:
 
         text: what a prompt of token ids reads, for those who show it.
         """
-        text = prompt if isinstance(prompt, str) else text
-        request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids, text)
+        request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids)
         request.text_reader = self.detokenizer.read if self.detokenizer is not None else None
         try:
+            request.prompt = self._text_of(prompt, text)
             request.prompt_token_ids = tuple(self._encode(prompt))
             self._check_vocabulary(request.params.stop_token_ids)
             self._check_logprobs(request.params)
@@ -94,6 +94,14 @@ class Engine:
             raise RequestError(f"prompt_token_ids must be a sequence of token ids, not {prompt!r}") from None
         self._check_vocabulary(tokens)
         return tokens
+
+    @staticmethod
+    def _text_of(prompt: str | Sequence[int], text: str | None) -> str | None:
+        if isinstance(prompt, str):
+            return prompt
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f"the text of a prompt must be a string, not {text!r}")
+        return text
 
     def _check_vocabulary(self, tokens: Sequence[int]) -> None:
         size = 2**31 if self.vocab_size is None else self.vocab_size

@@ -154,9 +154,9 @@ def _why_ended(sequence: Sequence, text_stops: TextStops | None) -> str:
 
 
 def note_prompt_logprobs(running_set: RunningSet, plan: StepPlan, found: dict[int, PromptLogprobs]) -> None:
-    """Take in the log-probabilities of the prompt positions that a step computed."""
+    """Take in the log-probabilities of the prompt positions that a step computed, also for one that was sent away meanwhile."""
     for row, values in found.items():
-        sequence = running_set.batch.sequences[int(plan.slots[row])]
-        if sequence is not None and sequence.seq_id == plan.seq_ids[row]:
+        sequence = running_set.sequences.get(int(plan.seq_ids[row]))
+        if sequence is not None:
             request = sequence.request
             request.prompt_logprobs.extend(prompt_entries(request, values))

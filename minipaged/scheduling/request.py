@@ -247,12 +247,12 @@ class Request:
 
 
 class CompletionOutput(NamedTuple):
-    """One answer. finish_reason: stop, length, abort, error, or "" while it grows."""
+    """One answer as it was when it was asked for; it never changes. finish_reason: stop, length, abort, error, or "" while it grows."""
 
     index: int  # type: ignore[assignment]  # the field's usual name, though tuples have a method of it
     text: str
     token_ids: list[int]
-    cumulative_logprob: float
+    cumulative_logprob: float | None  # None where no log-probabilities were asked for
     logprobs: list[TokenLogprobs] | None
     finish_reason: str
 
@@ -283,7 +283,7 @@ class RequestOutput:
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         """Entry i: the log-probability of prompt token i given those before it; None for the first."""
-        return None if self.request.params.prompt_logprobs is None else self.request.prompt_logprobs
+        return None if self.request.params.prompt_logprobs is None else list(self.request.prompt_logprobs)
 
     @property
     def error(self) -> str | None:
@@ -305,9 +305,15 @@ class RequestOutput:
         elif params.best_of is not None and params.best_of > params.n:
             chosen = sorted(chosen, key=lambda s: -s.cumulative_logprob)[: params.n]
         logged = params.logprobs is not None
+        scored = logged or params.best_of is not None or params.beam_width is not None
         return [
             CompletionOutput(
-                i, s.text, s.output_token_ids, s.cumulative_logprob, s.logprobs if logged else None, s.finish_reason
+                index=i,
+                text=s.text,
+                token_ids=s.output_token_ids,
+                cumulative_logprob=s.cumulative_logprob if scored else None,
+                logprobs=list(s.logprobs) if logged else None,
+                finish_reason=s.finish_reason,
             )
             for i, s in enumerate(chosen)
         ]
