@@ -9,6 +9,8 @@ import pytest
 from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
+from minipaged.scheduling.request import Request
+from tests.scheduling.drawer import Drawer, run, scheduler_of
 
 
 def toy(**settings: Any) -> LLM:
@@ -62,3 +64,17 @@ def test_an_answer_that_was_kept_never_changes() -> None:
         assert len(answer.token_ids) == len(answer.logprobs) == count
         assert prompt is not None
         assert len(prompt) == len(kept[-1][1] or ())
+
+
+def test_prompt_logprobs_of_a_step_that_is_committed_after_its_request_was_sent_away() -> None:
+    """The request has no slot any more, and whoever has it by then gets nothing of it."""
+    scheduler, drawer = scheduler_of(preemption="recompute", depth=1), Drawer()
+    request = Request(0, tuple(range(9)), SamplingParams(max_tokens=3, prompt_logprobs=0, ignore_eos=True))
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert scheduler.running_set.preempt(request) is None
+    scheduler.commit(plan, drawer.answer(plan))
+    assert [entry and list(entry) for entry in request.prompt_logprobs] == [None, *([n] for n in range(1, 9))]
+    run(scheduler, drawer)
+    assert len(request.prompt_logprobs) == 9
