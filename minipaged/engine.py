@@ -1,4 +1,7 @@
-"""The engine: schedule, launch, commit. One thread owns it; what others ask of it waits in an inbox that is emptied before each step."""
+"""The engine: schedule, launch, commit. One thread owns it; what others ask of it waits in an inbox that is emptied before each step.
+
+It owns the text as well: the scheduler asks it whether a stop string ends a sequence, outputs ask it for their texts.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from minipaged.config import SamplingParams
 from minipaged.config import describe as settings_of
 from minipaged.errors import InputError, RequestError
 from minipaged.execution.runner import Pending, Runner
-from minipaged.scheduling import knobs
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, RequestOutput
+from minipaged.scheduling.runtime_settings import change_of
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import Detokenizer, TextCodec
 from minipaged.trace.builder import TraceBuilder
@@ -46,7 +49,7 @@ class Engine:
         self.vocab_size = codec.vocab_size if vocab_size is None and codec is not None else vocab_size
         self.about = dict(about or {})
         self.depth = scheduler.config.depth
-        self.detokenizer = Detokenizer(codec) if codec is not None else None
+        self.detokenizer = scheduler.text_stops = Detokenizer(codec) if codec is not None else None
         self.trace = TraceBuilder(scheduler, codec, clock)
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
@@ -66,10 +69,10 @@ class Engine:
 
         text: what a prompt of token ids reads, for those who show it.
         """
-        text = prompt if isinstance(prompt, str) else text
-        request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids, text)
+        request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids)
         request.text_reader = self.detokenizer.read if self.detokenizer is not None else None
         try:
+            request.prompt = self._text_of(prompt, text)
             request.prompt_token_ids = tuple(self._encode(prompt))
             self._check_vocabulary(request.params.stop_token_ids)
             self._check_logprobs(request.params)
@@ -77,7 +80,7 @@ class Engine:
         except InputError as error:
             request.error = str(error)
         else:
-            self._inbox.append(lambda: self.scheduler.add(request))
+            self._inbox.append(lambda: self.scheduler.enqueue(request))
         return request.output
 
     def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
@@ -91,6 +94,14 @@ class Engine:
             raise RequestError(f"prompt_token_ids must be a sequence of token ids, not {prompt!r}") from None
         self._check_vocabulary(tokens)
         return tokens
+
+    @staticmethod
+    def _text_of(prompt: str | Sequence[int], text: str | None) -> str | None:
+        if isinstance(prompt, str):
+            return prompt
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f"the text of a prompt must be a string, not {text!r}")
+        return text
 
     def _check_vocabulary(self, tokens: Sequence[int]) -> None:
         size = 2**31 if self.vocab_size is None else self.vocab_size
@@ -109,11 +120,12 @@ class Engine:
         self._inbox.append(lambda: self.scheduler.abort(request_id))
 
     def knob(self, name: str, value: object) -> str:
-        """Turn a setting before the next step, and say what it is then. InputError, before anything is changed, if that cannot be."""
-        turn = knobs.check(self.scheduler, name, value)
-        self._inbox.append(lambda: knobs.apply(self.scheduler, turn))
-        self._inbox.append(lambda: self.trace.note_turn(turn))
-        return turn.words
+        """Change a setting before the next step, and say what it is then. InputError, before anything is changed, if that cannot be."""
+        change = change_of(name, value)
+        self.scheduler.check_setting(change)
+        self._inbox.append(lambda: self.scheduler.apply(change))
+        self._inbox.append(lambda: self.trace.note_change(change))
+        return change.words
 
     def describe(self) -> dict[str, object]:
         """What a trace's header says: `model`, `seed`, and under `engine` the settings."""
@@ -153,8 +165,6 @@ class Engine:
             outputs = self.scheduler.take_ended()
             if not outputs and self.scheduler.requests:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
-        if self.detokenizer is not None:
-            self.detokenizer.look_for_stops(outputs, self.scheduler)
         self.trace.publish(plan, outputs)
         return outputs
 
@@ -177,8 +187,6 @@ class Engine:
             self.trace.begin()
             plan, pending = self._in_flight.popleft()
             changed = self.scheduler.commit(plan, pending.tokens())
-            if self.detokenizer is not None:
-                self.detokenizer.look_for_stops(changed, self.scheduler)
             self.trace.publish(None, changed)
             outputs.extend(changed)
         return outputs

@@ -324,7 +324,7 @@ if __name__ == "__main__":
 #
 # - `minipaged/scheduling/beam.py`: `BeamSearch.advance` is task 1, with ends and length penalties, equal to
 #   transformers'.
-# - `minipaged/scheduling/groups.py`: `_commit_beams` is task 2. It spares itself the fork for a beam's first
+# - `minipaged/scheduling/commit.py`: `_carry_out` is task 2. It spares itself the fork for a beam's first
 #   child, which simply goes on.
 # - `minipaged/lab/simulation/beams.py`: `beam_tree`, a model of beams that die and double, fitted to the paper's Fig.
 #   15.

@@ -1,8 +1,14 @@
 """The running sequences as columns, so that a step of plain decoding is a handful of array operations.
 
 A sequence keeps its slot (its row in these columns, and in a runner's persistent buffers) from admission to its end, preemption or swap.
-For one slot: tokens [0, marked) were reported computed to the block manager; [marked, computed) are written or scheduled; [computed, known)
-are known and still to compute; [known, total) were drawn by steps in flight. Positions [0, room) have a place in the block table.
+The tokens of a slot, as half-open ranges:
+
+    [0, num_published)                the block manager was told of them: their full blocks can be found by others
+    [num_published, num_computed)     their KV is written, or a step that was scheduled writes it
+    [num_computed, num_tokens)        known and still to be computed
+    [num_tokens, num_with_pending)    drawn by steps in flight: the host does not know them yet
+
+Positions [0, num_reserved) have a place in the block table.
 """
 
 from __future__ import annotations
@@ -26,30 +32,32 @@ class Batch:
     def __init__(self, num_slots: int) -> None:
         n = num_slots
         self.sequences: list[Sequence | None] = [None] * n
-        self.tokens = np.full(n, None, object)  # each sequence's own list of token ids
+        self.token_ids = np.full(n, None, object)  # each sequence's own list
         self.outputs = np.full(n, None, object)  # the RequestOutput that each belongs to
         self.seq_id = np.full(n, -1, np.int64)
-        self.known = np.zeros(n, np.int32)
-        self.total = np.zeros(n, np.int32)
-        self.computed = np.zeros(n, np.int32)
-        self.marked = np.zeros(n, np.int32)
-        self.room = np.zeros(n, np.int32)
-        self.limit = np.zeros(n, np.int32)  # the length at which it ends
-        self.stop = np.full(n, NO_TOKEN, np.int32)  # its only stop token
+        self.num_tokens = np.zeros(n, np.int32)
+        self.num_with_pending = np.zeros(n, np.int32)
+        self.num_computed = np.zeros(n, np.int32)
+        self.num_published = np.zeros(n, np.int32)
+        self.num_reserved = np.zeros(n, np.int32)
+        self.max_length = np.zeros(n, np.int32)  # the length at which it ends
+        self.stop_token = np.full(n, NO_TOKEN, np.int32)  # its only one
         self.stop_from = np.zeros(n, np.int32)  # the length from which stop tokens count (min_tokens)
-        self.busy = np.zeros(n, bool)  # a step in flight decides how its group goes on: not scheduled before that
-        self.watched = np.zeros(
-            n, bool
-        )  # more stop tokens than one, log-probabilities, several sequences: looked at one by one
-        self.last = np.zeros(n, np.int32)  # the token at total - 1; IN_FLIGHT if the host does not know it
+        # A step in flight decides how its group goes on: it is not scheduled before that is known.
+        self.awaiting_result = np.zeros(n, bool)
+        # Several stop tokens, stop strings, log-probabilities, several sequences: what it draws is looked at one by one.
+        self.needs_slow_path = np.zeros(n, bool)
+        self.last_token = np.zeros(
+            n, np.int32
+        )  # the one at num_with_pending - 1; IN_FLIGHT if the host does not know it
         self.temperature = np.zeros(n, np.float32)
         self.top_p = np.ones(n, np.float32)
         self.top_k = np.zeros(n, np.int32)
         self.min_p = np.zeros(n, np.float32)
         self.repetition_penalty = np.ones(n, np.float32)
         self.seed = np.zeros(n, np.int64)
-        self.index = np.zeros(n, np.int64)
-        self.plain = np.ones(n, bool)  # greedy, with nothing else asked
+        self.sample_index = np.zeros(n, np.int64)
+        self.only_greedy = np.ones(n, bool)  # greedy, with nothing else asked
         self.tables = np.zeros((n, 16), np.int32)  # 0 past each end
         self.table_len = np.zeros(n, np.int32)
         self._free = list(range(n - 1, -1, -1))
@@ -59,50 +67,47 @@ class Batch:
         """Slots that nobody holds or has reserved."""
         return len(self._free)
 
-    def reserve(self, count: int) -> list[int]:
-        """Take `count` slots."""
+    def take_slots(self, count: int) -> list[int]:
+        """Take `count` free slots."""
         return [self._free.pop() for _ in range(count)]
 
-    def give_back(self, slots: Iterable[int]) -> None:
-        """Return slots that were reserved and never filled."""
+    def return_slots(self, slots: Iterable[int]) -> None:
+        """Give back slots that were taken and never filled."""
         self._free.extend(slots)
 
-    def put(self, sequence: Sequence, slot: int, room: int, seed: int) -> None:
-        """Seat a sequence in a slot it has reserved."""
+    def put(self, sequence: Sequence, slot: int, num_reserved: int, seed: int) -> None:
+        """Give a sequence a slot that was taken for it; its block table is set apart."""
         request: Request = sequence.request
         params = request.params
-        sequence.slot = slot
+        sequence.enter(self, slot)
         self.sequences[slot] = sequence
-        self.tokens[slot], self.outputs[slot] = sequence.token_ids, request.output
+        self.token_ids[slot], self.outputs[slot] = sequence.token_ids, request.output
         self.seq_id[slot] = sequence.seq_id
-        self.known[slot] = self.total[slot] = len(sequence.token_ids)
-        self.computed[slot] = sequence.computed
-        self.marked[slot] = sequence.marked
-        self.room[slot] = room
-        self.limit[slot] = request.num_prompt + params.max_tokens
+        self.num_tokens[slot] = self.num_with_pending[slot] = len(sequence.token_ids)
+        self.num_reserved[slot] = num_reserved
+        self.max_length[slot] = request.num_prompt + params.max_tokens
         stop_ids = request.stop_ids
-        self.stop[slot] = next(iter(stop_ids)) if len(stop_ids) == 1 else NO_TOKEN
+        self.stop_token[slot] = next(iter(stop_ids)) if len(stop_ids) == 1 else NO_TOKEN
         self.stop_from[slot] = request.num_prompt + params.min_tokens + 1
         several = params.num_sequences > 1 or params.beam_width is not None
-        self.watched[slot] = (
-            len(stop_ids) > 1 or several or params.logprobs is not None or params.prompt_logprobs is not None
-        )
-        self.last[slot] = sequence.token_ids[-1]
+        logged = params.logprobs is not None or params.prompt_logprobs is not None
+        self.needs_slow_path[slot] = len(stop_ids) > 1 or bool(params.stop) or several or logged
+        self.last_token[slot] = sequence.token_ids[-1]
         self.top_p[slot] = params.top_p
         self.top_k[slot] = min(params.top_k, 2**31 - 1)
         self.min_p[slot] = params.min_p
         self.repetition_penalty[slot] = min(max(params.repetition_penalty, 1 / MOST), MOST)
         self.seed[slot] = seed
-        self.index[slot] = sequence.index
+        self.sample_index[slot] = sequence.index
         self.set_sampling(sequence)
-        self.busy[slot] = False
+        self.awaiting_result[slot] = False
         self.table_len[slot] = 0
 
     def set_sampling(self, sequence: Sequence) -> None:
-        """Take over the temperature of a seated sequence's request, which may be turned while it runs."""
+        """Take over the temperature of a running sequence's request, which may change while it runs."""
         params, slot = sequence.request.params, sequence.slot
         self.temperature[slot] = min(params.temperature, MOST) if params.temperature >= COLDEST else 0.0
-        self.plain[slot] = (
+        self.only_greedy[slot] = (
             params.greedy
             and params.repetition_penalty == 1.0
             and params.min_tokens == 0
@@ -112,12 +117,10 @@ class Batch:
         )
 
     def remove(self, sequence: Sequence) -> None:
-        """Unseat a sequence; its slot is free again."""
+        """Take a sequence out; its slot is free again."""
         slot = sequence.slot
-        sequence.computed = int(self.computed[slot])
-        sequence.marked = int(self.marked[slot])
-        sequence.slot = -1
-        self.sequences[slot] = self.tokens[slot] = self.outputs[slot] = None
+        sequence.leave()
+        self.sequences[slot] = self.token_ids[slot] = self.outputs[slot] = None
         self.seq_id[slot] = -1
         self._free.append(slot)
 
@@ -155,5 +158,5 @@ class Batch:
 
     def draw_pending(self, slots: npt.NDArray[np.int64] | IntArray) -> None:
         """A step that draws one token for each of these slots was launched."""
-        self.total[slots] += 1
-        self.last[slots] = IN_FLIGHT
+        self.num_with_pending[slots] += 1
+        self.last_token[slots] = IN_FLIGHT

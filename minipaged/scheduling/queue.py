@@ -1,4 +1,4 @@
-"""Requests in the order they are served. Knows ranks; knows nothing of memory."""
+"""Requests in the order they are served."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 
+from minipaged.scheduling.policies import Rank
 from minipaged.scheduling.request import Request
-
-Rank = tuple[int, int]
 
 
 class RequestQueue:
@@ -28,6 +27,15 @@ class RequestQueue:
             raise ValueError(f"request {request.request_id} is queued already")
         ticket = self._members[request.request_id] = next(self._tickets)
         heapq.heappush(self._heap, (self._rank(request), request.request_id, ticket, request))
+
+    def reorder(self, rank: Callable[[Request], Rank]) -> None:
+        """Another order of service for those that are here and those that come."""
+        self._rank = rank
+        members = list(self)
+        self._heap.clear()
+        self._members.clear()
+        for request in members:
+            self.push(request)
 
     def peek(self) -> Request | None:
         """The next request, or None."""

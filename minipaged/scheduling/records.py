@@ -1,12 +1,9 @@
-"""What a scheduler notes down: the events it tells, its counters, and the step it is putting together."""
+"""What a scheduler notes down: its events and its counters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from minipaged.scheduling.request import Sequence
 
@@ -33,16 +30,3 @@ class Counters:
     swaps: int = 0
     generated_tokens: int = 0  # draws that were taken in; one for a sequence that has ended meanwhile is not
     computed_tokens: int = 0
-
-
-@dataclass
-class Draft:
-    """A step while it is being put together."""
-
-    slots: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    takes: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    copies: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)  # by sequence
-    swap_outs: list[tuple[int, int]] = field(default_factory=list)
-    swap_ins: list[tuple[int, int]] = field(default_factory=list)
-    budget: int = 0
-    preempted: bool = False

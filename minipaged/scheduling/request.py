@@ -1,6 +1,6 @@
 """What was asked (Request), one line of tokens (Sequence), and what comes back (RequestOutput).
 
-Knows token ids, states and scores. Of text it knows only whom to ask for it.
+Text is made by whoever owns it: the engine gives a request a `text_reader`, which is called when somebody reads a text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import NamedTuple, Protocol
 
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
+from minipaged.memory.blocks import PrefixHit
 from minipaged.scheduling.beam import BeamSearch
+from minipaged.scheduling.plan import IntArray
 
 
 class Status(Enum):
@@ -42,21 +44,31 @@ class TextState(Protocol):
     stable: int  # characters of it that no stop string can take back
 
 
+class Progress(Protocol):
+    """The batch's columns that hold the progress of scheduled sequences, by slot."""
+
+    num_computed: IntArray
+    num_published: IntArray
+
+
 class Sequence:
     """One line of tokens: the prompt, then what was drawn.
 
-    The KV of token_ids[:computed] is written or scheduled to be; token_ids[computed:] is still to be computed. While the sequence holds a
-    slot, the batch's columns own `computed` and `marked`; this object's copies are what it resumes with.
+    token_ids[:num_computed] have their KV written, or a step that was scheduled writes it; token_ids[num_computed:] are still to be
+    computed. Progress has one home at a time: the batch's columns while the sequence has a slot, this object while it has none.
     """
 
     __slots__ = (
-        "computed",
+        "_columns",
+        "_num_computed",
+        "_num_published",
         "cumulative_logprob",
         "finish_reason",
+        "forks_at",
+        "forks_from",
         "index",
         "left_at",
         "logprobs",
-        "marked",
         "num_cached",
         "parent",
         "request",
@@ -76,17 +88,47 @@ class Sequence:
         self.index = index  # which of the request's samples
         self.parent = parent  # the sequence this one was forked from; -1: none
         self.status = Status.WAITING
-        self.slot = -1
-        self.computed = 0
-        self.marked = 0  # tokens reported computed to the block manager
+        self.slot = -1  # its row of the batch; -1: none
+        self._columns: Progress | None = None
+        self._num_computed = self._num_published = 0
         self.num_cached = 0  # tokens found in the prefix cache when it was last admitted
-        self.left_at = (
-            0  # steps that had been launched when it last lost its seat: it comes back once all of them are committed
-        )
+        # Steps that had been launched when it last left the batch: it comes back once all of them are committed.
+        self.left_at = 0
+        # After a recompute: it is forked again from this sequence, once that has computed `forks_at` tokens. None: it stands on its own.
+        self.forks_from: Sequence | None = None
+        self.forks_at = 0
         self.finish_reason = ""
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []
         self.text_state: TextState | None = None  # kept here by whoever reads text
+
+    # ---- progress
+
+    @property
+    def num_computed(self) -> int:
+        """Leading tokens whose KV is written, or will be by a step that was scheduled."""
+        return self._num_computed if self._columns is None else int(self._columns.num_computed[self.slot])
+
+    @property
+    def num_published(self) -> int:
+        """Leading tokens that the block manager was told of."""
+        return self._num_published if self._columns is None else int(self._columns.num_published[self.slot])
+
+    def restart(self, num_computed: int) -> None:
+        """So many tokens are computed and published: what a prefix cache or a parent gave, or nothing. It must have no slot."""
+        self._num_computed = self._num_published = num_computed
+
+    def enter(self, columns: Progress, slot: int) -> None:
+        """The batch's columns hold its progress from now on."""
+        columns.num_computed[slot], columns.num_published[slot] = self._num_computed, self._num_published
+        self._columns, self.slot = columns, slot
+
+    def leave(self) -> None:
+        """It has no slot any more and keeps its progress itself."""
+        self._num_computed, self._num_published = self.num_computed, self.num_published
+        self._columns, self.slot = None, -1
+
+    # ---- text
 
     @property
     def text(self) -> str:
@@ -103,6 +145,19 @@ class Sequence:
     def _read_text(self) -> TextState | None:
         reader = self.request.text_reader
         return None if reader is None else reader(self)
+
+    def text_token_ids(self, start: int) -> list[int]:
+        """The drawn tokens from number `start` on that are text: a stop token that ended the sequence is none."""
+        tokens = self.token_ids[self.request.num_prompt + start :]
+        stopped = self.finished and self.finish_reason == "stop" and tokens and tokens[-1] in self.request.stop_ids
+        return tokens[:-1] if stopped else tokens
+
+    # ---- what was drawn
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.status is Status.FINISHED
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -129,8 +184,11 @@ class Request:
     prompt: str | None = None
     arrival: int = -1  # set by the scheduler: the order in which requests were added
     sequences: list[Sequence] = field(default_factory=list)  # alive or finished, in the order they were born
-    forked: bool = False  # whether the n samples or beams have parted
-    slots: list[int] = field(default_factory=list)  # reserved for samples not born yet
+    forked: bool = (
+        False  # whether it has several sequences yet: its prompt is computed and its n samples or beams go their ways
+    )
+    reserved_slots: list[int] = field(default_factory=list)  # for sequences that are still to be forked
+    prefix: PrefixHit | None = None  # the keys of the tokens that it is admitted with, while it waits
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     beams: BeamSearch | None = None
     hypotheses: list[Sequence] = field(default_factory=list)  # beams that ended, by their number
@@ -175,21 +233,26 @@ class Request:
     @property
     def alive(self) -> list[Sequence]:
         """The sequences that have not ended."""
-        return [s for s in self.sequences if s.status is not Status.FINISHED]
+        return [s for s in self.sequences if not s.finished]
+
+    @property
+    def to_fork(self) -> list[Sequence]:
+        """Those of them that are to be forked again from another, after a recompute."""
+        return [s for s in self.alive if s.forks_from is not None]
 
     @property
     def finished(self) -> bool:
         """Whether every sequence has ended."""
-        return all(s.status is Status.FINISHED for s in self.sequences)
+        return all(s.finished for s in self.sequences)
 
 
 class CompletionOutput(NamedTuple):
-    """One answer. finish_reason: stop, length, abort, error, or "" while it grows."""
+    """One answer as it was when it was asked for; it never changes. finish_reason: stop, length, abort, error, or "" while it grows."""
 
     index: int  # type: ignore[assignment]  # the field's usual name, though tuples have a method of it
     text: str
     token_ids: list[int]
-    cumulative_logprob: float
+    cumulative_logprob: float | None  # None where no log-probabilities were asked for
     logprobs: list[TokenLogprobs] | None
     finish_reason: str
 
@@ -220,7 +283,7 @@ class RequestOutput:
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         """Entry i: the log-probability of prompt token i given those before it; None for the first."""
-        return None if self.request.params.prompt_logprobs is None else self.request.prompt_logprobs
+        return None if self.request.params.prompt_logprobs is None else list(self.request.prompt_logprobs)
 
     @property
     def error(self) -> str | None:
@@ -242,9 +305,15 @@ class RequestOutput:
         elif params.best_of is not None and params.best_of > params.n:
             chosen = sorted(chosen, key=lambda s: -s.cumulative_logprob)[: params.n]
         logged = params.logprobs is not None
+        scored = logged or params.best_of is not None or params.beam_width is not None
         return [
             CompletionOutput(
-                i, s.text, s.output_token_ids, s.cumulative_logprob, s.logprobs if logged else None, s.finish_reason
+                index=i,
+                text=s.text,
+                token_ids=s.output_token_ids,
+                cumulative_logprob=s.cumulative_logprob if scored else None,
+                logprobs=list(s.logprobs) if logged else None,
+                finish_reason=s.finish_reason,
             )
             for i, s in enumerate(chosen)
         ]

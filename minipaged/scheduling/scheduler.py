@@ -1,52 +1,121 @@
 """Which tokens the next step computes, and what the drawn tokens mean.
 
-Every sequence only ever moves from `computed` towards `total`; a prompt chunk and a decode are the same thing. Running sequences
-come first, in order of rank; when the pool runs dry, the last of them leaves. Knows budgets and plans; who runs, and what memory they
-hold, is in residents.py. Knows nothing of tensors or text. One thread owns it.
+A sequence only ever moves from num_computed towards num_tokens: a prompt chunk and a decode are the same thing. `schedule` and `commit`
+are the two halves of a step; a RunningSet holds the requests and their memory, commit.py takes in what was drawn. One thread owns it all.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from minipaged.config import EngineConfig, check_int
 from minipaged.errors import InputError
+from minipaged.memory.adapter import adapted
 from minipaged.memory.block_manager import BlockManager
-from minipaged.scheduling import groups
+from minipaged.memory.types import Admission, BlockEvent
+from minipaged.scheduling import sequence_groups
 from minipaged.scheduling.beam import BeamSearch
-from minipaged.scheduling.door import check_request
-from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
-from minipaged.scheduling.planner import build_plan, draws_of
-from minipaged.scheduling.policies import PreemptionCost
-from minipaged.scheduling.records import Draft
-from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
-from minipaged.scheduling.residents import Residents
+from minipaged.scheduling.commit import TextStops, commit_draws, drawn_ids, note_prompt_logprobs
+from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.policies import PreemptionCost, Rank, may_join
+from minipaged.scheduling.records import SchedulerEvent
+from minipaged.scheduling.request import Request, RequestOutput, Sequence
+from minipaged.scheduling.running_set import RunningSet, Slots
+from minipaged.scheduling.runtime_settings import SettingChange
+from minipaged.scheduling.step_builder import StepBuilder
+from minipaged.scheduling.validation import check_request
+
+Counts = npt.NDArray[np.int64]
 
 
-class Scheduler(Residents):
-    """Continuous batching with chunked prefill, preemption, groups and beams over a block manager.
+class Scheduler:
+    """Continuous batching with chunked prefill, preemption, samples and beams over a block manager.
 
     config: the limits; manager: the block tables; block_size: as the manager's; cost: what a swap and a recompute take, for
-    `preemption="auto"`.
+    `preemption="auto"`. text_stops: who is asked whether a stop string ends a sequence; None: nobody reads text.
     """
 
     def __init__(
         self, config: EngineConfig, manager: BlockManager, block_size: int, cost: PreemptionCost | None = None
     ) -> None:
-        super().__init__(config, manager, block_size, cost)
-        self._flights: deque[StepPlan] = deque()  # launched and not committed, oldest first
-        self._touched: list[Request] = []  # ended outside a step's draws: reported by the next commit
+        manager = self.manager = adapted(manager)
+        manager.end_step()  # from now on it is told when a plan is final
+        running_set = self.running_set = RunningSet(config, manager, block_size, cost)
+        self.block_size = block_size
+        self.text_stops: TextStops | None = None
+        # The running set's own, for those who look: they stay the same objects.
+        self.batch, self.counters = running_set.batch, running_set.counters
+        self.requests, self.sequences = running_set.requests, running_set.sequences
+        self.running, self.waiting, self.swapped = running_set.running, running_set.waiting, running_set.swapped
+        self._in_flight: deque[StepPlan] = deque()  # launched and not committed, oldest first
+        self._ended: list[Request] = []  # ended outside a step's draws: reported by the next commit
+
+    # ---- one step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if nothing can be done before a step in flight is committed (or at all)."""
+        running_set = self.running_set
+        for request in list(running_set.regrouping):
+            running_set.fork_again(request)
+        self.manager.begin_step()
+        step = StepBuilder(budget=running_set.config.max_num_batched_tokens)
+        # 1) Running requests come first, by rank. Where the pool runs dry, the last of them make way. After that nobody leaves the step,
+        #    so the blocks that it fills are published.
+        self._schedule_running(step)
+        # 2) Those on the host return, then new ones start: they share what the step writes for those before them. A step that sent
+        #    somebody away lets nobody in.
+        if len(self.requests) > len(self.running) and not step.preempted:
+            self._let_in(step)
+        self.manager.end_step()
+        # 3) The step is launched: its tokens count as computed, and what it draws as pending.
+        plan = step.launch(running_set.steps_launched, self.batch)
+        if plan is None:
+            return None
+        running_set.steps_launched += 1
+        self.counters.copies += len(plan.copies)
+        self.counters.computed_tokens += len(plan.token_ids)
+        self._in_flight.append(plan)
+        return plan
+
+    def commit(self, plan: StepPlan, tokens: StepTokens) -> list[RequestOutput]:
+        """Take in what a launched step drew, oldest first: append, fork and prune, stop, finish, free.
+
+        Returns the outputs of every request that gained a token or ended. ValueError if `plan` is not the oldest in flight, or if these
+        are no tokens of its draws; nothing is changed then.
+        """
+        if not self._in_flight or self._in_flight[0] is not plan:
+            raise ValueError("commit takes the oldest plan in flight")
+        ids = drawn_ids(plan, tokens)
+        self._in_flight.popleft()
+        running_set = self.running_set
+        running_set.steps_committed = plan.step + 1
+        # 1) What it computed besides.
+        if tokens.prompt_logprobs:
+            note_prompt_logprobs(running_set, plan, tokens.prompt_logprobs)
+        # 2) What it drew: sequences gain a token, fork or end.
+        outputs = commit_draws(running_set, plan, ids, tokens, self.text_stops)
+        # 3) Requests that ended since the last commit are reported with it.
+        if self._ended:
+            outputs.extend(output for output in self.take_ended() if output not in outputs)
+        return outputs
 
     # ---- arrivals and departures
 
     def add(self, request: Request) -> None:
         """Queue a request. RequestError if it can never be served here; nothing is changed then."""
         self.check(request)
-        request.arrival = self._arrivals
-        self._arrivals += 1
+        self.enqueue(request)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError if the request can never be served by this engine, saying what would."""
+        check_request(request, self.config, self.manager, self.block_size, self.requests)
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a request that `check` has let pass."""
         params = request.params
         if params.beam_width is not None:
             request.beams = BeamSearch(
@@ -54,14 +123,7 @@ class Scheduler(Residents):
             )
         if params.prompt_logprobs is not None:
             request.prompt_logprobs.append(None)  # nothing comes before the first token
-        request.sequences.append(self.new_sequence(request, list(request.prompt_token_ids)))
-        self.requests[request.request_id] = request
-        self.waiting.push(request)
-        self.log("submit", request.sequences[0], request.num_prompt)
-
-    def check(self, request: Request) -> None:
-        """Raise RequestError if the request can never be served by this engine, saying what would."""
-        check_request(request, self.config, self.manager, self.block_size, self.requests)
+        self.running_set.enqueue(request)
 
     def abort(self, request_id: int) -> bool:
         """End a request wherever it is and give back all it holds; False if it has ended already or was never here."""
@@ -69,207 +131,234 @@ class Scheduler(Residents):
         request = self.requests.get(request_id)
         if request is None:
             return False
-        for sequence in request.alive:
-            self.end(sequence, "abort")
-        self._touched.append(request)
+        self._end_all(request, "abort")
         return True
 
     def give_up(self) -> None:
         """A step was lost on its way: end every request with `error`, and forget the steps in flight and the prefix cache."""
-        self._flights.clear()
-        self._settled = self._launched
+        self._in_flight.clear()
+        self.running_set.steps_committed = self.running_set.steps_launched
         for request in list(self.requests.values()):
-            for sequence in request.alive:
-                self.end(sequence, "error")
-            self._touched.append(request)
+            self._end_all(request, "error")
         self.manager.reset_prefix_cache()
+
+    def _end_all(self, request: Request, reason: str) -> None:
+        for sequence in request.alive:
+            self.running_set.end(sequence, reason)
+        self._ended.append(request)
 
     def take_ended(self) -> list[RequestOutput]:
         """The requests that ended outside a step, each reported once."""
-        ended, self._touched = self._touched, []
+        ended, self._ended = self._ended, []
         return [request.output for request in ended]
-
-    def finish(self, sequence: Sequence, reason: str) -> None:
-        """End one sequence from outside (a stop string); does nothing if it has ended."""
-        if not isinstance(sequence, Sequence):
-            raise InputError(f"a sequence must be a Sequence, not {sequence!r}")
-        if sequence.status is not Status.FINISHED:
-            self.end(sequence, reason)
 
     @property
     def has_work(self) -> bool:
         """Whether any request has not ended, or an end is still to be reported."""
-        return bool(self.requests or self._touched or self._flights)
+        return bool(self.requests or self._ended or self._in_flight)
 
-    # ---- one step
+    # ---- running requests
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can be done before a step in flight is committed (or at all)."""
-        self.manager.begin_step()
-        draft = Draft(budget=self.config.max_num_batched_tokens)
-        self._schedule_running(draft)
-        if not draft.preempted:
-            self._resume_and_admit(draft)
-        if not draft.slots and not draft.swap_outs and not draft.swap_ins:
-            return None
-        slots = np.concatenate(draft.slots) if draft.slots else np.zeros(0, np.int64)
-        takes = np.concatenate(draft.takes) if draft.takes else np.zeros(0, np.int64)
-        return self._launch(draft, slots, takes)
-
-    def _schedule_running(self, draft: Draft) -> None:
-        batch = self.batch
-        slots = self.order()
+    def _schedule_running(self, step: StepBuilder) -> None:
+        batch, slots = self.batch, self.running_set.order()
         if not len(slots):
             return
-        computed, total = batch.computed[slots], batch.total[slots]
-        need = total - computed
-        need[(total >= batch.limit[slots]) | batch.busy[slots]] = 0  # only a step in flight is missing
-        take = self._share_budget(draft.budget, slots, need)
+        computed, pending = batch.num_computed[slots], batch.num_with_pending[slots]
+        need = pending - computed
+        need[(pending >= batch.max_length[slots]) | batch.awaiting_result[slots]] = (
+            0  # only a step in flight is missing
+        )
+        take = self._share_budget(step.budget, need)
         ends = computed + take
-        short = (ends > batch.room[slots]).nonzero()[0]
-        served = self._extend(draft, slots[short], ends[short]) if len(short) else 0
+        short = (ends > batch.num_reserved[slots]).nonzero()[0]
+        served = self.running_set.reserve(step, slots[short], ends[short]) if len(short) else 0
         for i in short[served:].tolist():
             if take[i]:
-                self._make_room(draft, slots, take, ends, i)
-        chosen = take.nonzero()[0]
-        if len(chosen) < len(slots):
-            slots, take = slots[chosen], take[chosen]
-        if len(slots):
-            draft.slots.append(slots)
-            draft.takes.append(take)
-            draft.budget -= int(take.sum())
+                self._make_room(step, slots, take, ends, i)
+        self.running_set.publish_full_blocks(slots, computed + take)
+        step.add(slots, take)
 
-    def _share_budget(
-        self, budget: int, slots: npt.NDArray[np.int64], need: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.int64]:
+    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
         """Tokens for each running slot: all it needs, first come first served."""
-        if self._num_groups:
-            return groups.share_budget(self.batch, self.running, budget, slots, need)
-        if int(need.sum()) <= budget:
-            return need.astype(np.int64)
-        before = np.cumsum(need) - need
-        take: npt.NDArray[np.int64] = np.clip(budget - before, 0, need)
-        return take
+        if self.running_set.num_groups:
+            return sequence_groups.share_budget(self.running, budget, need)
+        want = need.astype(np.int64)
+        return want if int(want.sum()) <= budget else sequence_groups.in_turn(want, budget)
 
-    def _make_room(
-        self,
-        draft: Draft,
-        slots: npt.NDArray[np.int64],
-        take: npt.NDArray[np.int64],
-        ends: npt.NDArray[np.int64],
-        i: int,
-    ) -> None:
+    def _make_room(self, step: StepBuilder, slots: Slots, take: Counts, ends: Slots, i: int) -> None:
         """Find room for slots[i] up to ends[i]; the last of the running make way until there is, or will be in the next step."""
         sequence = self.batch.sequences[int(slots[i])]
         if sequence is None:
             return
-        while not self._extend(draft, slots[i : i + 1], ends[i : i + 1]):
-            if draft.swap_outs:  # the blocks of whoever left are handed out from the next step on: nobody else need go
+        while not self.running_set.reserve(step, slots[i : i + 1], ends[i : i + 1]):
+            if step.swap_outs:  # the blocks of whoever left are handed out from the next step on: nobody else need go
                 take[np.isin(slots, [s.slot for s in sequence.request.alive])] = 0
                 return
-            victim = next((r for r in reversed(self.running) if not self.batch.busy[r.alive[0].slot]), None)
+            victim = self._choose_victim()
             if victim is None:
                 take[i] = 0  # all wait for a step in flight
                 return
-            gone = [s.slot for s in victim.alive]
-            take[np.isin(slots, gone)] = 0
-            self._preempt(draft, victim)
+            take[np.isin(slots, [s.slot for s in victim.alive])] = 0
+            self._preempt(step, victim)
             if victim is sequence.request:
                 return
 
-    def _launch(self, draft: Draft, slots: npt.NDArray[np.int64], takes: npt.NDArray[np.int64]) -> StepPlan:
-        batch = self.batch
-        draws = draws_of(batch, slots, takes)
-        copies = tuple(pair for pairs in draft.copies.values() for pair in pairs) if draft.copies else ()
-        plan = build_plan(
-            self._launched, batch, slots, takes, draws, tuple(draft.swap_outs), tuple(draft.swap_ins), copies
+    def _choose_victim(self) -> Request | None:
+        """The last of the running requests that is not waiting for the result of a step in flight."""
+        awaiting = self.batch.awaiting_result
+        return next((r for r in reversed(self.running) if not awaiting[r.alive[0].slot]), None)
+
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
+        """Send a running request away, and take what it was given out of the step."""
+        step.preempted = True
+        for sequence in request.alive:
+            step.copies.pop(sequence.seq_id, None)
+        step.swap_outs.extend(self.running_set.preempt(request) or ())
+
+    # ---- those who come in
+
+    def _let_in(self, step: StepBuilder) -> None:
+        """Swapped requests return before new ones start (under priority the two are one queue); the head blocks the line."""
+        while step.budget > 0:
+            swapped, waiting = self.swapped.peek(), self.waiting.peek()
+            if swapped is None and waiting is None:
+                return
+            swapped_first = swapped is not None and (
+                waiting is None or self.config.policy == "fcfs" or self.rank(swapped) < self.rank(waiting)
+            )
+            if swapped_first and swapped is not None:
+                if not self._resume(step, swapped):
+                    return
+            elif waiting is None or not self._admit(step, waiting):
+                return
+
+    def _fits_batch(self, step: StepBuilder, request: Request) -> bool:
+        """Whether slots and token budget are left for every sequence of the request, and no step that has it is in flight."""
+        alive, running_set = request.alive, self.running_set
+        return (
+            running_set.width(request) <= self.batch.num_free
+            and len(alive) <= step.budget
+            and all(s.left_at <= running_set.steps_committed for s in alive)
         )
-        self._launched += 1
-        self.counters.copies += len(copies)
-        self.counters.computed_tokens += plan.num_tokens
-        batch.computed[slots] += takes
-        owners = slots[draws.rows[draws.first]]
-        batch.draw_pending(owners)
-        batch.busy[owners] = draws.parting
-        self._flights.append(plan)
-        return plan
 
-    # ---- what it drew
+    def _resume(self, step: StepBuilder, request: Request) -> bool:
+        """Bring a request back from the host, if there is room."""
+        if not self._fits_batch(step, request):
+            return False
+        alive = request.alive
+        pairs = self.manager.swap_in([s.seq_id for s in alive])
+        if pairs is None:
+            return False
+        step.swap_ins.extend(pairs)
+        self.swapped.pop()
+        self.running_set.enter(request, [s.num_computed for s in alive])
+        self._take_tokens(step, request)
+        return True
 
-    def commit(self, plan: StepPlan, tokens: StepTokens) -> list[RequestOutput]:
-        """Take in what a launched step drew, oldest first: append, publish full blocks, fork and prune, finish, free.
+    def _admit(self, step: StepBuilder, request: Request) -> bool:
+        """Start a request, or start it again after a recompute, if there is room: as much of its prompt as the budget allows.
 
-        Returns the outputs of every request that gained a token or ended. ValueError if `plan` is not the oldest in flight, or if these
-        are no tokens of its draws; nothing is changed then.
+        One that had several sequences comes back as its first; the others are forked again from it.
         """
-        if not self._flights or self._flights[0] is not plan:
-            raise ValueError("commit takes the oldest plan in flight")
-        ids = _drawn_ids(plan, tokens)
-        self._flights.popleft()
-        self._settled = plan.step + 1
-        batch = self.batch
-        slots, rows = plan.slots.astype(np.int64), plan.draw_rows.astype(np.int64)
-        self._mark_full_blocks(plan, slots)
-        if tokens.prompt_logprobs:
-            groups.note_prompt_logprobs(self, plan, tokens.prompt_logprobs)
-        slots, drawers = slots[rows], plan.seq_ids[rows]  # of the rows that drew: samples not born yet have no others
-        outputs: list[RequestOutput]
-        touched, self._touched = self._touched, []
-        if not np.count_nonzero((batch.seq_id[slots] != drawers) | batch.watched[slots]):
-            outputs = batch.outputs[slots].tolist()
-            self._append_plain(slots, ids)
-            self.counters.generated_tokens += len(ids)
-        else:
-            draws = [self.sequences.get(seq_id) for seq_id in drawers.tolist()]
-            seen = groups.commit_draws(self, draws, ids, tokens)
-            outputs = [request.output for request in seen]
-            touched = [r for r in touched if r not in seen]
-        if touched:
-            outputs.extend(request.output for request in touched)
-        return outputs
-
-    def _append_plain(self, slots: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]) -> None:
-        """One token for each of the sequences in these slots, none of which asks for more than the token."""
-        batch = self.batch
-        for tokens, token in zip(batch.tokens[slots].tolist(), ids.tolist(), strict=True):
-            tokens.append(token)
-        known = batch.known[slots] + 1
-        batch.known[slots] = known
-        batch.busy[slots] = False
-        newest = known == batch.total[slots]
-        batch.last[slots[newest]] = ids[newest]
-        at_limit = known >= batch.limit[slots]
-        stopped = (ids == batch.stop[slots]) & (known >= batch.stop_from[slots])
-        ended = (at_limit | stopped).nonzero()[0]
-        for slot, by_token in zip(slots[ended].tolist(), stopped[ended].tolist(), strict=True):
-            sequence = batch.sequences[slot]
-            if sequence is not None:
-                self.end(sequence, "stop" if by_token else "length")
-
-    def _mark_full_blocks(self, plan: StepPlan, slots: npt.NDArray[np.int64]) -> None:
-        """Report to the manager the tokens whose blocks this step has filled."""
-        batch, mark = self.batch, self.manager.mark_computed
-        ends = plan.starts + plan.lengths
-        starts = batch.marked[slots]
-        filled = ends // self.block_size > starts // self.block_size
-        filled &= batch.seq_id[slots] == plan.seq_ids
-        rows = filled.nonzero()[0]
-        if not len(rows):
-            return
-        slots, starts, ends = slots[rows], starts[rows], ends[rows]
-        seated = zip(batch.seq_id[slots].tolist(), batch.tokens[slots].tolist(), strict=True)
-        for (seq_id, tokens), start, end in zip(seated, starts.tolist(), ends.tolist(), strict=True):
-            mark(seq_id, tokens[start:end])
-        batch.marked[slots] = ends
-
-
-def _drawn_ids(plan: StepPlan, tokens: StepTokens) -> IntArray:
-    """The drawn token ids, [draws]. InputError unless there is a whole number for each draw of the plan."""
-    if not isinstance(tokens, StepTokens):
-        raise InputError(f"what a step drew must be StepTokens, not {tokens!r}")
-    ids = np.asarray(tokens.token_ids)
-    if ids.shape != plan.draw_rows.shape or (ids.size and ids.dtype.kind not in "iu"):
-        raise InputError(
-            f"the step drew {len(plan.draw_rows)} tokens: token_ids must be as many whole numbers, not {ids!r}"
+        if not self._fits_batch(step, request) or not may_join(self.config.batching, request, self.running):
+            return False
+        first, params, manager = request.alive[0], request.params, self.manager
+        reads_cache = params.prompt_logprobs is None
+        if request.prefix is None:  # once, however long it waits
+            request.prefix = manager.lookup(first.token_ids, salt=params.cache_salt)
+            sequence_groups.plan_forks(request)
+        found = request.prefix.num_tokens if reads_cache else 0
+        # Its first tokens are those up to where the next sequence is forked from it, or all of them.
+        goal = min((s.forks_at for s in request.to_fork if s.forks_at > found), default=len(first.token_ids))
+        end = min(goal, found + step.budget)
+        hit = request.prefix if reads_cache else None
+        if manager.can_admit(end, hit=hit) is not Admission.OK:
+            return False
+        if request.to_fork:
+            end = found  # some may be forked at once: blocks for more are reserved after that
+        allocation = manager.allocate(
+            first.seq_id,
+            first.token_ids,
+            num_tokens=end,
+            salt=params.cache_salt,
+            read_cache=reads_cache,
+            hit=request.prefix,
         )
-    return ids.astype(np.int32, copy=False)
+        if allocation is None:
+            return False
+        self.waiting.pop()
+        request.prefix = None
+        self._note_hits(first, allocation.cached_tokens)
+        self.running_set.enter(request, [end])
+        self.running_set.fork_again(request)
+        self._take_tokens(step, request)
+        return True
+
+    def _note_hits(self, sequence: Sequence, num_tokens: int) -> None:
+        """A sequence starts behind so many tokens that the prefix cache has given it."""
+        sequence.restart(num_tokens)
+        sequence.num_cached = num_tokens
+        if sequence.num_output:  # it ran before: what it finds are its own blocks
+            self.counters.own_hit_tokens += num_tokens
+        else:
+            self.counters.hit_tokens += num_tokens
+            self.counters.queried_tokens += len(sequence.token_ids)
+
+    def _take_tokens(self, step: StepBuilder, request: Request) -> None:
+        """Schedule what a returning or new request may compute now."""
+        batch = self.batch
+        slots = np.array([s.slot for s in request.sequences if s.slot >= 0], np.int64)
+        computed = batch.num_computed[slots]
+        need = batch.num_with_pending[slots] - computed
+        take = sequence_groups.share_of(request, step.budget, need)
+        ends = computed + take
+        for i in np.flatnonzero(ends > batch.num_reserved[slots]).tolist():
+            if not self.running_set.reserve(step, slots[i : i + 1], ends[i : i + 1]):
+                take = np.minimum(take, np.maximum(need - 1, 0))  # nobody draws before all of them can
+                take[i] = 0
+        self.running_set.publish_full_blocks(slots, computed + take)
+        step.add(slots, take)
+
+    # ---- settings
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings as they are now."""
+        return self.running_set.config
+
+    def check_setting(self, change: SettingChange) -> None:
+        """InputError if this engine cannot change that setting."""
+        if change.name == "watermark" and not hasattr(self.manager, "set_watermark"):
+            raise InputError("this engine's block manager has no watermark to turn")
+
+    def apply(self, change: SettingChange) -> None:
+        """Change a setting, from the next `schedule()` on."""
+        name, value = change.name, change.value
+        if name == "watermark":
+            self.manager.set_watermark(float(value))
+        elif name == "temperature":
+            self._set_temperature(float(value))
+        else:
+            self.running_set.configure(replace(self.config, **{name: value}))  # type: ignore[arg-type]
+
+    def _set_temperature(self, temperature: float) -> None:
+        for request in self.requests.values():
+            if request.params.beam_width is None:  # a beam search does not sample
+                request.params = replace(request.params, temperature=temperature)
+                for sequence in request.alive:
+                    if sequence.slot >= 0:
+                        self.batch.set_sampling(sequence)
+
+    # ---- looking
+
+    def rank(self, request: Request) -> Rank:
+        """The smaller is served first."""
+        return self.running_set.rank(request)
+
+    def order(self) -> Slots:
+        """The running slots in serving order."""
+        return self.running_set.order()
+
+    def take_events(self) -> list[SchedulerEvent | BlockEvent]:
+        """What happened since the last call, in causal order."""
+        return self.running_set.take_events()

@@ -1,11 +1,9 @@
-"""Keeps the text of every sequence beside its tokens, and ends those that reached a stop string."""
+"""The text of every sequence beside its tokens, made when somebody reads it, and whether a stop string has ended it."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from minipaged.scheduling.request import RequestOutput, Sequence, Status
-from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.growing import TextStream
 
 
@@ -26,37 +24,43 @@ class TextCodec(Protocol):
         ...
 
 
+class TextSource(Protocol):
+    """What is read of a sequence to make its text."""
+
+    request: Any  # with `params.stop` and `params.min_tokens`
+    text_state: Any  # the stream is kept here
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens come."""
+        ...
+
+    def text_token_ids(self, start: int) -> list[int]:
+        """The drawn tokens that are text, from number `start` on."""
+        ...
+
+
 class Detokenizer:
-    """One text stream a sequence, fed when somebody reads the text; where a stop string may end it, after every step."""
+    """One text stream a sequence, fed when somebody reads the text; where a stop string may end it, after every token."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
 
-    def read(self, sequence: Sequence) -> TextStream:
+    def read(self, sequence: TextSource) -> TextStream:
         """The sequence's text, up to its newest token."""
-        request, stream = sequence.request, sequence.text_state
+        stream = sequence.text_state
         if not isinstance(stream, TextStream):
-            stream = TextStream(self._codec.token_bytes, request.params.stop, min_tokens=request.params.min_tokens)
-            sequence.text_state = stream
-        tokens = sequence.token_ids[request.num_prompt + stream.consumed :]
-        ended = sequence.status is Status.FINISHED
-        if ended and sequence.finish_reason == "stop" and tokens and tokens[-1] in request.stop_ids:
-            tokens = tokens[:-1]  # the token that ended it is no text
+            params = sequence.request.params
+            stream = sequence.text_state = TextStream(
+                self._codec.token_bytes, params.stop, min_tokens=params.min_tokens
+            )
+        tokens = sequence.text_token_ids(stream.consumed)
         if tokens:
             stream.feed(tokens)
-        if ended:
+        if sequence.finished:
             stream.finish()
         return stream
 
-    def look_for_stops(self, outputs: list[RequestOutput], scheduler: Scheduler) -> None:
-        """End the sequences of these requests whose text has reached a stop string."""
-        for output in outputs:
-            if not output.request.params.stop:
-                continue
-            for sequence in output.request.sequences:
-                if self.read(sequence).stopped:
-                    if sequence.status is not Status.FINISHED:
-                        scheduler.finish(sequence, "stop")
-                        self.read(sequence)
-                    elif sequence.finish_reason == "length":
-                        sequence.finish_reason = "stop"
+    def stopped(self, sequence: TextSource) -> bool:
+        """Whether a stop string stands in the text."""
+        return self.read(sequence).stopped

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from heapq import nsmallest
 
 from minipaged.memory.types import BlockEvent
-from minipaged.scheduling.knobs import Turn
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.records import SchedulerEvent
-from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
+from minipaged.scheduling.request import Request, RequestOutput, Sequence
+from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import TextCodec
 from minipaged.trace.plain_decodes import PlainDecodes, Told
@@ -38,7 +38,7 @@ class TraceBuilder:
         self._began = 0
         self._step = 0
         self._next_event = 0
-        self._turns: list[Turn] = []
+        self._changes: list[SettingChange] = []
         self._pool = PoolView(scheduler)
         self._plain = PlainDecodes(scheduler, codec)
         self._shown: dict[int, Told] = {}  # already told, of the sequences that `_plain` does not know
@@ -57,15 +57,15 @@ class TraceBuilder:
         if self._listeners:
             self._began = self._clock()
 
-    def note_turn(self, turn: Turn) -> None:
-        """A knob was turned."""
-        self._turns.append(turn)
+    def note_change(self, change: SettingChange) -> None:
+        """A setting was changed."""
+        self._changes.append(change)
 
     def publish(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
         """A step is done: tell the listeners."""
         raw = self._scheduler.take_events()
         if not self._listeners:
-            self._turns.clear()
+            self._changes.clear()
             return
         delta = self._delta(plan, outputs, raw)
         for listener in list(self._listeners):
@@ -112,7 +112,7 @@ class TraceBuilder:
     def _forget_ended(self, told: Iterable[Sequence]) -> None:
         """What has ended is told once; it is remembered as long as a sibling of it may be told of."""
         for sequence in told:
-            if sequence.status is Status.FINISHED:
+            if sequence.finished:
                 self._shown.pop(sequence.seq_id, None)
                 self._ended.add(sequence.seq_id)
                 if sequence.request.finished:
@@ -155,7 +155,7 @@ class TraceBuilder:
         told = self._shown.get(sequence.seq_id)
         text = sequence.text
         state = sequence.text_state  # read with the text
-        end = len(text) if state is None or sequence.status is Status.FINISHED else state.stable
+        end = len(text) if state is None or sequence.finished else state.stable
         if told is None:
             tokens, added = tuple(sequence.token_ids), self._prompt_bytes(request) + text[:end].encode()
         else:
@@ -165,8 +165,6 @@ class TraceBuilder:
             self._shown.pop(sequence.seq_id, None)
         else:
             self._shown[sequence.seq_id] = now
-        slot = sequence.slot
-        computed = int(self._scheduler.batch.computed[slot]) if slot >= 0 else sequence.computed
         reason, status = sequence.finish_reason, sequence.status.value
         if reason == "abort":
             status = "aborted"
@@ -176,7 +174,7 @@ class TraceBuilder:
             request=request.request_id,
             parent=sequence.parent,
             status=status,
-            num_computed=computed,
+            num_computed=sequence.num_computed,
             num_cached=sequence.num_cached,
             num_prompt=request.num_prompt,
             token_ids=tokens,
@@ -196,10 +194,10 @@ class TraceBuilder:
 
     def _events(self, raw: list[SchedulerEvent | BlockEvent], plan: StepPlan | None) -> tuple[Event, ...] | EventRows:
         events: list[Event] = []
-        for turn in self._turns:
-            events.append(Event(self._next_event, "knob", -1, -1, -1, turn.knob, turn.amount))
+        for change in self._changes:
+            events.append(Event(self._next_event, "knob", -1, -1, -1, change.setting, change.amount))
             self._next_event += 1
-        self._turns.clear()
+        self._changes.clear()
         for item in raw:
             if isinstance(item, BlockEvent):
                 block, other, amount = item.block, item.other, item.index

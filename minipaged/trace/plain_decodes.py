@@ -86,11 +86,11 @@ class PlainDecodes:
     def take(self, plan: StepPlan | None) -> tuple[PlainColumns, list[Sequence]]:
         """What the plan computes or the last commit made grow, as told from now on; and those that must be told one by one."""
         batch = self._scheduler.batch
-        moved = batch.known > self._tokens
+        moved = batch.num_tokens > self._tokens
         if plan is not None:
             moved[plan.slots] = True
         slots = np.flatnonzero(moved & (self._seq_id >= 0) & (self._seq_id == batch.seq_id))
-        new = batch.known[slots] - self._tokens[slots]
+        new = batch.num_tokens[slots] - self._tokens[slots]
         odd = new > 1  # several commits in one step, as a pause makes
         grown = np.flatnonzero(new == 1)
         sequences = batch.sequences
@@ -111,7 +111,7 @@ class PlainDecodes:
             self._seq_id[slots],
             self._request[slots],
             self._parent[slots],
-            batch.computed[slots].astype(np.int64),
+            batch.num_computed[slots].astype(np.int64),
             self._cached[slots],
             self._prompt[slots],
             new.astype(np.int64),

@@ -145,7 +145,7 @@ class PoolView:
         alone &= (batch.seq_id[slots] == plan.seq_ids[rows]) & (self._flags[blocks] & FLAG_CACHED == 0)
         dirty.update(blocks[~alone & (blocks > 0)].tolist())
         blocks = blocks[alone]
-        self._fill[blocks] = np.clip(batch.computed[slots[alone]] - index[alone] * size, 0, size)
+        self._fill[blocks] = np.clip(batch.num_computed[slots[alone]] - index[alone] * size, 0, size)
         return blocks
 
     def _look_at(self, blocks: npt.NDArray[np.int32]) -> None:
@@ -179,8 +179,7 @@ class PoolView:
         sequence = self._scheduler.sequences.get(seq_id)
         if sequence is None:
             return 0
-        slot = sequence.slot
-        computed = int(self._scheduler.batch.computed[slot]) if slot >= 0 else sequence.computed
+        computed = sequence.num_computed
         table = self._tables[seq_id]
         last = (computed - 1) // self._size
         if computed and last < len(table) and table[last] == block:

@@ -256,30 +256,45 @@ class World:
 
     def _check_plan(self, plan: StepPlan) -> None:
         """L45: what a step copies or swaps to belongs to somebody; nothing goes to the block of a victim that has left.
-        L29: what a row reads of earlier steps was written in them. L13: what it writes into is its own."""
+        L29: what a row reads was written by earlier steps, or is written by a row of this one. L13: what it writes into is its own, but
+        for those who share the block once this step has filled it.
+        """
+        size = self.block_size
         fresh = [b for _, b in plan.copies] + [d for _, d in plan.swap_ins]
         for target in fresh:
             assert self.manager.ref_count(target) > 0, f"the step writes to block {target}, which nobody holds"
-        rows = zip(plan.seq_ids.tolist(), plan.tables, plan.starts.tolist(), plan.lengths.tolist(), strict=True)
+        rows = list(zip(plan.seq_ids.tolist(), plan.tables, plan.starts.tolist(), plan.lengths.tolist(), strict=True))
+        written: dict[tuple[int, int], int] = {}  # (block, its slot) -> the token that a row of this step writes there
+        new_tokens = iter(plan.token_ids.tolist())
         for seq_id, table, start, length in rows:
-            for block in table[start // self.block_size : (start + length - 1) // self.block_size + 1].tolist():
-                assert self.manager.ref_count(block) == 1, (
-                    f"sequence {seq_id} writes into block {block}, which is shared"
-                )
-            tokens = self.control.sequences[seq_id].token_ids
-            for index, block in enumerate(table[: -(-start // self.block_size)].tolist()):
-                if block not in fresh:
-                    first = index * self.block_size
-                    known = tokens[first : min(start, first + self.block_size)]
-                    there = self.runner.slots[block, : len(known)].tolist()
-                    assert there == known, f"sequence {seq_id} counts on block {block}, which no step has written"
+            for position in range(start, start + length):
+                place = int(table[position // size]), position % size
+                assert place not in written, f"two rows write to slot {place}"
+                written[place] = next(new_tokens)
+            for index in range(start // size, (start + length - 1) // size + 1):
+                block, end = int(table[index]), (index + 1) * size
+                if self.manager.ref_count(block) > 1:
+                    assert start + length >= end, f"sequence {seq_id} writes into block {block}, which is shared"
+                    for other in self.control.sequences.values():
+                        if other.seq_id != seq_id and other.slot >= 0 and block in self.manager.table(other.seq_id):
+                            begins = next((s for i, _, s, _ in rows if i == other.seq_id), other.num_computed)
+                            assert begins >= end, f"{other} does not share all of block {block}, which {seq_id} writes"
+        for seq_id, table, start, _ in rows:
+            tokens = self.control.sequences[seq_id].token_ids[:start]
+            for position, token in enumerate(tokens):
+                place = int(table[position // size]), position % size
+                if place[0] not in fresh:
+                    there = written.get(place, self.runner.slots[place])
+                    assert there == token, f"sequence {seq_id} counts on slot {place}, which no step has written"
 
     def _check_swapped(self) -> None:
         """L45: a victim on the host holds what it has computed, and no room that it was given for the step in which it left."""
         for request in self.control.swapped:
             for sequence in request.alive:
                 held = self.manager.host_table(sequence.seq_id)
-                assert len(held) == -(-sequence.computed // self.block_size), f"{sequence} left with {len(held)} blocks"
+                assert len(held) == -(-sequence.num_computed // self.block_size), (
+                    f"{sequence} left with {len(held)} blocks"
+                )
 
     def run(self, workload: list[Asked], limit: int = 5000, most_steps: int | None = None) -> list[RequestOutput]:
         """Feed a workload in and run it to the end, or for so many steps."""

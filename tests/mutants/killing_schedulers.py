@@ -13,10 +13,12 @@ import pytest
 from hypothesis import Phase, settings
 
 from minipaged.memory.block_manager import BlockManager
-from tests.laws import test_scheduler_details, test_scheduler_laws
+from minipaged.scheduling.running_set import RunningSet
+from minipaged.scheduling.scheduler import Scheduler
+from tests.laws import test_scheduler_details, test_scheduler_laws, test_sharing_laws
 
 Law = Callable[..., None]
-MODULES = (test_scheduler_laws, test_scheduler_details)
+MODULES = (test_scheduler_laws, test_sharing_laws, test_scheduler_details)
 
 
 @cache
@@ -49,17 +51,38 @@ def _once_more(path: str) -> ModuleType:
     return module
 
 
+def in_running_set(mutant: type[RunningSet]) -> type[Scheduler]:
+    """A scheduler that is whole but for its running set, which has the mutant's bug."""
+
+    def with_the_bug(self: Scheduler, *args: Any, **options: Any) -> None:
+        Scheduler.__init__(self, *args, **options)
+        self.running_set.__class__ = mutant
+
+    return type(mutant.__name__, (Scheduler,), {"__init__": with_the_bug, "__doc__": mutant.__doc__})
+
+
 def verdict(scheduler: Any, words: str = "") -> tuple[str, BaseException] | None:
     """The first law that is broken, and how; None if all hold. words: only the laws whose names begin like this, after `test_`."""
     chosen = [law for law in laws() if law.__name__.removeprefix("test_").startswith(words)]
     if not chosen:
         raise ValueError(f"no law is called {words}")
     for law in chosen:
-        try:
-            law(block_manager_class=BlockManager, scheduler_class=scheduler)
-        except (Exception, pytest.fail.Exception) as error:
-            return law.__name__, error
+        for case in _cases(law):
+            try:
+                law(block_manager_class=BlockManager, scheduler_class=scheduler, **case)
+            except (Exception, pytest.fail.Exception) as error:
+                return law.__name__, error
     return None
+
+
+def _cases(law: Law) -> list[dict[str, Any]]:
+    """The arguments of every case of a law that is written once for many."""
+    cases: list[dict[str, Any]] = [{}]
+    for mark in getattr(law, "pytestmark", []):
+        if mark.name == "parametrize":
+            name, values = mark.args
+            cases = [{**case, name: value} for case in cases for value in values]
+    return cases
 
 
 def killed(mutant: Any, law: str) -> None:

@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from minipaged.memory.types import Admission, Allocation
 from minipaged.scheduling.plan import StepPlan, StepTokens
-from minipaged.scheduling.records import Draft
 from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
+from minipaged.scheduling.running_set import RunningSet
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.step_builder import StepBuilder
+from tests.mutants.killing_schedulers import in_running_set
 
 Slots = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int64]
@@ -30,7 +32,7 @@ class PlanChanged(Scheduler):
         if plan is None:
             return None
         plan = self.change(plan)
-        self._flights[-1] = plan
+        self._in_flight[-1] = plan
         return plan
 
 
@@ -68,25 +70,25 @@ class SwapsCrossed(PlanChanged):
 class BudgetByOne(Scheduler):
     """A step may have one token more than its budget."""
 
-    def _share_budget(self, budget: int, slots: Slots, need: npt.NDArray[np.int32]) -> Counts:
-        return super()._share_budget(budget + 1, slots, need)
+    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
+        return super()._share_budget(budget + 1, need)
 
 
 class GroupsForFree(Scheduler):
     """The budget counts the first sequence of a request only."""
 
-    def _schedule_running(self, draft: Draft) -> None:
-        budget = draft.budget
-        super()._schedule_running(draft)
-        slots = draft.slots[-1] if draft.slots else np.zeros(0, np.int64)
+    def _schedule_running(self, step: StepBuilder) -> None:
+        budget = step.budget
+        super()._schedule_running(step)
+        slots = step.slots[-1] if step.slots else np.zeros(0, np.int64)
         first = [s for s in slots.tolist() if (q := self.batch.sequences[s]) and q.index == 0]
-        draft.budget = budget - len(first)
+        step.budget = budget - len(first)
 
 
 class SamplesDrift(Scheduler):
     """The samples of a request are served one by one, as if they were strangers: some draw before the others."""
 
-    def _share_budget(self, budget: int, slots: Slots, need: npt.NDArray[np.int32]) -> Counts:
+    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
         before = np.cumsum(need) - need
         return np.clip(budget - before, 0, need).astype(np.int64)
 
@@ -94,57 +96,57 @@ class SamplesDrift(Scheduler):
 class OneSequenceTooMany(Scheduler):
     """Samples that are not born yet are given no seats: more sequences run than the limit allows."""
 
-    def _fits_batch(self, draft: Draft, request: Request) -> bool:
-        return bool(self.batch.num_free) and len(request.alive) <= draft.budget
+    def _fits_batch(self, step: StepBuilder, request: Request) -> bool:
+        return bool(self.batch.num_free) and len(request.alive) <= step.budget
 
 
 class ComesBackInFlight(Scheduler):
     """Whoever was sent away may come back while steps that have it are still in flight."""
 
-    def _fits_batch(self, draft: Draft, request: Request) -> bool:
+    def _fits_batch(self, step: StepBuilder, request: Request) -> bool:
         for sequence in request.alive:
             sequence.left_at = 0
-        return super()._fits_batch(draft, request)
+        return super()._fits_batch(step, request)
 
 
 class NewBeforeSwapped(Scheduler):
     """Under fcfs new requests start before swapped ones return."""
 
-    def _resume_and_admit(self, draft: Draft) -> None:
-        while draft.budget > 0 and (waiting := self.waiting.peek()) is not None and self._admit(draft, waiting):
+    def _let_in(self, step: StepBuilder) -> None:
+        while step.budget > 0 and (waiting := self.waiting.peek()) is not None and self._admit(step, waiting):
             pass
-        super()._resume_and_admit(draft)
+        super()._let_in(step)
 
 
 class SwappedFirstWhateverTheRank(Scheduler):
     """Under priority, swapped requests return before more urgent ones that wait."""
 
-    def _resume_and_admit(self, draft: Draft) -> None:
-        while draft.budget > 0 and (swapped := self.swapped.peek()) is not None:
-            if not self._resume(draft, swapped):
+    def _let_in(self, step: StepBuilder) -> None:
+        while step.budget > 0 and (swapped := self.swapped.peek()) is not None:
+            if not self._resume(step, swapped):
                 return
-        super()._resume_and_admit(draft)
+        super()._let_in(step)
 
 
 class HeadIsOvertaken(Scheduler):
     """Where the head of the queue finds no room, the one behind it is let in."""
 
-    def _resume_and_admit(self, draft: Draft) -> None:
-        super()._resume_and_admit(draft)
+    def _let_in(self, step: StepBuilder) -> None:
+        super()._let_in(step)
         head = self.waiting.peek()
-        if head is not None and len(self.waiting) > 1 and draft.budget > 0 and self.swapped.peek() is None:
+        if head is not None and len(self.waiting) > 1 and step.budget > 0 and self.swapped.peek() is None:
             self.waiting.pop()
             second = self.waiting.peek()
             if second is not None:
-                self._admit(draft, second)
+                self._admit(step, second)
             self.waiting.push(head)
 
 
 class LatestFirstAmongEquals(Scheduler):
     """Of two requests with the same priority the later is served first."""
 
-    def add(self, request: Request) -> None:
-        super().add(request)
+    def enqueue(self, request: Request) -> None:
+        super().enqueue(request)
         self.waiting.remove(request)
         if self.config.policy == "priority":
             request.arrival = -request.arrival
@@ -156,29 +158,26 @@ class LessUrgentFirst(Scheduler):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        rank = self.rank
-        self.rank = lambda request: (-rank(request)[0], rank(request)[1])
-        self.turn_order()
-
-    def turn_order(self) -> None:
-        """The queues by the new rank."""
-        self.waiting, self.swapped = (type(q)(self.rank, q) for q in (self.waiting, self.swapped))
+        rank_of = self.running_set._rank
+        self.running_set._rank = turned = lambda request: (-rank_of(request)[0], rank_of(request)[1])
+        for queue in (self.waiting, self.swapped):
+            queue.reorder(turned)
 
 
 class OneSampleStaysBehind(Scheduler):
     """A request that is preempted leaves its first sample running."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
         alive = request.alive
-        super()._preempt(draft, request)
+        super()._preempt(step, request)
         if len(alive) > 1 and request in self.waiting:
             self.waiting.remove(request)
             self._seat_one(alive[0], request)
 
     def _seat_one(self, sequence: Sequence, request: Request) -> None:
         if self.manager.allocate(sequence.seq_id, sequence.token_ids) is not None:
-            [slot] = self.batch.reserve(1)
-            self.batch.put(sequence, slot, len(sequence.token_ids), self.seed_of(request))
+            [slot] = self.batch.take_slots(1)
+            self.batch.put(sequence, slot, len(sequence.token_ids), self.running_set.seed_of(request))
             self.batch.set_table(slot, self.manager.table(sequence.seq_id))
             sequence.status = Status.RUNNING
         self.waiting.push(request)
@@ -187,48 +186,51 @@ class OneSampleStaysBehind(Scheduler):
 class FullHostStopsAll(Scheduler):
     """Where the host has no room, the victim keeps its seat and waits for it."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
         usage, table = self.manager.usage(), self.manager.table(request.alive[0].seq_id)
         if usage.host_total and usage.host_free < len(table):
-            draft.preempted = True
+            step.preempted = True
             return
-        super()._preempt(draft, request)
+        super()._preempt(step, request)
 
 
-class RecomputeDrawsAnew(Scheduler):
+@in_running_set
+class RecomputeDrawsAnew(RunningSet):
     """A request that comes back draws from another stream."""
 
     def seed_of(self, request: Request) -> int:
         return super().seed_of(request) + self.counters.preemptions
 
 
-class HitsReachTooFar(Scheduler):
+@in_running_set
+class HitsReachTooFar(RunningSet):
     """One token more than was found is taken as computed."""
 
-    def _seat(self, request: Request, rooms: list[int]) -> None:
+    def enter(self, request: Request, reserved: list[int]) -> None:
         for sequence in request.alive:
             if sequence.num_cached and sequence.num_cached < len(sequence.token_ids) - 1:
-                sequence.computed += 1
-        super()._seat(request, rooms)
+                sequence.restart(sequence.num_computed + 1)
+        super().enter(request, reserved)
 
 
 class ChunksSkipAToken(Scheduler):
     """A prompt that is cut in chunks loses the token at the cut."""
 
-    def _launch(self, draft: Draft, slots: Slots, takes: Counts) -> StepPlan:
-        plan = super()._launch(draft, slots, takes)
-        cut = slots[self.batch.computed[slots] < self.batch.total[slots] - 1]
-        self.batch.computed[cut] += 1
+    def schedule(self) -> StepPlan | None:
+        plan = super().schedule()
+        slots = plan.slots if plan is not None else np.zeros(0, np.int32)
+        cut = slots[self.batch.num_computed[slots] < self.batch.num_with_pending[slots] - 1]
+        self.batch.num_computed[cut] += 1
         return plan
 
 
 class SaltForgotten(Scheduler):
     """Requests with a salt are admitted without it."""
 
-    def _admit(self, draft: Draft, request: Request) -> bool:
+    def _admit(self, step: StepBuilder, request: Request) -> bool:
         params, request.params = request.params, replace(request.params, cache_salt=None)
         try:
-            return super()._admit(draft, request)
+            return super()._admit(step, request)
         finally:
             request.params = params
 
@@ -236,15 +238,16 @@ class SaltForgotten(Scheduler):
 class PromptLogprobsReadTheCache(Scheduler):
     """A request that needs the log-probabilities of its prompt starts behind what is cached."""
 
-    def _admit(self, draft: Draft, request: Request) -> bool:
+    def _admit(self, step: StepBuilder, request: Request) -> bool:
         params, request.params = request.params, replace(request.params, prompt_logprobs=None)
         try:
-            return super()._admit(draft, request)
+            return super()._admit(step, request)
         finally:
             request.params = params
 
 
-class AbortLeavesItQueued(Scheduler):
+@in_running_set
+class AbortLeavesItQueued(RunningSet):
     """A request that is aborted while it waits stays in the queue."""
 
     def _retire(self, request: Request) -> None:
@@ -254,7 +257,8 @@ class AbortLeavesItQueued(Scheduler):
             self.waiting.push(request)
 
 
-class AbortedSwapsLeak(Scheduler):
+@in_running_set
+class AbortedSwapsLeak(RunningSet):
     """A request that is aborted while it is swapped out keeps its host blocks."""
 
     def end(self, sequence: Sequence, reason: str) -> None:
@@ -263,11 +267,12 @@ class AbortedSwapsLeak(Scheduler):
         super().end(sequence, reason)
 
 
-class UnbornSeatsLeak(Scheduler):
+@in_running_set
+class UnbornSeatsLeak(RunningSet):
     """The seats of samples that were not born yet are lost when their request leaves."""
 
     def _retire(self, request: Request) -> None:
-        request.slots.clear()
+        request.reserved_slots.clear()
         super()._retire(request)
 
 
@@ -276,7 +281,7 @@ class AbortUntold(Scheduler):
 
     def abort(self, request_id: int) -> bool:
         done = super().abort(request_id)
-        self._touched.clear()
+        self._ended.clear()
         return done
 
 
@@ -286,29 +291,32 @@ class DrawsGoToTheSlot(Scheduler):
     def commit(self, plan: StepPlan, tokens: StepTokens) -> list[RequestOutput]:
         seated = self.batch.seq_id[plan.slots]
         changed = replace(plan, seq_ids=np.where(seated >= 0, seated, plan.seq_ids))
-        self._flights[0] = changed
+        self._in_flight[0] = changed
         return super().commit(changed, tokens)
 
 
-class ForksBeforeTheTokens(Scheduler):
+@in_running_set
+class ForksBeforeTheTokens(RunningSet):
     """A child does not know what its parent has computed: it computes it again in the shared blocks."""
 
-    def fork(self, parent: Sequence, slot: int, index: int) -> Sequence:
-        child = super().fork(parent, slot, index)
-        self.batch.computed[slot] = max(0, int(self.batch.computed[slot]) - 1)
+    def fork(self, parent: Sequence, index: int) -> Sequence:
+        child = super().fork(parent, index)
+        self.batch.num_computed[child.slot] = max(0, child.num_computed - 1)
         return child
 
 
-class SamplesShareAStream(Scheduler):
+@in_running_set
+class SamplesShareAStream(RunningSet):
     """Every sample of a request draws from the first one's stream."""
 
-    def fork(self, parent: Sequence, slot: int, index: int) -> Sequence:
-        child = super().fork(parent, slot, index)
+    def fork(self, parent: Sequence, index: int) -> Sequence:
+        child = super().fork(parent, index)
         child.index = 0
         return child
 
 
-class OneSampleEndsAll(Scheduler):
+@in_running_set
+class OneSampleEndsAll(RunningSet):
     """The first sample that stops ends its request."""
 
     def end(self, sequence: Sequence, reason: str) -> None:
@@ -318,23 +326,25 @@ class OneSampleEndsAll(Scheduler):
                 super().end(other, reason)
 
 
-class OneTokenMore(Scheduler):
+@in_running_set
+class OneTokenMore(RunningSet):
     """An answer may have one token more than was asked for."""
 
-    def _seat(self, request: Request, rooms: list[int]) -> None:
-        super()._seat(request, rooms)
+    def enter(self, request: Request, reserved: list[int]) -> None:
+        super().enter(request, reserved)
         for sequence in request.alive:
-            self.batch.limit[sequence.slot] += 1
+            self.batch.max_length[sequence.slot] += 1
 
 
-class StopsUnseen(Scheduler):
+@in_running_set
+class StopsUnseen(RunningSet):
     """A sequence goes on past its stop token."""
 
-    def _seat(self, request: Request, rooms: list[int]) -> None:
-        super()._seat(request, rooms)
+    def enter(self, request: Request, reserved: list[int]) -> None:
+        super().enter(request, reserved)
         for sequence in request.alive:
-            self.batch.stop[sequence.slot] = -2
-            self.batch.watched[sequence.slot] = False
+            self.batch.stop_token[sequence.slot] = -2
+            self.batch.needs_slow_path[sequence.slot] = False
 
 
 class RefusedAndCounted(Scheduler):
@@ -351,57 +361,61 @@ class RefusedAndCounted(Scheduler):
 class WatermarkStopsTheOnlyOne(Scheduler):
     """Nobody is let in while less than a fifth of the pool is free, whoever runs."""
 
-    def _admit(self, draft: Draft, request: Request) -> bool:
+    def _admit(self, step: StepBuilder, request: Request) -> bool:
         usage = self.manager.usage()
         needed = -(-len(request.prompt_token_ids) // self.block_size)
-        return usage.free - needed > usage.total // 5 and super()._admit(draft, request)
+        return usage.free - needed > usage.total // 5 and super()._admit(step, request)
 
 
-class GrowthNeedsTheWatermark(Scheduler):
+@in_running_set
+class GrowthNeedsTheWatermark(RunningSet):
     """A running request is given a block only where one would be admitted."""
 
-    def _extend(self, draft: Draft, slots: Slots, ends: Slots) -> int:
+    def reserve(self, step: StepBuilder, slots: Slots, ends: Slots) -> int:
         if len(self.running) > 1 and self.manager.can_admit(self.block_size) is not Admission.OK:
             return 0
-        return super()._extend(draft, slots[:1], ends[:1])
+        return super().reserve(step, slots[:1], ends[:1])
 
 
-class TablesOneBlockBehind(Scheduler):
+@in_running_set
+class TablesOneBlockBehind(RunningSet):
     """A block that was appended is not written into the sequence's row of the tables."""
 
-    def _note_allocations(self, draft: Draft, slots: Slots, allocations: list[Allocation]) -> None:
-        super()._note_allocations(draft, slots, [a._replace(new_blocks=()) for a in allocations])
+    def _note_allocations(self, step: StepBuilder, slots: Slots, allocations: list[Allocation]) -> None:
+        super()._note_allocations(step, slots, [a._replace(new_blocks=()) for a in allocations])
 
 
-class CopiedTableKept(Scheduler):
+@in_running_set
+class CopiedTableKept(RunningSet):
     """After a copy the row of the tables still names the block that was copied from."""
 
-    def _note_allocations(self, draft: Draft, slots: Slots, allocations: list[Allocation]) -> None:
+    def _note_allocations(self, step: StepBuilder, slots: Slots, allocations: list[Allocation]) -> None:
         for i, allocation in enumerate(allocations):
             if allocation.copies:
-                draft.copies[int(self.batch.seq_id[slots[i]])] = allocation.copies
+                step.copies[int(self.batch.seq_id[slots[i]])] = allocation.copies
                 self.batch.extend_table(int(slots[i]), allocation.new_blocks)
             else:
-                super()._note_allocations(draft, slots[i : i + 1], [allocation])
+                super()._note_allocations(step, slots[i : i + 1], [allocation])
 
 
-class SecondCopyForgotten(Scheduler):
+@in_running_set
+class SecondCopyForgotten(RunningSet):
     """A step knows one sequence's copies only: the last one's."""
 
-    def _note_allocations(self, draft: Draft, slots: Slots, allocations: list[Allocation]) -> None:
+    def _note_allocations(self, step: StepBuilder, slots: Slots, allocations: list[Allocation]) -> None:
         for i, allocation in enumerate(allocations):
             if allocation.copies:
-                draft.copies.clear()
-            super()._note_allocations(draft, slots[i : i + 1], [allocation])
+                step.copies.clear()
+            super()._note_allocations(step, slots[i : i + 1], [allocation])
 
 
 class TheClockDecides(Scheduler):
     """What the scheduler does depends on the time of day."""
 
-    def _share_budget(self, budget: int, slots: Slots, need: npt.NDArray[np.int32]) -> Counts:
+    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
         import time
 
-        return super()._share_budget(max(1, budget - time.perf_counter_ns() // 1000 % 3), slots, need)
+        return super()._share_budget(max(1, budget - time.perf_counter_ns() // 1000 % 3), need)
 
 
 ATTACKS: list[tuple[type[Scheduler], str]] = [

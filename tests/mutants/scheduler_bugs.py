@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from minipaged.errors import RequestError
 from minipaged.scheduling.plan import StepPlan
-from minipaged.scheduling.records import Draft
 from minipaged.scheduling.request import Request, Sequence
+from minipaged.scheduling.running_set import RunningSet
 from minipaged.scheduling.scheduler import Scheduler
+from minipaged.scheduling.step_builder import StepBuilder
+from tests.mutants.killing_schedulers import in_running_set
 
 Slots = npt.NDArray[np.int64]
 
@@ -23,9 +25,9 @@ Slots = npt.NDArray[np.int64]
 class VictimKeepsItsBudget(Scheduler):
     """A victim that was scheduled already in this step keeps its tokens in it."""
 
-    def _make_room(self, draft: Draft, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
+    def _make_room(self, step: StepBuilder, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
         before, last = take.copy(), {int(s): self.batch.seq_id[s] for s in slots}
-        super()._make_room(draft, slots, take, ends, i)
+        super()._make_room(step, slots, take, ends, i)
         for k, slot in enumerate(slots.tolist()):
             if before[k] and not take[k] and self.batch.sequences[slot] is None:
                 take[k] = before[k]
@@ -35,19 +37,19 @@ class VictimKeepsItsBudget(Scheduler):
 class VictimKeepsItsCopies(Scheduler):
     """A victim's copies stay in the step, though their destinations are free again."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
-        copies = dict(draft.copies)
-        super()._preempt(draft, request)
-        draft.copies.update(copies)
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
+        copies = dict(step.copies)
+        super()._preempt(step, request)
+        step.copies.update(copies)
 
 
 class VictimKeepsItsRoom(Scheduler):
     """A victim that leaves by swap takes the room along that it was given for this step."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
         truncate = self.manager.truncate
         self.manager.truncate = lambda *_: None  # type: ignore[method-assign]
-        super()._preempt(draft, request)
+        super()._preempt(step, request)
         self.manager.truncate = truncate  # type: ignore[method-assign]
 
 
@@ -65,27 +67,28 @@ class NeverFitsIsQueued(Scheduler):
 class RequeuedInReverse(Scheduler):
     """Victims go back to the queue in the order in which they left: the latest first."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
         arrival = request.arrival
         request.arrival = -arrival
-        super()._preempt(draft, request)
+        super()._preempt(step, request)
 
 
 class RequeuedAtTheEnd(Scheduler):
     """A victim goes to the end of the queue, behind those that arrived after it."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
-        request.arrival = self._arrivals
-        self._arrivals += 1
-        super()._preempt(draft, request)
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
+        request.arrival = self.running_set._arrivals
+        self.running_set._arrivals += 1
+        super()._preempt(step, request)
 
 
-class AbortBetweenForkAndWriteLeaks(Scheduler):
+@in_running_set
+class AbortBetweenForkAndWriteLeaks(RunningSet):
     """A sequence that is aborted between its fork and its first own write keeps what it shares."""
 
     def end(self, sequence: Sequence, reason: str) -> None:
         child = reason == "abort" and sequence.parent >= 0 and sequence.slot >= 0
-        if child and int(self.batch.computed[sequence.slot]) == len(sequence.token_ids) - 1:
+        if child and sequence.num_computed == len(sequence.token_ids) - 1:
             free = self.manager.free
             self.manager.free = lambda seq_id: None  # type: ignore[method-assign]
             super().end(sequence, reason)
@@ -107,98 +110,138 @@ class CopiesAfterWrites(Scheduler):
             return None
         late, self._late = self._late, plan.copies
         plan = replace(plan, copies=late)
-        self._flights[-1] = plan
+        self._in_flight[-1] = plan
         return plan
 
 
-class HitBeforeWrite(Scheduler):
-    """A prompt's blocks are reported computed when its request is let in: others of the same step find them before they are written."""
+@in_running_set
+class HitOnALaterStepsBlock(RunningSet):
+    """A whole prompt can be found when its request is let in: others find blocks that only a later step's chunk writes."""
 
-    def _seat(self, request: Request, rooms: list[int]) -> None:
-        super()._seat(request, rooms)
-        for sequence, room in zip(request.alive, rooms, strict=True):
-            self.mark(sequence, min(room, len(sequence.token_ids)))
+    def enter(self, request: Request, reserved: list[int]) -> None:
+        super().enter(request, reserved)
+        for sequence, end in zip(request.alive, reserved, strict=False):
+            later = len(sequence.token_ids) - end
+            if (
+                later > 0
+                and request.params.num_sequences == 1
+                and self.manager.append(sequence.seq_id, later) is not None
+            ):
+                self.batch.num_reserved[sequence.slot] = end + later
+                self.batch.set_table(sequence.slot, self.manager.table(sequence.seq_id))
+                self.publish(sequence, end + later)
 
 
-class FullHitComputesNothing(Scheduler):
+class PromiseKeptAfterAWithdrawal(Scheduler):
+    """What a victim was to write in the step that it leaves can still be found."""
+
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
+        for sequence in request.alive:
+            if request.params.num_sequences == 1:
+                end = min(len(sequence.token_ids), int(self.batch.num_reserved[sequence.slot]))
+                self.running_set.publish(sequence, end)
+        self.manager.end_step()
+        super()._preempt(step, request)
+
+
+@in_running_set
+class GroupResumesOneByOne(RunningSet):
+    """After a recompute each sequence of a request computes all of its tokens in blocks of its own."""
+
+    def _come_back(self, parent: Sequence, sequence: Sequence) -> None:
+        if self.manager.allocate(sequence.seq_id, sequence.token_ids, num_tokens=0, read_cache=False) is not None:
+            self._run(sequence, 0)
+
+
+class PrefixesMadeTwice(Scheduler):
+    """A step's blocks can be found once it is committed: those who start with it compute the same again."""
+
+    def schedule(self) -> StepPlan | None:
+        running_set = self.running_set
+        publish, running_set.publish_full_blocks = running_set.publish_full_blocks, lambda slots, ends: None  # type: ignore[method-assign]
+        plan = super().schedule()
+        del running_set.publish_full_blocks
+        for sequence in [s for r in self.running for s in r.alive if s.slot >= 0]:
+            publish(np.array([sequence.slot]), np.array([sequence.num_computed]))
+        return plan
+
+
+@in_running_set
+class FullHitComputesNothing(RunningSet):
     """What was found in the cache is taken to the last token: nothing is left to compute, so the first draw is lost."""
 
-    def _seat(self, request: Request, rooms: list[int]) -> None:
+    def enter(self, request: Request, reserved: list[int]) -> None:
         for sequence in request.alive:
             if sequence.num_cached and sequence.num_cached + self.block_size >= len(sequence.token_ids):
-                sequence.computed = len(sequence.token_ids) - 1
-        super()._seat(request, rooms)
+                sequence.restart(len(sequence.token_ids) - 1)
+        super().enter(request, reserved)
 
 
 class LateBoundary(Scheduler):
     """Room for the next block is asked for one token after it is needed."""
 
-    def _schedule_running(self, draft: Draft) -> None:
+    def _schedule_running(self, step: StepBuilder) -> None:
         slots = self.order()
-        self.batch.room[slots] += 1
-        super()._schedule_running(draft)
+        self.batch.num_reserved[slots] += 1
+        super()._schedule_running(step)
         slots = np.array([s for s in slots if self.batch.sequences[int(s)] is not None], np.int64)
-        self.batch.room[slots] -= 1
+        self.batch.num_reserved[slots] -= 1
 
 
 class AdmitsAfterPreempting(Scheduler):
     """A step that has just sent somebody away lets the next one in."""
 
-    def _schedule_running(self, draft: Draft) -> None:
-        super()._schedule_running(draft)
-        draft.preempted = False
+    def _schedule_running(self, step: StepBuilder) -> None:
+        super()._schedule_running(step)
+        step.preempted = False
 
 
 class NewcomersFirst(Scheduler):
     """Whoever waits is let in before the running ones have been served."""
 
-    def _schedule_running(self, draft: Draft) -> None:
+    def _schedule_running(self, step: StepBuilder) -> None:
         before = self.order()
-        self._resume_and_admit(draft)
-        self._order = before
-        super()._schedule_running(draft)
-        self._order = None
+        self._let_in(step)
+        self.running_set._order = before
+        super()._schedule_running(step)
+        self.running_set._order = None
 
 
 class EarliestMakesWay(Scheduler):
     """The victim is the earliest of the running requests."""
 
-    def _make_room(self, draft: Draft, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
-        self.running.reverse()
-        super()._make_room(draft, slots, take, ends, i)
-        self.running.reverse()
+    def _choose_victim(self) -> Request | None:
+        return next((r for r in self.running if not self.batch.awaiting_result[r.alive[0].slot]), None)
 
 
 class LatestMakesWayWhateverItsPriority(Scheduler):
     """The victim is the latest arrival, also where it is the most urgent."""
 
-    def _make_room(self, draft: Draft, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
-        ranked = self.running
-        self.running = sorted(ranked, key=lambda request: request.arrival)
-        super()._make_room(draft, slots, take, ends, i)
-        self.running = [request for request in ranked if request in self.running]
+    def _choose_victim(self) -> Request | None:
+        latest_first = sorted(self.running, key=lambda request: -request.arrival)
+        return next((r for r in latest_first if not self.batch.awaiting_result[r.alive[0].slot]), None)
 
 
 class NobodyLeaves(Scheduler):
     """The victim is told to leave and keeps its seat: the step looks for room for ever."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
-        draft.preempted = True
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
+        step.preempted = True
 
 
 class PreemptsForNewcomers(Scheduler):
     """While somebody waits, the last of the running makes way, and is the next to be let in: they chase each other for ever."""
 
-    def _schedule_running(self, draft: Draft) -> None:
-        if len(self.waiting) and self.running and not self.batch.busy.any():
-            self._preempt(draft, self.running[-1])
-        super()._schedule_running(draft)
+    def _schedule_running(self, step: StepBuilder) -> None:
+        if len(self.waiting) and self.running and not self.batch.awaiting_result.any():
+            self._preempt(step, self.running[-1])
+        super()._schedule_running(step)
 
 
 class SwapDuplicatesShared(Scheduler):
     """The sequences of a request are swapped out one by one: what they share is copied once for each."""
 
-    def _preempt(self, draft: Draft, request: Request) -> None:
+    def _preempt(self, step: StepBuilder, request: Request) -> None:
         swap_out = self.manager.swap_out
 
         def one_by_one(seq_ids: list[int]) -> list[tuple[int, int]] | None:
@@ -211,7 +254,7 @@ class SwapDuplicatesShared(Scheduler):
             return pairs
 
         self.manager.swap_out = one_by_one  # type: ignore[method-assign]
-        super()._preempt(draft, request)
+        super()._preempt(step, request)
         self.manager.swap_out = swap_out  # type: ignore[method-assign]
 
 
@@ -224,7 +267,10 @@ HISTORICAL: list[tuple[type[Scheduler], str]] = [
     (RequeuedAtTheEnd, "L40"),
     (AbortBetweenForkAndWriteLeaks, "L53"),
     (CopiesAfterWrites, "L55"),
-    (HitBeforeWrite, "L37"),
+    (HitOnALaterStepsBlock, "L29"),
+    (PromiseKeptAfterAWithdrawal, "L48"),
+    (GroupResumesOneByOne, "L67"),
+    (PrefixesMadeTwice, "L65"),
     (FullHitComputesNothing, "L55"),
     (LateBoundary, "L55"),
     (AdmitsAfterPreempting, "L39"),

@@ -133,7 +133,6 @@ def test_calls_with_something_else_change_nothing(value: Any) -> None:
     calls = [
         lambda: scheduler.add(value),
         lambda: scheduler.check(value),
-        lambda: scheduler.finish(value, "stop"),
         lambda: scheduler.commit(plan, value),
         lambda: scheduler.commit(plan, StepTokens(value)),
         lambda: scheduler.commit(value, StepTokens(np.array([7], np.int32))),

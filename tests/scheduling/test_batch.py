@@ -47,7 +47,7 @@ def test_a_seat_that_was_left_looks_like_one_never_taken() -> None:
     """It names nobody, by a number that no sequence has; the marks in the columns are no tokens, and are told apart."""
     batch = Batch(2)
     sequence = Sequence(5, Request(0, (1, 2), SamplingParams()), [1, 2])
-    [slot] = batch.reserve(1)
+    [slot] = batch.take_slots(1)
     batch.put(sequence, slot, 2, 0)
     assert batch.seq_id[slot] == 5
     batch.remove(sequence)

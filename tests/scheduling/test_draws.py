@@ -81,4 +81,4 @@ def test_seeds_that_differ_give_streams_that_differ() -> None:
     """Also where they differ in their highest bit only."""
     seeds = [0, 1, 2, 2**31, 2**61, 2**62, 2**62 + 1]
     request = Request(0, (1,), SamplingParams(temperature=1.0), arrival=0)
-    assert len({scheduler_of(seed=seed).seed_of(request) for seed in seeds}) == len(seeds)
+    assert len({scheduler_of(seed=seed).running_set.seed_of(request) for seed in seeds}) == len(seeds)

@@ -64,8 +64,7 @@ def check(engine: Engine, snapshot: Snapshot) -> None:
         assert state.status == sequence.status.value
         # all of the text, since nothing here has a stop string
         assert state.text.decode() == f"{sequence.request.prompt}{sequence.text}"
-        seated = sequence.slot
-        assert state.num_computed == (int(scheduler.batch.computed[seated]) if seated >= 0 else sequence.computed)
+        assert state.num_computed == sequence.num_computed
     assert sum(map(len, snapshot.host_tables.values())) == int(snapshot.host.refs.sum())
     assert {seq for seq, _ in snapshot.tables} <= {sequence.seq_id for sequence in alive}
     assert int(snapshot.device.fill[snapshot.device.refs > 0].sum()) == stats.token_slots

@@ -15,7 +15,7 @@ from textual.widgets.option_list import Option
 
 from minipaged.config import SamplingParams, check_int
 from minipaged.errors import InputError
-from minipaged.scheduling.knobs import KNOBS
+from minipaged.scheduling.runtime_settings import SETTINGS
 from minipaged.tui.panes.pane import Pane
 
 MOST_BLOCKS = 1_000_000  # of a next run: ten times the largest pool that the map is measured with
@@ -125,7 +125,7 @@ class Knobs(Window):
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         super().__init__()
-        current = {knob.name: settings.get(knob.name, knob.options[0] if knob.options else "") for knob in KNOBS}
+        current = {knob.name: settings.get(knob.name, knob.options[0] if knob.options else "") for knob in SETTINGS}
         self._settings = {**current, "num_blocks": settings.get("num_blocks", "")}
 
     def compose(self) -> ComposeResult:
@@ -133,7 +133,7 @@ class Knobs(Window):
         with Vertical(classes="window", id="knobs"):
             yield Label("Knobs: they act from the next step on", classes="title")
             with Grid(classes="knobs"):
-                for knob in KNOBS:
+                for knob in SETTINGS:
                     yield Label(knob.name)
                     value = str(self._settings[knob.name])
                     if knob.options:
@@ -165,7 +165,7 @@ class Knobs(Window):
 
     def _typed(self) -> Iterator[tuple[str, object]]:
         """What stands in the fields, checked; empty ones left out."""
-        for knob in KNOBS:
+        for knob in SETTINGS:
             if knob.options:
                 yield knob.name, self.query_one(f"#{knob.name}", Choice).value
             elif text := self.query_one(f"#{knob.name}", Input).value.strip():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from minipaged.scheduling.knobs import Turn
+from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.trace.records import Event, Stats
 from minipaged.tui.view import View
 
@@ -257,7 +257,9 @@ _TELL: dict[str, Callable[[View, Grouped], str]] = {
     "admit": _admit,
     "evict": _blocks("evict", "cached {noun} {blocks} forgotten: the room is needed"),
     "release": _blocks("release", "{names} lets go of {noun} {blocks}"),
-    "knob": lambda view, grouped: "from here on " + listing([Turn(e.other, e.amount).words for e in grouped["knob"]]),
+    "knob": lambda view, grouped: (
+        "from here on " + listing([SettingChange(e.other, e.amount).words for e in grouped["knob"]])
+    ),
     "alloc": _alloc,
     "append": _append,
 }

@@ -285,7 +285,7 @@ def serve(
         now = time.perf_counter()
         steps += 1
         running = engine.scheduler.order()
-        computed = int(batch.computed[running].sum())
+        computed = int(batch.num_computed[running].sum())
         weighted_rows += (now - before) * len(running)
         weighted_tokens += (now - before) * computed
         before = now

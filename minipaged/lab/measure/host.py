@@ -176,7 +176,7 @@ class _TimedPending:
 def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
     """Host time of each part of a step, microseconds, medians."""
     taken: dict[str, list[float]] = {
-        "schedule": [], "launch": [], "wait for tokens": [], "commit": [], "stop strings": [], "trace, nobody listening": [],
+        "schedule": [], "launch": [], "wait for tokens": [], "commit": [], "trace, nobody listening": [],
     }  # fmt: skip
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,15 +193,12 @@ def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
     def timed_launch(plan: StepPlan) -> Pending:
         return _TimedPending(launch(plan), taken["wait for tokens"])
 
-    text = engine.detokenizer
     wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
         (engine.scheduler, "schedule", timed("schedule", engine.scheduler.schedule)),
         (engine.scheduler, "commit", timed("commit", engine.scheduler.commit)),
         (engine.runner, "launch", timed_launch),
         (engine.trace, "publish", timed("trace, nobody listening", engine.trace.publish)),
     ]
-    if text is not None:
-        wrapped.append((text, "look_for_stops", timed("stop strings", text.look_for_stops)))
     for owner, name, call in wrapped:
         setattr(owner, name, call)
 

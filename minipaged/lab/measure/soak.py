@@ -117,7 +117,7 @@ def check(scheduler: Scheduler) -> None:
         if sequence.status is Status.RUNNING:
             table = manager.table(sequence.seq_id)
             held.update(table)
-            if len(table) * BLOCK < int(scheduler.batch.computed[sequence.slot]):
+            if len(table) * BLOCK < sequence.num_computed:
                 raise RuntimeError(f"{sequence} has computed more than its table holds")
         elif sequence.status is Status.SWAPPED:
             host.update(set(manager.host_table(sequence.seq_id)))

@@ -1,7 +1,4 @@
-"""What is refused at the door: requests that this engine can never serve, each with the reason and what would do.
-
-Knows limits and the pool's size; knows nothing of who is here.
-"""
+"""What a request must be to be served here: each refusal says why, and what would do."""
 
 from __future__ import annotations
 
@@ -45,7 +42,8 @@ def check_request(
         if width > getattr(config, name):
             raise RequestError(f"{width} sequences at once exceed {name} ({getattr(config, name)})")
     if manager.can_admit(request.num_prompt, params.max_tokens, num_sequences=width) is Admission.NEVER:
-        blocks = -(-longest // block_size) * width
+        shared = request.num_prompt // block_size  # held once by all samples or beams
+        blocks = shared + (-(-longest // block_size) - shared) * width
         usable = manager.usage().total - 1
         raise RequestError(
             f"the request may need {blocks} blocks ({width} x {longest} tokens, {block_size} a block); "

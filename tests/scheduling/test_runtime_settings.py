@@ -9,7 +9,7 @@ import pytest
 from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
-from minipaged.scheduling.knobs import KNOBS, Turn
+from minipaged.scheduling.runtime_settings import SETTINGS, SettingChange
 from minipaged.trace.records import StepDelta
 
 
@@ -144,12 +144,12 @@ def test_turns_are_told_in_the_trace() -> None:
     llm.engine.knob("watermark", 0.25)
     llm.engine.knob("batching", "static")
     llm.engine.step()
-    turns = [Turn(event.other, event.amount).words for event in told[0].events if event.kind == "knob"]
+    turns = [SettingChange(event.other, event.amount).words for event in told[0].events if event.kind == "knob"]
     assert turns == ["watermark is 0.25", "batching is static"]
     assert not llm.engine.has_work
     assert llm.engine.describe()["engine"]["batching"] == "static"  # type: ignore[index]
-    assert "does not know" in Turn(len(KNOBS), 1).words
-    assert "?" in Turn(2, 99).words
+    assert "does not know" in SettingChange(len(SETTINGS), 1).words
+    assert "?" in SettingChange(2, 99).words
 
 
 def test_a_sequence_that_has_ended_is_told_once() -> None:

@@ -1,0 +1,339 @@
+"""The requests that have not ended: those that run, with the memory and the slots that they hold, and those that wait.
+
+The scheduler owns one and decides; here it is carried out: memory is reserved, requests enter the batch, fork, leave it and end.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.config import EngineConfig
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.types import Allocation, BlockEvent
+from minipaged.scheduling.batch import Batch
+from minipaged.scheduling.policies import PreemptionCost, Rank, rank_of, wants_swap
+from minipaged.scheduling.queue import RequestQueue
+from minipaged.scheduling.records import Counters, SchedulerEvent
+from minipaged.scheduling.request import Request, Sequence, Status
+from minipaged.scheduling.step_builder import StepBuilder
+
+Slots = npt.NDArray[np.int64]
+SwapPairs = list[tuple[int, int]]
+
+
+class RunningSet:
+    """`running` requests (in the batch, by rank), `waiting` ones and `swapped` ones.
+
+    config: the limits; manager: the block tables; block_size: as the manager's; cost: what a swap and a recompute take, for
+    `preemption="auto"`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, manager: BlockManager, block_size: int, cost: PreemptionCost | None = None
+    ) -> None:
+        self.config = config
+        self.manager = manager
+        self.block_size = block_size
+        self.cost = cost or PreemptionCost()
+        self.batch = Batch(config.max_num_seqs)
+        self.counters = Counters()
+        self.running: list[Request] = []  # by rank
+        self._rank = rank_of(config.policy)
+        self.waiting = RequestQueue(self._rank)
+        self.swapped = RequestQueue(self._rank)
+        self.requests: dict[int, Request] = {}  # all that have not ended
+        self.sequences: dict[int, Sequence] = {}  # theirs, those that have ended left out
+        self.num_groups = 0  # running requests with several sequences
+        self.regrouping: list[Request] = []  # running ones of which some sequences are still to be forked again
+        self.steps_launched = self.steps_committed = 0
+        self._order: Slots | None = np.zeros(0, np.int64)  # running slots in serving order; None: out of date
+        self._next_seq_id = 0
+        self._arrivals = 0
+        self._events: list[SchedulerEvent | BlockEvent] = []
+
+    def rank(self, request: Request) -> Rank:
+        """The smaller is served first."""
+        return self._rank(request)
+
+    def configure(self, config: EngineConfig) -> None:
+        """Other choices from the next step on: order, preemption, batching. The limits stay: buffers were made for them."""
+        self.config = config
+        self._rank = rank_of(config.policy)
+        self.running.sort(key=self._rank)
+        self.waiting.reorder(self._rank)
+        self.swapped.reorder(self._rank)
+        self._order = None
+
+    def order(self) -> Slots:
+        """The running slots in serving order."""
+        if self._order is None:
+            self._order = np.array([s.slot for r in self.running for s in r.sequences if s.slot >= 0], np.int64)
+        return self._order
+
+    # ---- who they are
+
+    def enqueue(self, request: Request) -> None:
+        """A new request waits."""
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        request.sequences.append(self.new_sequence(request, list(request.prompt_token_ids)))
+        self.requests[request.request_id] = request
+        self.waiting.push(request)
+        self.log("submit", request.sequences[0], request.num_prompt)
+
+    def new_sequence(self, request: Request, token_ids: list[int], *, index: int = 0, parent: int = -1) -> Sequence:
+        """A sequence with the next number."""
+        sequence = Sequence(self._next_seq_id, request, token_ids, index=index, parent=parent)
+        self._next_seq_id += 1
+        self.sequences[sequence.seq_id] = sequence
+        return sequence
+
+    def seed_of(self, request: Request) -> int:
+        """The request's own seed, or one of its arrival under the engine's seed."""
+        if request.params.seed is not None:
+            return request.params.seed
+        return (self.config.seed * 0x9E3779B1 + request.arrival * 0x85EBCA77) % 2**63
+
+    # ---- memory
+
+    def reserve(self, step: StepBuilder, slots: Slots, ends: Slots) -> int:
+        """Reserve memory for positions below ends[i] of slots[i], up to the end of a block: the manager is asked once a block, not once
+        a token. Returns how many got it: the first for whom there is none ends the round.
+        """
+        batch, append = self.batch, self.manager.append
+        goals = -(-ends // self.block_size) * self.block_size
+        allocations: list[Allocation] = []
+        for seq_id, count in zip(
+            batch.seq_id[slots].tolist(), (goals - batch.num_reserved[slots]).tolist(), strict=True
+        ):
+            allocation = append(seq_id, count)
+            if allocation is None:
+                break
+            allocations.append(allocation)
+        served = slots[: len(allocations)]
+        batch.num_reserved[served] = goals[: len(allocations)]
+        self._note_allocations(step, served, allocations)
+        return len(allocations)
+
+    def _note_allocations(self, step: StepBuilder, slots: Slots, allocations: list[Allocation]) -> None:
+        """Take what the manager gave to each of these slots into the step and the tables."""
+        batch = self.batch
+        blocks = [new[0] for _, new, copies in allocations if len(new) == 1 and not copies]
+        if len(blocks) == len(allocations):  # as in a step of plain decodes
+            batch.extend_tables(slots, blocks)
+            return
+        for slot, (_, new_blocks, copies) in zip(slots.tolist(), allocations, strict=True):
+            if copies:
+                seq_id = int(batch.seq_id[slot])
+                step.add_copies(seq_id, copies)
+                batch.set_table(slot, self.manager.table(seq_id))
+            else:
+                batch.extend_table(slot, new_blocks)
+
+    def publish(self, sequence: Sequence, upto: int) -> None:
+        """Tell the manager that the KV of token_ids[:upto] is written, in the step that is planned at the latest."""
+        published = sequence.num_published
+        if upto > published:
+            self.manager.mark_computed(sequence.seq_id, sequence.token_ids[published:upto])
+            self.batch.num_published[sequence.slot] = upto
+
+    def publish_full_blocks(self, slots: Slots, ends: Slots) -> None:
+        """Publish the blocks of these running sequences that are full of known tokens below `ends`."""
+        batch, size, mark = self.batch, self.block_size, self.manager.mark_computed
+        ends, starts = np.minimum(ends, batch.num_tokens[slots]), batch.num_published[slots]
+        # Those that were sent away meanwhile have no number any more.
+        rows = ((ends // size > starts // size) & (batch.seq_id[slots] >= 0)).nonzero()[0]
+        if len(rows):
+            slots, starts, ends = slots[rows], starts[rows], ends[rows]
+            running = zip(batch.seq_id[slots].tolist(), batch.token_ids[slots].tolist(), strict=True)
+            for (seq_id, tokens), start, end in zip(running, starts.tolist(), ends.tolist(), strict=True):
+                mark(seq_id, tokens[start:end])
+            batch.num_published[slots] = ends
+
+    # ---- coming in
+
+    def enter(self, request: Request, reserved: list[int]) -> None:
+        """The request runs: its sequences get slots, and slots are kept for those that will be forked.
+
+        reserved: positions of each sequence that have a place in its block table.
+        """
+        present = [s for s in request.alive if s.forks_from is None]
+        slots = self.batch.take_slots(self.width(request))
+        request.reserved_slots.extend(slots[len(present) :])
+        seed = self.seed_of(request)
+        for sequence, slot, num_reserved in zip(present, slots, reserved, strict=False):
+            sequence.status = Status.RUNNING
+            self.batch.put(sequence, slot, num_reserved, seed)
+            self.batch.set_table(slot, self.manager.table(sequence.seq_id))
+            self.log("admit", sequence, sequence.num_computed)
+        if len(present) < len(request.alive):
+            self.regrouping.append(request)
+        insort(self.running, request, key=self._rank)
+        self.num_groups += request.params.num_sequences > 1
+        self._order = None
+
+    @staticmethod
+    def width(request: Request) -> int:
+        """Slots that the request needs to run: of all its sequences, those still to be forked included."""
+        return len(request.alive) if request.forked else request.params.num_sequences
+
+    def fork(self, parent: Sequence, index: int) -> Sequence:
+        """A child that shares the parent's blocks and takes a slot that its request has reserved."""
+        request = parent.request
+        child = self.new_sequence(request, list(parent.token_ids), index=index, parent=parent.seq_id)
+        child.cumulative_logprob = parent.cumulative_logprob
+        child.logprobs = list(parent.logprobs)
+        child.num_cached = parent.num_cached
+        request.sequences.append(child)
+        self._share_blocks(parent, child, parent.num_computed)
+        return child
+
+    def fork_again(self, request: Request) -> None:
+        """A request that came back from a recompute as one sequence: fork those whose parents are where the tokens of both part."""
+        for sequence in request.to_fork:
+            parent = sequence.forks_from
+            if parent is not None and parent.slot >= 0 and parent.num_computed >= sequence.forks_at:
+                self._come_back(parent, sequence)
+                sequence.forks_from = None
+                self.log("admit", sequence, sequence.num_computed)
+        if not request.to_fork and request in self.regrouping:
+            self.regrouping.remove(request)
+
+    def _come_back(self, parent: Sequence, sequence: Sequence) -> None:
+        """Let `sequence` run again, sharing with `parent` what both agree on, and with the cache what that still has of it."""
+        manager, params, size = self.manager, sequence.request.params, self.block_size
+        shared = sequence.forks_at
+        if (
+            parent.num_computed > shared
+        ):  # the cache has given it more: a block that holds other tokens at its end is not shared
+            shared = shared // size * size
+        hit = manager.lookup(sequence.token_ids, salt=params.cache_salt)
+        if params.prompt_logprobs is None and hit.num_tokens > shared:
+            allocation = manager.allocate(
+                sequence.seq_id, sequence.token_ids, num_tokens=hit.num_tokens, salt=params.cache_salt, hit=hit
+            )
+            common = shared // size
+            if allocation is not None:
+                if manager.table(sequence.seq_id)[:common] == manager.table(parent.seq_id)[:common]:
+                    self.counters.own_hit_tokens += allocation.cached_tokens
+                    self._run(sequence, allocation.cached_tokens)
+                    return
+                manager.free(sequence.seq_id)  # equal blocks that somebody else has made: the parent's are to be shared
+        self._share_blocks(parent, sequence, shared)
+
+    def _share_blocks(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        """Let `child`, which holds nothing, run with the parent's blocks of its first `num_tokens` tokens."""
+        computed = parent.num_computed
+        self.publish(parent, computed)
+        self.manager.truncate(parent.seq_id, computed)
+        self.batch.num_reserved[parent.slot] = computed
+        self.batch.set_table(parent.slot, self.manager.table(parent.seq_id))
+        self.manager.fork(parent.seq_id, child.seq_id)
+        if num_tokens < computed:
+            self.manager.truncate(child.seq_id, num_tokens)
+        self._run(child, num_tokens)
+
+    def _run(self, sequence: Sequence, num_computed: int) -> None:
+        """Give a sequence that has its blocks a slot that its request has reserved."""
+        slot = sequence.request.reserved_slots.pop(0)
+        sequence.restart(num_computed)
+        sequence.status = Status.RUNNING
+        self.batch.put(sequence, slot, num_computed, self.seed_of(sequence.request))
+        self.batch.set_table(slot, self.manager.table(sequence.seq_id))
+        self._order = None
+
+    # ---- leaving
+
+    def preempt(self, request: Request) -> SwapPairs | None:
+        """Take a running request's memory and slots. Returns the swaps of its blocks to the host where that is wanted and possible;
+        None: it is to be computed anew.
+        """
+        self.counters.preemptions += 1
+        present = [s for s in request.alive if s.slot >= 0]
+        for sequence in present:
+            self.manager.truncate(sequence.seq_id, sequence.num_computed)  # what was reserved for this step as well
+        num_blocks = len({block for s in present for block in self.manager.table(s.seq_id)})
+        num_tokens = sum(s.num_computed for s in present)
+        for sequence in present:
+            self.log("preempt", sequence, sequence.num_computed)
+        pairs = None
+        if wants_swap(self.config, self.cost, num_blocks, num_tokens) and request not in self.regrouping:
+            pairs = self.manager.swap_out([s.seq_id for s in present])
+        for sequence in present:
+            self.remove(sequence)
+            sequence.status = Status.WAITING if pairs is None else Status.SWAPPED
+            if pairs is None:
+                self.manager.free(sequence.seq_id)
+                sequence.restart(0)
+        self._return_reserved_slots(request)
+        self._leave_running(request)
+        if pairs is None:
+            self.waiting.push(request)
+        else:
+            self.counters.swaps += 1
+            self.swapped.push(request)
+        return pairs
+
+    def end(self, sequence: Sequence, reason: str) -> None:
+        """A sequence has ended: its blocks, slot and place in the queues are free again."""
+        request = sequence.request
+        kind = {"abort": "abort", "pruned": "prune"}.get(reason, "finish")
+        self.log(kind, sequence, sequence.num_output, reason)
+        held = sequence.status in (Status.RUNNING, Status.SWAPPED)
+        if sequence.slot >= 0:
+            self.remove(sequence)
+        if held:
+            self.manager.free(sequence.seq_id)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        del self.sequences[sequence.seq_id]
+        request.prefix = None
+        if request.finished:
+            self._retire(request)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of the batch; its blocks stay."""
+        self.batch.remove(sequence)
+        sequence.left_at = self.steps_launched
+        self._order = None
+
+    def hand_over_slot(self, sequence: Sequence) -> None:
+        """Take a sequence out of the batch; its request keeps a slot for one that is to be forked."""
+        self.remove(sequence)
+        sequence.request.reserved_slots.extend(self.batch.take_slots(1))
+
+    def _retire(self, request: Request) -> None:
+        for queue in (self.waiting, self.swapped):
+            if request in queue:
+                queue.remove(request)
+        self._return_reserved_slots(request)
+        if self.requests.pop(request.request_id, None) is not None:
+            self._leave_running(request)
+
+    def _return_reserved_slots(self, request: Request) -> None:
+        self.batch.return_slots(request.reserved_slots)
+        request.reserved_slots.clear()
+
+    def _leave_running(self, request: Request) -> None:
+        if request in self.regrouping:
+            self.regrouping.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+            self.num_groups -= request.params.num_sequences > 1
+            self._order = None
+
+    # ---- what happened
+
+    def log(self, kind: str, sequence: Sequence, amount: int, detail: str = "") -> None:
+        """Note an event after the block events that led to it."""
+        self._events.extend(self.manager.take_events())
+        self._events.append(SchedulerEvent(kind, sequence.seq_id, amount, detail, sequence))
+
+    def take_events(self) -> list[SchedulerEvent | BlockEvent]:
+        """What happened since the last call, in causal order."""
+        events, self._events = self._events, []
+        events.extend(self.manager.take_events())
+        return events

@@ -1,0 +1,192 @@
+"""A step while it is put together (StepBuilder), and the StepPlan that it becomes: array operations over the batch's columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from minipaged.scheduling.batch import Batch
+from minipaged.scheduling.plan import IntArray, PromptQuery, SamplingColumns, StepPlan
+from minipaged.scheduling.streams import uniform
+
+Index = npt.NDArray[np.int64]
+_NO_ROWS = np.zeros(0, np.int64)
+
+
+class Draws(NamedTuple):
+    """The tokens to sample in a step."""
+
+    rows: Index  # [draws] row whose logits are read
+    first: Index  # [drawing rows] the first draw of each such row
+    slots: Index  # [draws] the slot each token belongs to
+    samples: Index  # [draws] which of the request's samples
+    awaits_result: npt.NDArray[np.bool_]  # [drawing rows] whether what is drawn decides how the sequence goes on
+
+
+@dataclass
+class StepBuilder:
+    """What the step is to do, as far as it is known. budget: tokens that may still be scheduled."""
+
+    budget: int
+    slots: list[Index] = field(default_factory=list)
+    takes: list[Index] = field(default_factory=list)  # tokens to compute of each slot
+    copies: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)  # by sequence
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
+    preempted: bool = False
+
+    def add(self, slots: Index, takes: Index) -> None:
+        """Schedule `takes[i]` tokens of slots[i]; slots with nothing to take are left out."""
+        chosen = takes.nonzero()[0]
+        if len(chosen) < len(slots):
+            slots, takes = slots[chosen], takes[chosen]
+        if len(slots):
+            self.slots.append(slots)
+            self.takes.append(takes)
+            self.budget -= int(takes.sum())
+
+    def add_copies(self, seq_id: int, copies: tuple[tuple[int, int], ...]) -> None:
+        """Block copies that this sequence's writes need."""
+        self.copies[seq_id] = self.copies.get(seq_id, ()) + copies
+
+    def launch(self, number: int, batch: Batch) -> StepPlan | None:
+        """The plan, or None for a step that does nothing. The batch's columns then stand as if it had been launched."""
+        if not (self.slots or self.swap_outs or self.swap_ins):
+            return None
+        slots = np.concatenate(self.slots) if self.slots else _NO_ROWS
+        takes = np.concatenate(self.takes) if self.takes else _NO_ROWS
+        draws = _draws_of(batch, slots, takes)
+        owners = slots[draws.rows]
+        greedy = np.count_nonzero(batch.only_greedy[owners]) == len(owners)
+        looked_at = not greedy or np.count_nonzero(batch.needs_slow_path[slots]) > 0
+        plan = StepPlan(
+            step=number,
+            swap_outs=tuple(self.swap_outs),
+            swap_ins=tuple(self.swap_ins),
+            copies=tuple(pair for pairs in self.copies.values() for pair in pairs) if self.copies else (),
+            seq_ids=batch.seq_id[slots],
+            slots=slots.astype(np.int32),
+            starts=batch.num_computed[slots],
+            lengths=takes.astype(np.int32),
+            token_ids=_token_ids(batch, slots, takes, len(draws.first)),
+            tables=batch.table_rows(slots),
+            draw_rows=draws.rows.astype(np.int32),
+            draw_slots=draws.slots.astype(np.int32),
+            sampling=None if greedy else _sampling(batch, owners, draws.samples),
+            top_logprobs=_top_logprobs(batch, owners) if looked_at else -1,
+            prompt_queries=_prompt_queries(batch, slots, takes) if looked_at else (),
+            penalty_tokens=() if greedy else _penalty_tokens(batch, owners),
+            banned_tokens=() if greedy else _banned_tokens(batch, owners),
+        )
+        batch.num_computed[slots] += takes
+        drawing = owners[draws.first]
+        batch.draw_pending(drawing)
+        batch.awaiting_result[drawing] = draws.awaits_result
+        return plan
+
+
+def _draws_of(batch: Batch, slots: Index, takes: Index) -> Draws:
+    """One draw for each row that reaches its last token; n of them where n samples are forked from it."""
+    rows = (batch.num_computed[slots] + takes == batch.num_with_pending[slots]).nonzero()[0]
+    owners = slots[rows]
+    if not np.count_nonzero(batch.needs_slow_path[owners]):
+        awaits_result = batch.repetition_penalty[owners] != 1.0
+        return Draws(rows, np.arange(len(rows)), owners, batch.sample_index[owners], awaits_result)
+    awaits_result = np.zeros(len(rows), np.bool_)
+    all_rows: list[int] = []
+    first: list[int] = []
+    targets: list[int] = []
+    samples: list[int] = []
+    for i, (row, slot) in enumerate(zip(rows.tolist(), owners.tolist(), strict=True)):
+        sequence = batch.sequences[slot]
+        if sequence is None:
+            raise RuntimeError(f"slot {slot} is scheduled but empty")
+        request = sequence.request
+        first.append(len(all_rows))
+        children = request.reserved_slots if request.beams is None and not request.forked else []
+        all_rows.extend([row] * (1 + len(children)))
+        targets.extend([slot, *children])
+        samples.extend([sequence.index, *range(1, 1 + len(children))])
+        awaits_result[i] = bool(children) or request.beams is not None or request.params.repetition_penalty != 1.0
+    as_index = [np.array(column, np.int64) for column in (all_rows, first, targets, samples)]
+    return Draws(as_index[0], as_index[1], as_index[2], as_index[3], awaits_result)
+
+
+def _token_ids(batch: Batch, slots: Index, takes: Index, num_drawing: int) -> IntArray:
+    if int(takes.sum()) == len(slots) == num_drawing:
+        return batch.last_token[slots]  # nothing but decodes
+    parts: list[npt.ArrayLike] = []
+    for slot, take in zip(slots.tolist(), takes.tolist(), strict=True):
+        start = int(batch.num_computed[slot])
+        sequence = batch.sequences[slot]
+        if start + take > batch.num_tokens[slot] or sequence is None:
+            parts.append(batch.last_token[slot : slot + 1])  # drawn by a step in flight
+        else:
+            parts.append(sequence.token_ids[start : start + take])
+    return np.concatenate([np.asarray(part, np.int32) for part in parts]) if parts else np.zeros(0, np.int32)
+
+
+def _sampling(batch: Batch, owners: Index, samples: Index) -> SamplingColumns:
+    return SamplingColumns(
+        temperature=batch.temperature[owners],
+        top_p=batch.top_p[owners],
+        top_k=batch.top_k[owners],
+        min_p=batch.min_p[owners],
+        repetition_penalty=batch.repetition_penalty[owners],
+        uniform=uniform(batch.seed[owners], samples, batch.num_with_pending[owners].astype(np.int64)),
+    )
+
+
+def _top_logprobs(batch: Batch, owners: Index) -> int:
+    most = -1
+    for slot in owners[batch.needs_slow_path[owners]].tolist():
+        sequence = batch.sequences[slot]
+        if sequence is None:
+            continue
+        request = sequence.request
+        if request.beams is not None:
+            most = max(most, request.beams.num_candidates, request.params.logprobs or 0)
+        elif request.params.logprobs is not None:
+            most = max(most, request.params.logprobs)
+        elif request.params.best_of is not None:
+            most = max(most, 0)
+    return most
+
+
+def _prompt_queries(batch: Batch, slots: Index, takes: Index) -> tuple[PromptQuery, ...]:
+    queries = []
+    for row in np.flatnonzero(batch.needs_slow_path[slots]).tolist():
+        slot = int(slots[row])
+        sequence = batch.sequences[slot]
+        if sequence is None or sequence.request.params.prompt_logprobs is None:
+            continue
+        request, start = sequence.request, int(batch.num_computed[slot])
+        targets = request.prompt_token_ids[start + 1 : start + int(takes[row]) + 1]
+        if targets and len(request.prompt_logprobs) < request.num_prompt:
+            queries.append(PromptQuery(row, targets, sequence.request.params.prompt_logprobs))
+    return tuple(queries)
+
+
+def _penalty_tokens(batch: Batch, owners: Index) -> tuple[tuple[int, ...], ...]:
+    if not (batch.repetition_penalty[owners] != 1.0).any():
+        return ()
+    penalized = []
+    for slot in owners.tolist():
+        sequence = batch.sequences[slot]
+        wanted = sequence is not None and batch.repetition_penalty[slot] != 1.0
+        penalized.append(tuple(dict.fromkeys(sequence.token_ids)) if wanted and sequence is not None else ())
+    return tuple(penalized)
+
+
+def _banned_tokens(batch: Batch, owners: Index) -> tuple[tuple[int, ...], ...]:
+    early = batch.num_with_pending[owners] + 1 < batch.stop_from[owners]
+    if not early.any():
+        return ()
+    banned = []
+    for slot, is_early in zip(owners.tolist(), early.tolist(), strict=True):
+        sequence = batch.sequences[slot]
+        banned.append(tuple(sorted(sequence.request.stop_ids)) if is_early and sequence is not None else ())
+    return tuple(banned)
