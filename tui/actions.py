@@ -196,7 +196,7 @@ class Actions(App[int]):
         self.session = Session(restart(self._next_run), speed=old.speed)
         last = max((at for at, _ in script), default=0)
         self.session.follow_script(script, last if then_run else until, then_run=then_run)
-        self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
+        self.view = replace(self.view, block=-1, watched=-1, only=-1)
 
     def action_knobs(self) -> None:
         """Turn the engine's knobs."""
@@ -249,7 +249,7 @@ class Actions(App[int]):
             self.session.pause()
         self.session = LessonSession(LESSONS[name](), animated=self.animation_level != "none")
         self.screen_stack[0].query_one("#map", BlockMap).fit()
-        self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
+        self.view = replace(self.view, block=-1, watched=-1, only=-1)
         self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
         self.paint()
 
@@ -259,7 +259,7 @@ class Actions(App[int]):
             self.action_maximise()
         elif self._outer is not None:
             self.session, self._outer = self._outer, None
-            self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
+            self.view = replace(self.view, block=-1, watched=-1, only=-1)
             self.session.refresh()
             self.paint()
 

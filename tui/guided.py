@@ -5,8 +5,8 @@ A stop ends by itself, or with space; any other key that moves takes over from i
 
 from __future__ import annotations
 
+from minipaged.trace.events import StepDelta
 from minipaged.trace.player import Player
-from minipaged.trace.records import StepDelta
 from minipaged.trace.sources import Source
 from minipaged.tui.guide import Guide
 from minipaged.tui.session import Change, Session

@@ -9,7 +9,7 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
+from minipaged.trace.events import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
 from minipaged.tui.history import Past
 from minipaged.tui.pane import Pane
 from minipaged.tui.safe import clean_bytes, fit, rows_of, tail, to_ascii
@@ -104,8 +104,8 @@ def _text(view: View, owner: tuple[int, int], fill: int, width: int) -> list[Lin
         return []
     size = view.snapshot.stats.block_size
     tokens = state.token_ids[index * size : index * size + fill]
-    if all(token in view.pieces for token in tokens):
-        text = "“" + clean_bytes(b"".join(view.pieces[token] for token in tokens)) + "”"
+    if all(token in view.token_bytes for token in tokens):
+        text = "“" + clean_bytes(b"".join(view.token_bytes[token] for token in tokens)) + "”"
     else:
         text = "tokens " + " ".join(map(str, tokens))
     return [[(text[start:end], "text")] for start, end in rows_of(text, max(1, width))[:3]]
@@ -161,9 +161,9 @@ def journey_lines(view: View, sequence: int, position: int, width: int) -> list[
         return [[("no such token here", "dim")]]
     size = max(1, view.snapshot.stats.block_size)
     logical, slot = divmod(position, size)
-    table = view.snapshot.tables.get((sequence, 0), ())
+    table = view.snapshot.tables.get(sequence, ())
     token = state.token_ids[position]
-    piece = clean_bytes(view.pieces.get(token, b""))
+    piece = clean_bytes(view.token_bytes.get(token, b""))
     name = view.letter(sequence)
     lines: list[Line] = [
         [
@@ -241,11 +241,11 @@ class Journey(Pane):
 def around_lines(view: View, sequence: int, position: int, width: int) -> list[Line]:
     """The token among its neighbours."""
     state = view.snapshot.sequences.get(sequence)
-    if state is None or not view.pieces:
+    if state is None or not view.token_bytes:
         return []
 
     def words(tokens: list[int]) -> str:
-        return clean_bytes(b"".join(view.pieces.get(token, b"?") for token in tokens))
+        return clean_bytes(b"".join(view.token_bytes.get(token, b"?") for token in tokens))
 
     token = words(state.token_ids[position : position + 1])
     room = max(4, (width - len(token)) // 2)

@@ -63,7 +63,7 @@ class LessonSession(Session):
         self.seek(self.lesson.beats[self.beat].position)
         after, new = self.snapshot.tables, self.snapshot.device
         self.changes = "; ".join(
-            f"{self._letter(key[0])} {_row(before.get(key, ()))} → {_row(after.get(key, ()))}"
+            f"{self._letter(key)} {_row(before.get(key, ()))} → {_row(after.get(key, ()))}"
             for key in sorted({*before, *after})
             if before.get(key, ()) != after.get(key, ())
         )

@@ -311,13 +311,13 @@ class MapModel(MapLayout):
         if self._index_of is None:
             tables = self.view.snapshot.host_tables if self.host else self.view.snapshot.tables
             self._index_of = {}
-            for (sequence, _), ids in tables.items():
+            for sequence, ids in tables.items():
                 for index, physical in enumerate(ids):
                     self._index_of.setdefault(physical, (sequence, index))
         return self._index_of.get(block, (-1, 0))
 
     def _token_cells(self, token: int, width: int) -> str:
-        piece = clean_bytes(self.view.pieces.get(token, b""))
+        piece = clean_bytes(self.view.token_bytes.get(token, b""))
         shown = piece.strip() or ("␣" if piece else "▪")
         if width > 1:
             return set_cell_size(shown, width)

@@ -19,7 +19,7 @@ from textual.theme import Theme
 from textual.widget import Widget
 
 from minipaged.serving.live import LiveSource
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.actions import Actions
 from minipaged.tui.bars import Caption, Header, HostStrip, Keys, Legend
@@ -219,7 +219,7 @@ class ScreenApp(Actions):
             length=len(session.source),
             occupied=session.source.occupied,
             marks=session.source.marks,
-            pieces=session.source.pieces,
+            token_bytes=session.snapshot.token_bytes,
             word=session.word,
             branched=session.branched,
             speed=session.speed_text,

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from minipaged.config import SamplingParams
 from minipaged.errors import TraceError
 from minipaged.serving.live import LiveSource
+from minipaged.trace.events import Event, ShadowDelta, StepDelta
 from minipaged.trace.player import SPEEDS, Player
-from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 from minipaged.tui.finding import cause_of, find, next_event
@@ -220,8 +220,7 @@ class Session:
             return Change(None, True)
         if not applied:
             return Change(NOTHING.ids, True) if moved else NOTHING
-        ids = [delta.blocks.ids[delta.blocks.tier == TIER_DEVICE] for delta in applied]
-        return Change(np.concatenate(ids).astype(np.int32), True)
+        return Change(self._player.changed if self._player is not None else NOTHING.ids, True)
 
     def _listen(self) -> bool:
         live = self.live

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from textual import events
 from textual.message import Message
 
-from minipaged.trace.stream import MARKS
+from minipaged.trace.events import MARKS
 from minipaged.tui.pane import Pane
 from minipaged.tui.safe import fit
 from minipaged.tui.sentences import TICK_ORDER, TICKS, sentence, summary

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from minipaged.baselines.shadows import shadow_deltas
 from minipaged.errors import InputError
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
+from minipaged.trace.file import StreamWriter
 from minipaged.trace.sources import FileSource
-from minipaged.trace.stream import StreamWriter, pieces_record
 
 
 def read_deltas(path: Path) -> list[StepDelta]:
@@ -34,8 +34,6 @@ def write_with_shadows(path: Path, out: Path, systems: Sequence[str], *, max_len
             raise InputError(f"cannot write {out}: {error.strerror}") from None
         with file:
             writer = StreamWriter(file, source.header)
-            if source.pieces:
-                writer.write(pieces_record(0, source.pieces))
             for delta, shadows in shadow_deltas(deltas, systems, max_len=max_len, runs=True):
                 writer.delta(delta)
                 for shadow in shadows:

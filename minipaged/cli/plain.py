@@ -11,7 +11,7 @@ from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.scheduling.request import RequestOutput
 from minipaged.text.safe import printable
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 
 TOLD = frozenset({"fork", "copy", "cache_hit", "preempt", "evict", "swap_out", "swap_in", "finish"})
 EVERY = 16  # steps between two lines of gauges
@@ -48,7 +48,7 @@ def _call(factory: Callable[..., Engine], progress: Report) -> Engine:
 
 
 def _record(engine: Engine, path: Path) -> Any:
-    from minipaged.trace.stream import open_recorder
+    from minipaged.trace.file import open_recorder
 
     recorder = open_recorder(path, engine)
     engine.trace.subscribe(recorder.write)

@@ -18,16 +18,14 @@ from typing import Any, BinaryIO, Protocol
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError, TraceError
 from minipaged.trace import codec, packing
-from minipaged.trace.records import StepDelta
-from minipaged.trace.stream import (
+from minipaged.trace.events import StepDelta
+from minipaged.trace.file import (
     Header,
     Kind,
-    Pieces,
     Record,
     RecordPipe,
     header_of,
     note,
-    pieces_record,
     read_record,
 )
 
@@ -134,7 +132,7 @@ class EngineLoop:
         self.permits = 0
         self._told_idle = False
         self._submitted = 0  # prompts heard, refused ones included
-        engine.trace.subscribe(teller(engine, writer))
+        engine.trace.subscribe(sender(writer))
 
     def run(self) -> None:
         """Until the process ends."""
@@ -200,16 +198,10 @@ class EngineLoop:
         )
 
 
-def teller(engine: object, pipe: RecordPipe) -> Callable[[StepDelta], None]:
-    """A listener that says each step's delta over the pipe, with the texts of tokens that it names for the first time."""
-    pieces = Pieces(engine)
+def sender(pipe: RecordPipe) -> Callable[[StepDelta], None]:
+    """A listener that sends each step's delta over the pipe."""
 
-    def tell(delta: StepDelta) -> None:
-        fresh = pieces.fresh(delta)
-        told = Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL))
-        if fresh:
-            pipe.write(pieces_record(delta.step, fresh, level=PIPE_LEVEL), told)
-        else:
-            pipe.write(told)
+    def send(delta: StepDelta) -> None:
+        pipe.write(Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL)))
 
-    return tell
+    return send

@@ -15,3 +15,8 @@ def printable(text: str) -> str:
     return "".join(
         c if c in _KEPT or c == "\u200d" or unicodedata.category(c) not in _UNSAFE else "\ufffd" for c in text
     )
+
+
+def one_line(text: str) -> str:
+    """As `printable`, and on one line: a name, not a text."""
+    return " ".join(printable(text).split("\n"))

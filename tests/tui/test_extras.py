@@ -16,8 +16,8 @@ from minipaged.cli.show import show
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.memory.types import PoolBreakdown, Run
+from minipaged.trace.events import ShadowDelta
 from minipaged.trace.player import Player
-from minipaged.trace.records import ShadowDelta
 from minipaged.trace.sources import FileSource, ListSource
 from minipaged.tui.app import run_screen
 from minipaged.tui.compare import compare_lines, real_bands, share_text

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Scene, sharing_scene
 
-from minipaged.trace.records import FLAG_CACHED
+from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.tui.lessons import LESSONS
 from minipaged.tui.maplayout import Zoom
@@ -22,7 +22,7 @@ from minipaged.tui.view import View
 def view_at(position: int, **words: object) -> View:
     deltas = sharing_scene().deltas
     view = View(fold(deltas[:position]), deltas[position - 1] if position else None, **words)  # type: ignore[arg-type]
-    view.pieces = {code: bytes([code]) for code in range(128)}
+    view.token_bytes = {code: bytes([code]) for code in range(128)}
     return view
 
 
@@ -98,7 +98,7 @@ def test_tiles_show_how_full_a_block_is_where_there_is_room() -> None:
 def test_slots_widen_to_words_where_there_is_room() -> None:
     lesson = LESSONS["copy-on-write"]()
     snapshot = fold(lesson.source.delta(at) for at in range(lesson.beats[-2].position))
-    model = MapModel(View(snapshot, pieces=lesson.source.pieces))
+    model = MapModel(View(snapshot, token_bytes=snapshot.token_bytes))
     model.resize(44, 8)
     model.set_zoom(Zoom.SLOTS)
     assert model.slot_width == 9
@@ -199,7 +199,7 @@ def test_what_is_painted_again_is_all_that_differs(
     """Some blocks change: the rows that are kept, and those made anew, read as in a map that is drawn from nothing."""
     rng = np.random.default_rng(seed)
     snapshot = big_snapshot(700, seed % 5)
-    view = View(snapshot, pieces={ord("x"): b"x"})
+    view = View(snapshot, token_bytes={ord("x"): b"x"})
     model = MapModel(view)
     model.resize(*size)
     model.set_zoom(zoom)

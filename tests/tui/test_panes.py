@@ -13,8 +13,8 @@ from rich.cells import cell_len
 from scripted import Scene, sharing_scene
 
 from minipaged.memory.types import PoolBreakdown
+from minipaged.trace.events import ShadowDelta, StepDelta
 from minipaged.trace.player import Player
-from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import ListSource
 from minipaged.tui.bars import header_line, host_line, keys_line, legend_lines
@@ -40,7 +40,7 @@ def view_at(position: int, deltas: list[StepDelta] | None = None, **words: objec
     player = Player(source, position)
     view = View(player.snapshot, player.delta, position=position, length=len(deltas), **words)  # type: ignore[arg-type]
     view.occupied, view.marks = source.occupied, source.marks
-    view.pieces = {code: bytes([code]) for code in range(128)}
+    view.token_bytes = {code: bytes([code]) for code in range(128)}
     return view
 
 
@@ -97,7 +97,7 @@ def test_sentences(position: int, said: str) -> None:
 
 
 def test_every_kind_of_event_has_words() -> None:
-    from minipaged.trace.records import Event
+    from minipaged.trace.events import Event
 
     view = view_at(8)
     assert view.delta is not None
@@ -117,7 +117,7 @@ def test_every_kind_of_event_has_words() -> None:
         "swap_in",
     ):
         one = Event(0, kind, -1, 0, 3, 4, 1)
-        view.delta = StepDelta(1, 0, (one,), view.delta.blocks, (), (), view.delta.queues, view.delta.stats)
+        view.delta = StepDelta(1, 0, (one,), queues=view.delta.queues, stats=view.delta.stats)
         assert sentences(view)[0].strip(), kind
         assert "{" not in sentences(view)[0]
 
@@ -295,7 +295,7 @@ def test_inspector_tells_owners_text_and_past() -> None:
 def test_history_goes_back_and_forth() -> None:
     source, history = ListSource(sharing_scene().deltas), History()
     late = history.of(source, 3, 10)
-    assert [past.event.kind for past in late] == ["alloc", "fork", "copy", "free"]
+    assert [past.event.kind for past in late] == ["alloc", "fork", "copy", "publish", "free"]
     assert [past.event.kind for past in history.of(source, 3, 4)] == ["alloc", "fork", "copy"]
     assert history.of(source, 3, 10) == late
 
