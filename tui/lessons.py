@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minipaged.memory.block_manager import BlockManager
 from minipaged.trace.file import Header
-from minipaged.trace.photographs import Actor, ManagerTrace
+from minipaged.trace.observed import Actor, ManagerTrace
 from minipaged.trace.sources import ListSource
 
 BLOCK_SIZE = 4

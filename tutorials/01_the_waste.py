@@ -109,7 +109,7 @@ def serve(
 ) -> dict:
     """Serve from a queue that is never empty, one token a request and step. Returns averages over the steps after the warm-up."""
     pool, queue, running = Contiguous(pool_size), deque(requests), list[Running]()
-    seen = {"batch": 0.0, "token": 0.0, "promised": 0.0, "allocated": 0.0}
+    sums = {"batch": 0.0, "token": 0.0, "promised": 0.0, "allocated": 0.0}
     for step in range(steps):
         for r in [r for r in running if step - r.since == r.request.answer]:
             running.remove(r)
@@ -119,17 +119,17 @@ def serve(
             queue.append(request)
             running.append(Running(request, start, reserve(request), step))
         if step >= warm_up:
-            seen["batch"] += len(running)
-            seen["token"] += sum(r.request.prompt + step - r.since + 1 for r in running)
-            seen["promised"] += sum(r.request.prompt + r.request.answer for r in running)
-            seen["allocated"] += sum(r.reserved for r in running)
-    return {name: total / (steps - warm_up) for name, total in seen.items()}
+            sums["batch"] += len(running)
+            sums["token"] += sum(r.request.prompt + step - r.since + 1 for r in running)
+            sums["promised"] += sum(r.request.prompt + r.request.answer for r in running)
+            sums["allocated"] += sum(r.reserved for r in running)
+    return {name: total / (steps - warm_up) for name, total in sums.items()}
 
 
 def the_pain() -> None:
-    seen = serve(chats(5_000), POOL, lambda request: MAX_LEN, steps=8_000)
-    print(f"{POOL:,} slots, each request reserves {MAX_LEN:,}: {seen['batch']:.2f} requests run at once")
-    print(f"slots that hold a token: {seen['token']:,.0f}, which is {seen['token'] / POOL:.1%} of the pool\n")
+    mean = serve(chats(5_000), POOL, lambda request: MAX_LEN, steps=8_000)
+    print(f"{POOL:,} slots, each request reserves {MAX_LEN:,}: {mean['batch']:.2f} requests run at once")
+    print(f"slots that hold a token: {mean['token']:,.0f}, which is {mean['token'] / POOL:.1%} of the pool\n")
 
 
 if __name__ == "__main__":
@@ -275,7 +275,7 @@ def serve_paged(requests: list[Request], pool_size: int, steps: int, warm_up: in
     blocks = pool_size // BLOCK
     queue = deque(requests)
     running: list[list[int]] = []  # [prompt, answer, written]
-    seen = {"batch": 0.0, "token": 0.0, "allocated": 0.0}
+    sums = {"batch": 0.0, "token": 0.0, "allocated": 0.0}
 
     def used(rows: list[list[int]]) -> int:
         return sum(-(-(written + 1) // BLOCK) for _, _, written in rows)
@@ -292,10 +292,10 @@ def serve_paged(requests: list[Request], pool_size: int, steps: int, warm_up: in
         for row in running:
             row[2] += 1
         if step >= warm_up:
-            seen["batch"] += len(running)
-            seen["token"] += sum(written for _, _, written in running)
-            seen["allocated"] += sum(-(-written // BLOCK) * BLOCK for _, _, written in running)
-    return {name: total / (steps - warm_up) for name, total in seen.items()}
+            sums["batch"] += len(running)
+            sums["token"] += sum(written for _, _, written in running)
+            sums["allocated"] += sum(-(-written // BLOCK) * BLOCK for _, _, written in running)
+    return {name: total / (steps - warm_up) for name, total in sums.items()}
 
 
 def what_was_won() -> None:
@@ -308,18 +308,18 @@ def what_was_won() -> None:
     print(f"your prediction for max: {waste(requests, POOL, MAX_LEN):.1%} of the pool holds no token\n")
     print("           batch    token  reserved  internal  external   (paper: token)")
     for name, reserve in reservations.items():
-        seen = serve(requests, POOL, reserve, steps=8_000)
+        mean = serve(requests, POOL, reserve, steps=8_000)
         shares = [
-            seen["token"] / POOL,
-            (seen["promised"] - seen["token"]) / POOL,
-            (seen["allocated"] - seen["promised"]) / POOL,
-            1 - seen["allocated"] / POOL,
+            mean["token"] / POOL,
+            (mean["promised"] - mean["token"]) / POOL,
+            (mean["allocated"] - mean["promised"]) / POOL,
+            1 - mean["allocated"] / POOL,
         ]
         row = "".join(f"{share:10.1%}" for share in shares)
-        print(f"{name:>8}{seen['batch']:8.1f}{row}{PAPER_TOKEN_SHARE[name]:16.1%}")
-    seen = serve_paged(requests, POOL, steps=3_000)
-    row = f"{seen['token'] / POOL:10.1%}{0:10.1%}{(seen['allocated'] - seen['token']) / POOL:10.1%}{1 - seen['allocated'] / POOL:10.1%}"
-    print(f"{'paged':>8}{seen['batch']:8.1f}{row}{PAPER_TOKEN_SHARE['paged']:16.1%}")
+        print(f"{name:>8}{mean['batch']:8.1f}{row}{PAPER_TOKEN_SHARE[name]:16.1%}")
+    mean = serve_paged(requests, POOL, steps=3_000)
+    row = f"{mean['token'] / POOL:10.1%}{0:10.1%}{(mean['allocated'] - mean['token']) / POOL:10.1%}{1 - mean['allocated'] / POOL:10.1%}"
+    print(f"{'paged':>8}{mean['batch']:8.1f}{row}{PAPER_TOKEN_SHARE['paged']:16.1%}")
 
 
 if __name__ == "__main__":

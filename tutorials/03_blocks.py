@@ -5,7 +5,7 @@
 #
 # ## Why
 #
-# Lesson 1 ended with a riddle: even a server that knows the future wastes much of its memory. One reason was
+# Lesson 1 ended with a surprise: even a server that knows the future wastes much of its memory. One reason is
 # holes. Stretches of unequal length come and go, and what is free ends up in pieces that are each too short.
 # Operating systems had this problem in the 1960s, and their answer was **paging**: cut memory into pieces of
 # one size. Then every piece fits every need.
@@ -260,7 +260,7 @@ def broken_by(make_pool: Callable[[int], BlockPool], *, shrink: bool = False) ->
     return None
 
 
-def told(operations: list[Operation]) -> str:
+def in_words(operations: list[Operation]) -> str:
     return ", ".join("allocate" if step == "allocate" else f"free({step})" for step in operations) or "nothing at all"
 
 
@@ -272,7 +272,7 @@ def test_3_your_own_pool_obeys_the_law() -> None:
             law(BlockPool(SIZE), broken)
         except Exception as error:
             raise AssertionError(
-                f"your own pool passed its tests, but your law complains after: {told(broken)}\n"
+                f"your own pool passed its tests, but your law complains after: {in_words(broken)}\n"
                 f"it raised {type(error).__name__}: {error}"
             ) from error
 
@@ -406,7 +406,7 @@ def what_was_won() -> None:
     found = {name: story for name, story in stories.items() if story is not None}
     print(f"your law finds {len(found)} of {len(BUGS)} bugs:")
     for name, story in found.items():
-        print(f"  {name}\n      {told(story)}")
+        print(f"  {name}\n      {in_words(story)}")
     for name in stories.keys() - found.keys():
         print(f"  NOT FOUND: {name}")
     for num_blocks in (1_000, 1_000_000):

@@ -481,7 +481,7 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/block_manager.py`: `BlockManager.append` compares `need` with `have`.
+# - `minipaged/memory/block_manager.py`: `BlockManager.append` compares need with have.
 # - `minipaged/laws.py`: `LAWS` says it as laws L07 (a failed allocation changes nothing), L10 and L11 (need
 #   and have).
 # - `tests/mutants`: the same game with minipaged's own classes: each historical bug is put in, and the laws

@@ -86,7 +86,7 @@ def compute(plan: list[tuple[Request, int]], now: float) -> None:
 
 
 def serve(requests: list[Request], schedule: Schedule) -> dict[str, float]:
-    """Run until everybody is served. Returns what was seen."""
+    """Run until everybody is served. Returns the measurements."""
     arriving, waiting, running = deque(requests), deque[Request](), list[Request]()
     now, steps, rows = 0.0, 0, 0
     while arriving or waiting or running:
@@ -120,10 +120,10 @@ def static(running: list[Request], waiting: deque[Request]) -> list[tuple[Reques
     return [(request, request.prompt + request.written - request.computed) for request in running]
 
 
-def show(name: str, seen: dict[str, float]) -> None:
+def show(name: str, measured: dict[str, float]) -> None:
     print(
-        f"{name:>22}{seen['seconds']:9.1f} s {seen['batch']:8.2f} {1e3 * seen['per token']:9.0f} ms"
-        f" {1e3 * seen['first token']:9.0f} ms {1e3 * seen['longest gap']:9.0f} ms"
+        f"{name:>22}{measured['seconds']:9.1f} s {measured['batch']:8.2f} {1e3 * measured['per token']:9.0f} ms"
+        f" {1e3 * measured['first token']:9.0f} ms {1e3 * measured['longest gap']:9.0f} ms"
     )
 
 

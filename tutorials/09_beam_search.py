@@ -19,7 +19,7 @@
 #  3  no one            no child among the best: it dies
 # ```
 #
-# For the KV cache this is a storm. At every step beams swap places, double and die. A cache that keeps each
+# For the KV cache this is much work. At every step beams swap places, double and end. A cache that keeps each
 # beam's tokens in a stretch of its own has to move them: the text of the parent is copied into the place of
 # the child, all of it, at every step.
 #

@@ -283,8 +283,8 @@ if __name__ == "__main__":
 #    `scale`.
 # 4. Slots at or behind `filled` must weigh nothing: their score is −∞, by
 #    `tl.where(tl.arange(0, PAGE) < filled, scores, float("-inf"))`.
-# 5. Lesson 5's five lines (`one_turn` above has them), with `tl.maximum`, `tl.max(scores, 0)`, `tl.exp` and `tl.sum`, and the values'
-#    tile.
+# 5. Lesson 5's five lines (`one_turn` above has them), with `tl.maximum`, `tl.max(scores, 0)`, `tl.exp` and
+#    `tl.sum`, and the values' tile.
 #
 # At the end return `weighted / total`.
 

@@ -6,8 +6,8 @@
 # ## Why
 #
 # You have built every part of a paged memory once, in a world made for learning. Now put your parts into the
-# real one. minipaged's `BlockManager` consists of organs with small contracts. In this lesson you write your
-# own version of five of them and transplant them, one by one:
+# real one. minipaged's `BlockManager` consists of parts with small contracts. In this lesson you write your
+# own version of five of them and put them in, one by one:
 #
 # ```
 #  BlockManager        fork, more_room                     task 4, task 5        lessons 8 and 6
@@ -23,13 +23,13 @@
 # given up when a victim leaves in the middle of a step, blocks that a step still reads. It is there, around
 # your parts, in `minipaged/memory`.
 #
-# At the end your manager stands where minipaged's own one stands: under the whole specification, and in the
-# engine with a model.
+# At the end your manager is used like minipaged's own one: all laws of the specification are tested on it, and
+# it serves a model in the engine.
 #
 # ## The pain
 #
-# There is none to measure this time, so let us measure the patient: the real manager at work for a batch that
-# is decoding. Yours will be compared with it.
+# There is none this time. Let us measure minipaged's manager instead, at work for a batch that is decoding.
+# Yours will be compared with it.
 
 # %%
 from __future__ import annotations
@@ -378,13 +378,13 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 4: `MyBlockManager.fork`
 #
-# The transplant is in `__init__`. A sequence is an object here, and the checks of `fork` are given. What is
+# `__init__` puts your parts in the place of minipaged's. A sequence is an object here, and the checks of `fork` are given. What is
 # left:
 #
 # 1. `parent.child(child_id)` makes the child, with lists of its own; `child.table` are its blocks;
 # 2. each of these blocks gains a holder (task 3), except the null block, which nobody holds;
 # 3. the child goes into the directory: `self._sequences.add(child)`;
-# 4. tell the world: `self._editor.tell("fork", child_id, -1, parent_id, len(child.table))`. The screen, the
+# 4. report the event: `self._editor.tell("fork", child_id, -1, parent_id, len(child.table))`. The screen, the
 #    trace and the specification read nothing but these events.
 #
 # ## Task 5: `MyBlockManager.more_room`
@@ -419,7 +419,7 @@ if __name__ == "__main__":
 
 # %%
 class MyBlockManager(BlockManager):
-    """minipaged's manager with your organs."""
+    """minipaged's manager with your parts."""
 
     def __init__(self, num_blocks: int, block_size: int, **settings) -> None:
         super().__init__(num_blocks, block_size, **settings)
@@ -550,8 +550,8 @@ class Both:
     def __call__(self, name: str, *arguments: object) -> object:
         theirs, mine = (getattr(manager, name)(*arguments) for manager in (self.theirs, self.mine))
         assert mine == theirs, f"{name}{arguments} gave {mine}, and should give {theirs}"
-        told, said = self.theirs.take_events(), self.mine.take_events()
-        assert said == told, f"{name}{arguments} told {said}, and should tell {told}"
+        their_events, my_events = self.theirs.take_events(), self.mine.take_events()
+        assert my_events == their_events, f"{name}{arguments} reported {my_events}, and should report {their_events}"
         assert self.mine.usage() == self.theirs.usage(), f"after {name}{arguments}"
         return theirs
 
@@ -608,7 +608,7 @@ if __name__ == "__main__":
 # minipaged's own manager gives. In your lessons' folder the run is recorded; `minipaged learn show 13` plays
 # it.
 #
-# Then the price of your organs, measured as above.
+# Then the time that your parts take, measured as above.
 #
 # Then the commands of the last checkpoint: your class under every law of the specification. A state machine
 # will do all it can think of to your manager, with all laws watched after every call. If it finds a weakness,
@@ -670,7 +670,7 @@ def what_was_won() -> None:
     print(f"copies {counters.copies}, tokens found {counters.hit_tokens}, preemptions {counters.preemptions}\n")
     print(f"minipaged's manager: {decode(BlockManager(4_000, 16)):.2f} microseconds a token")
     print(f"         and yours: {decode(MyBlockManager(4_000, 16)):.2f}\n")
-    tests = Path(BlockManager.__init__.__code__.co_filename).parents[2] / "tests" / "spec"
+    tests = Path(BlockManager.__init__.__code__.co_filename).parents[2] / "tests" / "laws"
     where = f"{tests}" if tests.is_dir() else "CLONE/tests/laws"
     print(
         "the last checkpoint, from this folder" + ("" if tests.is_dir() else "; the tests are in a clone of minipaged")
@@ -690,14 +690,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # When the second command passes, you have built PagedAttention.
 #
-# From here on the code of minipaged should hold no secrets. Some things to try: break one of your organs on
+# From here on the code of minipaged should hold no secrets. Some things to try: break one of your parts on
 # purpose, in a way that all tests of this file overlook, and see how long the specification needs. Or give
 # `MyFreeList` another order of eviction and watch the hit rate. Or read `minipaged/memory/pending_copies.py`,
 # which is the hardest page of this project.
 #
 # ## What real engines do
 #
-# - **vLLM** is built from the same organs: a block pool with a free queue, a map from hashes to blocks,
+# - **vLLM** is built from the same parts: a block pool with a free queue, a map from hashes to blocks,
 #   managers of block tables on top
 #   ([`vllm/v1/core`](https://github.com/vllm-project/vllm/tree/main/vllm/v1/core)). You can read it now.
 # - The idea of testing an implementation against a simple model, with random commands and shrinking, is from
@@ -705,7 +705,7 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/block_manager.py`: `BlockManager`, which you have just operated on.
+# - `minipaged/memory/block_manager.py`: `BlockManager`, whose parts you have just replaced.
 # - `minipaged/memory/free_list.py`: `FreeList`. `minipaged/memory/prefix_index.py`: `PrefixIndex`.
 # - `minipaged/memory/block_pool.py`: `BlockPool`. `minipaged/memory/table_editor.py`: `TableEditor`.
 # - `tests/laws`: the specification. `tests/mutants`: the bugs that it is known to find.

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from minipaged.errors import InputError
 from minipaged.learn.catalog import Lesson, lesson, lessons, task_of
-from minipaged.learn.checking import LIMIT_SECONDS, Result
+from minipaged.learn.checking import Result
 from minipaged.learn.checking import check as run_check
 from minipaged.learn.workspace import Workspace
 
 app = typer.Typer(help="Rebuild PagedAttention in twelve lessons, each one checked.", pretty_exceptions_enable=False)
 console = Console(highlight=False)
-NOTE_LINES, SAID_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
+NOTE_LINES, PRINTED_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
 
 Number = Annotated[int, typer.Argument(metavar="N", help="The lesson's number.")]
 Folder = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Your lessons, if they are not here.")]
@@ -120,21 +120,23 @@ def solution(
     number: Number,
     task: TaskNumber = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="The whole lesson, solved, as a file.")] = False,
     folder: Folder = None,
 ) -> None:
     """Show the answer to a task. Asks first."""
     one = lesson(number)
+    if whole:
+        if not yes:
+            typer.confirm(f"Show all answers of lesson {one.number}?", abort=True, err=True)
+        typer.echo(one.solved(), nl=False)
+        return
     if task is None:
         task = _next_task(Workspace.find(folder), one)
     chosen = task_of(one, task)
     if not yes:
         typer.confirm(f"Show the answer to lesson {one.number}, task {chosen.number} ({chosen.name})?", abort=True)
-    answers = one.answers(chosen.number)
-    console.print(f"\n[bold]{escape(answers[0].title)}[/bold]")
-    for body in answers:
-        console.print(
-            Syntax("\n".join((*body.head, *body.lines)), "python", background_color="default", word_wrap=True)
-        )
+    console.print(f"\n[bold]{escape(one.stub(chosen.number))}[/bold]")
+    console.print(Syntax(one.answer(chosen.number), "python", background_color="default", word_wrap=True))
 
 
 @app.command()
@@ -149,8 +151,9 @@ def show(
     from minipaged.cli.show import show as open_screen
     from minipaged.learn.replays import replay
 
+    workspace = _workspace_or_none(folder)
     with TemporaryDirectory(prefix="minipaged-") as scratch:
-        path, look_for = replay(one, _folder_or_none(folder), Path(scratch))
+        path, look_for = replay(one, workspace.folder if workspace is not None else None, Path(scratch))
         console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}")
         raise typer.Exit(open_screen("toy", replay=path, headless=headless, screenshot=screenshot))
 
@@ -172,12 +175,7 @@ def reset(
 
 def show_list(folder: Path | None) -> None:
     """Print the table of lessons; with a learner's folder, their progress too."""
-    workspace = None
-    try:
-        workspace = Workspace.find(folder)
-    except InputError:
-        if folder is not None:
-            raise
+    workspace = _workspace_or_none(folder)
     table = Table(box=None, pad_edge=False)
     for heading in ("", "lesson", "minutes", "tasks"):
         table.add_column(heading, justify="right" if heading in ("", "minutes") else "left")
@@ -211,19 +209,20 @@ def _next_task(workspace: Workspace, one: Lesson) -> int:
     return next((task.number for task in one.tasks if task.number not in done), len(one.tasks))
 
 
-def _folder_or_none(folder: Path | None) -> Path | None:
+def _workspace_or_none(folder: Path | None) -> Workspace | None:
+    """The learner's folder; None if there is none and none was named."""
     try:
-        return Workspace.find(folder).folder
+        return Workspace.find(folder)
     except InputError:
         if folder is not None:
             raise
         return None
 
 
-def _check(workspace: Workspace, one: Lesson, limit_seconds: float = LIMIT_SECONDS) -> Result:
+def _check(workspace: Workspace, one: Lesson) -> Result:
     """Check, print, remember."""
     path = workspace.file(one)
-    result = run_check(one, path, limit_seconds=limit_seconds)
+    result = run_check(one, path)
     workspace.note_solved(one, list(result.solved))
     console.print(f"[bold]{one.number}. {one.title}[/bold] · {len(result.solved)} of {len(one.tasks)} tasks\n")
     failed = result.failure
@@ -250,10 +249,10 @@ def _check(workspace: Workspace, one: Lesson, limit_seconds: float = LIMIT_SECON
         if failed.where:
             console.print(f"[dim]{escape(failed.where)}[/dim]")
         console.print(escape(failed.message))
-        if failed.said:
+        if failed.printed and failed.test:
             console.print(f"\n[dim]printed while {failed.test} ran:[/dim]")
-            console.print(escape("\n".join(failed.said.rstrip().splitlines()[-SAID_LINES:])))
-        if result.said and failed.task == 0:
-            console.print(escape(result.said[-2000:]))
+            console.print(escape("\n".join(failed.printed.rstrip().splitlines()[-PRINTED_LINES:])))
+        if result.printed and not failed.test:  # the file could not be loaded
+            console.print(escape(result.printed[-2000:]))
     console.print(f"[dim]stuck? minipaged learn hint {one.number}[/dim]")
     return result

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from minipaged.errors import InputError
-from minipaged.learn.strip import Body, bodies
+from minipaged.learn.solve import solve, source_of, stubs
 
 HINT_LEVELS = 3
 
@@ -34,17 +34,23 @@ class Lesson:
     tasks: tuple[Task, ...]
 
     @property
-    def solution(self) -> Path:
-        """The solved file."""
+    def solutions(self) -> Path:
+        """The file with the solutions of its tasks."""
         return self.path.parent / "solutions" / self.path.name
 
     def stub(self, task: int) -> str:
-        """What the stub of a task raises, as in its solution's mark."""
-        return self.answers(task)[0].title
+        """What the stubs of a task raise."""
+        return f"lesson {self.number}, task {task}: {self.tasks[task - 1].name}"
 
-    def answers(self, task: int) -> list[Body]:
-        """The solved bodies of a task."""
-        return [body for body in bodies(self.solution.read_text(encoding="utf-8")) if body.task == task]
+    def solved(self, tasks: int | None = None) -> str:
+        """The text of the solved lesson; with `tasks`, only its first so many tasks are solved."""
+        return solve(self.path.read_text(encoding="utf-8"), self.solutions.read_text(encoding="utf-8"), tasks)
+
+    def answer(self, task: int) -> str:
+        """The functions of one task, solved."""
+        found = stubs(self.path.read_text(encoding="utf-8"))
+        names = [name for name, (title, _) in found.items() if title == self.stub(task)]
+        return source_of(names, self.solved())
 
 
 def tutorials_folder() -> Path:
@@ -81,6 +87,6 @@ def task_of(one: Lesson, number: int) -> Task:
 def _read(path: Path) -> Lesson:
     number = int(path.name[:2])
     heading = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# # "))
-    told = tomllib.loads((path.parent / "hints" / f"{path.stem}.toml").read_text(encoding="utf-8"))
-    tasks = tuple(Task(i, row["name"], tuple(row["hints"])) for i, row in enumerate(told["task"], 1))
-    return Lesson(number, heading.removeprefix("# # ").split(". ", 1)[1], told["minutes"], path, tasks)
+    details = tomllib.loads((path.parent / "hints" / f"{path.stem}.toml").read_text(encoding="utf-8"))
+    tasks = tuple(Task(i, row["name"], tuple(row["hints"])) for i, row in enumerate(details["task"], 1))
+    return Lesson(number, heading.removeprefix("# # ").split(". ", 1)[1], details["minutes"], path, tasks)

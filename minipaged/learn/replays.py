@@ -1,7 +1,7 @@
 """Each lesson's own replay: a small run of the real engine that shows the lesson's idea, recorded when it is asked for.
 
-The runs use the model `toy`, so they take seconds and no download. A lesson can also leave a recording of its own beside the learner's
-files (lesson 6 its counterexample, lesson 13 the learner's block manager at work); then that one is shown.
+The runs use the model `toy`, so they take seconds and no download. A lesson may also leave a recording beside the learner's files
+(lesson 6 its counterexample, lesson 13 the learner's block manager at work); then that one is shown.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The block manager as it stands after lesson 8, for the lessons that build on it: tables, reference counts, fork, copy-on-write.
+"""The block manager as it stands after lesson 8, which lesson 9 builds on: tables, reference counts, fork, copy-on-write.
 
-One slot holds one number here, which stands for the keys and values of a token, so that a test can read a text back through its
-table and see at once whether somebody else wrote into it. The lessons' tests hold this class to the same laws as a learner's.
+A slot holds one number here, which stands for the keys and values of a token: a test can read a text back through its table, and
+sees whether another sequence wrote into it. `tests/tutorials` runs lesson 8's tests on this class too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 
-class OutOfBlocks(Exception):  # noqa: N818  # the lessons' word for it
+class OutOfBlocks(Exception):  # noqa: N818  # the name that the lessons use
     """No block is free."""
 
 

@@ -1,6 +1,6 @@
-"""Puts a lesson's own small block manager on the screen: it is photographed after each operation, and the photographs become a trace.
+"""Records a lesson's own small block manager for the screen: after each operation it is given the tables and lengths, and writes a step.
 
-Knows tables and lengths, whoever keeps them; knows nothing of how they came about. Everything that the screen shows is derived
+Knows tables and lengths, whoever keeps them; knows nothing of how they came about. Everything that the screen shows is computed
 from those two.
 """
 
@@ -15,7 +15,7 @@ from minipaged.learn.replays import RECORDINGS
 from minipaged.learn.workspace import PROGRESS
 from minipaged.trace.events import Queues, SequencePatch, Stats, StepDelta
 from minipaged.trace.file import Header, StreamWriter
-from minipaged.trace.photographs import Line, Photographs
+from minipaged.trace.observed import Line, ObservedSteps
 
 Names = Mapping[str, Sequence[int]]
 
@@ -30,19 +30,19 @@ class _Player:
 
 
 class Tape:
-    """Photographs of a pool of `num_blocks` blocks, the null block among them, of `block_size` tokens each."""
+    """A trace of a pool of `num_blocks` blocks, the null block among them, of `block_size` tokens each."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._photographs = Photographs()
+        self._observed = ObservedSteps()
         self._players: dict[str, _Player] = {}  # those that have not ended
         self._num_players = 0
         self._token_bytes: list[bytes] = []  # by token
 
     @property
     def deltas(self) -> list[StepDelta]:
-        """One for each photograph."""
-        return self._photographs.deltas
+        """One for each operation."""
+        return self._observed.deltas
 
     def note(self, tables: Names, lengths: Mapping[str, int], texts: Mapping[str, str] | None = None) -> None:
         """How things stand after one operation. A sequence that is missing has ended."""
@@ -56,7 +56,7 @@ class Tape:
                 self._grow(player, lengths[name], (texts or {}).get(name, ""))
             lines.append(self._line(player, lengths[name] if name in tables else 0, ended=name not in tables))
         held = len({block for table in tables.values() for block in table if block})
-        self._photographs.take(
+        self._observed.add(
             lines=lines,
             stats=Stats(
                 total_blocks=self.num_blocks, free_blocks=self.num_blocks - 1 - held, block_size=self.block_size

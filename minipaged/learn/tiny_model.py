@@ -1,8 +1,8 @@
 """A language model small enough to read in one go. Its weights are random and it talks nonsense, but it is a real decoder: change one
 key anywhere and the logits move.
 
-Attention is a function that is passed in: attend(layer, q, k, v) -> out. Where keys and values are kept is that function's business
-alone, and these lessons are about nothing else. (minipaged is built the same way: its runner passes Llama a function over pages.)
+Attention is a function that is passed in: attend(layer, q, k, v) -> out. Only that function knows where keys and values are kept, which
+is what these lessons are about. (minipaged is built the same way: its runner passes the model a function over pages.)
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ class Workspace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            told = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-            self._solved: dict[str, list[int]] = {k: [int(t) for t in v] for k, v in told["solved"].items()}
-            self._hints: dict[str, int] = {k: int(v) for k, v in told["hints"].items()}
+            stored = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+            self._solved: dict[str, list[int]] = {k: [int(t) for t in v] for k, v in stored["solved"].items()}
+            self._hints: dict[str, int] = {k: int(v) for k, v in stored["hints"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
                 f"{folder / PROGRESS} cannot be read: delete it and run minipaged learn start {folder}"
@@ -97,8 +97,8 @@ class Workspace:
         _write(self.folder / PROGRESS, {"solved": self._solved, "hints": self._hints})
 
 
-def _write(path: Path, told: dict[str, Any]) -> None:
+def _write(path: Path, stored: dict[str, Any]) -> None:
     """Replace the file whole, so that a crash leaves the old one or the new one."""
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)

@@ -1,6 +1,6 @@
 """A live engine as a source: the parent's end of the transport.
 
-The engine runs in a child process, started before any screen; it says the record stream over one pipe and hears
+The engine runs in a child process, started before any screen; it sends the record stream over one pipe and receives
 commands over another. It takes one step per permit, so pause and single step are exact. Knows bytes, processes and
 permits; knows nothing of models or screens.
 """
@@ -223,14 +223,14 @@ class LiveSource(RecordSource):
         return fresh if fresh is not None else super().delta(position)
 
     def end_at(self, position: int, reason: str) -> None:
-        """A live source goes on: what does not fit is only told."""
+        """A live source goes on: what does not fit becomes a note."""
         self._problem(f"step {position} does not fit the steps before it: {reason}")
 
     def _problem(self, text: str) -> None:
         self.notes.append({"kind": "problem", "text": text})
 
     def _take_note(self, note: Note) -> None:
-        if "idle" in note:  # true once the engine has heard all that was asked of it
+        if "idle" in note:  # true once the engine has received all that was asked of it
             self.idle = note["idle"] == self._submitted
         else:
             self.notes.append({name: printable(v) if isinstance(v, str) else v for name, v in note.items()})
@@ -249,7 +249,7 @@ class LiveSource(RecordSource):
         self._recorder = self._recording = None
 
     def close(self) -> None:
-        """Hang up: the engine's process ends when it hears it."""
+        """Hang up: the engine's process ends when it receives it."""
         with self._lock:
             self._send(command("quit"))
             with contextlib.suppress(OSError):
@@ -355,9 +355,9 @@ import os, pickle, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl+c is the parent's to answer
 commands = os.fdopen(int(sys.argv[1]), "rb")
 size = int.from_bytes(commands.read(8), "little")
-told = pickle.loads(commands.read(size)) if size else sys.exit(0)
-sys.path[:] = told["sys_path"]
-os.chdir(told["cwd"])
-from minipaged.serving.engine_process import main
-main(told["call"], commands, os.fdopen(int(sys.argv[2]), "wb"))
+call = pickle.loads(commands.read(size)) if size else sys.exit(0)
+sys.path[:] = call["sys_path"]
+os.chdir(call["cwd"])
+from minipaged.serving.loop import main
+main(call["call"], commands, os.fdopen(int(sys.argv[2]), "wb"))
 """

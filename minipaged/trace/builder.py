@@ -30,7 +30,7 @@ from minipaged.trace.events import (
     StepDelta,
     StepEvents,
 )
-from minipaged.trace.photographs import events_between, pool_stats, progress_of, tables_of
+from minipaged.trace.observed import events_between, pool_stats, progress_of, tables_of
 from minipaged.trace.snapshot import Snapshot, as_longs
 
 Listener = Callable[[StepDelta], None]
@@ -93,7 +93,7 @@ class TraceBuilder:
         self._turns.append(turn)
 
     def publish(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
-        """A step is done: tell the listeners."""
+        """A step is done: send it to the listeners."""
         raw = self._scheduler.take_events()
         if not self._listeners:
             self._turns.clear()
@@ -193,9 +193,9 @@ class TraceBuilder:
                 new[row] = len(sequence.token_ids) - start
         scheduled = plan.lengths.tolist() if plan is not None else []
         scheduled += [0] * (len(sequences) - num_planned)
-        told = set(sequences)
+        in_rows = set(sequences)
         for sequence in changed:
-            if sequence.seq_id in told and sequence.slot >= 0:
+            if sequence.seq_id in in_rows and sequence.slot >= 0:
                 continue
             start = self._num_sent(sequence.seq_id)
             tokens += sequence.token_ids[start:]
@@ -203,7 +203,7 @@ class TraceBuilder:
             computed.append(self._computed(sequence))
             new.append(len(sequence.token_ids) - start)
             scheduled.append(0)
-        for row in left:  # what was computed for a sequence that is gone is told with its end
+        for row in left:  # what was computed for a sequence that is gone is sent with its end
             computed[row] = (
                 self._state.sequences[sequences[row]].num_computed if sequences[row] in self._state.sequences else 0
             )
@@ -297,13 +297,13 @@ class TraceBuilder:
         scheduler = self._scheduler
         alive = [sequence for request in scheduler.requests.values() for sequence in request.alive]
         tables, host_tables = tables_of(scheduler.manager, (sequence.seq_id for sequence in alive))
-        told = events_between(Snapshot(), tables, host_tables)
+        found = events_between(Snapshot(), tables, host_tables)
         rows = [(s.seq_id, self._computed(s), 0, len(s.token_ids)) for s in alive]
         progress = progress_of(rows, [token for s in alive for token in s.token_ids])
         return StepDelta(
             step=self._step - 1,
             t_ns=self._clock(),
-            events=tuple(Event(-1, kind, -1, *rest) for kind, *rest in told),
+            events=tuple(Event(-1, kind, -1, *rest) for kind, *rest in found),
             sequences=tuple(map(self._patch, alive)),
             progress=progress,
             token_bytes=self._new_token_bytes(progress),
@@ -322,15 +322,15 @@ def _only_grows(request: Request) -> bool:
 
 def _as_delta(state: Snapshot, next_event: int) -> StepDelta:
     """A delta that leads from nothing to a state: for a listener that comes later."""
-    told = events_between(Snapshot(), state.tables, state.host_tables)
+    found = events_between(Snapshot(), state.tables, state.host_tables)
     cached = np.flatnonzero(state.device.flags & FLAG_CACHED).tolist()
-    told += [("publish", -1, block, -1, -1) for block in cached]
+    found += [("publish", -1, block, -1, -1) for block in cached]
     alive = [s for s in state.sequences.values() if s.alive]
     rows = [(s.sequence, s.num_computed, 0, len(s.token_ids)) for s in alive]
     return StepDelta(
         step=state.step,
         t_ns=state.t_ns,
-        events=tuple(Event(next_event + i, kind, -1, *rest) for i, (kind, *rest) in enumerate(told)),
+        events=tuple(Event(next_event + i, kind, -1, *rest) for i, (kind, *rest) in enumerate(found)),
         sequences=tuple(s.patch() for s in alive),
         progress=progress_of(rows, [token for s in alive for token in s.token_ids]),
         token_bytes=dict(state.token_bytes),

@@ -135,7 +135,7 @@ def _columns(prefix: str, names: Sequence[str], rows: Sequence[tuple[int, ...]])
     return {f"{prefix}.{name}": column for name, column in zip(names, np.array(rows, np.int64).T, strict=True)}
 
 
-# ---- events: all but the appends, which are the progress's rows told once more
+# ---- events: all but the appends, which are the progress's rows seen as events
 
 
 def _put_events(events: Sequence[Event], head: Head, columns: Columns) -> None:
@@ -227,8 +227,8 @@ def _take_queues(body: Body) -> Queues:
 
 def _take_stats(body: Body) -> Stats:
     """Unknown counters of a newer minor version are left out; missing ones are 0."""
-    told = body.head.get("stats", {})
-    return Stats(*(body.number(name, most=_MOST.get(name, MAX_NUMBER), within=told) for name in Stats._fields))
+    record = body.head.get("stats", {})
+    return Stats(*(body.number(name, most=_MOST.get(name, MAX_NUMBER), within=record) for name in Stats._fields))
 
 
 def encode_delta(delta: StepDelta, *, level: int = 1) -> bytes:
@@ -245,17 +245,17 @@ def encode_delta(delta: StepDelta, *, level: int = 1) -> bytes:
 
 def decode_delta(step: int, body: bytes) -> StepDelta:
     """The StepDelta of a body. Raises TraceError."""
-    told = Body(body)
-    progress = _take_progress(told)
+    record = Body(body)
+    progress = _take_progress(record)
     return StepDelta(
         step=step,
-        t_ns=told.number("t_ns"),
-        events=_take_events(told, progress),
-        sequences=_take_sequences(told),
+        t_ns=record.number("t_ns"),
+        events=_take_events(record, progress),
+        sequences=_take_sequences(record),
         progress=progress,
-        token_bytes=_take_token_bytes(told),
-        queues=_take_queues(told),
-        stats=_take_stats(told),
+        token_bytes=_take_token_bytes(record),
+        queues=_take_queues(record),
+        stats=_take_stats(record),
     )
 
 
@@ -344,37 +344,37 @@ def _tiers(snapshot: Snapshot) -> tuple[tuple[str, Pool, Tables], ...]:
 
 def decode_keyframe(step: int, body: bytes) -> Snapshot:
     """The Snapshot of a body. Raises TraceError."""
-    told = Body(body)
+    record = Body(body)
     snapshot = Snapshot()
-    snapshot.step, snapshot.t_ns = step, told.number("t_ns")
-    snapshot.stats, snapshot.queues = _take_stats(told), _take_queues(told)
-    sequences = told.ints("a.sequence")
-    amounts = told.ints("a.amount", length=len(sequences))
-    snapshot.events = _take_events(told, Progress(sequences, NO_LONGS, amounts, NO_LONGS, NO_LONGS))
-    snapshot.token_bytes = _take_token_bytes(told)
-    _take_states(told, snapshot)
+    snapshot.step, snapshot.t_ns = step, record.number("t_ns")
+    snapshot.stats, snapshot.queues = _take_stats(record), _take_queues(record)
+    sequences = record.ints("a.sequence")
+    amounts = record.ints("a.amount", length=len(sequences))
+    snapshot.events = _take_events(record, Progress(sequences, NO_LONGS, amounts, NO_LONGS, NO_LONGS))
+    snapshot.token_bytes = _take_token_bytes(record)
+    _take_states(record, snapshot)
     sizes = []
     for tier, _, _ in _tiers(snapshot):
-        sizes.append(len(told.ints(f"{tier}.owner", most=MAX_NUMBER)))
+        sizes.append(len(record.ints(f"{tier}.owner", most=MAX_NUMBER)))
         if sizes[-1] > MAX_BLOCKS:
             raise TraceError(f"a trace of {sizes[-1]} blocks cannot be shown")
         if tier == "host":
             snapshot.resize(sizes[0], sizes[1])
     for (tier, pool, tables), size in zip(_tiers(snapshot), sizes, strict=True):
-        _take_pool(told, tier, pool, size)
-        _take_tables(told, tier, tables, size)
+        _take_pool(record, tier, pool, size)
+        _take_tables(record, tier, tables, size)
     snapshot.recount()
-    for shadow in _take_shadows(told, "r"):
+    for shadow in _take_shadows(record, "r"):
         snapshot.apply_shadow(shadow)
     return snapshot
 
 
-def _take_states(told: Body, snapshot: Snapshot) -> None:
-    patches = _take_sequences(told)
+def _take_states(record: Body, snapshot: Snapshot) -> None:
+    patches = _take_sequences(record)
     count = len(patches)
-    labels = told.ints("s.label", least=0, most=1 << 31, length=count).tolist()
-    computed = told.ints("p.num_computed", least=0, length=count).tolist()
-    lengths, token_ids = told.parts("p.num_new", "p.token_ids", MAX_NUMBER)
+    labels = record.ints("s.label", least=0, most=1 << 31, length=count).tolist()
+    computed = record.ints("p.num_computed", least=0, length=count).tolist()
+    lengths, token_ids = record.parts("p.num_new", "p.token_ids", MAX_NUMBER)
     if len(lengths) != count:
         raise TraceError("a keyframe's tokens are not those of its sequences")
     tokens, at = token_ids.tolist(), 0
@@ -385,12 +385,12 @@ def _take_states(told: Body, snapshot: Snapshot) -> None:
         at += length
 
 
-def _take_pool(told: Body, tier: str, pool: Pool, size: int) -> None:
+def _take_pool(record: Body, tier: str, pool: Pool, size: int) -> None:
     for name in COLUMNS:
         most = 255 if name == "flags" else (1 << 31) - 1
-        getattr(pool, name)[:] = told.ints(f"{tier}.{name}", most=most, length=size)
-    shared = told.ints(f"{tier}.shared", least=0, most=size - 1).tolist()
-    counts, holders = told.parts(f"{tier}.num_sharers", f"{tier}.sharers", MAX_NUMBER)
+        getattr(pool, name)[:] = record.ints(f"{tier}.{name}", most=most, length=size)
+    shared = record.ints(f"{tier}.shared", least=0, most=size - 1).tolist()
+    counts, holders = record.parts(f"{tier}.num_sharers", f"{tier}.sharers", MAX_NUMBER)
     if len(counts) != len(shared) or (len(counts) and int(counts.min()) < 2):
         raise TraceError("a keyframe's shared blocks are not those of their holders")
     found, at = holders.tolist(), 0
@@ -399,9 +399,9 @@ def _take_pool(told: Body, tier: str, pool: Pool, size: int) -> None:
         at += count
 
 
-def _take_tables(told: Body, tier: str, tables: Tables, size: int) -> None:
-    sequences = told.ints(f"{tier}.tables").tolist()
-    lengths, entries = told.parts(f"{tier}.lengths", f"{tier}.entries", size - 1)
+def _take_tables(record: Body, tier: str, tables: Tables, size: int) -> None:
+    sequences = record.ints(f"{tier}.tables").tolist()
+    lengths, entries = record.parts(f"{tier}.lengths", f"{tier}.entries", size - 1)
     if len(lengths) != len(sequences):
         raise TraceError("a keyframe's tables are not those of its sequences")
     if tier == "device" and len(entries) and int(entries.min()) <= NO_HOST_BLOCK:

@@ -29,7 +29,7 @@ class Event(NamedTuple):
     """One thing that happened. Events stand in causal order.
 
     kind: a block event's (memory.types.BlockEvent says what each does to tables and counts; `amount` is its index), or one of
-    submit admit append preempt prune finish refuse abort knob; or `count`, where somebody photographed a manager whose reference
+    submit admit append preempt prune finish refuse abort knob; or `count`, where somebody looked at a manager whose reference
     count of a block is not what its events say: it is `amount`. `cause` is the id of the event that led to it, -1 if none.
     """
 

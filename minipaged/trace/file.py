@@ -83,8 +83,8 @@ class Header:
     def to_json(self) -> dict[str, Any]:
         """The header as it is written."""
         schema = {"major": self.major, "minor": self.minor}
-        told = {**self.extra, "schema": schema, "model": self.model, "seed": self.seed, "engine": dict(self.engine)}
-        return {**told, "finding": self.finding} if self.finding else told
+        values = {**self.extra, "schema": schema, "model": self.model, "seed": self.seed, "engine": dict(self.engine)}
+        return {**values, "finding": self.finding} if self.finding else values
 
     def to_bytes(self) -> bytes:
         """Magic, length and JSON: the start of a stream."""
@@ -92,9 +92,9 @@ class Header:
         return MAGIC + _LENGTH.pack(len(text)) + text
 
     @classmethod
-    def from_json(cls, told: object) -> Header:
+    def from_json(cls, values: object) -> Header:
         """Read a header, its texts made safe to print. Raises TraceError if it is none or of another major version."""
-        rest = _safe(told)
+        rest = _safe(values)
         schema = rest.pop("schema", None) if isinstance(rest, dict) else None
         if not isinstance(rest, dict) or not isinstance(schema, dict):
             raise TraceError("the trace's header cannot be read: it names no schema")
@@ -123,15 +123,15 @@ class Header:
         return value if type(value) is int and value > 0 else default
 
 
-def _safe(told: object) -> Any:
+def _safe(values: object) -> Any:
     """A JSON value with its texts made safe to print: a stranger may have written them."""
-    if isinstance(told, str):
-        return one_line(told)
-    if isinstance(told, list):
-        return [_safe(item) for item in told]
-    if isinstance(told, dict):
-        return {one_line(str(name)): _safe(item) for name, item in told.items()}
-    return told
+    if isinstance(values, str):
+        return one_line(values)
+    if isinstance(values, list):
+        return [_safe(item) for item in values]
+    if isinstance(values, dict):
+        return {one_line(str(name)): _safe(item) for name, item in values.items()}
+    return values
 
 
 def read_header(stream: BinaryIO, name: str = "the stream") -> Header:
@@ -265,7 +265,7 @@ class RecordPipe:
 class Recorder:
     """Records an engine's steps to a file: a listener of its trace.
 
-    A file that can no longer be written (a full disk) ends the recording, not the run: `report` is told in one sentence, once, and what
+    A file that can no longer be written (a full disk) ends the recording, not the run: `report` gets one sentence, once, and what
     was written until then can be opened.
     """
 
@@ -329,7 +329,7 @@ def open_recorder(
 ) -> Recorder:
     """A recorder of that engine; subscribe its `write`. TraceError if the file cannot be written.
 
-    report: who is told if it cannot be written any more; without, it is said on the standard error stream.
+    report: who gets the sentence if it cannot be written any more; without, it is said on the standard error stream.
     """
     state = getattr(getattr(engine, "trace", None), "state", None)
     return record_to(path, header if header is not None else header_of(engine), report=report or _say, state=state)
@@ -357,8 +357,8 @@ def _say(sentence: str) -> None:
 def header_of(engine: object) -> Header:
     """What the trace of this engine is of: what it says of itself in `describe()`."""
     describe = getattr(engine, "describe", None)
-    told = describe() if callable(describe) else {}
-    return Header(str(told.get("model", "")), int(told.get("seed", 0)), dict(told.get("engine", {})))
+    values = describe() if callable(describe) else {}
+    return Header(str(values.get("model", "")), int(values.get("seed", 0)), dict(values.get("engine", {})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,11 +393,11 @@ class Index:
     @classmethod
     def decode(cls, body: bytes) -> Index:
         """Raises TraceError."""
-        told = codec.Body(body)
-        kind = told.ints("i.kind", least=0, most=255)
+        values = codec.Body(body)
+        kind = values.ints("i.kind", least=0, most=255)
         most = {"size": packing.MAX_BODY_BYTES + FRAME_BYTES, "occupied": 10_000, "marks": (1 << 16) - 1}
-        found = {name: told.ints(f"i.{name}", least=0, most=limit, length=len(kind)) for name, limit in most.items()}
-        step = told.ints("i.step", least=-codec.MAX_NUMBER, length=len(kind))
+        found = {name: values.ints(f"i.{name}", least=0, most=limit, length=len(kind)) for name, limit in most.items()}
+        step = values.ints("i.step", least=-codec.MAX_NUMBER, length=len(kind))
         return cls(
             kind.astype(np.uint8),
             np.cumsum(step),

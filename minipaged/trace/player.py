@@ -66,7 +66,7 @@ class Player:
         return applied
 
     def _accepts_misfit(self) -> bool:
-        """What the snapshot was just told does not fit it. A live source goes on nevertheless; another ends before that delta."""
+        """The delta that was just folded does not fit the state. A live source goes on nevertheless; another ends before that delta."""
         here, reason = self.position, self.snapshot.misfit
         self.snapshot.misfit = ""
         self.source.end_at(here, reason)

@@ -95,7 +95,7 @@ class Pool:
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """One line of tokens, as far as the trace has told it."""
+    """One line of tokens, as far as the trace goes."""
 
     sequence: int
     request: int

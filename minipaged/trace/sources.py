@@ -1,7 +1,7 @@
 """Where deltas come from: a list, a file, and (serving/live.py) an engine. All answer the same questions.
 
 A position is a number of deltas: position p is the state after the first p, so delta(p) leads from p to p + 1. A
-source grows while it is live and shrinks where damage is found; it never changes what it has told.
+source grows while it is live and shrinks where damage is found; it never changes what it has given.
 """
 
 from __future__ import annotations

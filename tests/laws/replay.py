@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minipaged.trace.events import Queues, SequencePatch, StepDelta
 from minipaged.trace.file import Header, StreamWriter
-from minipaged.trace.photographs import Line, Photographs, pool_stats
+from minipaged.trace.observed import Line, ObservedSteps, pool_stats
 from tests.laws.records import LineRecord, StepRecord
 
 
@@ -25,7 +25,7 @@ def write_replay(path: Path, records: Iterable[StepRecord], finding: str) -> str
 
 def deltas(records: Iterable[StepRecord]) -> list[StepDelta]:
     """One delta for each record: what the events said, what the tables hold, and the counts that the manager gives."""
-    photographs = Photographs()
+    observed = ObservedSteps()
     alive: dict[int, LineRecord] = {}
     copies = swaps = 0
     for record in records:
@@ -33,7 +33,7 @@ def deltas(records: Iterable[StepRecord]) -> list[StepDelta]:
         swaps += len({event.seq_id for event in record.events if event.kind == "swap_out"})
         lines = {line.seq_id: line for line in record.lines}
         gone = [line for seq, line in alive.items() if seq not in lines]
-        photographs.take(
+        observed.add(
             lines=[*(_line(line) for line in record.lines), *(_line(line, ended=True) for line in gone)],
             stats=pool_stats(record.usage, record.block_size)._replace(copies=copies, swaps=swaps),
             queues=Queues(
@@ -42,12 +42,12 @@ def deltas(records: Iterable[StepRecord]) -> list[StepDelta]:
             ),
             tables={line.seq_id: line.table for line in record.lines},
             host_tables={line.seq_id: line.host_table for line in record.lines if line.host_table},
-            told=[(e.kind, e.seq_id, e.block, e.other, e.index) for e in record.events],
+            reported=[(e.kind, e.seq_id, e.block, e.other, e.index) for e in record.events],
             counts=record.counts,
             token_bytes=lambda token: str(token).encode(),
         )
         alive = lines
-    return photographs.deltas
+    return observed.deltas
 
 
 def _line(line: LineRecord, *, ended: bool = False) -> Line:

@@ -20,7 +20,7 @@ from minipaged.trace.events import (
     Stats,
     StepDelta,
 )
-from minipaged.trace.photographs import progress_of
+from minipaged.trace.observed import progress_of
 
 BLOCK_SIZE = 4
 

@@ -14,7 +14,7 @@ import pytest
 
 from minipaged.trace.events import Event, Queues, SequencePatch, Stats, StepDelta
 from minipaged.trace.file import Header, StreamWriter
-from minipaged.trace.photographs import progress_of
+from minipaged.trace.observed import progress_of
 from minipaged.trace.player import Player
 from minipaged.trace.sources import FileSource
 

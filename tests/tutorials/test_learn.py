@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ from typer.testing import CliRunner
 from minipaged.cli.learn import app
 from minipaged.errors import InputError
 from minipaged.learn.catalog import lesson, lessons
-from minipaged.learn.checking import check
+from minipaged.learn.checking import LIMIT_SECONDS, check
 from minipaged.learn.replays import recording
 from minipaged.learn.tape import Tape
 from minipaged.learn.workspace import PROGRESS, Workspace
@@ -31,7 +36,7 @@ def learn(*words: object, answer: str = "") -> tuple[int, str]:
 
 def solve(folder: Path, number: int) -> None:
     one = lesson(number)
-    (folder / one.path.name).write_text(one.solution.read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / one.path.name).write_text(one.solved(), encoding="utf-8")
 
 
 def test_start_copies_and_never_overwrites(folder: Path) -> None:
@@ -88,6 +93,14 @@ def test_check_remembers_what_is_solved_and_what_is_no_longer(folder: Path) -> N
     assert Workspace(folder).solved(lesson(1)) == []
 
 
+def test_what_a_file_prints_before_it_fails_to_load_is_shown_once(folder: Path) -> None:
+    (folder / lesson(1).path.name).write_text("print('loading')\n1 / 0\n", encoding="utf-8")
+    code, text = learn("check", 1, "--dir", folder)
+    assert code == 1
+    assert "line 2: 1 / 0\nZeroDivisionError: division by zero\nloading\n" in text
+    assert text.count("loading") == 1
+
+
 def test_a_file_that_does_not_parse_is_a_line_and_not_a_traceback(folder: Path) -> None:
     (folder / lesson(1).path.name).write_text("def split(:\n", encoding="utf-8")
     code, text = learn("check", 1, "--dir", folder)
@@ -96,13 +109,90 @@ def test_a_file_that_does_not_parse_is_a_line_and_not_a_traceback(folder: Path) 
     assert "line 1" in text
 
 
-def test_an_endless_loop_is_stopped(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "loop", ["while True: pass", "sum(iter(int, 1))", "while True:\n        try: 1 / 0\n        except: pass"]
+)
+def test_an_endless_loop_is_stopped_and_named(folder: Path, loop: str) -> None:
+    """In Python, inside of C code, and where the learner's code catches everything."""
     mine = folder / lesson(1).path.name
-    text = mine.read_text(encoding="utf-8").replace("    raise Not", "    while True: pass\n    raise Not", 1)
+    stub = f'raise NotImplementedError("{lesson(1).stub(1)}")'
+    text = mine.read_text(encoding="utf-8").replace(stub, f"print('before the loop')\n    {loop}")
     mine.write_text(text, encoding="utf-8")
-    result = check(lesson(1), mine, limit_seconds=4)
-    assert result.failure is not None
-    assert "a loop that never ends" in result.failure.message
+    failure = check(lesson(1), mine, limit_seconds=1).failure
+    assert failure is not None
+    assert (failure.task, failure.test) == (1, "test_1_a_request_in_the_middle")
+    assert failure.message == "stopped after 1 seconds: a loop that never ends?"
+    assert failure.where in [
+        f"line {number}: {line.strip()}" for number, line in enumerate(text.splitlines(), 1) if line.strip() in loop
+    ]
+    assert failure.printed == "before the loop\n"
+
+
+def test_an_endless_loop_is_shown_with_its_test(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LIMIT_SECONDS == 20
+    monkeypatch.setitem(check.__kwdefaults__, "limit_seconds", 1)
+    mine = folder / lesson(1).path.name
+    mine.write_text(mine.read_text(encoding="utf-8").replace("    raise Not", "    while True: pass\n    raise Not", 1))
+    code, text = learn("check", 1, "--dir", folder)
+    assert code == 1
+    assert "✗ task 1: split   test_1_a_request_in_the_middle" in text
+    assert "stopped after 1 seconds: a loop that never ends?" in text
+    assert "while True: pass" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "def test_1_x():\n    import os\n    os._exit(3)\n",
+            "the run ended with the exit status 3 before the end of test_1_x",
+        ),
+        ("def test_1_x():\n    import os\n    os.abort()\n", "the run ended with the signal SIGABRT"),
+        ("x = 1\n", "there are no tests in this file"),
+        ("while True: pass\n", "stopped after 3 seconds: a loop that never ends?"),
+    ],
+)
+def test_a_run_that_ends_early_says_why(folder: Path, source: str, message: str) -> None:
+    mine = folder / lesson(1).path.name
+    mine.write_text(source, encoding="utf-8")
+    failure = check(lesson(1), mine, limit_seconds=1).failure
+    assert failure is not None
+    assert failure.message == message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time limit ends the child")
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_lessons_process_ends_with_its_parent(folder: Path, ending: signal.Signals) -> None:
+    mine = folder / lesson(1).path.name
+    pid_file = folder / "pid"
+    mine.write_text(
+        f"import os\nopen({str(pid_file)!r}, 'w').write(f'{{os.getpid()}} ')\nwhile True: pass\n", encoding="utf-8"
+    )
+    command = [sys.executable, "-m", "minipaged", "learn", "check", "1", "--dir", str(folder)]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith(" "))
+        parent.send_signal(ending)
+        parent.wait(timeout=30)
+    finally:
+        parent.kill()
+    wait_until(lambda: not is_running(int(pid_file.read_text())))
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and not merely waiting to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Return when the condition holds; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
 
 
 def test_hints_go_from_a_nudge_to_nearly_the_answer(folder: Path) -> None:
@@ -123,12 +213,20 @@ def test_solution_asks_first(folder: Path) -> None:
     assert "reserved=needed - written" in text
 
 
+def test_the_whole_solution_is_a_file_that_passes(folder: Path) -> None:
+    code, text = learn("solution", 4, "--whole", "--yes", "--dir", folder)
+    assert (code, text) == (0, lesson(4).solved())
+    assert "def slot(" not in learn("solution", 4, "--whole", "--dir", folder, answer="n\n")[1]
+    (folder / lesson(4).path.name).write_text(text, encoding="utf-8")
+    assert "3 of 3 tasks" in learn("check", 4, "--dir", folder)[1]
+
+
 def test_reset_keeps_what_was_written(folder: Path) -> None:
     solve(folder, 1)
     learn("check", 1, "--dir", folder)
     code, text = learn("reset", 1, "--yes", "--dir", folder)
     assert code == 0
-    assert (folder / "01_the_waste.mine1.py").read_bytes() == lesson(1).solution.read_bytes()
+    assert (folder / "01_the_waste.mine1.py").read_bytes() == lesson(1).solved().encode()
     assert "01_the_waste.mine1.py" in text
     assert (folder / "01_the_waste.py").read_bytes() == lesson(1).path.read_bytes()
     assert Workspace(folder).solved(lesson(1)) == []

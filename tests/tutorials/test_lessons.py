@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from minipaged.cli.learn import app
 from minipaged.learn.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
 from minipaged.learn.checking import check
 from minipaged.learn.runner import load, run
-from minipaged.learn.strip import bodies, strip
+from minipaged.learn.solve import stubs
 from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.events import Event
 
@@ -32,60 +35,83 @@ def prose(path: Path) -> str:
     return "\n".join(re.sub(r"^# ?", "", line) for text in texts for line in text.splitlines()[1:])
 
 
-@each_lesson
-def test_unsolved_file_is_the_solution_without_its_bodies(lesson: Lesson) -> None:
-    solved = lesson.solution.read_text(encoding="utf-8")
-    assert lesson.path.read_text(encoding="utf-8") == strip(solved), "run python -m minipaged.learn.strip"
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every lesson, solved."""
+    folder = tmp_path_factory.mktemp("solved")
+    for one in lessons():
+        (folder / one.path.name).write_text(one.solved(), encoding="utf-8")
+    return folder
 
 
 @each_lesson
-def test_tasks_marks_and_hints_agree(lesson: Lesson) -> None:
-    titles = list(dict.fromkeys(body.title for body in bodies(lesson.solution.read_text(encoding="utf-8"))))
-    assert titles == [f"lesson {lesson.number}, task {task.number}: {task.name}" for task in lesson.tasks]
+def test_a_solved_lesson_is_as_clean_as_all_other_code(lesson: Lesson) -> None:
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(lesson.path), "-"]
+        done = subprocess.run(ruff, input=lesson.solved(), capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+@each_lesson
+def test_tasks_stubs_and_hints_agree(lesson: Lesson) -> None:
+    titles = list(dict.fromkeys(title for title, _ in stubs(lesson.path.read_text(encoding="utf-8")).values()))
+    assert titles == [lesson.stub(task.number) for task in lesson.tasks]
     for task in lesson.tasks:
         assert f"## Task {task.number}: `{task.name}`" in prose(lesson.path)
         assert len(task.hints) == len(set(task.hints)) == HINT_LEVELS
         assert min(map(len, task.hints)) > 10
 
 
-@each_lesson
-def test_unsolved_file_fails_at_its_first_task(lesson: Lesson) -> None:
-    stub = lesson.stub(1)
+@pytest.mark.parametrize(
+    ("lesson", "task"),
+    [pytest.param(one, task.number, id=f"{one.path.stem}-{task.number}") for one in lessons() for task in one.tasks],
+)
+def test_each_task_fails_until_it_is_solved(lesson: Lesson, task: int, tmp_path: Path) -> None:
+    """With the tasks before it solved: the run ends in this task, and names its stub."""
+    path = tmp_path / lesson.path.name
+    path.write_text(lesson.solved(tasks=task - 1), encoding="utf-8")
     if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
-        failure = check(lesson, lesson.path).failure
+        failure = check(lesson, path).failure
         assert failure is not None
-        assert (failure.task, failure.stub) == (1, stub)
+        assert (failure.task, failure.stub) == (task, lesson.stub(task))
     else:
-        *before, last = run(lesson.path)
-        assert not before
-        assert (last["passed"], last["task"], last["stub"]) == (False, 1, stub)
-    told = re.search(r"\$ python (\S+)\n(\w+): (.*)\n", prose(lesson.path))
-    assert told is not None, "the lesson must show the command that fails first"
-    assert told.groups() == (lesson.path.name, "NotImplementedError", stub)
+        *before, last = run(path)
+        assert all(result["passed"] for result in before)
+        assert {result["task"] for result in before} == set(range(1, task)), "every task before has a test that passes"
+        assert (last["passed"], last["task"], last["stub"]) == (False, task, lesson.stub(task))
 
 
 @each_lesson
-def test_solution_passes(lesson: Lesson) -> None:
+def test_the_exercise_is_shipped_unsolved(lesson: Lesson) -> None:
+    assert lesson.path.read_text(encoding="utf-8") == lesson.solved(tasks=0)
+    shown = re.search(r"\$ python (\S+)\n(\w+): (.*)\n", prose(lesson.path))
+    assert shown is not None, "the lesson must show the command that fails first"
+    assert shown.groups() == (lesson.path.name, "NotImplementedError", lesson.stub(1))
+
+
+@each_lesson
+def test_solution_passes(lesson: Lesson, solved: Path) -> None:
+    path = solved / lesson.path.name
     if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
-        result = check(lesson, lesson.solution)
+        result = check(lesson, path)
         assert result.failure is None, result
         assert list(result.solved) == [task.number for task in lesson.tasks]
         return
-    results = list(run(lesson.solution))
-    assert [told for told in results if not told["passed"]] == []
-    assert {told["task"] for told in results} == {task.number for task in lesson.tasks}, "every task has a test"
+    results = list(run(path))
+    assert [result for result in results if not result["passed"]] == []
+    assert {result["task"] for result in results} == {task.number for task in lesson.tasks}, "every task has a test"
 
 
 @each_lesson
-def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson) -> None:
+def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson, solved: Path) -> None:
     if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
-        command = [sys.executable, "-m", "doctest", str(lesson.solution)]
+        command = [sys.executable, "-m", "doctest", str(solved / lesson.path.name)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert ">>> bytes_to_move(" in lesson.path.read_text(encoding="utf-8")
         return
-    module = load(lesson.solution)
+    module = load(solved / lesson.path.name)
     for task in lesson.tasks:
         subject = module
         for name in task.name.split("."):
@@ -99,10 +125,19 @@ def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson) -
 
 @each_lesson
 def test_text_names_only_what_exists(lesson: Lesson) -> None:
-    for path, symbols in places(prose(lesson.path)):
-        assert (ROOT / path).exists(), f"{path} does not exist"
-        missing = [symbol for symbol in symbols if not defines(ROOT / path, symbol)]
-        assert not missing, f"{path} has no {missing}"
+    for part in re.split(r"\n(?=- )|\n\n", prose(lesson.path)):
+        if re.search(rf"`{FILE}`", part):
+            assert wrong_names(part) == [], part
+
+
+@each_lesson
+def test_where_this_lives_is_a_list_of_files_and_names(lesson: Lesson) -> None:
+    section = prose(lesson.path).partition("## Where this lives in minipaged\n")[2].partition("\n\n\n")[0]
+    first, *items = section.split("\n- ")
+    assert not first.strip()
+    assert items
+    for item in items:
+        assert re.match(rf"`{FILE}`", item), f"an item begins with a file: {item}"
 
 
 @each_lesson
@@ -125,55 +160,66 @@ def test_prose_tells_the_whole_story(lesson: Lesson) -> None:
     assert f"*{lesson.minutes} minutes." in prose(lesson.path)
 
 
-def places(text: str) -> list[tuple[str, list[str]]]:
-    """(path, symbols) of each line that names files of this repository; the symbols are those that follow the path."""
-    found = []
-    for part in re.split(r"\n(?=- )|\n\n", text):
-        path = None
-        symbols: list[str] = []
-        for name in re.findall(r"`([^`\n]+)`", part):
-            if re.fullmatch(r"(minipaged|kernels|tui|tests|tutorials)/[\w/.]*", name):
-                if path is not None:
-                    found.append((path, symbols))
-                path, symbols = name, []
-            elif path is not None and re.fullmatch(r"[A-Za-z_][\w.]*", name):
-                symbols.append(name)
-        if path is not None:
-            found.append((path, symbols))
-    return found
+FILE = r"(?:minipaged|kernels|tui|tests|tutorials)/[\w/.]*"
 
 
-def defines(path: Path, symbol: str) -> bool:
-    """Whether a file defines a name: a module's, a class' (Class.name), or one of any class in it."""
-    if path.is_dir() or path.suffix != ".py":
-        return symbol in path.read_text(encoding="utf-8") if path.is_file() else False
-    owner, _, name = symbol.rpartition(".")
+def wrong_names(text: str) -> list[str]:
+    """What a text names and this repository lacks: files, and the names that stand behind a file and should be defined in it.
+
+    A name is a function, class or constant of the file, or Class.attribute, or an attribute of a class that was named before it.
+    """
+    wrong: list[str] = []
+    path, classes = None, list[str]()
+    for word in re.findall(r"`([^`\n]+)`", text):
+        if re.fullmatch(FILE, word):
+            path, classes = word, []
+            if not (ROOT / path).exists():
+                wrong.append(path)
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", word) and path is not None and (ROOT / path).is_file():
+            names = defined_in(ROOT / path)
+            if word not in names and not any(f"{owner}.{word}" in names for owner in classes):
+                wrong.append(f"{path}: {word}")
+            classes.append(word.partition(".")[0])
+    return wrong
+
+
+@cache
+def defined_in(path: Path) -> set[str]:
+    """The names that a module defines at its top, and its classes' methods and fields as Class.name."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.FunctionDef):
-                    names.add(f"{node.name}.{inner.name}")
-                if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
-                    names |= {inner.target.id, f"{node.name}.{inner.target.id}"}
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        for target in targets:
-            names |= {each.id for each in ast.walk(target) if isinstance(each, ast.Name)}
-    return symbol in names if owner else name in names
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef) and not prefix:
+                collect(node.body, f"{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    collect(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return names
 
 
-def test_readme_and_glossary_name_only_what_exists() -> None:
-    for name in ("README.md", "glossary.md"):
-        text = (tutorials_folder() / name).read_text(encoding="utf-8")
-        for line in text.splitlines():
-            for path, symbols in places(line):
-                assert (ROOT / path).exists(), f"{name}: {path} does not exist"
-                missing = [symbol for symbol in symbols if not defines(ROOT / path, symbol)]
-                assert not missing, f"{name}: {path} has no {missing}"
+def test_readme_names_only_what_exists() -> None:
+    for line in (tutorials_folder() / "README.md").read_text(encoding="utf-8").splitlines():
+        if re.search(rf"`{FILE}`", line):
+            assert wrong_names(line) == [], line
+
+
+def test_every_word_of_the_glossary_says_where_it_lives() -> None:
+    for word, line in glossary().items():
+        where = line.rstrip(" |").rsplit(" | ", 1)[1]
+        if word != "word":
+            assert re.fullmatch(rf"`{FILE}`( `[\w.]+`)*", where), f"{word}: a file, then names in it, not {where}"
+            assert wrong_names(where) == [], word
+
+
+def test_texts_name_only_modules_that_exist() -> None:
+    texts = [path for kind in ("*.py", "*.md", "hints/*.toml") for path in tutorials_folder().glob(kind)]
+    for path in texts:
+        for name in re.findall(r"\bminipaged(?:\.[a-z_]\w*)+", path.read_text(encoding="utf-8")):
+            assert importlib.util.find_spec(name) is not None, f"{path.name}: {name}"
 
 
 @each_lesson
@@ -266,12 +312,12 @@ def script(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
-def test_a_lesson_is_a_script() -> None:
+def test_a_lesson_is_a_script(solved: Path) -> None:
     """Solved, it prints its measurements; unsolved, it ends in the words that its text foretells."""
     one = lessons()[0]
-    solved = script(one.solution)
-    assert solved.returncode == 0, solved.stderr
-    assert "paged" in solved.stdout
+    done = script(solved / one.path.name)
+    assert done.returncode == 0, done.stderr
+    assert "paged" in done.stdout
     unsolved = script(one.path)
     assert unsolved.returncode == 1
     assert unsolved.stderr.splitlines()[-1] == f"NotImplementedError: {one.stub(1)}"
@@ -279,9 +325,9 @@ def test_a_lesson_is_a_script() -> None:
 
 @pytest.mark.slow
 @each_lesson
-def test_every_solution_runs_as_a_script(lesson: Lesson) -> None:
+def test_every_solution_runs_as_a_script(lesson: Lesson, solved: Path) -> None:
     before = os.times()
-    done = script(lesson.solution)
+    done = script(solved / lesson.path.name)
     after = os.times()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -291,21 +337,25 @@ def test_every_solution_runs_as_a_script(lesson: Lesson) -> None:
 
 @pytest.mark.slow
 @each_lesson
-def test_every_solution_is_a_pytest_file(lesson: Lesson) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(lesson.solution)]
+def test_every_solution_is_a_pytest_file(lesson: Lesson, solved: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", lesson.path.name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env=environment, cwd=solved, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_the_last_lessons_manager_stands_under_the_specification() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests" / "spec")]
-    command += ["-k", "laws_memory or laws_machine", "--block-manager", "13_your_own:MyBlockManager"]
-    folder = tutorials_folder() / "solutions"
+def test_the_last_lessons_manager_stands_under_the_laws(solved: Path) -> None:
+    """With the command that the lesson's script prints."""
+    printed = next(line for line in script(solved / lessons()[-1].path.name).stdout.splitlines() if "-k" in line)
+    profile, pytest_, *arguments = shlex.split(printed)
+    assert (profile, pytest_) == ("HYPOTHESIS_PROFILE=quick", "pytest")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "quick"}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=environment, cwd=folder, check=False
+        command, capture_output=True, text=True, timeout=280, env=environment, cwd=solved, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -330,9 +380,9 @@ def test_lesson_12_compiles_for_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_lesson_12_on_a_gpu() -> None:
+def test_lesson_12_on_a_gpu(solved: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LESSON_ON_GPU": "1"}
-    command = [sys.executable, str(lessons()[11].solution)]
+    command = [sys.executable, str(solved / lessons()[11].path.name)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "minipaged's" in done.stdout

@@ -1,4 +1,4 @@
-"""What the lessons lean on: the manager so far, the tape, the replays, the runner and the marks."""
+"""What the lessons lean on: the manager so far, the tape, the replays, the runner, and solved lessons."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 
 from minipaged.learn import so_far
 from minipaged.learn.catalog import lesson, lessons
+from minipaged.learn.checking import check
 from minipaged.learn.replays import SCENES, record
 from minipaged.learn.runner import find_tests, load, run
-from minipaged.learn.strip import bodies, strip
+from minipaged.learn.solve import solve, source_of, stubs
 from minipaged.learn.tape import Tape
 from minipaged.learn.workspace import PROGRESS
 from minipaged.trace.events import StepDelta
@@ -19,14 +20,16 @@ from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.trace.sources import FileSource
 
 
-def test_the_manager_so_far_is_a_solution_of_lesson_8() -> None:
-    module = load(lesson(8).solution)
+def test_the_manager_so_far_is_a_solution_of_lesson_8(tmp_path: Path) -> None:
+    path = tmp_path / "lesson.py"
+    path.write_text(lesson(8).solved(), encoding="utf-8")
+    module = load(path)
     vars(module).update(Manager=so_far.Manager, OutOfBlocks=so_far.OutOfBlocks)
     for _, _, function in find_tests(module):
         function()
 
 
-def test_a_tape_shows_what_was_photographed(tmp_path: Path) -> None:
+def test_a_tape_shows_what_was_recorded(tmp_path: Path) -> None:
     tape = Tape(6, 4)
     tape.note({"A": [2]}, {"A": 3})
     tape.note({"A": [2, 4], "B": [5]}, {"A": 6, "B": 1})
@@ -109,12 +112,73 @@ def test_every_lesson_has_a_replay() -> None:
     assert {one.number for one in lessons()} - set(SCENES) <= {13}, "lesson 13 records its own"
 
 
-def test_marks_that_do_not_pair_are_refused() -> None:
-    for text in ("# solution: lesson 1, task 1: x\n", "# end of solution\n", "# solution: a\n# solution: b\n"):
-        with pytest.raises(ValueError, match=r"ended|nothing to end|never ends"):
-            strip(text)
-    (body,) = bodies("y = 1\ndef f():\n    # solution: lesson 1, task 2: f\n    x\n    # end of solution\n")
-    assert (body.task, body.head, body.lines) == (2, ("def f():",), ("    x",))
+EXERCISE = """class Pool:
+    @property
+    def size(self) -> int:
+        \"\"\"How many.\"\"\"
+        raise NotImplementedError("lesson 1, task 1: Pool.size")
+
+
+def given() -> None:
+    raise NotImplementedError("not a task")
+
+
+def law(pool: Pool) -> None:
+    pool.size  # given
+    raise NotImplementedError("lesson 1, task 2: law")
+"""
+SOLUTIONS = """class Pool:
+    @property
+    def size(self) -> int:
+        \"\"\"lesson 1, task 1: Pool.size\"\"\"
+        # the only one
+        return 1
+
+
+def law(pool: Pool) -> None:
+    \"\"\"lesson 1, task 2: law\"\"\"
+    assert pool.size == 1
+"""
+
+
+def test_a_solved_lesson_is_the_exercise_with_the_solutions_bodies() -> None:
+    first = EXERCISE.replace(
+        '        raise NotImplementedError("lesson 1, task 1: Pool.size")', "        # the only one\n        return 1"
+    )
+    both = first.replace('raise NotImplementedError("lesson 1, task 2: law")', "assert pool.size == 1")
+    assert solve(EXERCISE, SOLUTIONS, tasks=0) == EXERCISE
+    assert solve(EXERCISE, SOLUTIONS, tasks=1) == first
+    assert solve(EXERCISE, SOLUTIONS) == both
+    assert list(stubs(EXERCISE)) == ["Pool.size", "law"]
+    assert stubs(both) == {}
+    assert source_of(["Pool.size"], both) == (
+        '@property\ndef size(self) -> int:\n    """How many."""\n    # the only one\n    return 1'
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def law(", "def lore(", "law is a stub in the exercise and has no solution"),
+        ("class Pool", "class Tank", "Pool.size is a stub in the exercise and has no solution"),
+        (
+            "def law(",
+            "def more() -> None:\n    ...\n\n\ndef law(",
+            "more has a solution and is no stub in the exercise",
+        ),
+        ("task 2: law", "task 3: law", "law must begin with the docstring 'lesson 1, task 2: law'"),
+        ('    """lesson 1, task 2: law"""\n', "", "law must begin with the docstring 'lesson 1, task 2: law'"),
+        ("pool: Pool", "tank: Pool", "law has the signature .*tank: Pool.*, not .*pool: Pool"),
+        ("    @property\n", "", "Pool.size has the signature 'def size"),
+        ("    assert pool.size == 1\n", "", "the solution of law is empty"),
+        ("def law(", "import os\n\n\ndef law(", "line 9 of the solutions is no function: import os"),
+        ("class Pool:\n", "class Pool:\n    most = 4\n\n", "line 2 of the solutions is no function: most = 4"),
+    ],
+)
+def test_an_exercise_and_solutions_that_do_not_agree_are_refused(old: str, new: str, message: str) -> None:
+    assert old in SOLUTIONS
+    with pytest.raises(ValueError, match=message):
+        solve(EXERCISE, SOLUTIONS.replace(old, new))
 
 
 def test_the_runner_stops_at_the_first_failure_and_says_where(tmp_path: Path) -> None:
@@ -155,11 +219,15 @@ def test_a_comparison_tells_both_sides_and_computes_them_once(tmp_path: Path) ->
 def test_what_a_test_printed_comes_with_its_result(tmp_path: Path) -> None:
     path = tmp_path / "lesson.py"
     path.write_text(
-        "def test_1_x():\n    print('here')\ndef test_2_x():\n    print('there')\n    1 / 0\n", encoding="utf-8"
+        "print('loading')\n"
+        "def test_1_x():\n    print('here')\n"
+        "def test_2_x():\n    print('there', end='')\n    1 / 0\n",
+        encoding="utf-8",
     )
-    first, second = run(path)
-    assert (first["said"], second["said"]) == ("here\n", "there\n")
-    assert second["message"] == "ZeroDivisionError: division by zero"
+    result = check(lesson(1), path)
+    assert (result.printed, result.solved, result.notes) == ("loading", (1,), {1: "here"})
+    assert result.failure is not None
+    assert (result.failure.message, result.failure.printed) == ("ZeroDivisionError: division by zero", "there")
 
 
 def test_a_missing_module_is_named_with_what_to_do(tmp_path: Path) -> None:

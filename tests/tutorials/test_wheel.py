@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +50,9 @@ def test_every_lesson_is_in_the_wheel(unpacked: Path) -> None:
 def test_a_lesson_can_be_taken_from_the_wheel(unpacked: Path, tmp_path: Path) -> None:
     assert "15 files copied" in minipaged(unpacked, "learn", "start", tmp_path / "mine", cwd=tmp_path)
     mine = tmp_path / "mine"
-    shutil.copyfile(lessons()[3].solution, mine / lessons()[3].path.name)
+    solved = minipaged(unpacked, "learn", "solution", 4, "--whole", "--yes", cwd=mine)
+    assert solved == lessons()[3].solved()
+    (mine / lessons()[3].path.name).write_text(solved, encoding="utf-8")
     assert "3 of 3 tasks" in minipaged(unpacked, "learn", "check", 4, cwd=mine)
     assert "table[" in minipaged(unpacked, "learn", "solution", 4, "--task", 1, "--yes", cwd=mine)
     assert "hint 1 of 3" in minipaged(unpacked, "learn", "hint", 5, cwd=mine)

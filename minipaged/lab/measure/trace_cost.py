@@ -17,7 +17,7 @@ from minipaged.engine import Engine
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.scheduler import Scheduler
-from minipaged.serving.engine_process import sender as send_to
+from minipaged.serving.loop import sender as send_to
 from minipaged.trace.events import StepDelta
 from minipaged.trace.file import RecordPipe, StreamWriter, header_of
 

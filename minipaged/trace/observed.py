@@ -16,16 +16,16 @@ from minipaged.memory.types import BlockEvent, PoolUsage
 from minipaged.trace.events import NO_LONGS, Event, Longs, Progress, Queues, SequencePatch, Stats, StepDelta
 from minipaged.trace.snapshot import Snapshot, Tables, as_longs
 
-Told = tuple[str, int, int, int, int]  # kind, sequence, block, other, index: what an event says but for its number
+Change = tuple[str, int, int, int, int]  # kind, sequence, block, other, index: what an event says but for its number
 
 
-def events_between(state: Snapshot, tables: Tables, host_tables: Tables) -> list[Told]:
+def events_between(state: Snapshot, tables: Tables, host_tables: Tables) -> list[Change]:
     """Events that lead from the state's tables to these: what leaves first, then what comes.
 
     A block that replaces a shared one is a copy of it; one that somebody else's table names already is shared.
     """
-    leaves: list[Told] = []
-    comes: list[Told] = []
+    leaves: list[Change] = []
+    comes: list[Change] = []
     held = Counter(block for table in state.tables.values() for block in table if block)
     for seq in sorted({*state.tables, *tables}):
         old, new = state.tables.get(seq, ()), _without_null_end(tables.get(seq, ()))
@@ -74,15 +74,15 @@ class Line(NamedTuple):
     token_ids: Sequence[int]  # all of them
 
 
-class Photographs:
-    """One delta for each photograph, in `deltas`; `state` is their fold."""
+class ObservedSteps:
+    """One delta for each time that somebody looked, in `deltas`; `state` is their fold."""
 
     def __init__(self) -> None:
         self.deltas: list[StepDelta] = []
         self.state = Snapshot()
         self._next_event = 0
 
-    def take(
+    def add(
         self,
         *,
         lines: Sequence[Line],
@@ -90,12 +90,15 @@ class Photographs:
         queues: Queues,
         tables: Tables,
         host_tables: Tables | None = None,
-        told: Iterable[Told] = (),
+        reported: Iterable[Change] = (),
         counts: Sequence[int] | None = None,
         token_bytes: Callable[[int], bytes] = lambda token: b"",
     ) -> StepDelta:
-        """How things stand now. stats: without the gauges that follow from the tables. told: what the events said since the last one.
-        counts: each block's reference count, where it may be another than the tables say."""
+        """How things stand now.
+
+        stats: without the gauges that follow from the tables. reported: what the manager's events said since the last one. counts: each
+        block's reference count, where it may be another than the tables give.
+        """
         patches, progress = self._what_changed(lines)
         step = len(self.deltas)
         delta = StepDelta(
@@ -111,7 +114,7 @@ class Photographs:
             queues=queues,
             stats=stats,
         )
-        events, hosts = list(told), host_tables or {}
+        events, hosts = list(reported), host_tables or {}
         after = self._after(delta, events)
         if after.misfit:
             events = events_between(self.state, tables, hosts)
@@ -128,12 +131,12 @@ class Photographs:
         self.deltas.append(delta)
         return delta
 
-    def _after(self, delta: StepDelta, events: list[Told]) -> Snapshot:
+    def _after(self, delta: StepDelta, events: list[Change]) -> Snapshot:
         state = self.state.copy()
         state.apply(replace(delta, events=self._numbered(events)))
         return state
 
-    def _numbered(self, events: list[Told]) -> tuple[Event, ...]:
+    def _numbered(self, events: list[Change]) -> tuple[Event, ...]:
         return tuple(
             Event(self._next_event + i, kind, -1, seq, block, other, index)
             for i, (kind, seq, block, other, index) in enumerate(events)
@@ -220,7 +223,7 @@ class Actor:
 
 
 class ManagerTrace:
-    """Photographs of one manager. The driver keeps `actors` up to date; `step` takes one.
+    """The trace of one manager. The driver keeps `actors` up to date; `step` makes a delta of what changed.
 
     token_bytes: what each token reads, by its id.
     """
@@ -229,14 +232,14 @@ class ManagerTrace:
         self.manager = manager
         self.block_size = block_size
         self.actors: dict[int, Actor] = {}
-        self._photographs = Photographs()
+        self._observed = ObservedSteps()
         self._token_bytes = token_bytes
         self._copies = 0
 
     @property
     def deltas(self) -> list[StepDelta]:
         """One for each step."""
-        return self._photographs.deltas
+        return self._observed.deltas
 
     def step(self) -> StepDelta:
         """What changed since the last one."""
@@ -244,13 +247,13 @@ class ManagerTrace:
         self._copies += sum(event.kind == "copy" for event in raw)
         tables, host_tables = tables_of(self.manager, self.actors)
         queues = (tuple(s for s, a in self.actors.items() if a.status == q) for q in Queues._fields)
-        return self._photographs.take(
+        return self._observed.add(
             lines=[self._line(seq, actor) for seq, actor in self.actors.items()],
             stats=pool_stats(self.manager.usage(), self.block_size)._replace(copies=self._copies),
             queues=Queues(*queues),
             tables=tables,
             host_tables=host_tables,
-            told=[(e.kind, e.seq_id, e.block, e.other, e.index) for e in raw],
+            reported=[(e.kind, e.seq_id, e.block, e.other, e.index) for e in raw],
             token_bytes=lambda token: self._token_bytes.get(token, b""),
         )
 
