@@ -65,7 +65,7 @@ class TraceBuilder:
         Where the engine already holds something, one delta more goes to it at once, whose events lead to what there is.
         """
         if not self._listeners:
-            self._scheduler.take_events()  # nobody was there to hear them
+            self._scheduler.take_events()  # nobody listened when they happened
             self._state = Snapshot()
             self._settled.clear()
             self._ended.clear()
@@ -204,9 +204,8 @@ class TraceBuilder:
             new.append(len(sequence.token_ids) - start)
             scheduled.append(0)
         for row in left:  # what was computed for a sequence that is gone is sent with its end
-            computed[row] = (
-                self._state.sequences[sequences[row]].num_computed if sequences[row] in self._state.sequences else 0
-            )
+            state = self._state.sequences.get(sequences[row])
+            computed[row] = state.num_computed if state is not None else 0
         return Progress(as_longs(sequences), as_longs(computed), as_longs(scheduled), as_longs(new), as_longs(tokens))
 
     def _num_sent(self, seq_id: int) -> int:

@@ -243,7 +243,7 @@ def listener_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
     def recorder() -> Callable[[StepDelta], None]:
         stream: Any = _Counter()
         out: BinaryIO = stream
-        return StreamWriter(out, header_of(engine)).delta
+        return StreamWriter(out, header_of(engine), state=engine.trace.state).delta
 
     yield HostRow("trace: a listener that records", _listener_percent(engine, batch, recorder), "%")
 
