@@ -214,5 +214,6 @@ def test_mutated_traces(tmp_path: Path, originals: list[Original]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_mutated_traces(tmp_path: Path, originals: list[Original]) -> None:
     fuzz(tmp_path, originals, 2000)
