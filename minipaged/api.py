@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_choice, check_int
+from minipaged.config import DEFAULT_MODEL, CacheConfig, EngineConfig, SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
 from minipaged.errors import RequestError
 from minipaged.scheduling.request import RequestOutput
 
 Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]} with the text beside it or not
 Message = Mapping[str, str]
-DEFAULT_MODEL = "smollm2-135m"
 
 
 class LLM:

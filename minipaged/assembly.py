@@ -7,18 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minipaged.config import CacheConfig, EngineConfig, ModelConfig
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
-from minipaged.execution.kv_store import KVStore
 from minipaged.execution.largest_step import peak_bytes
+from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
-from minipaged.model.loading.placement import choose_device, choose_dtype
+from minipaged.model.loading.placement import check_room, choose_device, choose_dtype
 from minipaged.model.loading.tokenizer import Tokenizer
-from minipaged.model.loading.weights import Progress
 from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
 
@@ -97,6 +96,8 @@ def assemble(
     if num_blocks is None:
         step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
         num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step)
+    pool = num_blocks * cache.block_size * shape.kv_bytes_per_token(kind)
+    check_room(f"a pool of {num_blocks:,} blocks of {cache.block_size} tokens", pool, chosen, "lower num_blocks")
     cache = replace(cache, num_blocks=num_blocks)
     engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
@@ -127,7 +128,14 @@ def build_engine(
         "watermark": cache.watermark,
         "num_host_blocks": cache.num_host_blocks,
     }
-    return Engine(scheduler, runner, codec=loaded.tokenizer, eos_token_ids=loaded.config.eos_token_ids, about=about)
+    return Engine(
+        scheduler,
+        runner,
+        codec=loaded.tokenizer,
+        eos_token_ids=loaded.config.eos_token_ids,
+        vocab_size=loaded.config.vocab_size,
+        about=about,
+    )
 
 
 def build_runner(
@@ -140,7 +148,7 @@ def build_runner(
     graphs: bool = True,
 ) -> TorchRunner:
     """A runner with a KV pool of its own."""
-    store = KVStore(
+    kv = PagedKV(
         loaded.config,
         cache.num_blocks,
         cache.block_size,
@@ -148,11 +156,11 @@ def build_runner(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    if graphs and can_capture(store.layers[0][0]):
+    if graphs and can_capture(kv.keys[0]):
         from minipaged.execution.graphs import GraphRunner
 
-        return GraphRunner(loaded.model, store, config.max_num_seqs, config.max_model_len, depth=config.depth)
-    return TorchRunner(loaded.model, store, config.max_num_seqs)
+        return GraphRunner(loaded.model, kv, config.max_num_seqs, config.max_model_len, depth=config.depth)
+    return TorchRunner(loaded.model, kv, config.max_num_seqs)
 
 
 def can_capture(cache: torch.Tensor) -> bool:

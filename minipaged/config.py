@@ -6,7 +6,7 @@ Knows numbers and names; knows nothing of torch, devices or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -22,6 +22,8 @@ PREEMPTION: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 MAX_BLOCK_SIZE = 256
+DEFAULT_MODEL = "smollm2-135m"
+Progress = Callable[[str, int, int], None]  # progress(what is going on, how much is done, how much there is)
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -37,11 +39,19 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 def check_real(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
     """Return `value` as a float if it is a finite number in the range; otherwise say what was given and what is allowed."""
     span = f"{'above' if open_low else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number {span}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        raise InputError(f"{name} must be a finite number {span}, not {value!r:.40}")
     if value < low or value > high or (open_low and value == low):
         raise InputError(f"{name} must be {span}, not {value:g}")
     return float(value)
+
+
+def _is_finite(value: int | float) -> bool:
+    """Whether a float can hold the value: a whole number may be larger than any float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -57,6 +67,20 @@ def check_bool(name: str, value: object) -> None:
         raise InputError(f"{name} must be true or false, not {value!r}")
 
 
+# Far above any real model: a damaged config is refused before its sizes are multiplied or allocated.
+MAX_SIZES = {
+    "vocab_size": 2**26,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_layers": 2**14,
+    "num_heads": 2**14,
+    "num_kv_heads": 2**14,
+    "head_dim": 2**13,
+    "max_position": 2**31 - 1,
+}
+MAX_ROPE_FACTOR, MAX_ROPE_THETA = 1e6, 1e15
+
+
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """Llama 3's stretch of the rotary frequencies (Llama 3.1 report, section 3.2; Hugging Face `rope_type: llama3`)."""
@@ -66,10 +90,37 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position: int
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            check_real(name, getattr(self, name), 0.0, MAX_ROPE_FACTOR, open_low=True)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise InputError(
+                f"high_freq_factor ({self.high_freq_factor:g}) must be above low_freq_factor ({self.low_freq_factor:g})"
+            )
+        check_int("original_max_position", self.original_max_position, 1, MAX_SIZES["max_position"])
+
+
+@dataclass(frozen=True, slots=True)
+class RopeDivisors:
+    """A stretch that divides each rotary frequency by a number of its own, and scales queries and keys as they turn by
+    `attention_factor`: linear rope, YaRN and LongRoPE all end in this form."""
+
+    divisors: tuple[float, ...]  # one for each pair of dimensions that turns
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for divisor in self.divisors:
+            check_real("a divisor of rope frequencies", divisor, 0.0, MAX_ROPE_FACTOR, open_low=True)
+        check_real("attention_factor", self.attention_factor, 0.0, MAX_ROPE_FACTOR, open_low=True)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a LLaMA-style decoder. Flags tell the families apart: Llama 1-3, SmolLM2, Mistral, Qwen 2.5, Qwen 3."""
+    """The shape of a LLaMA-style decoder.
+
+    Flags tell the families apart: Llama 1-3, SmolLM2 and 3, Mistral, Qwen 2.5 and 3, Granite, Seed-OSS, Phi-3 and 4. The network
+    itself knows nothing of the multipliers: they are worked into the weights when these are loaded (loading/weights.py).
+    """
 
     name: str
     vocab_size: int
@@ -82,31 +133,42 @@ class ModelConfig:
     max_position: int  # context length, in tokens
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | RopeDivisors | None = None
+    rotary_dim: int | None = (
+        None  # leading dimensions of each head that turn; None for all (Phi-4-mini turns three quarters)
+    )
+    unrotated_layers: tuple[int, ...] = ()  # layers without rope (SmolLM3)
     tie_embeddings: bool = False
     attention_bias: bool = False  # a bias on q, k and v (Qwen 2.5)
     output_bias: bool = False  # a bias on the attention's output projection too (`attention_bias` of a Llama config)
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head's q and k before rope (Qwen 3)
+    embedding_multiplier: float = 1.0  # of the hidden states after the embedding (the four of Granite)
+    residual_multiplier: float = 1.0  # of what each attention and MLP adds
+    attention_multiplier: float | None = None  # of the scores; None for 1 / sqrt(head_dim)
+    logits_divisor: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in (*sizes, "max_position"):
-            check_int(name, getattr(self, name), 1)
+        for name, most in MAX_SIZES.items():
+            check_int(name, getattr(self, name), 1, most)
+        check_real("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
+        check_real("rope_theta", self.rope_theta, 0.0, MAX_ROPE_THETA, open_low=True)
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+        if self.rotary_dim is not None and (check_int("rotary_dim", self.rotary_dim, 2, self.head_dim) % 2):
+            raise InputError(f"rotary_dim must be even, not {self.rotary_dim}")
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        if isinstance(self.rope_scaling, RopeDivisors) and len(self.rope_scaling.divisors) != pairs:
+            raise InputError(f"rope scaling has {len(self.rope_scaling.divisors)} divisors for {pairs} frequencies")
+        for layer in self.unrotated_layers:
+            check_int("unrotated_layers", layer, 0, self.num_layers - 1)
+        for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor"):
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name), 0.0, MAX_ROPE_FACTOR, open_low=True)
 
     @property
     def group_size(self) -> int:

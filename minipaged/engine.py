@@ -34,6 +34,7 @@ class Engine:
         *,
         codec: TextCodec | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        vocab_size: int | None = None,
         clock: Callable[[], int] = time.perf_counter_ns,
         about: Mapping[str, object] | None = None,
     ) -> None:
@@ -41,6 +42,8 @@ class Engine:
         self.runner = runner
         self.codec = codec
         self.eos_token_ids = eos_token_ids
+        # the network's, which may know more ids than the tokenizer (vocabularies are padded)
+        self.vocab_size = codec.vocab_size if vocab_size is None and codec is not None else vocab_size
         self.about = dict(about or {})
         self.depth = scheduler.config.depth
         self.detokenizer = Detokenizer(codec) if codec is not None else None
@@ -69,6 +72,7 @@ class Engine:
         try:
             request.prompt_token_ids = tuple(self._encode(prompt))
             self._check_vocabulary(request.params.stop_token_ids)
+            self._check_logprobs(request.params)
             self.scheduler.check(request)
         except InputError as error:
             request.error = str(error)
@@ -89,10 +93,16 @@ class Engine:
         return tokens
 
     def _check_vocabulary(self, tokens: Sequence[int]) -> None:
-        size = self.codec.vocab_size if self.codec is not None else 2**31
+        size = 2**31 if self.vocab_size is None else self.vocab_size
         for token in tokens:
             if isinstance(token, int) and token >= size:
                 raise RequestError(f"token id {token} is outside the vocabulary (0 to {size - 1})")
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name) or 0
+            if self.vocab_size is not None and wanted > self.vocab_size:
+                raise RequestError(f"{name} must be at most {self.vocab_size}, the model's vocabulary, not {wanted}")
 
     def abort(self, request_id: int) -> None:
         """End a request wherever it is, before the next step. Does nothing if it has ended."""

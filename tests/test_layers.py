@@ -34,6 +34,15 @@ MAY_IMPORT = {
     "tui": "baselines serving engine scheduling trace memory model text config",
     "cli": "tui lab learn baselines serving engine scheduling trace memory model text kernels config",
 }
+# The rooms of the lab, in the same form. `formats` is one module beside them: how numbers are written.
+ROOMS_OF_LAB = {
+    "formats": "",
+    "simulation": "",
+    "measure": "simulation",
+    "advise": "simulation formats",
+    "paper": "advise measure simulation",
+    "report": "paper advise measure simulation formats",
+}
 WITHOUT_TORCH = ("config", "memory", "scheduling", "text", "trace")
 
 NOT_YET = {  # circles that the scheduler by composition takes away
@@ -94,6 +103,26 @@ def test_parts_import_only_what_the_table_allows() -> None:
         if target.split(".")[0] == "minipaged"
         and part_of(target) not in {part_of(name), *MAY_IMPORT[part_of(name)].split()}
         and target != "minipaged"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_of_the_lab_import_only_what_their_table_allows() -> None:
+    def room_of(module: str) -> str:
+        return [*module.split("."), ""][2]
+
+    lab = {name for name in MODULES if name.startswith("minipaged.lab.")}
+    assert {room_of(name) for name in lab} == set(ROOMS_OF_LAB)
+    seen: set[str] = set()
+    for room, allowed in ROOMS_OF_LAB.items():
+        assert set(allowed.split()) <= seen, f"lab/{room} imports a room that stands below it"
+        seen.add(room)
+    wrong = [
+        f"{MODULES[name].relative_to(ROOT)}:{line} imports {target}"
+        for name in lab
+        for target, line in IMPORTS[name]
+        if target.startswith("minipaged.lab.")
+        and room_of(target) not in {room_of(name), *ROOMS_OF_LAB[room_of(name)].split()}
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -9,17 +10,28 @@ from textual.app import App
 from textual.widget import Widget
 
 from minipaged.serving.live import LiveSource
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
-from minipaged.tui.finding import arrivals
-from minipaged.tui.helptext import help_text
-from minipaged.tui.inspector import Inspector, Journey
-from minipaged.tui.lessons import LESSONS
-from minipaged.tui.lessonsession import LessonSession
-from minipaged.tui.pane import Pane
+from minipaged.tui.map.blockmap import BlockMap
+from minipaged.tui.panes.dialogs import AddPrompt, Ask, Choose, Knobs, Overlay, Reading
+from minipaged.tui.panes.inspector import Inspector, Journey
+from minipaged.tui.panes.pane import Pane
+from minipaged.tui.panes.side import TreePane, WastePane
+from minipaged.tui.panes.tables import TablesPane
+from minipaged.tui.panes.text import TextPane
+from minipaged.tui.reading.finding import arrivals
+from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.session import Change, Session
-from minipaged.tui.sidepanes import TreePane, WastePane
 from minipaged.tui.view import View
+from minipaged.tui.words.help import help_text
+
+OVERLAYS: dict[
+    str, tuple[str, Callable[[View], Pane]]
+] = {  # panes that open over the others where they have no room beside them
+    "tables": ("2 Tables", TablesPane),
+    "text": ("3 Text", TextPane),
+    "inspector": ("5 Inspector", Inspector),
+    "waste": ("6 Waste", WastePane),
+    "tree": ("7 Tree", TreePane),
+}
 
 
 class Actions(App[int]):
@@ -30,10 +42,15 @@ class Actions(App[int]):
     _outer: Session | None  # what a lesson stands in front of
     _restart: Callable[[Mapping[str, object]], LiveSource] | None
     _next_run: dict[str, object]  # settings that only another run can have
+    _before: Session | None  # the run that this one took the place of
 
     def paint(self, change: Change | None = None) -> None:
         """Show the session's moment."""
         raise NotImplementedError
+
+    def _moved(self, message: str) -> None:
+        self.session.message = message
+        self.paint()
 
     def action_leave(self) -> None:
         """Quit."""
@@ -41,18 +58,15 @@ class Actions(App[int]):
 
     def action_play(self) -> None:
         """Run or pause."""
-        self.session.toggle()
-        self.paint()
+        self._moved(self.session.playback.toggle())
 
     def action_step(self) -> None:
         """One step on."""
-        self.session.step()
-        self.paint()
+        self._moved(self.session.playback.step(1))
 
     def action_step_back(self) -> None:
         """One step back."""
-        self.session.back()
-        self.paint()
+        self._moved(self.session.playback.step(-1))
 
     def action_event(self, direction: int) -> None:
         """To another event."""
@@ -90,8 +104,7 @@ class Actions(App[int]):
 
     def action_speed(self, by: int) -> None:
         """Faster or slower."""
-        self.session.change_speed(by)
-        self.paint()
+        self._moved(self.session.playback.change_speed(by))
 
     def action_why(self) -> None:
         """To the cause of what happened here."""
@@ -192,11 +205,22 @@ class Actions(App[int]):
         """What was asked up to a step, at the same steps of a new engine."""
         old = self.session
         script = [(at, old.asked[request]) for at, request in arrivals(old.source, until, old.asked)]
-        old.pause()
-        self.session = Session(restart(self._next_run), speed=old.speed)
+        old.playback.pause()
+        self._before = old
+        self.session = Session(restart(self._next_run), speed=old.playback.speed)
         last = max((at for at, _ in script), default=0)
-        self.session.follow_script(script, last if then_run else until, then_run=then_run)
+        self.session.repeat(script, last if then_run else until, then_run=then_run)
         self.view = replace(self.view, block=-1, watched=-1, only=-1)
+
+    def _return_from_failed_run(self, before: Session) -> None:
+        """The next run's engine could not start. Its settings are forgotten, and what the run before did is shown again."""
+        failure = self.session.failed
+        self._before, self.session = None, before
+        self._next_run.clear()
+        before.tick(time.monotonic())  # takes in that its engine is gone
+        before.message = f"the next run could not start: {failure}"
+        before.playback.refresh()
+        self.paint()
 
     def action_knobs(self) -> None:
         """Turn the engine's knobs."""
@@ -246,11 +270,12 @@ class Actions(App[int]):
         """Put a lesson in place of the session, which pauses."""
         if self._outer is None:
             self._outer = self.session
-            self.session.pause()
-        self.session = LessonSession(LESSONS[name](), animated=self.animation_level != "none")
+            self.session.playback.take_over()
+        lesson = LESSONS[name]()
+        self.session = Session.of_lesson(lesson, animated=self.animation_level != "none")
         self.screen_stack[0].query_one("#map", BlockMap).fit()
         self.view = replace(self.view, block=-1, watched=-1, only=-1)
-        self.query_one("#caption").border_title = f"Lesson: {self.session.lesson.title}"
+        self.query_one("#caption").border_title = f"Lesson: {lesson.title}"
         self.paint()
 
     def action_leave_lesson(self) -> None:
@@ -260,7 +285,7 @@ class Actions(App[int]):
         elif self._outer is not None:
             self.session, self._outer = self._outer, None
             self.view = replace(self.view, block=-1, watched=-1, only=-1)
-            self.session.refresh()
+            self.session.playback.refresh()
             self.paint()
 
     def action_help(self) -> None:
@@ -276,7 +301,7 @@ class Actions(App[int]):
             base.remove_class("-compare")  # they stand where the comparison is
             self.call_after_refresh(self.paint)
         target = base.query_one("#map" if name == "blocks" else f"#{name}", Widget)
-        if target.display:
+        if all(node.display for node in target.ancestors_with_self):
             if target.can_focus:
                 target.focus()
             return
@@ -284,9 +309,8 @@ class Actions(App[int]):
             self.session.message = "this screen is too low for the timeline beside a lesson"
             self.paint()
             return
-        makers: dict[str, Callable[[View], Pane]] = {"inspector": Inspector, "waste": WastePane, "tree": TreePane}
-        title = {"inspector": "5 Inspector", "waste": "6 Waste", "tree": "7 Tree"}[name]
-        overlay = Overlay(title, makers[name](self.view))
+        title, make = OVERLAYS[name]
+        overlay = Overlay(title, make(self.view))
         self.push_screen(overlay)
         self.call_after_refresh(self._fill_overlay, overlay)
 

@@ -13,14 +13,14 @@ from typing import Any
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.serving.live import EngineProcess, LiveSource
+from minipaged.text.safe import clean
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
-from minipaged.tui.guided import GuidedSession
 from minipaged.tui.keys import load_keys
-from minipaged.tui.safe import clean
+from minipaged.tui.playback import REPLAY_SPEED
 from minipaged.tui.screen import ScreenApp, binding_ids
-from minipaged.tui.sentences import counted, plural
-from minipaged.tui.session import REPLAY_SPEED, Session
+from minipaged.tui.session import Session
+from minipaged.tui.words.sentences import counted, plural
 
 Factory = Callable[..., Any]
 Prompts = Sequence[str | tuple[str, SamplingParams]]
@@ -52,7 +52,9 @@ def run_screen(
     of a headless screen, 80 by 24 by default. guided: a live run in a terminal goes slowly at first and says what it does.
     compare: begin with other systems in the place of the map.
     """
-    look = Look(ascii, light, load_keys(binding_ids()), size or (80, 24), compare)
+    if screenshot is not None and Path(screenshot).suffix.lower() != ".svg":
+        raise InputError(f"{str(screenshot)!r}: a screenshot is an SVG picture: give a name that ends in .svg")
+    display = DisplayOptions(ascii, light, load_keys(binding_ids()), size or (80, 24), compare)
     given = source_or_engine_factory
     if isinstance(given, str | Path):
         given = FileSource(given, progress=_say_progress)
@@ -62,21 +64,21 @@ def run_screen(
         runner = EngineRunner(given, {}, record=record)
     else:
         recorded = Session(given, speed=speed if speed is not None else play_speed(len(given)))
-        recorded.playing = not (headless or given.live or recorded.at_edge)
-        code = _show(recorded, look, None, headless, steps, screenshot)
+        if not (headless or given.live or recorded.playback.at_edge):
+            recorded.playback.toggle()
+        code = _show(recorded, display, None, headless, steps, screenshot)
         if headless and code == 0 and screenshot is None:
             print(f"minipaged: {plural(len(given), 'step')} in this trace; --screenshot FILE keeps a picture of one")
         return code
     try:
-        kind = GuidedSession if guided and not headless else Session
-        session = kind(runner.start(), speed=speed)
+        session = Session(runner.start(), speed=speed, guided=guided and not headless)
         for prompt in prompts:
             session.submit(*(prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())))
         if not headless:
-            session.start()
-        code = _show(session, look, runner, headless, steps, screenshot)
+            session.playback.start()
+        code = _show(session, display, runner, headless, steps, screenshot)
         if code == 0:
-            session.seek(len(session.source))  # the run is summed up, wherever in it somebody was looking
+            session.playback.seek(len(session.source))  # the run is summed up, wherever in it somebody was looking
             code = _say_what_it_came_to(session, guided and not headless)
         if code == 1 and (words := runner.last_words()):
             print(f"minipaged: {words}", file=sys.stderr)
@@ -86,8 +88,8 @@ def run_screen(
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How the screen is to look."""
+class DisplayOptions:
+    """How the screen is shown, whatever it shows."""
 
     ascii: bool
     light: bool
@@ -137,8 +139,8 @@ def _say_what_it_came_to(session: Session, first_run: bool) -> int:
             f"{plural(stats.generated_tokens, 'token')} in {plural(session.position, 'step')} "
             f"over {max(0, stats.total_blocks - 1)} blocks of {stats.block_size}"
         )
-        if told := counted(stats):
-            print(f"           {' · '.join(told)}")
+        if counts := counted(stats):
+            print(f"           {' · '.join(counts)}")
     if first_run:
         print("next: minipaged tui --scenario cow · minipaged learn · minipaged chat")
     return 0
@@ -158,7 +160,7 @@ def _say_progress(done: int, size: int) -> None:
 
 def _show(
     session: Session,
-    look: Look,
+    display: DisplayOptions,
     runner: EngineRunner | None,
     headless: bool,
     steps: int | None,
@@ -166,15 +168,20 @@ def _show(
 ) -> int:
     restart = runner.start if runner is not None else None
     app = ScreenApp(
-        session, ascii=look.ascii, light=look.light, keymap=look.keymap, restart=restart, compare=look.compare
+        session,
+        ascii=display.ascii,
+        light=display.light,
+        keymap=display.keymap,
+        restart=restart,
+        compare=display.compare,
     )
     if headless:
-        code = asyncio.run(_headless(app, steps, screenshot, look.size))
+        code = asyncio.run(_headless(app, steps, screenshot, display.size))
         if code:
             print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
         return code
     found = app.run()
-    if session.failed and not session.ready:
+    if session.failed and not session.playback.ready:
         print(f"minipaged: {session.failed}", file=sys.stderr)
     return found if found is not None else 0
 
@@ -183,7 +190,7 @@ async def _headless(app: ScreenApp, steps: int | None, screenshot: str | Path | 
     """Run without a terminal, go the steps, take the picture."""
     session = app.session
     if session.live is not None:
-        session.playing = False
+        session.playback.pause()
     async with app.run_test(size=size) as pilot:
         code = await _go(session, steps)
         if code:

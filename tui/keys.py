@@ -21,12 +21,12 @@ def load_keys(known: Collection[str], path: Path | None = None) -> dict[str, str
     """The file's keys by binding id, {} where there is no file. InputError naming what is wrong with it."""
     path = keys_path() if path is None else path
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        written = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: cannot be read as TOML ({error})") from None
-    flat = _flat(told)
+    flat = _flat(written)
     for name, key in flat.items():
         if name not in known:
             raise InputError(f"{path}: there is no binding {name!r}; there are {', '.join(sorted(known))}")
@@ -35,10 +35,10 @@ def load_keys(known: Collection[str], path: Path | None = None) -> dict[str, str
     return {name: str(key) for name, key in flat.items()}
 
 
-def _flat(told: dict[str, object], lead: str = "") -> dict[str, object]:
+def _flat(written: dict[str, object], lead: str = "") -> dict[str, object]:
     """`event.next = "x"` reads as a table in TOML: put the names together again."""
     flat: dict[str, object] = {}
-    for name, value in told.items():
+    for name, value in written.items():
         if isinstance(value, dict):
             flat.update(_flat(value, f"{lead}{name}."))
         else:

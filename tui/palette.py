@@ -1,8 +1,8 @@
 """Colours, glyphs and letters: how a state looks. State is always a glyph, never a hue alone, so colour can be taken
 away.
 
-Seven hues of Okabe and Ito (Color Universal Design, 2008), told apart in the three simulated colour-blindnesses;
-past seven sequences they repeat and the letters carry. Knows nothing of engines or widgets.
+Seven hues of Okabe and Ito (Color Universal Design, 2008), which differ in the three simulated colour-blindnesses. Past seven sequences
+hues repeat (view.other_hues keeps living siblings apart), and the letters tell sequences apart.
 """
 
 from __future__ import annotations

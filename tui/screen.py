@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,28 +20,31 @@ from textual.filter import ANSIToTruecolor, LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
 from textual.widget import Widget
+from textual.widgets import Static
 
 from minipaged.serving.live import LiveSource
 from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.actions import Actions
-from minipaged.tui.bars import Caption, Header, HostStrip, Keys, Legend
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.compare import ComparePane
-from minipaged.tui.dialogs import Overlay
-from minipaged.tui.history import History
-from minipaged.tui.inspector import Inspector, Journey
-from minipaged.tui.lessons import LESSONS
+from minipaged.tui.map.blockmap import BlockMap
 from minipaged.tui.palette import ASCII, UNICODE, Mode
-from minipaged.tui.pane import ListPane, Pane
+from minipaged.tui.panes.bars import Caption, Header, HostStrip, Keys, Legend
+from minipaged.tui.panes.compare import ComparePane
+from minipaged.tui.panes.dialogs import Overlay
+from minipaged.tui.panes.inspector import Inspector, Journey
+from minipaged.tui.panes.pane import ListPane, Pane
+from minipaged.tui.panes.side import TreePane, WastePane
+from minipaged.tui.panes.tables import TablesPane
+from minipaged.tui.panes.text import TextPane, text_title
+from minipaged.tui.panes.timeline import Timeline, timeline_title
+from minipaged.tui.reading.history import History
+from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.session import Change, Session
-from minipaged.tui.sidepanes import TreePane, WastePane
-from minipaged.tui.tables import TablesPane
-from minipaged.tui.textpane import TextPane, text_title
-from minipaged.tui.timeline import Timeline, timeline_title
 from minipaged.tui.view import View, shown
 
 FRAME_SECONDS = 1 / 30
+LEAVE_SECONDS = 5.0  # after SIGTERM or SIGHUP, to give the terminal back
+LEAST_SIZE = (40, 12)  # columns and rows that the screen needs to show anything
 # Of one core, while an engine runs at full speed: the screen's frames become fewer before the engine becomes slower.
 CPU_SHARE = 0.1 * max(1, (os.cpu_count() or 2) - 1)
 THEMES = (
@@ -56,11 +62,17 @@ class ScreenApp(Actions):
 
     CSS_PATH = "screen.tcss"
     TITLE = "minipaged"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide"), (190, "-wider")]  # noqa: RUF012  textual declares it so
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (34, "-tall"), (54, "-taller")]  # noqa: RUF012
+    # What has no room yields before the map does: tables below 72 columns, text below 20 rows. Nothing fits below LEAST_SIZE.
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  textual declares it so
+        (0, "-too-small"), (LEAST_SIZE[0], "-slim"), (72, "-narrow"), (120, "-wide"), (190, "-wider")
+    ]  # fmt: skip
+    VERTICAL_BREAKPOINTS = [  # noqa: RUF012
+        (0, "-too-low"), (LEAST_SIZE[1], "-flat"), (20, "-low"), (34, "-tall"), (54, "-taller")
+    ]  # fmt: skip
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "leave", "quit", id="quit"),
         Binding("ctrl+c", "leave", "quit", show=False, priority=True, id="quit.now"),
+        Binding("ctrl+z", "suspend_process", "suspend", show=False, priority=True, id="suspend"),
         Binding("space", "play", "run or pause", id="run"),
         Binding("right_square_bracket", "step", "one step", id="step"),
         Binding("left_square_bracket", "step_back", "one step back", id="back"),
@@ -118,6 +130,7 @@ class ScreenApp(Actions):
         self._next_run: dict[str, object] = {}
         self._painted: tuple[Widget, ...] = ()
         self._painted_word = ""
+        self._before: Session | None = None  # the run that another one took the place of
         self._rest_until = 0.0
         self._used = time.process_time()
         self._outer: Session | None = None  # what a lesson stands in front of
@@ -129,6 +142,9 @@ class ScreenApp(Actions):
     def compose(self) -> ComposeResult:
         """The panes."""
         view = self.view
+        yield Static(
+            f"this terminal is too small: {LEAST_SIZE[0]} × {LEAST_SIZE[1]} at least", id="too-small", markup=False
+        )
         yield Header(view, id="header")
         with Horizontal(id="upper"):
             with Vertical(id="blocks", classes="pane") as blocks:
@@ -158,6 +174,17 @@ class ScreenApp(Actions):
             self.action_compare()
         self.theme_changed_signal.subscribe(self, self._follow_theme)
         self.set_interval(FRAME_SECONDS, self.frame)
+        if not self.is_headless:
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                asyncio.get_running_loop().add_signal_handler(number, self._end_by_signal, number)
+
+    def _end_by_signal(self, number: int) -> None:
+        """Leave in good order, so that the terminal is as it was before. The code is 128 + the signal's number, as a shell has it."""
+        # Where the terminal itself is gone, Textual may wait for ever to write its farewell. The engine ends when its pipe does.
+        overdue = threading.Timer(LEAVE_SECONDS, os._exit, (128 + number,))
+        overdue.daemon = True
+        overdue.start()
+        self.exit(128 + number)
 
     def _follow_theme(self, theme: Theme) -> None:
         """Another theme was chosen: dark hues on dark, light ones on light."""
@@ -169,7 +196,7 @@ class ScreenApp(Actions):
         """The command palette: every key's action by name, the lessons, and Textual's own."""
         yield from super().get_system_commands(screen)
         for binding in self.BINDINGS:
-            if isinstance(binding, Binding) and binding.id not in ("quit.now", "lesson.leave"):
+            if isinstance(binding, Binding) and binding.id not in ("quit.now", "suspend", "lesson.leave"):
                 action = partial(self.run_action, binding.action)
                 yield SystemCommand(binding.description.capitalize(), f"key {binding.key.split(',')[0]}", action)
         for name in LESSONS:
@@ -189,16 +216,19 @@ class ScreenApp(Actions):
     def frame(self) -> None:
         """Take in what is new and paint it."""
         session, now = self.session, time.monotonic()
-        if now < self._rest_until and session.at_full_speed:
+        if now < self._rest_until and session.playback.at_full_speed:
             return
         if not self.whole:
             return
         if len(self.screen_stack) > 1:
-            session.look_away(now)
+            session.playback.look_away(now)
         change = session.tick(now)
-        if session.failed and not session.ready:
-            self.exit(2 if session.input_error else 1)
-        elif change.moved or self._painted_word != session.word:
+        if session.failed and not session.playback.ready:
+            if self._before is None:
+                self.exit(2 if session.input_error else 1)
+            else:
+                self._return_from_failed_run(self._before)
+        elif change.moved or self._painted_word != session.playback.word:
             self.paint(change)
             used = time.process_time()
             self._rest_until, self._used = now + (used - self._used) / CPU_SHARE, used
@@ -208,7 +238,8 @@ class ScreenApp(Actions):
         if not self.whole:
             return
         session = self.session
-        self._painted_word = session.word
+        script = session.playback.script
+        self._painted_word = session.playback.word
         block_map = self.screen_stack[0].query_one("#map", BlockMap).model
         self.view = view = replace(
             self.view,
@@ -220,16 +251,16 @@ class ScreenApp(Actions):
             occupied=session.source.occupied,
             marks=session.source.marks,
             token_bytes=session.snapshot.token_bytes,
-            word=session.word,
+            word=session.playback.word,
             branched=session.branched,
-            speed=session.speed_text,
+            speed=session.playback.speed_text,
             message=session.message,
             bookmarks=tuple(session.bookmarks),
-            caption=session.caption,
+            caption=script.caption if script is not None else "",
             zoom=block_map.zoom,
             per_cell=block_map.per_cell,
             moves=session.moves,
-            flash=session.flash,
+            flash=script.flash if script is not None else frozenset(),
             shadows=session.shadows(),
             hindsight=session.live is None,
         )
@@ -239,7 +270,7 @@ class ScreenApp(Actions):
                 watched if watched >= 0 else view.watched if view.watched > 0 else most_shared(session.snapshot)
             )
         still = (
-            view.block >= 0 or not session.playing
+            view.block >= 0 or not session.playback.moving
         )  # the past of a block that changes with each step is not read back
         view.past = ()
         if view.inspected >= 0 and still and self._inspecting():

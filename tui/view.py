@@ -1,13 +1,13 @@
-"""What every pane is given: one moment of a trace and how to show it. And lines: runs of (text, role) that become
-strips.
+"""What every pane is given: one moment of a trace, and how to show it. And lines of (text, role), which become strips.
 
-Everything that a pane shows comes from here, so that live, replay and tests feed the same widgets.
+Everything that a pane shows comes from here, so that live runs, replays and tests feed the same widgets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,14 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.strip import Strip
 
+from minipaged.text.safe import clean
 from minipaged.trace.events import ShadowDelta, StepDelta
 from minipaged.trace.file import Header
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui import palette
-from minipaged.tui.history import Past
 from minipaged.tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
-from minipaged.tui.safe import to_ascii
+from minipaged.tui.reading.history import Past
+from minipaged.tui.words.cells import to_ascii
 
 Run = tuple[str, str]  # text, role (a name of palette.style)
 Line = list[Run]
@@ -52,12 +53,13 @@ class View:
     moves: Mapping[int, str] = field(default_factory=dict)  # sequence -> the queue event it was just seen in
     flash: frozenset[int] = frozenset()  # blocks that a lesson has just changed
     block: int = -1  # the cursor's block; -1: none
-    watched: int = -1  # without a cursor: the block that something told of has just happened to
+    watched: int = -1  # without a cursor: the block of this step's most telling event
     only: int = -1  # the sequence that is not dimmed; -1: all are equal
     bookmarks: tuple[int, ...] = ()
     past: tuple[Past, ...] = ()  # of the cursor's block
     glyphs: Glyphs = UNICODE
     mode: Mode = "dark"
+    _other_hues: Mapping[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def letter(self, sequence: int) -> str:
         """A sequence's letter; ? once it is forgotten."""
@@ -67,7 +69,14 @@ class View:
     def hue(self, sequence: int) -> int:
         """A sequence's hue, 0 to 6."""
         state = self.snapshot.sequences.get(sequence)
-        return state.label % NUM_HUES if state is not None else 0
+        return self.other_hues.get(sequence, state.label % NUM_HUES) if state is not None else 0
+
+    @property
+    def other_hues(self) -> Mapping[int, int]:
+        """The hues of sequences that have not their label's."""
+        if self._other_hues is None:
+            self._other_hues = other_hues(self.snapshot)
+        return self._other_hues
 
     def role(self, sequence: int, *, shared: bool = False) -> str:
         """A sequence's role for palette.style; faint when another one is looked at alone."""
@@ -96,8 +105,35 @@ class View:
         return self.position >= self.length
 
 
+def other_hues(snapshot: Snapshot) -> dict[int, int]:
+    """Sequence -> hue, where the hue of its label is that of a living sibling: the next one that none in its request has.
+
+    So no two living answers to one prompt look alike, up to seven; past seven hues repeat, and the letters tell them apart.
+    """
+    alive = [state for state in snapshot.sequences.values() if state.alive]
+    if len({(state.request, state.label % NUM_HUES) for state in alive}) == len(alive):
+        return {}  # as almost always
+    taken: dict[int, set[int]] = {}
+    others: dict[int, int] = {}
+    for state in sorted(alive, key=lambda state: state.label):
+        siblings = taken.setdefault(state.request, set())
+        hue = state.label % NUM_HUES
+        if hue in siblings and len(siblings) < NUM_HUES:
+            hue = next(other % NUM_HUES for other in range(hue + 1, hue + NUM_HUES) if other % NUM_HUES not in siblings)
+            others[state.sequence] = hue
+        siblings.add(hue)
+    return others
+
+
+@lru_cache(maxsize=4096)
+def _safe(text: str) -> str:
+    """The text without what may steer a terminal: names in a trace, words of an engine and file names are a stranger's."""
+    return clean(text)
+
+
 def shown(text: str, view: View) -> str:
     """The text in the characters that the view allows."""
+    text = _safe(text)
     return to_ascii(text) if view.glyphs.ascii else text
 
 
@@ -108,8 +144,7 @@ def width_of(line: Iterable[Run]) -> int:
 
 def strip_of(line: Line, width: int, view: View, base: Style) -> Strip:
     """A line as a strip of exactly `width` cells."""
-    ascii_only = view.glyphs.ascii
-    segments = [Segment(to_ascii(text) if ascii_only else text, base + view.style(role)) for text, role in line if text]
+    segments = [Segment(shown(text, view), base + view.style(role)) for text, role in line if text]
     return Strip(segments).adjust_cell_length(width, base)
 
 

@@ -333,8 +333,8 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/execution/eager.py`: `TorchRunner` passes such a function to the model; `attend_pages` is
-#   what it calls.
-# - `minipaged/execution/kv_store.py`: `KVStore` holds the tensors, in blocks instead of one long row.
+# - `minipaged/execution/eager.py`: `TorchRunner` passes such a function to the model.
+# - `minipaged/execution/paged_kv.py`: `PagedKV` holds the tensors, in blocks instead of one long row; the
+#   function calls its `write` and `attend`.
 # - `kernels/cache/cache_write.py`: `write_kv` puts new keys and values in their slots.
 # - `minipaged/config.py`: `ModelConfig.kv_bytes_per_token` is task 3.

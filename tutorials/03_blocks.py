@@ -437,9 +437,9 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/block_pool.py`: `BlockPool.take` and `BlockPool.drop` are your two methods, with a count
+# - `minipaged/memory/blocks.py`: `BlockPool.take` and `BlockPool.drop` are your two methods, with a count
 #   of holders in place of the set (lesson 8).
-# - `minipaged/memory/free_list.py`: `FreeList`, the list itself.
+# - `minipaged/memory/blocks.py`: `FreeList`, the list itself.
 # - `minipaged/memory/types.py`: `NULL_BLOCK`.
 # - `minipaged/laws.py`: `LAWS`, what you wrote as a function, written as sentences.
 # - `tests/laws`: the tests that hold minipaged to them, as yours held the pool.

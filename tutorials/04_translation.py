@@ -291,8 +291,8 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/execution/eager.py`: `StepInputs` turns a step's plan into a slot mapping.
+# - `minipaged/execution/step_inputs.py`: `StepInputs` turns a step's plan into a slot mapping.
 # - `kernels/cache/cache_write.py`: `write_kv` takes it.
 # - `minipaged/scheduling/plan.py`: `StepPlan` carries `tables`, `starts` and `lengths`, the arguments of task
 #   2.
-# - `minipaged/memory/sequence_blocks.py`: `SequenceBlocks` owns one sequence's table.
+# - `minipaged/memory/tables.py`: `SequenceBlocks` owns one sequence's table.

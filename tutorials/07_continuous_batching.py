@@ -338,4 +338,4 @@ if __name__ == "__main__":
 #   does.
 # - `minipaged/config.py`: `EngineConfig` with `max_num_batched_tokens` and `max_num_seqs`, your budget and
 #   your limit.
-# - `minipaged/baselines/systems.py`: static batching and its relatives, for comparison.
+# - `minipaged/baselines/batches.py`: static batching and its relatives, for comparison.

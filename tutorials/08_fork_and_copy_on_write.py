@@ -397,9 +397,9 @@ if __name__ == "__main__":
 # ## Where this lives in minipaged
 #
 # - `minipaged/memory/block_manager.py`: `BlockManager.fork`, `BlockManager.append` and `BlockManager.free`.
-# - `minipaged/memory/table_editor.py`: `TableEditor.copy_tail` does what your second case does, and reports
+# - `minipaged/memory/tables.py`: `TableEditor.copy_tail` does what your second case does, and reports
 #   the pair.
-# - `minipaged/memory/pending_copies.py`: a copy can still be given up before it ran; you did not need to
+# - `minipaged/memory/tables.py`: a copy can still be given up before it ran; you did not need to
 #   care.
 # - `kernels/cache/block_copy.py`: `copy_blocks`, the copies of one step.
 # - `minipaged/laws.py`: `LAWS`, laws L12 to L20.

@@ -452,9 +452,9 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `minipaged/memory/prefix_index.py`: `next_key` is one link of task 1, `PrefixIndex.match` is task 2,
+# - `minipaged/memory/blocks.py`: `next_key` is one link of task 1, `PrefixHit.find` is task 2,
 #   `root_key` takes the salt.
-# - `minipaged/memory/block_pool.py`: `BlockPool.take` is task 3.
+# - `minipaged/memory/blocks.py`: `BlockPool.take` is task 3.
 # - `minipaged/memory/block_manager.py`: `BlockManager.allocate` is your start, with the same order: hold what
 #   was found, then take.
 # - `minipaged/memory/block_manager.py`: `BlockManager.mark_computed` publishes, and never before the block is

@@ -551,5 +551,5 @@ if __name__ == "__main__":
 # - `minipaged/memory/block_manager.py`: `BlockManager.swap_out` and `BlockManager.swap_in`, which also keep
 #   sharing alive: a block of two samples travels once.
 # - `minipaged/scheduling/policies.py`: `PreemptionCost.swap_is_cheaper` does the calculation.
-# - `minipaged/memory/host_pool.py`: `HostPool`.
+# - `minipaged/memory/swap.py`: `HostPool`.
 # - `minipaged/laws.py`: `LAWS`, laws L39 to L50, and L55: the outputs do not depend on the schedule.

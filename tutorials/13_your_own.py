@@ -36,16 +36,13 @@ from __future__ import annotations
 
 import random
 import time
-from array import array
 from collections import OrderedDict
 from pathlib import Path
 
 from minipaged.errors import InputError
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.block_pool import BlockPool
-from minipaged.memory.pending_copies import PendingCopies
-from minipaged.memory.prefix_index import next_key, root_key
-from minipaged.memory.sequence_blocks import SequenceBlocks
+from minipaged.memory.blocks import BlockPool
+from minipaged.memory.tables import PendingCopies, SequenceBlocks
 from minipaged.memory.types import NULL_BLOCK, Allocation
 
 
@@ -200,21 +197,23 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 2: `MyPrefixIndex`
 #
-# Content to block. `root_key(salt)` is the key before the first block, `next_key(key, tokens as bytes)` one
-# link of the chain; tokens come as an `array`, so a slice has `tobytes()`.
+# Content to blocks. The keys are made elsewhere, one link of a chain for each block (lesson 10); here a key is
+# some bytes.
 #
-# Two rules. A key belongs to one block, a block has one key: `publish` returns `False` and changes nothing
-# where either is taken. And `match` returns at most `most` blocks, with their keys; the caller has taken care
-# that a token is left over.
+# Two rules. A block has one key: `publish` returns `False` and changes nothing where it has one already. And a key
+# may belong to several blocks, as two sequences that compute the same text side by side make two copies of it:
+# all are remembered, the one published first is found, and when it is erased the next one is.
 
 
 # %%
 class MyPrefixIndex:
-    """Keys and the blocks that can be found by them: one to one.
+    """Keys and the blocks that hold their content.
 
     >>> index = MyPrefixIndex()
-    >>> index.publish(b"some key", 3), index.publish(b"some key", 4), 3 in index, index.erase(3), len(index)
-    (True, False, True, True, 0)
+    >>> index.publish(b"some key", 3), index.publish(b"some key", 4), index.find(b"some key")
+    (True, True, 3)
+    >>> index.erase(3), index.find(b"some key"), index.find(b"another"), 3 in index, len(index)
+    (True, 4, None, False, 1)
     """
 
     def __init__(self) -> None:
@@ -233,59 +232,47 @@ class MyPrefixIndex:
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
     def publish(self, key: bytes, block: int) -> bool:
-        """From now on `key` finds `block`; False, and nothing changed, if one of them is taken."""
+        """`block` holds the content of `key` from now on; False, and nothing changed, if the block has a key."""
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
     def erase(self, block: int) -> bool:
-        """The block can no longer be found; False if it could not anyway."""
+        """The block can no longer be found (another with its content still can); False if it could not anyway."""
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
-    def match(self, tokens: array, block_size: int, salt: str | None, most: int) -> tuple[list[int], list[bytes]]:
-        """The longest run of leading blocks that can be found, at most `most`: the blocks, and their keys."""
+    def find(self, key: bytes) -> int | None:
+        """The block that is found by the key; None if there is none."""
         raise NotImplementedError("lesson 13, task 2: MyPrefixIndex")
 
 
 # %%
-def text(*tokens: int) -> array:
-    return array("I", tokens)
-
-
-def published(index: MyPrefixIndex, tokens: array, blocks: list[int], salt: str | None = None) -> list[bytes]:
-    keys, key = [], root_key(salt)
-    for i, block in enumerate(blocks):
-        key = next_key(key, tokens[2 * i : 2 * i + 2].tobytes())
-        keys.append(key)
-        assert index.publish(key, block)
-    return keys
-
-
-def test_2_finds_from_the_left_until_the_first_miss() -> None:
-    index, tokens = MyPrefixIndex(), text(1, 2, 3, 4, 5, 6)
-    keys = published(index, tokens, [7, 3, 5])
-    assert index.match(tokens, 2, None, 3) == ([7, 3, 5], keys)
-    assert index.match(tokens, 2, None, 2) == ([7, 3], keys[:2])
-    assert index.match(tokens, 2, "somebody", 3) == ([], []), "another salt is another world"
-    assert index.match(text(9, 9, 3, 4), 2, None, 2) == ([], [])
-    assert index.erase(3)
-    assert index.match(tokens, 2, None, 3) == ([7], keys[:1])
-
-
-def test_2_one_key_one_block() -> None:
-    index, tokens = MyPrefixIndex(), text(1, 2)
-    (key,) = published(index, tokens, [4])
-    assert index.publish(key, 9) is False, "the key is taken: the older block keeps it"
+def test_2_a_block_has_one_key() -> None:
+    index = MyPrefixIndex()
+    assert index.find(b"key") is None
+    assert index.publish(b"key", 4)
     assert index.publish(b"another", 4) is False, "the block has a key"
-    assert index.match(tokens, 2, None, 1) == ([4], [key])
+    assert index.find(b"key") == 4
+    assert index.find(b"another") is None
     assert (len(index), 4 in index, 9 in index, index.blocks()) == (1, True, False, [4])
     assert index.erase(4) is True
     assert index.erase(4) is False
-    assert len(index) == 0
-    assert index.publish(key, 9)
+    assert (len(index), index.find(b"key")) == (0, None)
+
+
+def test_2_equal_content_is_remembered_twice() -> None:
+    index = MyPrefixIndex()
+    assert all(index.publish(b"key", block) for block in (4, 9, 2))
+    assert (index.find(b"key"), index.blocks()) == (4, [4, 9, 2]), "the one published first is found"
+    assert index.erase(9)
+    assert index.find(b"key") == 4
+    assert index.erase(4)
+    assert index.find(b"key") == 2, "the copy that is left"
+    assert index.publish(b"key", 4)
+    assert index.find(b"key") == 2
 
 
 if __name__ == "__main__":
-    test_2_finds_from_the_left_until_the_first_miss()
-    test_2_one_key_one_block()
+    test_2_a_block_has_one_key()
+    test_2_equal_content_is_remembered_twice()
 
 # %% [markdown]
 # ## Task 3: `MyBlockPool`
@@ -384,17 +371,17 @@ if __name__ == "__main__":
 # 1. `parent.child(child_id)` makes the child, with lists of its own; `child.table` are its blocks;
 # 2. each of these blocks gains a holder (task 3), except the null block, which nobody holds;
 # 3. the child goes into the directory: `self._sequences.add(child)`;
-# 4. report the event: `self._editor.tell("fork", child_id, -1, parent_id, len(child.table))`. The screen, the
+# 4. report the event: `self._editor.emit("fork", child_id, -1, parent_id, len(child.table))`. The screen, the
 #    trace and the specification read nothing but these events.
 #
 # ## Task 5: `MyBlockManager.more_room`
 #
 # Lesson 6 and lesson 8 in one method; `append` checks its arguments and calls it. The sequence has
-# `sequence.room` for so many tokens, `num_tokens` more are wanted:
+# `sequence.reserved` for so many tokens, `num_tokens` more are wanted:
 #
 # ```
 #  size 4        table [ 7,         8 ]                have = 2 entries, 8 slots
-#                        █ █ █ █    █ █ · ·            room = 6 < 8: the new tokens begin in the tail, at its slot 2
+#                        █ █ █ █    █ █ · ·            reserved = 6 < 8: the new tokens begin in the tail, at its slot 2
 #  num_tokens 7                     · · 6 7 8 9 …      need = blocks for 6 + 7 tokens = 4: grow by 2
 #                                                      if others hold block 8: copy it first, so 3 blocks must be free
 # ```
@@ -403,7 +390,7 @@ if __name__ == "__main__":
 #
 # 1. count: `need` is the blocks for the new room, `have` the entries of `sequence.table`, and
 #    `self._block_size` the tokens of a block;
-# 2. does the first new token fall into the tail (`room < have * size`), and must the tail be copied first?
+# 2. does the first new token fall into the tail (`reserved < have * size`), and must the tail be copied first?
 #    `self._editor.copies.must_copy(tail, slot)` says so: it looks at the count. `slot` is the first new
 #    token's place in the block;
 # 3. are there enough blocks, the copy included? `self._pool.num_available` can be taken. If not: return
@@ -412,9 +399,9 @@ if __name__ == "__main__":
 #    destination);
 # 5. if you write into the tail in place instead, nobody may find it by its old content any more: call
 #    `self._editor.index.erase(tail)`, and when that returns `True`,
-#    `self._editor.tell("evict", sequence.seq_id, tail, -1, have - 1)`;
+#    `self._editor.emit("evict", sequence.seq_id, tail, -1, have - 1)`;
 # 6. `self._editor.grow(sequence, count)` takes blocks, appends them to the table, and returns them;
-# 7. set `sequence.room`, return `Allocation(0, new_blocks, copies)`, both tuples.
+# 7. set `sequence.reserved`, return `Allocation(0, new_blocks, copies)`, both tuples.
 
 
 # %%
@@ -439,7 +426,7 @@ class MyBlockManager(BlockManager):
         """
         parent = self._sequences.on_device(parent_id)
         self._sequences.check_new(child_id)
-        if parent.room != parent.computed:
+        if parent.reserved != parent.computed:
             raise InputError(f"sequence {parent_id} has room that is not computed: truncate it first")
         raise NotImplementedError("lesson 13, task 4: MyBlockManager.fork")
 
@@ -624,16 +611,16 @@ def in_the_engine(kind: type[BlockManager], record_to: Path | None = None) -> tu
     from minipaged.config import EngineConfig, SamplingParams
     from minipaged.engine import Engine
     from minipaged.execution.eager import TorchRunner
-    from minipaged.execution.kv_store import KVStore
+    from minipaged.execution.paged_kv import PagedKV
     from minipaged.model.loading import zoo
     from minipaged.scheduling.scheduler import Scheduler
     from minipaged.trace.file import open_recorder
 
     num_blocks, block_size, toy = 52, 4, zoo.load("toy", device="cpu", dtype="float32")
-    store = KVStore(toy.config, num_blocks, block_size, dtype=torch.float32, device=torch.device("cpu"))
+    kv = PagedKV(toy.config, num_blocks, block_size, dtype=torch.float32, device=torch.device("cpu"))
     config = EngineConfig(max_model_len=150, preemption="recompute")
     scheduler = Scheduler(config, kind(num_blocks, block_size), block_size)
-    engine = Engine(scheduler, TorchRunner(toy.model, store, config.max_num_seqs), codec=toy.tokenizer)
+    engine = Engine(scheduler, TorchRunner(toy.model, kv, config.max_num_seqs), codec=toy.tokenizer)
     recorder = open_recorder(record_to, engine) if record_to is not None else None
     if recorder is not None:
         engine.trace.subscribe(recorder.write)
@@ -692,8 +679,8 @@ if __name__ == "__main__":
 #
 # From here on the code of minipaged should hold no secrets. Some things to try: break one of your parts on
 # purpose, in a way that all tests of this file overlook, and see how long the specification needs. Or give
-# `MyFreeList` another order of eviction and watch the hit rate. Or read `minipaged/memory/pending_copies.py`,
-# which is the hardest page of this project.
+# `MyFreeList` another order of eviction and watch the hit rate. Or read `PendingCopies` in `minipaged/memory/tables.py`,
+# the hardest class of this project.
 #
 # ## What real engines do
 #
@@ -706,6 +693,6 @@ if __name__ == "__main__":
 # ## Where this lives in minipaged
 #
 # - `minipaged/memory/block_manager.py`: `BlockManager`, whose parts you have just replaced.
-# - `minipaged/memory/free_list.py`: `FreeList`. `minipaged/memory/prefix_index.py`: `PrefixIndex`.
-# - `minipaged/memory/block_pool.py`: `BlockPool`. `minipaged/memory/table_editor.py`: `TableEditor`.
+# - `minipaged/memory/blocks.py`: `FreeList`, `PrefixIndex` and `BlockPool`.
+# - `minipaged/memory/tables.py`: `TableEditor`.
 # - `tests/laws`: the specification. `tests/mutants`: the bugs that it is known to find.

@@ -1,6 +1,6 @@
 """Attention of one new token per sequence over its paged context.
 
-Knows block tables and lengths; knows nothing of sequences or the model. The Triton kernel is in decode_triton.py.
+The Triton kernel is in decode_triton.py.
 Source: PagedAttention (Kwon et al., 2023, section 4.3); grouped heads: GQA (Ainslie et al., 2023).
 """
 

@@ -1,6 +1,6 @@
 """Causal attention of prompt chunks over their paged prefix and themselves.
 
-Knows block tables and lengths; knows nothing of sequences or the model. The kernels are in prefill_triton.py and, for what Hopper's own
+The kernels are in prefill_triton.py and, for what Hopper's own
 way is faster at, prefill_hopper.py.
 Source: FlashAttention-2 (Dao, 2023) for the kernel's loop; chunked prefill: Sarathi-Serve (Agrawal et al., 2024).
 """

@@ -1,6 +1,6 @@
 """Copying whole blocks inside the cache: what copy-on-write does.
 
-Knows block ids; knows nothing of reference counts or of why a block is copied. The Triton kernel is in block_copy_triton.py.
+The Triton kernel is in block_copy_triton.py.
 """
 
 from __future__ import annotations

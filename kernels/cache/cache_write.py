@@ -1,6 +1,6 @@
 """Writing new keys and values into their slots of the paged cache.
 
-Knows slots; knows nothing of sequences or of who owns a block. The Triton kernel is in cache_write_triton.py.
+The Triton kernel is in cache_write_triton.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Rotating queries and keys by their positions, and writing keys and values to the cache, in one pass; before it, where a model has
 one, the norm of each head.
 
-Knows positions and slots; knows nothing of sequences or of how the angles were scaled. The Triton kernel is in rope_write_triton.py.
-Source: RoFormer (Su et al., 2021), in the half-split form of GPT-NeoX and Hugging Face; the norm of
-queries and keys: Qwen 3.
+The Triton kernel is in rope_write_triton.py.
+Source: RoFormer (Su et al., 2021), in the half-split form of GPT-NeoX and Hugging Face; the norm of queries and keys: Qwen 3.
 """
 
 from __future__ import annotations

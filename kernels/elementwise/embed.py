@@ -1,6 +1,6 @@
 """The embedding of a step's tokens, some of which only the device knows: those that the step before drew.
 
-Knows rows of a table; knows nothing of steps. The Triton kernel is in embed_triton.py.
+The Triton kernel is in embed_triton.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from minipaged.kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_integers,
 from minipaged.kernels.dispatch import use_triton
 
 
-def embed_tokens(table: Tensor, token_ids: Tensor, newest: Tensor, places: Tensor) -> Tensor:
-    """table[token_ids[t]], or table[newest[places[t]]] where token_ids[t] is negative: a new tensor [T, size].
+def embed_tokens(table: Tensor, token_ids: Tensor, newest: Tensor, batch_indices: Tensor) -> Tensor:
+    """table[token_ids[t]], or table[newest[batch_indices[t]]] where token_ids[t] is negative: a new tensor [T, size].
 
-    table: [vocab, size], contiguous. token_ids, places: int32 or int64 [T]. newest: int64 [any]. Moves T * size elements in and out.
+    table: [vocab, size], contiguous. token_ids, batch_indices: int32 or int64 [T]. newest: int64 [any]. Moves T * size elements in and out.
     Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     if table.dim() != 2 or table.dtype not in FLOAT_DTYPES or not table.is_contiguous():
@@ -24,16 +24,16 @@ def embed_tokens(table: Tensor, token_ids: Tensor, newest: Tensor, places: Tenso
             "[vocab, size], contiguous"
         )
     check_integers("token_ids", token_ids, INDEX_DTYPES, None, table.device)
-    check_integers("places", places, INDEX_DTYPES, len(token_ids), table.device)
+    check_integers("batch_indices", batch_indices, INDEX_DTYPES, len(token_ids), table.device)
     check_integers("newest", newest, torch.int64, None, table.device)
     if use_triton(table):
         from minipaged.kernels.elementwise.embed_triton import embed_tokens_triton
 
-        return embed_tokens_triton(table, token_ids, newest, places)
-    return embed_tokens_torch(table, token_ids, newest, places)
+        return embed_tokens_triton(table, token_ids, newest, batch_indices)
+    return embed_tokens_torch(table, token_ids, newest, batch_indices)
 
 
-def embed_tokens_torch(table: Tensor, token_ids: Tensor, newest: Tensor, places: Tensor) -> Tensor:
+def embed_tokens_torch(table: Tensor, token_ids: Tensor, newest: Tensor, batch_indices: Tensor) -> Tensor:
     """The twin of embed_tokens_triton."""
     known = token_ids >= 0
-    return table.index_select(0, torch.where(known, token_ids, newest.index_select(0, places)))
+    return table.index_select(0, torch.where(known, token_ids, newest.index_select(0, batch_indices)))

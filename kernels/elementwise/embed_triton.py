@@ -12,20 +12,20 @@ from minipaged.kernels.launch_table import next_power_of_two
 
 @triton.jit
 def _embed_kernel(
-    out_ptr, table_ptr, token_ids_ptr, newest_ptr, places_ptr, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+    out_ptr, table_ptr, token_ids_ptr, newest_ptr, batch_indices_ptr, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_previous(DEPENDENT)
     token = tl.load(token_ids_ptr + row).to(tl.int64)
     if token < 0:
-        token = tl.load(newest_ptr + tl.load(places_ptr + row))
+        token = tl.load(newest_ptr + tl.load(batch_indices_ptr + row))
     values = tl.load(table_ptr + token * size + column, mask=column < size)
     tl.store(out_ptr + row.to(tl.int64) * size + column, values, mask=column < size)
 
 
 def embed_tokens_triton(
-    table: torch.Tensor, token_ids: torch.Tensor, newest: torch.Tensor, places: torch.Tensor
+    table: torch.Tensor, token_ids: torch.Tensor, newest: torch.Tensor, batch_indices: torch.Tensor
 ) -> torch.Tensor:
     """See embed_tokens."""
     num_tokens, size = len(token_ids), table.shape[1]
@@ -34,6 +34,6 @@ def embed_tokens_triton(
         return out
     block = min(1024, next_power_of_two(size))
     _embed_kernel[(num_tokens, triton.cdiv(size, block))](
-        out, table, token_ids, newest, places, size, BLOCK=block, num_warps=4, **dependent_launch(table.device)
+        out, table, token_ids, newest, batch_indices, size, BLOCK=block, num_warps=4, **dependent_launch(table.device)
     )
     return out

@@ -1,6 +1,6 @@
 """RMS norm of rows, and of the heads in them.
 
-Knows rows of hidden states; knows nothing of layers. The Triton kernels are in norm_triton.py.
+The Triton kernels are in norm_triton.py.
 Source: Zhang and Sennrich, 2019. Rounding is that of transformers' Llama: the mean and the quotient in float32, rounded to x's dtype
 before the weight multiplies them.
 """

@@ -1,7 +1,6 @@
 """The matrix products of a layer with what stands around them: the norm before, the residual sum or the gate after.
 
-Knows rows of hidden states and weights; knows nothing of layers. The Triton kernels, for the few rows of a small decode step, are in
-linear_triton.py; with more rows the product is torch's.
+The Triton kernels, for the few rows of a small decode step, are in matmul_triton.py; with more rows the product is torch's.
 """
 
 from __future__ import annotations
@@ -102,10 +101,15 @@ def linear_torch(
     eps: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The twin of the Triton kernels, and the way of many rows: the norm apart, the sum as the product's own beta."""
+    """The twin of the Triton kernels, and the way of many rows: the norm apart, the sum as the product's own beta.
+
+    On a CPU the product is rounded before the sum, as transformers does it, so that outputs can be compared in sixteen bits too.
+    """
     normed = x if norm is None else rms_norm(x, norm, eps)
     if residual is None:
         return F.linear(normed, weight, bias)
+    if not x.is_cuda:
+        return residual.add_(F.linear(normed, weight, bias))
     if bias is not None:
         residual.add_(bias)
     return torch.addmm(residual, normed, weight.t(), out=residual)

@@ -1,7 +1,6 @@
 """From logits to tokens: the most likely one, or one drawn at a temperature by looking a uniform number up in the cumulative distribution.
 
-Knows rows of logits; knows nothing of requests and streams. Truncation (top-k, top-p) is one number a row: see truncate.py. The Triton
-kernels are in draw_triton.py.
+Truncation (top-k, top-p) is one number a row: see truncate.py. The Triton kernels are in draw_triton.py.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from minipaged.kernels.dispatch import use_triton
 
 
 def draw_tokens(
-    logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None, least: Tensor | None = None
+    logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None, threshold: Tensor | None = None
 ) -> Tensor:
     """One token a row, int64 [rows]: the first most likely one where temperature is below COLDEST (or not given), else the token at
     which the cumulative distribution of softmax(logits / temperature) passes `uniform`.
 
     logits: [rows, vocab], its last dimension contiguous. temperature: float32 or float64 [rows]. uniform: float64
-    [rows], each in [0, 1). least: float32 [rows]: logits below it weigh nothing (see truncation_threshold); nothing is cut if not given. A
+    [rows], each in [0, 1). threshold: float32 [rows]: logits below it weigh nothing (see truncation_threshold); nothing is cut without. A
     row's draw depends on that row alone. Reads the logits once, and one part of them again. Raises ValueError on shapes, dtypes or devices
     that do not fit.
     """
@@ -30,23 +29,23 @@ def draw_tokens(
     for name, column, dtypes in (
         ("temperature", temperature, (torch.float32, torch.float64)),
         ("uniform", uniform, (torch.float64,)),
-        ("least", least, (torch.float32,)),
+        ("threshold", threshold, (torch.float32,)),
     ):
         if column is not None:
             check_column(name, column, logits, dtypes)
     if use_triton(logits):
         from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
 
-        return draw_tokens_triton(logits, temperature, uniform, least)
-    return draw_tokens_torch(logits, temperature, uniform, least)
+        return draw_tokens_triton(logits, temperature, uniform, threshold)
+    return draw_tokens_torch(logits, temperature, uniform, threshold)
 
 
 def draw_tokens_torch(
-    logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None, least: Tensor | None = None
+    logits: Tensor, temperature: Tensor | None = None, uniform: Tensor | None = None, threshold: Tensor | None = None
 ) -> Tensor:
     """The twin of draw_tokens_triton. Sums in float64, so that a draw near a boundary is decided as exactly as it can be."""
-    if least is not None:
-        logits = logits.masked_fill(logits < least[:, None], float("-inf"))
+    if threshold is not None:
+        logits = logits.masked_fill(logits < threshold[:, None], float("-inf"))
     best = logits.argmax(dim=-1)
     if temperature is None or uniform is None:
         return best

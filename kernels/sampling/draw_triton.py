@@ -41,7 +41,7 @@ def _parts_kernel(
     place_ptr,  # int32 [rows, parts]: where it is; not written for a row that is drawn
     weight_ptr,  # float32 [rows, parts]: sum of exp((logit - largest) / temperature); not written for a greedy row
     logits_ptr,
-    least_ptr,
+    threshold_ptr,
     temperature_ptr,
     vocab,
     stride,
@@ -61,7 +61,7 @@ def _parts_kernel(
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
     logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
     if TRUNCATED:
-        logits = tl.where(logits >= tl.load(least_ptr + row), logits, float("-inf"))
+        logits = tl.where(logits >= tl.load(threshold_ptr + row), logits, float("-inf"))
     best = tl.max(logits, 1)
     at = row * num_parts + part
     tl.store(best_ptr + at, best, mask=part < num_parts)
@@ -81,7 +81,7 @@ def _token_kernel(
     place_ptr,
     weight_ptr,
     logits_ptr,
-    least_ptr,
+    threshold_ptr,
     temperature_ptr,
     uniform_ptr,
     vocab,
@@ -118,7 +118,7 @@ def _token_kernel(
             column = chosen * PART + tl.arange(0, PART)
             logits = load_logits(logits_ptr + row.to(tl.int64) * stride, column, vocab)
             if TRUNCATED:
-                logits = tl.where(logits >= tl.load(least_ptr + row), logits, float("-inf"))
+                logits = tl.where(logits >= tl.load(threshold_ptr + row), logits, float("-inf"))
             each = tl.exp2((logits - top) * base_2(temperature)).to(tl.float64)
             position = tl.sum((tl.cumsum(each, 0) <= within).to(tl.int32), 0)
             # Sums of float32 and of float64 differ in their last digits: never past the last token that has any weight.
@@ -144,7 +144,7 @@ def draw_tokens_triton(
     logits: torch.Tensor,
     temperature: torch.Tensor | None = None,
     uniform: torch.Tensor | None = None,
-    least: torch.Tensor | None = None,
+    threshold: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See draw_tokens."""
     rows, vocab = logits.shape
@@ -158,10 +158,10 @@ def draw_tokens_triton(
     absent = best  # a pointer that is not read
     logits_of = (
         logits,
-        absent if least is None else least,
+        absent if threshold is None else threshold,
         absent if temperature is None else temperature,
     )
-    kinds = {"WARM": temperature is not None, "TRUNCATED": least is not None, **dependent_launch(logits.device)}
+    kinds = {"WARM": temperature is not None, "TRUNCATED": threshold is not None, **dependent_launch(logits.device)}
     _parts_kernel[(triton.cdiv(num_parts, parts.a_program), rows)](
         best,
         place,

@@ -1,7 +1,7 @@
 """Top-k, top-p and min-p as one number a row: the least logit that a draw may still take.
 
 Tokens below it weigh nothing in `draw_tokens`; nothing is sorted, gathered or written back. Tokens that tie with the last one kept stay, as
-in transformers' top-k. Knows rows of logits; knows nothing of requests. The Triton kernel is in truncate_triton.py.
+in transformers' top-k. The Triton kernel is in truncate_triton.py.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def truncation_threshold_torch(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
     """The twin of truncation_threshold_triton: by sorting. Sums in float64."""
-    least = torch.full(logits.shape[:1], float("-inf"), dtype=torch.float32, device=logits.device)
+    threshold = torch.full(logits.shape[:1], float("-inf"), dtype=torch.float32, device=logits.device)
     cut = (temperature.float() >= COLDEST) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     for rows in torch.split(cut.nonzero().squeeze(1), SORTED_ROWS):
-        least[rows] = _by_sorting(logits[rows].float(), *(x[rows] for x in (temperature, top_k, top_p, min_p)))
-    return least
+        threshold[rows] = _by_sorting(logits[rows].float(), *(x[rows] for x in (temperature, top_k, top_p, min_p)))
+    return threshold
 
 
 def _by_sorting(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def _search(
 
 
 @triton.jit
-def _least_kept_kernel(
+def _threshold_kernel(
     out_ptr,  # float32 [rows]
     logits_ptr,
     temperature_ptr,
@@ -86,7 +86,7 @@ def _least_kept_kernel(
     top_k = tl.load(top_k_ptr + row).to(tl.int32)
     top_p = tl.load(top_p_ptr + row).to(tl.float32)
     min_p = tl.load(min_p_ptr + row).to(tl.float32)
-    least = float("-inf")
+    threshold = float("-inf")
     if temperature >= COLDEST and (top_k > 0 or top_p < 1.0 or min_p > 0.0):
         row_ptr = logits_ptr + row.to(tl.int64) * stride
         bests = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -106,10 +106,10 @@ def _least_kept_kernel(
                 kept += tl.where(logits >= _number(low, GRAIN), weight, 0.0)
             enough = tl.maximum(top_p * tl.sum(kept, 0), LEAST_SHARE)
             low = _search(row_ptr, vocab, low, high, enough, best, base, False, GRAIN, BLOCK)
-        least = _number(low, GRAIN)
+        threshold = _number(low, GRAIN)
         if min_p > 0.0:
-            least = tl.minimum(tl.maximum(least, best + tl.log2(min_p) / base), best)
-    tl.store(out_ptr + row, least)
+            threshold = tl.minimum(tl.maximum(threshold, best + tl.log2(min_p) / base), best)
+    tl.store(out_ptr + row, threshold)
 
 
 def truncation_threshold_triton(
@@ -120,7 +120,7 @@ def truncation_threshold_triton(
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return out
-    _least_kept_kernel[(rows,)](
+    _threshold_kernel[(rows,)](
         out,
         logits,
         temperature,

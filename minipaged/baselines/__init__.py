@@ -1,1 +1,1 @@
-"""The systems that paging is compared with: how each holds memory and admits requests, and shadows of them beside a real run."""
+"""Other systems' memory: how each holds keys and values, whom it admits, and shadows of them beside a real run. README.md is the map."""

@@ -1,6 +1,6 @@
 """The buddy allocator: chunks are powers of two, split in halves on demand and merged again when both halves are free.
 
-Knows offsets and sizes; knows nothing of requests. Source: Knowlton, "A fast storage allocator", CACM 1965. A pool
+Source: Knowlton, "A fast storage allocator", CACM 1965. A pool
 that is no power of two starts as whole chunks of the largest size and the binary remainder: 15,728 slots are 7 x
 2048 + 1024 + 256 + 64 + 32 + 16.
 """

@@ -2,24 +2,30 @@
 admission to finish.
 
 It stands where BlockManager stands, so that the same scheduler, runner and kernels execute every system; only what
-is held, and therefore who may enter, differs. Nothing is shared: a fork gets a run of its own and copies. Knows
-rules and runs; knows nothing of tensors.
+is held, and therefore who may enter, differs. Nothing is shared: a fork gets a run of its own and copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from minipaged.baselines.batches import WebUI
 from minipaged.baselines.buddy import BuddyAllocator, next_power_of_two
+from minipaged.baselines.orca import Orca
 from minipaged.baselines.reservations import Reservations
-from minipaged.baselines.systems import Orca, PagedTGI, WebUI, reservations
-from minipaged.config import MAX_BLOCK_SIZE, check_int
+from minipaged.baselines.systems import reservations
+from minipaged.baselines.tgi import PagedTGI
+from minipaged.config import MAX_BLOCK_SIZE, EngineConfig, check_int
 from minipaged.errors import InputError
-from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, BlockEvent, PoolUsage
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.blocks import PrefixHit, PrefixIndex
+from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, BlockEvent, PoolUsage, token_array
+from minipaged.scheduling.scheduler import Scheduler
 
 _NOTHING = Allocation(0, (), ())
+_EMPTY_INDEX = PrefixIndex()
 
 
 class Ask(NamedTuple):
@@ -45,7 +51,7 @@ class _Run:
 
 
 class ContiguousBlockManager:
-    """A system of memory/systems.py in blocks. Set `ask_of` before the first allocate: it tells what a sequence's
+    """A system of baselines/systems.py in blocks. Set `ask_of` before the first allocate: it tells what a sequence's
     request asked for.
 
     The public calls are BlockManager's, with its errors; there is no prefix cache, no swap, no beam search (a beam
@@ -82,6 +88,9 @@ class ContiguousBlockManager:
         """Rows admitted in the step before now run: nobody joins a static batch any more."""
         self._accounts.close()
 
+    def end_step(self) -> None:
+        """Nothing: no promise is ever taken back here."""
+
     def take_events(self) -> tuple[BlockEvent, ...]:
         """What happened since the last call, in causal order."""
         events, self._events = tuple(self._events), []
@@ -100,6 +109,7 @@ class ContiguousBlockManager:
         num_sequences: int = 1,
         token_ids: Iterable[int] | None = None,
         salt: str | None = None,
+        hit: PrefixHit | None = None,
     ) -> Admission:
         """NEVER where not even an empty pool could hold it; else OK: `allocate` finds out whether there is room now."""
         check_int("num_tokens", num_tokens, 1)
@@ -115,6 +125,10 @@ class ContiguousBlockManager:
         empty = ContiguousBlockManager(self._num_blocks, self._block_size, self.system, max_len=self._max_len)
         return all(empty._reserve(num_tokens, ask) is not None for _ in range(ask.rows))
 
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        """A hit that finds nothing: nothing is cached."""
+        return PrefixHit(_EMPTY_INDEX, token_array(token_ids), self._block_size, salt)
+
     def match_prefix(self, token_ids: Iterable[int], *, salt: str | None = None) -> int:
         """0: nothing is cached."""
         return 0
@@ -127,7 +141,7 @@ class ContiguousBlockManager:
         num_tokens: int | None = None,
         salt: str | None = None,
         read_cache: bool = True,
-        reserve_tokens: int | None = None,
+        hit: PrefixHit | None = None,
     ) -> Allocation | None:
         """Reserve a row for every sequence of the request, and show the blocks of the first `num_tokens`. None: no
         room, nothing changed.
@@ -314,3 +328,22 @@ class ContiguousBlockManager:
         """Blocks by state; reserved blocks count as referenced, written or not."""
         free = len(self._free)
         return PoolUsage(self._num_blocks, 1, free, 0, self._num_blocks - 1 - free, 0, 0, 0)
+
+
+def contiguous_scheduler(
+    system: str, config: EngineConfig, num_blocks: int, block_size: int, *, max_new: int = 0
+) -> tuple[Scheduler, ContiguousBlockManager]:
+    """The engine's own scheduler over that system's memory.
+
+    Requests must run to their limit (`ignore_eos`): it is then the true length of the answer, which orca-oracle knows. For
+    the others a client allows `max_new` tokens, or the request's own limit if that is more.
+    """
+    manager = ContiguousBlockManager(num_blocks, block_size, system, max_len=config.max_model_len)
+    scheduler = Scheduler(config, cast(BlockManager, manager), block_size)
+
+    def ask(seq_id: int) -> Ask:
+        length = scheduler.sequences[seq_id].request.params.max_tokens
+        return Ask(max(max_new, length), length)
+
+    manager.ask_of = ask
+    return scheduler, manager

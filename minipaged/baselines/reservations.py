@@ -1,11 +1,11 @@
 """What a system that reserves ahead holds, as accounting over the slots of one pool.
 
-Knows prompt, answer and limit of each row; knows nothing of time, queues or kernels. The split of the pool is that of
+There is no time, queue or kernel here, only the prompt, answer and limit of each row. The split of the pool is that of
 the PagedAttention paper (section 3.1, Fig. 2): with t slots written of a row that will need p + o, of which R were
 reserved and C taken,
   token t . reserved (p + o) - t . internal R - (p + o) . external (C - R) and what is free while somebody waits
 and beside it: padding (left padding, rows that ended in a static batch), and idle: what is free while nobody waits.
-The systems themselves stand in systems.py.
+The systems themselves stand in batches.py, orca.py and tgi.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reservations:
     """Rows in a pool of `pool` slots. Subclasses say what a row takes and where.
 
     A row is admitted with nothing written; `grow` counts slots as they are written. Sums over the rows are kept, so
-    that `bands` is O(1).
+    that `breakdown` is O(1).
     """
 
     name = ""
@@ -138,7 +138,7 @@ class Reservations:
         """Slots that nobody else can take."""
         return self._chunks + self._padding()
 
-    def bands(self, *, waiting: bool, tokens: int | None = None) -> PoolBreakdown:
+    def breakdown(self, *, waiting: bool, tokens: int | None = None) -> PoolBreakdown:
         """The pool by what its slots hold. `waiting`: whether a request waits for room, which makes free slots
         fragmentation. `tokens`: the slots written in all rows, from a caller that counts them instead of calling
         `grow`.

@@ -1,24 +1,26 @@
 """Shadow allocators: what other systems would hold, at every step, on the very traffic that an engine serves.
 
-A listener of a trace, live or recorded. Knows arrivals, progress and ends of sequences from StepDeltas; knows
-nothing of engines. This is accounting, not speed: a shadow's row grows as the engine's sequence does, and a sequence
-that the shadow has no room for waits in its line until there is room or the engine has finished it. Nothing is
-shared: every fork is a row of its own.
+A shadow listens to a trace, live or recorded, and sees in it when sequences arrive, grow and end. This is accounting,
+not speed: a shadow's row grows as the engine's sequence does, and a sequence that the shadow has no room for waits in
+its line until there is room or the engine has finished it. Nothing is shared: every fork is a row of its own.
 
 The reservations need lengths that only hindsight knows. A recorded trace has them; live, a request's limit stands
-for its answer's length, and reserved and internal are then one band, called reserved.
+for its answer's length, and reserved and internal are then one, called reserved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minipaged.baselines.systems import RESERVING, reservations
 from minipaged.config import check_int
 from minipaged.errors import InputError
 from minipaged.memory.types import PoolBreakdown
 from minipaged.trace.events import ENDED, SequencePatch, ShadowDelta, StepDelta
+from minipaged.trace.file import StreamWriter
+from minipaged.trace.sources import FileSource
 
 DEFAULT_SYSTEMS = ("static", "fastertransformer", "orca-max", "orca-pow2", "orca-oracle", "tgi-early", "tgi-paged")
 
@@ -89,7 +91,7 @@ class Shadow:
         """What is held after the step."""
         waiting = bool(self._queue)
         picture = self.pool.runs(waiting=waiting) if runs else ()
-        return ShadowDelta(step, self.system, picture, self.pool.bands(waiting=waiting))
+        return ShadowDelta(step, self.system, picture, self.pool.breakdown(waiting=waiting))
 
 
 class ShadowListener:
@@ -184,7 +186,7 @@ class ShadowSummary:
     """A shadow over a whole trace, each step weighing the same."""
 
     system: str
-    bands: dict[str, float]  # shares of the pool
+    shares: dict[str, float]  # of the pool
     running: float  # mean sequences it would run
     waiting: float
     refused: int  # sequences that it could never hold
@@ -219,3 +221,34 @@ def summarise(
         )
         for shadow in listener.shadows
     )
+
+
+def read_deltas(path: Path) -> list[StepDelta]:
+    """Every step of a trace file. Raises TraceError if it is none."""
+    source = FileSource(path)
+    try:
+        return [source.delta(i) for i in range(len(source))]
+    finally:
+        source.close()
+
+
+def write_with_shadows(path: Path, out: Path, systems: Sequence[str], *, max_len: int) -> None:
+    """Write the trace at `path` again with a ShadowDelta of every system behind each step."""
+    if out.exists() and out.samefile(path):
+        raise InputError(f"{out} is the trace itself: write to another file")
+    source = FileSource(path)
+    try:
+        deltas = [source.delta(i) for i in range(len(source))]
+        try:
+            file = out.open("wb")
+        except OSError as error:
+            raise InputError(f"cannot write {out}: {error.strerror}") from None
+        with file:
+            writer = StreamWriter(file, source.header)
+            for delta, shadows in shadow_deltas(deltas, systems, max_len=max_len, runs=True):
+                writer.delta(delta)
+                for shadow in shadows:
+                    writer.shadow(shadow)
+            writer.finish()
+    finally:
+        source.close()

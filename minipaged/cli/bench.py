@@ -1,5 +1,5 @@
-"""`minipaged bench ...`: what things cost here. Prints a table; --json keeps the rows with device, versions, date
-and command.
+"""`minipaged bench ...`: what things cost on this machine. Each command prints a table; --json writes the rows, with device,
+versions, date and command.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.config import check_choice, check_int
+from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
-from minipaged.lab.report.results import Results
+from minipaged.lab.measure.results import Results
 
-DEFAULT_MODEL = "smollm2-135m"
 WIDTH = 130  # columns of the wide tables
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -29,7 +28,7 @@ def bench() -> None:
 
 @app.command("control-plane")
 def control_plane(json_file: JsonFile = None) -> None:
-    """Schedule + commit at many running decodes, and the block manager's primitives, and the trace; no model, no device."""
+    """Time the scheduler, the block manager and the trace with many running decodes. Needs no model and no device."""
     results = Results(json_file)
     from minipaged.lab.measure.control_plane import measure
 
@@ -47,7 +46,7 @@ def soak(
     seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Forks, aborts, swaps and priorities in a pool that is too small, with the invariants checked; no model."""
+    """Serve simulated requests with forks, aborts, swaps and priorities in a pool that is too small, and check the invariants."""
     check_int("requests", requests, 1)
     results = Results(json_file)
     from rich.progress import Progress
@@ -69,7 +68,7 @@ def kernels(
     against: Annotated[str, typer.Option(help="Peers beside ours, with commas: fa3, flashinfer, sdpa.")] = "sdpa",
     json_file: JsonFile = None,
 ) -> None:
-    """Every kernel beside the machine's measured ceilings and its peers; needs a GPU."""
+    """Time every kernel beside the machine's measured ceilings and its peers. Needs a GPU."""
     peers = _names(against)
     for peer in peers:
         check_choice("against", peer, ("fa3", "flashinfer", "sdpa"))
@@ -94,15 +93,16 @@ def engine(
         str, typer.Option(help="nano, sharegpt and batch:N, with commas between them.")
     ] = "batch:1,batch:8,batch:32,sharegpt",
     against: Annotated[str, typer.Option(help="Peers beside ours, with commas: vllm, transformers.")] = "",
-    repeats: Annotated[int, typer.Option(help="Passes of batch:N after the warm one; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed passes of batch:N after the warm one. The median counts.")] = 3,
     long_repeats: Annotated[int, typer.Option(help="The same for nano and sharegpt.")] = 3,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once, of every engine.")] = 256,
-    limit: Annotated[float, typer.Option(help="Seconds that each engine may take, loading included.")] = 900.0,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that every engine may run at once.")] = 256,
+    limit: Annotated[float, typer.Option(help="Seconds that each engine may take, with loading.")] = 900.0,
     plain: Annotated[bool, typer.Option("--plain", help="Ours without graphs, fusions and overlap as well.")] = False,
     device: Annotated[str, typer.Option(help="Of minipaged and transformers: auto, cpu or cuda.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Output tokens per second of whole engines on this device, each in a process of its own."""
+    """Measure output tokens per second of whole engines on this device, each in a process of its own."""
+    from minipaged.cli.progress import status_line
     from minipaged.lab.measure.engine import OURS, Job, check_contenders, measure
 
     peers = _names(against)
@@ -111,15 +111,18 @@ def engine(
     results = Results(json_file, device="unknown: no engine could be started")
     console = Console(width=WIDTH)
     table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")
-    for outcome, rows in measure((OURS, *(["minipaged-plain"] if plain else []), *peers), job, results.note):
-        results.device = outcome.device or results.device
-        results.add(row.as_json() for row in rows)
-        for row in rows:
-            table.add_row(
-                row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
-                f"{row.tokens_per_second:,.1f}", _times(row.ratio),
-            )  # fmt: skip
-    console.print(table)
+    contenders = (OURS, *(["minipaged-plain"] if plain else []), *peers)
+    with status_line() as progress:
+        for outcome, rows in measure(contenders, job, results.note, progress=progress):
+            results.device = outcome.device or results.device
+            results.add(row.as_json() for row in rows)
+            for row in rows:
+                table.add_row(
+                    row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
+                    f"{row.tokens_per_second:,.1f}", _times(row.ratio),
+                )  # fmt: skip
+    if results.rows:
+        console.print(table)
     _say_notes(results, console)
     if not results.rows:
         raise typer.Exit(1)
@@ -132,7 +135,7 @@ def host(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """What a decode step costs beside the GPU's work: host gap, each part of the host's time, the trace."""
+    """Measure what a decode step costs beside the GPU's work: the host gap, each part of the host's time, the trace."""
     check_int("batch", batch, 1, 4096)
     results = Results(json_file)
     from minipaged.lab.measure.contender_minipaged import make_llm
@@ -164,14 +167,14 @@ def screen(
     pictures: Annotated[Path | None, typer.Option(help="A folder for SVGs of the first round.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Output tokens per second of the engine with the terminal screen on and off, in turn."""
+    """Measure output tokens per second with the terminal screen on and off, in turn."""
     for name, value in (("requests", requests), ("max-tokens", max_tokens), ("pairs", pairs)):
         check_int(name, value, 1)
     check_int("num-blocks", num_blocks, 2)
     if threads is not None:
         check_int("threads", threads, 1)
     results = Results(json_file)
-    from minipaged.tui.bench import Plan, measure
+    from minipaged.tui.bench.measure import Plan, measure
 
     settings = {"num_blocks": num_blocks, "device": device, "max_num_batched_tokens": 2048}
     folder = "" if pictures is None else str(pictures.resolve())

@@ -1,7 +1,4 @@
-"""The lab's commands that run on this device: `compare --device`, `ablate`, `beams`, and `plot` for what they kept.
-
-Knows flags; knows nothing of how anything is measured. The imports of a command are inside it, so that help is instant.
-"""
+"""The lab's commands that run on this device: `compare --device`, `ablate`, `beams`, and `plot` for what they wrote."""
 
 from __future__ import annotations
 
@@ -32,9 +29,9 @@ def compare_on_device(
     """`lab compare --device`: peers first, while the device is empty, then every system in every pool."""
     from minipaged.cli.progress import status_line
     from minipaged.lab.measure.device_run import DeviceResult, draws_for, run_systems
+    from minipaged.lab.measure.results import Results
     from minipaged.lab.measure.transformers_peer import PEERS, run_peer
     from minipaged.lab.report.device_report import device_dict, print_device
-    from minipaged.lab.report.results import Results
     from minipaged.lab.simulation.simulate import parse_systems
 
     names = parse_systems(systems)
@@ -50,14 +47,14 @@ def compare_on_device(
         found.append(result)
         kept.add([device_dict(result)])
 
-    with status_line() as say:
+    with status_line() as progress:
         for peer in beside:  # first, while the device is empty: each is a process of its own
-            say(f"transformers {peer}", 0, 1)
+            progress(f"transformers {peer}", 0, 1)
             largest = None if None in sizes else max(size for size in sizes if size is not None)
             done(run_peer(peer, model, draws, device=device, pool=largest, seconds=limit))
         run_systems(
             names, draws,
-            model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, say=say, done=done,
+            model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, progress=progress, done=done,
         )  # fmt: skip
     title = f"{trace} on {'this device' if device == 'auto' else device}, {len(draws)} requests, {model}"
     print_device(title, found)
@@ -70,12 +67,12 @@ def ablate(
     json_file: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
-    """What each technique contributes, measured here: attention, layout, heads, block size, preemption, batching, the product."""
+    """Measure on this device what each technique contributes: attention, layout, heads, block size, preemption, batching, all together."""
     from minipaged.cli.progress import status_line
     from minipaged.lab.measure.ablate import Ablation
     from minipaged.lab.measure.ablate import ablate as measure
+    from minipaged.lab.measure.results import Results
     from minipaged.lab.report import device_report
-    from minipaged.lab.report.results import Results
 
     check_real("seconds", limit, 0.0, open_low=True)
 
@@ -85,8 +82,8 @@ def ablate(
         kept.rows = device_report.ablation_dicts(found)
         kept.write()
 
-    with status_line() as say:
-        found = measure(model, device=device, seconds=limit, say=say, done=done)
+    with status_line() as progress:
+        found = measure(model, device=device, seconds=limit, progress=progress, done=done)
     note = device_report.load_note(os.getloadavg()[0], os.cpu_count() or 1, found.device)
     if note:
         kept.note(note)
@@ -102,19 +99,25 @@ def beams(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Blocks that a real model's beams and samples share, measured; Fig. 15 shows them beside the simulated ones."""
+    """Measure how many blocks a real model's beams and samples share. Fig. 15 shows them beside the simulated ones."""
     from dataclasses import asdict
 
     from minipaged.cli.progress import status_line
+    from minipaged.lab.formats import percent
     from minipaged.lab.measure import beam_run
-    from minipaged.lab.report.results import Results
-    from minipaged.lab.report.tables import percent, table
+    from minipaged.lab.measure.results import Results
+    from minipaged.lab.report.tables import table
 
     kept = Results(json_file)
     counts = [whole("widths", text) for text in widths.split(",") if text.strip()]
-    with status_line() as say:
+    with status_line() as progress:
         found = beam_run.measure(
-            model=model, widths=counts, requests=requests, device=device, say=say, done=lambda s: kept.add([asdict(s)])
+            model=model,
+            widths=counts,
+            requests=requests,
+            device=device,
+            progress=progress,
+            done=lambda s: kept.add([asdict(s)]),
         )
     rows = [(f"{s.width} {s.kind}", percent(s.saving), f"{s.steps:,}", f"{s.answer_tokens:.1f}") for s in found]
     title = f"{model}: {requests} instructions, blocks of {beam_run.BLOCK}"
@@ -125,9 +128,9 @@ def plot(
     results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
     out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
 ) -> None:
-    """A plot of a results file, as SVG."""
+    """Draw a results file as an SVG plot."""
+    from minipaged.lab.measure.results import read_results
     from minipaged.lab.report.device_report import plot_of
-    from minipaged.lab.report.results import read_results
 
     text = plot_of(read_results(results))
     try:

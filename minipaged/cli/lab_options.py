@@ -1,4 +1,4 @@
-"""What the lab's commands share: their options, and the reading of numbers that stand in lists. Knows flags only."""
+"""Options that several commands of the lab share, and how numbers in them are read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ GPUName = Annotated[str, typer.Option("--gpu", help="A known GPU; `minipaged lab
 Traffic = Annotated[
     str,
     typer.Option(
-        help="sharegpt, alpaca, alpaca-n4, alpaca-beam4, prefix-341, chatbot, uniform, or a .csv/.jsonl file."
+        help="The traffic: sharegpt, alpaca, alpaca-n4, alpaca-beam4, prefix-341, chatbot, uniform, or a .csv or .jsonl file."
     ),
 ]
-Rate = Annotated[float, typer.Option(help="Requests a second (Poisson); inf: all at once.")]
+Rate = Annotated[float, typer.Option(help="Requests a second (Poisson arrivals); inf means all at once.")]
 Requests = Annotated[int, typer.Option(help="How many requests.")]
-Seed = Annotated[int, typer.Option(help="Makes another draw of the same traffic.")]
+Seed = Annotated[int, typer.Option(help="Another seed draws other requests of the same kind.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
 TensorParallel = Annotated[int, typer.Option("--tp", help="GPUs that share every layer.")]
-Slots = Annotated[int | None, typer.Option(help="KV slots of the pool; computed from the GPU's memory if left out.")]
-Systems = Annotated[str, typer.Option(help="Names with commas between them, or all.")]
+Slots = Annotated[
+    int | None, typer.Option(help="KV slots of the pool, one a token. Computed from the GPU's memory if left out.")
+]
+Systems = Annotated[
+    str,
+    typer.Option(
+        help="Systems, with commas between them, or all: webui, static, fastertransformer, orca-max, orca-pow2, orca-oracle, "
+        "tgi-early, tgi-paged and paged (this project). In a simulation `engine` runs our own scheduler in full."
+    ),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
 HtmlFile = Annotated[Path | None, typer.Option(help="Write one self-contained HTML page to this file.")]

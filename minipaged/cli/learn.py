@@ -149,13 +149,14 @@ def show(
     """Open the screen on the lesson's replay: record a small run that shows its idea, then play it."""
     one = lesson(number)
     from minipaged.cli.show import show as open_screen
+    from minipaged.config import DEFAULT_MODEL
     from minipaged.learn.replays import replay
 
     workspace = _workspace_or_none(folder)
     with TemporaryDirectory(prefix="minipaged-") as scratch:
         path, look_for = replay(one, workspace.folder if workspace is not None else None, Path(scratch))
         console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}")
-        raise typer.Exit(open_screen("toy", replay=path, headless=headless, screenshot=screenshot))
+        raise typer.Exit(open_screen(DEFAULT_MODEL, replay=path, headless=headless, screenshot=screenshot))
 
 
 @app.command()

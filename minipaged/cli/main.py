@@ -12,10 +12,8 @@ import typer
 from minipaged.cli.bench import app as bench_app
 from minipaged.cli.lab import app as lab_app
 from minipaged.cli.learn import app as learn_app
-from minipaged.config import SamplingParams
+from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.errors import InputError
-
-DEFAULT_MODEL = "smollm2-135m"
 
 app = typer.Typer(
     name="minipaged",

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minipaged.cli.progress import Report, status_line
-from minipaged.config import SamplingParams
+from minipaged.cli.progress import status_line
+from minipaged.config import Progress, SamplingParams
 from minipaged.engine import Engine
 from minipaged.scheduling.request import RequestOutput
 from minipaged.text.safe import printable
@@ -43,7 +43,7 @@ def run_plain(
     return 2 if any(output.error for output in outputs) else 0
 
 
-def _call(factory: Callable[..., Engine], progress: Report) -> Engine:
+def _call(factory: Callable[..., Engine], progress: Progress) -> Engine:
     return factory(progress=progress)
 
 

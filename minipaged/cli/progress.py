@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
-Report = Callable[[str, int, int], None]  # (what is going on, how much is done, how much there is)
+from minipaged.config import Progress
+
 MEGABYTE = 1_000_000  # from here on an amount is a number of bytes
 
 
 @contextmanager
-def status_line(console: Console | None = None) -> Iterator[Report]:
+def status_line(console: Console | None = None) -> Iterator[Progress]:
     """Yields the function to report with; the line disappears at the end. Standard output stays free for what a command answers."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -32,7 +34,7 @@ def status_line(console: Console | None = None) -> Iterator[Report]:
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, amount="")
 
         def show(message: str, done: int, total: int) -> None:

@@ -6,16 +6,22 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minipaged.cli.demo import DEMO
-from minipaged.config import SamplingParams, check_choice, check_int
+from minipaged.config import DEFAULT_MODEL, SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
-from minipaged.errors import InputError
+from minipaged.errors import InputError, RequestError
+
+if TYPE_CHECKING:
+    from minipaged.model.loading.tokenizer import Tokenizer
 
 # A pool that a screen can show whole and that the demo fills, so that somebody must make way; and prompts read in chunks, so that
 # later ones find the beginnings of earlier ones in the cache.
 DEMO_SETTINGS: dict[str, Any] = {"num_blocks": 50, "max_num_batched_tokens": 64}
+
+# Options of the engine, and what they are if nobody gives them.
+USUAL: dict[str, Any] = {"num_blocks": None, "device": "auto", "dtype": "auto", "block_size": 16}
 
 Asked = tuple[tuple[str, SamplingParams], ...]
 
@@ -47,14 +53,27 @@ def show(
         check_int("steps", steps, 1)
     check_int("block_size", chosen.get("block_size", 16), 1, 256)
     check_choice("dtype", chosen.get("dtype", "auto"), ("auto", "float32", "float16", "bfloat16"))
-    asked = read_prompts(prompts) if prompts is not None else DEMO
     cells = parse_size(size)
+    in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
+    terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())
+    if scenario is not None or replay is not None:
+        recording = "--scenario" if scenario is not None else "--replay"
+        if scenario is not None and replay is not None:
+            raise InputError("--scenario and --replay both name a recording: give one of them")
+        given = {"--prompts": prompts is not None, "--record": record is not None, "--model": model != DEFAULT_MODEL}
+        asked_for = settings or {}
+        given |= {f"--{name.replace('_', '-')}": asked_for.get(name, usual) != usual for name, usual in USUAL.items()}
+        refuse(given, f"{recording} shows a recording, which is over: it takes no")
+    on_screen = (web or terminal) and not headless
+    if on_screen or (not headless and replay is None and scenario is None):  # the second prints lines instead
+        given = {"--screenshot": screenshot is not None, "--size": size is not None}
+        given["--steps"] = on_screen and steps is not None
+        refuse(given, "without --headless there is no use for")
+    asked = read_prompts(prompts) if prompts is not None else DEMO
     for target in (record, screenshot):
         if target is not None and not target.resolve().parent.is_dir():
             raise InputError(f"{target}: the folder {target.resolve().parent} does not exist")
     if scenario is not None:
-        if replay is not None:
-            raise InputError("--scenario and --replay both name a recording: give one of them")
         from minipaged.tui.gallery import scenario_path
 
         replay = scenario_path(scenario)
@@ -63,15 +82,14 @@ def show(
 
         serve_screen([word for word in sys.argv[1:] if word != "--web"])
         return 0
-    in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
-    terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())
+    engine: dict[str, Any] = {"model": model, "settings": chosen, "chat": prompts is not None}
     if replay is None and not headless and not terminal:
         from minipaged.cli.plain import run_plain
 
-        return run_plain(partial(build_engine, model, chosen), asked, steps=steps, record=record)
+        return run_plain(partial(build_engine, **engine), asked, steps=steps, record=record)
     from minipaged.tui.app import run_screen
 
-    source: Any = replay if replay is not None else (build_engine, {"model": model, "settings": chosen})
+    source: Any = replay if replay is not None else (build_engine, engine)
     return run_screen(
         source,
         prompts=asked,
@@ -87,15 +105,44 @@ def show(
     )
 
 
-def build_engine(model: str, settings: dict[str, Any], num_blocks: int | None = None, progress: Any = None) -> Engine:
+def refuse(given: dict[str, bool], reason: str) -> None:
+    """InputError naming the options that were given and would do nothing."""
+    useless = [name for name, is_given in given.items() if is_given]
+    if useless:
+        raise InputError(f"{reason} {' or '.join(useless)}")
+
+
+def build_engine(
+    model: str, settings: dict[str, Any], num_blocks: int | None = None, progress: Any = None, *, chat: bool = False
+) -> Engine:
     """An engine over that model; a top-level function, so that a child process can be given it.
 
-    num_blocks: in place of the settings', for a run with another pool.
+    num_blocks: in place of the settings', for a run with another pool. chat: prompts are what a user says; the chat template of an
+    instruct model is put around them, as `generate` does.
     """
     from minipaged.api import LLM
 
     chosen = settings if num_blocks is None else {**settings, "num_blocks": num_blocks}
-    return LLM(model, progress=progress, **chosen).engine
+    llm = LLM(model, progress=progress, **chosen)
+    if chat and llm.tokenizer.chat_template is not None:
+        llm.engine.codec = ChatCodec(llm.tokenizer)
+    return llm.engine
+
+
+class ChatCodec:
+    """A tokenizer that encodes a prompt as a conversation in which the user has said it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.vocab_size = tokenizer.vocab_size
+        self.token_bytes = tokenizer.token_bytes
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of the conversation, up to where the answer begins."""
+        if not text.strip():
+            raise RequestError("the prompt is empty: give some text")
+        conversation = self._tokenizer.chat([{"role": "user", "content": text}])
+        return self._tokenizer.encode(conversation, add_special=False)
 
 
 def read_prompts(path: Path) -> Asked:

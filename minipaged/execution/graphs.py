@@ -1,9 +1,8 @@
 """Steps as CUDA graphs, whole: embedding, layers, LM head and, where draws are plain, the sampler in one launch.
 
-A graph is captured once for each shape (graph_inputs.py) and replayed from then on, so everything that changes between steps lies in
+A graph is captured once for each shape (step_inputs.py) and replayed from then on, so everything that changes between steps lies in
 buffers on the device. Sampled ids stay on the device, where the next step reads them, and are copied to the host behind the launch. Large
-prompt chunks, and prompts whose log-probabilities are wanted, run as TorchRunner's steps, which is also the oracle, but through the fused
-forward.
+prompt chunks, and prompts whose log-probabilities are wanted, are launched kernel by kernel as TorchRunner does, which is also the oracle.
 """
 
 from __future__ import annotations
@@ -14,23 +13,67 @@ from enum import Enum
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from minipaged.execution.eager import StepInputs, TorchRunner, attend_pages
-from minipaged.execution.graph_inputs import Shape, fill, largest_shapes, shape_of, size_of, views
-from minipaged.execution.kv_store import KVStore
+from minipaged.execution.eager import TorchRunner
+from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.runner import Pending
 from minipaged.execution.sampler import is_truncated
-from minipaged.kernels.attention import paged_decode, paged_prefill
-from minipaged.kernels.elementwise import embed_tokens, rms_norm
+from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
+from minipaged.kernels.elementwise import embed_tokens
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
-from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
-from minipaged.model.llama import Layer, Llama
+from minipaged.model.llama import Layer, Llama, angle_table
 from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import StepPlan, StepTokens
 
 # Columns of SamplingColumns; a step without truncation sends the first two.
-CHANCES = ("temperature", "uniform", "top_k", "top_p", "min_p")
+SAMPLING_INPUTS = ("temperature", "uniform", "top_k", "top_p", "min_p")
+
+MOST_TOKENS = 1024  # of a step with prompt chunks that is replayed: the GPU is busy with more for longer than the host with launching it
+# Steps with chunks have coarser buckets than decodes alone, since there are more shapes.
+TOKEN_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024)
+ROW_BUCKETS = (16, 64, 256, 512, 1024)
+CHUNK_BUCKETS = (4, 32)
+
+
+def bucket_of(rows: int) -> int:
+    """Rows that a graph for `rows` decodes has: 1, 2, 4, 8, then multiples of 8 to 64, of 16 to 256, of 32 beyond."""
+    for step, limit in ((8, 64), (16, 256), (32, 1 << 30)):
+        if rows <= limit:
+            return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // step) * step
+    raise ValueError(f"no bucket holds {rows} rows")
+
+
+def shape_of(plan: StepPlan) -> Shape | None:
+    """The shape whose graph can run this plan; None if it is to be launched kernel by kernel."""
+    rows, tokens = len(plan.seq_ids), plan.num_tokens
+    if not rows or plan.prompt_queries:
+        return None
+    if tokens == rows:
+        return _decodes_alone(rows)
+    decodes = int((plan.lengths == 1).sum())
+    needed = max(decodes, len(plan.draw_rows), 1)
+    if tokens > MOST_TOKENS or rows - decodes > CHUNK_BUCKETS[-1] or needed > MOST_TOKENS:
+        return None
+    return _mixed(_bucket(TOKEN_BUCKETS, tokens), _bucket(ROW_BUCKETS, needed), _bucket(CHUNK_BUCKETS, rows - decodes))
+
+
+def _decodes_alone(rows: int) -> Shape:
+    return Shape(bucket_of(rows), bucket_of(rows), 0, 0)
+
+
+def _mixed(tokens: int, rows: int, chunks: int) -> Shape:
+    """rows: room for as many decodes, and for as many draws."""
+    return Shape(max(tokens, rows), rows, chunks, rows)
+
+
+def _bucket(buckets: tuple[int, ...], needed: int) -> int:
+    return next(n for n in buckets if n >= needed)
+
+
+def largest_shapes(max_num_seqs: int) -> tuple[Shape, Shape]:
+    """The shapes that need most room in an engine of so many sequences: of decodes alone, and with chunks."""
+    mixed = _mixed(MOST_TOKENS, _bucket(ROW_BUCKETS, min(max_num_seqs, MOST_TOKENS)), CHUNK_BUCKETS[-1])
+    return _decodes_alone(max_num_seqs), mixed
 
 
 class Draws(Enum):
@@ -47,7 +90,7 @@ class Stage:
     """Host buffers of one step, pinned so that copies run beside the computation."""
 
     inputs: Tensor  # int32, as on the device
-    chances: Tensor  # float64 [CHANCES, rows]: of each draw the columns that CHANCES names
+    sampling: Tensor  # float64 [SAMPLING_INPUTS, rows]: of each draw the columns that SAMPLING_INPUTS names
     drawn: Tensor  # int64 [rows]
     done: torch.cuda.Event
 
@@ -74,20 +117,20 @@ class GraphRunner(TorchRunner):
     flight beyond the one being committed.
     """
 
-    def __init__(self, model: Llama, store: KVStore, max_num_seqs: int, max_model_len: int, *, depth: int = 1) -> None:
-        super().__init__(model, store, max_num_seqs)
+    def __init__(self, model: Llama, kv: PagedKV, max_num_seqs: int, max_model_len: int, *, depth: int = 1) -> None:
+        super().__init__(model, kv, max_num_seqs)
         if self.device.type != "cuda":
             raise ValueError(f"graphs need a CUDA device, not {self.device}")
-        self._parking = max_num_seqs  # where padded rows draw into
-        self._drawn = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
-        self._width = -(-max_model_len // store.block_size)
+        self._dummy_slot = max_num_seqs  # the batch index that padding draws for
+        self._newest = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
+        self._width = -(-max_model_len // kv.block_size)
         largest = largest_shapes(max_num_seqs)
-        self._rows = max(shape.rows for shape in largest)
+        self._rows = max(shape.decodes for shape in largest)
         size = max(size_of(shape, self._width) for shape in largest)
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
-        self._chances = torch.zeros(len(CHANCES), self._rows, dtype=torch.float64, device=self.device)
+        self._sampling = torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
-        self._angles = angle_table(model, max_model_len)
+        self._angles = angle_table(model.frequencies, max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -98,7 +141,7 @@ class GraphRunner(TorchRunner):
     def _new_stage(self, size: int) -> Stage:
         return Stage(
             torch.zeros(size, dtype=torch.int32, pin_memory=True),
-            torch.zeros(len(CHANCES), self._rows, dtype=torch.float64, pin_memory=True),
+            torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, pin_memory=True),
             torch.zeros(self._rows, dtype=torch.int64, pin_memory=True),
             torch.cuda.Event(),  # type: ignore[no-untyped-call]
         )
@@ -113,9 +156,7 @@ class GraphRunner(TorchRunner):
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
             return super().launch(plan)
-        self.store.swap_out(plan.swap_outs)
-        self.store.swap_in(plan.swap_ins)
-        self.store.copy(plan.copies)
+        self._move_blocks(plan)
         count = len(plan.draw_rows)
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % len(self._stages)
@@ -135,73 +176,54 @@ class GraphRunner(TorchRunner):
     def _send(self, plan: StepPlan, stage: Stage, shape: Shape, draws: Draws) -> None:
         """Bring the step to the device: one copy for all integers, one more if the graph draws by temperature."""
         inputs = views(stage.inputs.numpy(), shape, self._width)
-        used = fill(inputs, plan, self.store.block_size, self._parking)
-        end = size_of(shape, self._width) - (shape.rows - used) * self._width
+        used = fill(inputs, plan, self.kv.block_size, self._dummy_slot)
+        end = size_of(shape, self._width) - (shape.decodes - used) * self._width
         self._inputs[:end].copy_(stage.inputs[:end], non_blocking=True)
         if plan.sampling is not None and draws in (Draws.WARM, Draws.TRUNCATED):
-            count, chances = len(plan.draw_rows), stage.chances.numpy()
-            sent = 2 if draws is Draws.WARM else len(CHANCES)
-            for row, name in zip(chances[:sent], CHANCES, strict=False):
+            count, sampling = len(plan.draw_rows), stage.sampling.numpy()
+            sent = 2 if draws is Draws.WARM else len(SAMPLING_INPUTS)
+            for row, name in zip(sampling[:sent], SAMPLING_INPUTS, strict=False):
                 row[:count] = getattr(plan.sampling, name)
-            self._chances[:sent].copy_(stage.chances[:sent], non_blocking=True)
+            self._sampling[:sent].copy_(stage.sampling[:sent], non_blocking=True)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
-        """As TorchRunner's, fused: for the steps that are not replayed."""
+        """As TorchRunner's, for the steps that are not replayed."""
+        hidden: Tensor = self.model.norm(self._hidden(inputs))
+        return hidden
 
-        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            caches = self.store.layers[layer.index]
-            rope_write(layer, query, key, value, (inputs.positions, self._angles, *caches, inputs.slot_mapping))
-            return attend_pages(query, *caches, inputs, self._scale)
+    def _hidden(self, inputs: StepInputs) -> Tensor:
+        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are."""
 
-        embedded = functional.embedding(inputs.token_ids, self.model.embedding)
-        norm = self.model.norm
-        return rms_norm(fused_forward(self.model, embedded, attend), norm.weight, norm.eps)
+        def attention(layer: Layer, heads: Tensor) -> Tensor:
+            query = self.kv.rope_write(layer, heads, inputs, self._angles)
+            return self.kv.attend(layer.index, query, inputs)
+
+        embedding = self.model.embedding
+        embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        return self.model.run_layers(embedded, attention)
 
     def _step(self, shape: Shape, draws: Draws) -> Tensor:
         """What a graph does: one step of what lies in the inputs. Returns the drawn ids, [rows], or the logits, [rows, vocab]: of each
         decode in its row, or, where there are chunks, of each draw.
         """
         inputs = views(self._inputs, shape, self._width)
-        token_ids, positions, slots, places = inputs.tokens.unbind(0)
-        embedded = embed_tokens(self.model.embedding, token_ids, self._drawn, places)
-
-        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            caches = self.store.layers[layer.index]
-            rope_write(layer, query, key, value, (positions, self._angles, *caches, slots))
-            if not shape.chunks:
-                return paged_decode(query, *caches, inputs.tables, inputs.lengths, self._scale)
-            out = torch.empty_like(query, memory_format=torch.contiguous_format)
-            # Rows that are no decodes get zeros; those are tokens of chunks, or padding, and the chunks' kernel comes after.
-            paged_decode(
-                query[: shape.rows], *caches, inputs.tables, inputs.lengths, self._scale, out=out[: shape.rows]
-            )
-            return paged_prefill(
-                query,
-                *caches,
-                inputs.chunk_tables,
-                inputs.chunk_lengths,
-                inputs.chunk_starts,
-                shape.tokens,
-                self._scale,
-                out=out,
-            )
-
-        hidden = fused_forward(self.model, embedded, attend)
-        drawn_from, drawn_for = inputs.draws.unbind(0)
-        logits = fused_logits(self.model, hidden.index_select(0, drawn_from) if shape.chunks else hidden)
+        hidden, drawn_for = self._hidden(inputs), inputs.batch_indices
+        if shape.draws:
+            hidden, drawn_for = hidden.index_select(0, inputs.draw_tokens), inputs.draw_indices
+        logits = self.model.head(hidden, norm=self.model.norm)
         if draws is Draws.NONE:
-            return self._all_logits()[: shape.rows].copy_(logits)
+            return self._all_logits()[: len(logits)].copy_(logits)
         drawn = self._draw_here(logits, draws)
-        self._drawn.index_copy_(0, drawn_for.long(), drawn)
+        self._newest.index_copy_(0, drawn_for.long(), drawn)
         return drawn
 
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
         if draws is Draws.GREEDY:
             return draw_tokens(logits)
-        temperature, uniform, *truncation = self._chances[:, : len(logits)].unbind(0)
-        least = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
-        return draw_tokens(logits, temperature, uniform, least)
+        temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
+        threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
+        return draw_tokens(logits, temperature, uniform, threshold)
 
     def _all_logits(self) -> Tensor:
         """Where the graphs that end in logits leave them, float32 [rows, vocab]: one place for all, read before the next replay."""
@@ -218,10 +240,10 @@ class GraphRunner(TorchRunner):
         if (shape, draws) in self._too_large:
             return None
         inputs = views(self._inputs, shape, self._width)
-        for part in (inputs.draws, inputs.lengths, inputs.chunk_lengths, inputs.chunk_starts):
-            part.zero_()
-        inputs.tokens.copy_(torch.tensor([[0], [0], [-1], [self._parking]], dtype=torch.int32, device=self.device))
-        inputs.draws[1] = self._parking
+        self._inputs.zero_()
+        inputs.slot_mapping.fill_(-1)
+        inputs.batch_indices.fill_(self._dummy_slot)
+        inputs.draw_indices.fill_(self._dummy_slot)
         self._capturing.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
@@ -240,7 +262,7 @@ class GraphRunner(TorchRunner):
 
 def draws_of(plan: StepPlan, shape: Shape) -> Draws:
     """What the step's graph is to end in. It draws itself where nothing but tokens is asked for; among decodes alone, only if every row
-    draws one token, for its own place.
+    draws one token, its own next one.
     """
     if not shape.chunks and not (
         len(plan.draw_rows) == len(plan.seq_ids) and np.array_equal(plan.draw_slots, plan.slots)

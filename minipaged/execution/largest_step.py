@@ -1,7 +1,7 @@
 """The largest step that an engine may be asked for, and what it takes beside the weights and the KV pool: measured, not estimated.
 
 A pool that takes nearly all of a GPU's memory must leave room for a step's activations, logits and draws. So before the pool is made, one
-such step runs over a pool of two blocks, and the allocator tells its peak. Knows plans and the allocator; knows nothing of pools' sizes.
+such step runs over a pool of two blocks, and the allocator tells its peak.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""What a runner is: something that can launch a plan and, later, tell the tokens it drew."""
+"""What an engine asks of whatever runs its steps.
+
+This is where work is spread over devices: a StepPlan is integers and arrays only, so a runner may send it to other processes instead of
+running it. A tensor-parallel runner sends every plan to all ranks, each of which has its heads of the KV pool under the same block ids,
+and reads one rank's tokens. A pipeline-parallel runner sends it to the first stage and reads the last one's tokens; the engine then keeps
+as many steps in flight as there are stages.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +22,13 @@ class Pending(Protocol):
 
 
 class Runner(Protocol):
-    """Executes plans in the order they are launched."""
+    """Runs plans in the order they are launched: swap-outs, swap-ins, copies, then KV writes and attention layer by layer, then draws.
+
+    A layer writes the keys and values of all tokens of the step before any of them attends.
+    """
 
     def num_blocks(self) -> int:
-        """Blocks in the device pool, the null block included."""
+        """Blocks in the device pool, the null block included; the same on all ranks."""
         ...
 
     def launch(self, plan: StepPlan) -> Pending:

@@ -39,11 +39,11 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     if not (columns.temperature > 0).any():
         return draw_tokens(logits)
     temperature, uniform = (to_device(column, logits.device) for column in (columns.temperature, columns.uniform))
-    least = None
+    threshold = None
     if is_truncated(columns):
         asked = (to_device(column, logits.device) for column in (columns.top_k, columns.top_p, columns.min_p))
-        least = truncation_threshold(logits, temperature, *asked)
-    return draw_tokens(logits, temperature, uniform, least)
+        threshold = truncation_threshold(logits, temperature, *asked)
+    return draw_tokens(logits, temperature, uniform, threshold)
 
 
 def is_truncated(columns: SamplingColumns) -> bool:

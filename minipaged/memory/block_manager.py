@@ -2,23 +2,34 @@
 
 Knows integers: sequences, token ids, blocks. Knows nothing of text, tensors, requests or time.
 
-Who owns which tokens of a sequence (half-open ranges, 0 <= cached <= computed <= room <= len(table) * block_size):
+Who owns which tokens of a sequence (half-open ranges, 0 <= cached <= computed <= reserved <= len(table) * block_size):
 
-    [0, cached)         found in the prefix cache by allocate. Others wrote their KV; their blocks are full and never written
-                        by this sequence while anybody can find or hold them.
-    [cached, computed)  the caller has written their KV and said so with mark_computed: that is when a full block is published.
-    [computed, room)    promised by allocate or append: the caller may write their KV in this step or later, in order. Nobody
-                        else can read it: these blocks have no key, and a fork is refused while there is such room.
-    [room, tail's end)  nobody's. The next append promises it if this sequence is the block's only holder, else copies the block.
+    [0, cached)           found in the prefix cache by allocate. Others write their KV, in this step or before; their blocks are full and
+                          never written by this sequence while anybody can find or hold them.
+    [cached, computed)    the caller has named these tokens with mark_computed: their KV is written by the step being planned, or was by
+                          an earlier one. That is when a full block is published: others may share it in this step and later.
+    [computed, reserved)  allocate or append found a place for them: the caller may write their KV in this step or later, in order.
+                          Nobody else can read it: these blocks have no key, and a fork is refused while there are such tokens.
+    [reserved, tail's end)  nobody's. The next append reserves it if this sequence is the block's only holder, else copies the block.
 
-A block that can be found is never written: a sequence that was truncated into one and goes on erases its key first if it is
-the only holder, and copies the block otherwise. truncate may cut computed tokens too (rejected ones); until they are
+A block that can be found is not written by a later step: a sequence that was truncated into one and goes on erases its key first if it
+is the only holder, and copies the block otherwise. truncate may cut computed tokens too (rejected ones); until they are
 overwritten their full blocks can still be found, since the content stands.
 
-A step: begin_step; calls that promise room, swap and give up; the caller runs swap-outs, swap-ins, copies and writes, in this
-order; mark_computed, fork, free. A copy can be given up from the append that told it until its writer's mark_computed or the
-next begin_step: truncate to where it began, swap_out and free do so, and the caller must then drop it from the step. Swaps
-are never given up. Everything is deterministic, and a call that raises or returns None has changed nothing.
+A step:
+
+    begin_step()          opens the plan
+    allocate, append, swap_out, swap_in, mark_computed, truncate, free, in any order
+    end_step()            closes it: what the plan says will be done
+    the caller runs swap-outs, swap-ins, copies and writes, in this order
+    mark_computed, fork, truncate, release, free
+
+While the plan is open nothing of it has been done, so a sequence can still leave it by truncate, swap_out or free. Its copy is given
+up then (the caller drops it from the step), and the blocks that it had promised to write can no longer be found; the call is
+refused while somebody else holds one of these. Swaps are never given up. A caller that never calls end_step marks what it has
+written, and takes no promise back; one that does calls it once before its first step.
+
+Everything is deterministic, and a call that raises or returns None has changed nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +39,18 @@ from collections.abc import Iterable
 from minipaged.config import check_bool, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.memory import swap
-from minipaged.memory.checks import check_salt, id_list, token_array
-from minipaged.memory.host_pool import HostPool
-from minipaged.memory.prefix_index import root_key
-from minipaged.memory.sequence_blocks import SequenceBlocks, SequenceDirectory
-from minipaged.memory.table_editor import TableEditor
-from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, BlockEvent, PoolUsage
+from minipaged.memory.blocks import PrefixHit
+from minipaged.memory.tables import SequenceBlocks, SequenceDirectory, TableEditor
+from minipaged.memory.types import (
+    NULL_BLOCK,
+    Admission,
+    Allocation,
+    BlockEvent,
+    PoolUsage,
+    check_salt,
+    id_list,
+    token_array,
+)
 
 MAX_BLOCKS = 2**26
 MAX_BLOCK_SIZE = 2**16
@@ -66,24 +83,46 @@ class BlockManager:
         self._caching = prefix_caching
         self._editor = TableEditor(num_blocks, block_size)
         self._pool = self._editor.pool
-        self._host = HostPool(num_host_blocks)
+        self._host = swap.HostPool(num_host_blocks)
         self._sequences = SequenceDirectory()
         self._arrivals: set[int] = set()  # device blocks that this step swaps in
+        self._ends_steps = False  # whether the caller says when its plans are final
+        self._planning = False  # between begin_step and end_step
 
     # ---- steps
 
     def begin_step(self) -> None:
-        """A new step: what the step before copied or swapped from may be handed out again, its copies can no longer be given up."""
+        """Open the plan of a new step: what the step before copied or swapped from may be handed out again."""
         self._pool.begin_step()
         self._host.begin_step()
-        self._editor.copies.begin_step()
+        self._settle()
         self._arrivals.clear()
+        self._planning = self._ends_steps
+
+    def end_step(self) -> None:
+        """The plan is final: its copies are made, and what it promised to write stays published."""
+        self._settle()
+        self._ends_steps = True
+        self._planning = False
+
+    def _settle(self) -> None:
+        self._editor.copies.settle()
+        self._editor.promises.settle()
 
     def take_events(self) -> tuple[BlockEvent, ...]:
         """What happened since the last call, in causal order. The list grows until somebody takes it."""
         return self._editor.take_events()
 
     # ---- coming in
+
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        """A prompt's keys, to be given to can_admit and allocate, now or in a later step: so it is hashed once. Changes nothing."""
+        check_salt(salt)
+        return PrefixHit(self._editor.index, token_array(token_ids), self._block_size, salt)
+
+    def match_prefix(self, token_ids: Iterable[int], *, salt: str | None = None) -> int:
+        """Tokens that a new sequence would find in the cache: whole blocks, and never all of its tokens. Changes nothing."""
+        return self.lookup(token_ids, salt=salt).num_tokens
 
     def can_admit(
         self,
@@ -93,32 +132,31 @@ class BlockManager:
         num_sequences: int = 1,
         token_ids: Iterable[int] | None = None,
         salt: str | None = None,
+        hit: PrefixHit | None = None,
     ) -> Admission:
-        """Whether `num_sequences` sequences of num_tokens tokens each may start now.
+        """Whether a request of `num_sequences` samples of one prompt of num_tokens tokens may start now.
 
-        NEVER: with all their new tokens and nothing shared they exceed the pool. token_ids: blocks found for these are not
-        needed anew, and those of them that nobody holds cannot be handed out to others (each counts once). OK leaves the
-        watermark free, unless no sequence holds blocks.
+        They hold the prompt's full blocks once; its tail and all that follows is each sample's own. NEVER: with all their new tokens
+        they exceed the pool. hit (or token_ids, with their salt): blocks found for these are not needed anew, and those of
+        them that nobody holds cannot be handed out to others (each counts once). OK leaves the watermark free, unless no sequence
+        holds blocks.
         """
         check_int("num_tokens", num_tokens, 0)
         check_int("max_new_tokens", max_new_tokens, 0)
         check_int("num_sequences", num_sequences, 1)
         check_salt(salt)
-        if num_sequences * self._editor.blocks_for(num_tokens + max_new_tokens) > self._pool.num_blocks - 1:
+        shared = num_tokens // self._block_size
+        most = shared + num_sequences * (self._editor.blocks_for(num_tokens + max_new_tokens) - shared)
+        if most > self._pool.num_blocks - 1:
             return Admission.NEVER
-        hits: list[int] = []
-        if token_ids is not None:
-            tokens = token_array(token_ids)
-            if self._caching:
-                hits = self._editor.match(tokens, salt, num_tokens)[0]
-        need = num_sequences * (self._editor.blocks_for(num_tokens) - len(hits)) + self._editor.count_available(hits)
+        if hit is not None:
+            self._check_hit(hit)
+        elif token_ids is not None:
+            hit = self.lookup(token_ids, salt=salt)
+        found = hit.find(num_tokens) if hit is not None else []
+        need = shared + num_sequences * (self._editor.blocks_for(num_tokens) - shared) - len(found)
+        need += self._editor.count_available(found)
         return Admission.OK if need + self._watermark() <= self._pool.num_available else Admission.LATER
-
-    def match_prefix(self, token_ids: Iterable[int], *, salt: str | None = None) -> int:
-        """Tokens that a new sequence would find in the cache: whole blocks, and never all of its tokens. Changes nothing."""
-        check_salt(salt)
-        tokens = token_array(token_ids)
-        return len(self._editor.match(tokens, salt, len(tokens))[0]) * self._block_size if self._caching else 0
 
     def allocate(
         self,
@@ -128,88 +166,102 @@ class BlockManager:
         num_tokens: int | None = None,
         salt: str | None = None,
         read_cache: bool = True,
-        reserve_tokens: int | None = None,
+        hit: PrefixHit | None = None,
     ) -> Allocation | None:
         """A table for a new sequence: the longest cached prefix, and blocks for the first `num_tokens` tokens (all, if None).
 
-        Found blocks lie wholly inside the first num_tokens, and at least one of token_ids is left to compute. reserve_tokens
-        is for managers that reserve ahead; here blocks come on demand, so it is checked and changes nothing. None: no room,
-        and nothing changed. InputError: seq_id is in use.
+        Found blocks lie wholly inside the first num_tokens, and at least one of token_ids is left to compute. hit: what `lookup` gave
+        for these tokens; what it finds is looked up anew. None: no room, and nothing changed. InputError: seq_id is in use, or
+        the hit is of other tokens.
         """
         self._sequences.check_new(seq_id)
         tokens = token_array(token_ids)
         wanted = len(tokens) if num_tokens is None else check_int("num_tokens", num_tokens, 0, len(tokens))
         check_salt(salt)
         check_bool("read_cache", read_cache)
-        if reserve_tokens is not None:
-            check_int("reserve_tokens", reserve_tokens, 0)
-        blocks, keys = self._editor.match(tokens, salt, wanted) if self._caching and read_cache else ([], [])
+        if hit is not None:
+            self._check_hit(hit)
+            if hit.tokens != tokens:
+                raise InputError(
+                    f"hit is of other tokens ({len(hit.tokens)} of them, not these {len(tokens)}): look these up"
+                )
+        if hit is None or hit.salt != salt:
+            hit = PrefixHit(self._editor.index, tokens, self._block_size, salt)
+        blocks = hit.find(wanted) if read_cache else []
         count = self._editor.blocks_for(wanted) - len(blocks)
         if count + self._editor.count_available(blocks) > self._pool.num_available:
             return None
-        sequence = SequenceBlocks(seq_id, root_key(salt) if self._caching else b"")
+        sequence = SequenceBlocks(seq_id, hit.root)
         self._sequences.add(sequence)
-        for index, block in enumerate(
-            blocks
-        ):  # all of them, before one is taken: what is found must not be evicted for the rest
+        # All of them, before one is taken: what is found must not be evicted for the rest.
+        for index, block in enumerate(blocks):
             self._pool.share(block)
-            self._editor.tell("cache_hit", seq_id, block, -1, index)
+            self._editor.emit("cache_hit", seq_id, block, -1, index)
         sequence.table = blocks
-        sequence.keys = keys
+        sequence.keys = hit.keys[: len(blocks)]
         sequence.computed = len(blocks) * self._block_size
-        sequence.room = wanted
+        sequence.reserved = wanted
+        sequence.publishes = self._caching
         if self._caching:
             sequence.tokens = tokens[: sequence.computed]
         return Allocation(sequence.computed, self._editor.grow(sequence, count), ())
 
+    def _check_hit(self, hit: PrefixHit) -> None:
+        if not isinstance(hit, PrefixHit) or hit.index is not self._editor.index:
+            raise InputError(f"hit must be what this manager's lookup returned, not {hit!r}")
+
     # ---- growing
 
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
-        """Room for the next `num_tokens` tokens. None: no room, nothing changed.
+        """A place for the next `num_tokens` tokens, known or not yet. None: no room, nothing changed.
 
         If they begin in the tail block and somebody else holds it too, it is copied: the destination replaces it in the table.
         """
         sequence = self._sequences.on_device(seq_id)
         if type(num_tokens) is not int or num_tokens < 0:
             check_int("num_tokens", num_tokens, 0)
-        table, room = sequence.table, sequence.room
-        have, need = len(table), -(-(room + num_tokens) // self._block_size)
-        if not num_tokens or room >= have * self._block_size:
+        table, reserved = sequence.table, sequence.reserved
+        have, need = len(table), -(-(reserved + num_tokens) // self._block_size)
+        if not num_tokens or reserved >= have * self._block_size:
             if need > have + self._pool.num_available:
                 return None
-            sequence.room = room + num_tokens
+            sequence.reserved = reserved + num_tokens
             return Allocation(0, self._editor.grow(sequence, need - have), ()) if need > have else _NOTHING
         tail = table[-1]
-        copies = self._editor.copies.must_copy(tail, room - (have - 1) * self._block_size)
+        copies = self._editor.copies.must_copy(tail, reserved - (have - 1) * self._block_size)
         if need - have + copies > self._pool.num_available:
             return None
         pair: tuple[tuple[int, int], ...] = ()
         if copies:
             pair = (self._editor.copy_tail(sequence),)
         elif self._editor.index.erase(tail):  # truncated into a full block, and about to write in it
-            self._editor.tell("evict", seq_id, tail, -1, have - 1)
-        sequence.room = room + num_tokens
+            self._editor.emit("evict", seq_id, tail, -1, have - 1)
+        sequence.reserved = reserved + num_tokens
         if need == have and not pair:
             return _NOTHING
         return Allocation(0, self._editor.grow(sequence, need - have), pair)
 
     def mark_computed(self, seq_id: int, token_ids: Iterable[int]) -> None:
-        """The next tokens are these and their KV is written. Blocks that become full are published, unless an entry was released before.
+        """The next tokens are these, and the step being planned (or an earlier one) writes their KV.
 
-        InputError for more tokens than there is promised room for.
+        Blocks that become full are published, unless an entry was released before: whoever is allocated from now on may share them.
+        InputError for more tokens than are reserved.
         """
         sequence = self._sequences.on_device(seq_id)
         tokens = token_array(token_ids)
         computed = sequence.computed + len(tokens)
-        if computed > sequence.room:
+        if computed > sequence.reserved:
             raise InputError(
-                f"sequence {seq_id} has room for {sequence.room - sequence.computed} tokens, not {len(tokens)}"
+                f"sequence {seq_id} has room for {sequence.reserved - sequence.computed} tokens, not {len(tokens)}"
             )
         if not tokens:
             return
+        if self._planning:
+            self._editor.promises.add(sequence)
+        else:
+            self._editor.copies.end(sequence)  # it has been written to, so the copy was made
         sequence.computed = computed
-        self._editor.copies.end(sequence)  # it has been written to, so the copy was made
-        if self._caching and sequence.publishes:
+        if sequence.publishes:
             sequence.tokens.extend(tokens)
             if computed // self._block_size > len(sequence.keys):
                 self._editor.publish_full(sequence)
@@ -217,43 +269,53 @@ class BlockManager:
     def fork(self, parent_id: int, child_id: int) -> None:
         """A child with the parent's table: nothing is allocated, each block has one more holder.
 
-        InputError while the parent has room that is not computed yet.
+        InputError while the parent has reserved tokens that are not computed, or the step being planned is still to write some of its
+        (a copy of the tail in this step would come before that write).
         """
         parent = self._sequences.on_device(parent_id)
         self._sequences.check_new(child_id)
-        if parent.room != parent.computed:
+        if parent.reserved != parent.computed:
             raise InputError(
-                f"sequence {parent_id} has room for {parent.room - parent.computed} tokens that are not computed: truncate it first"
+                f"sequence {parent_id} has room for {parent.reserved - parent.computed} tokens that are not computed: "
+                "truncate it first"
+            )
+        if parent.promised_from is not None:
+            raise InputError(
+                f"sequence {parent_id} has tokens that the step being planned is to write: fork it after end_step"
             )
         child = parent.child(child_id)
         self._sequences.add(child)
         for block in child.table:
             if block != NULL_BLOCK:
                 self._pool.share(block)
-        self._editor.tell("fork", child_id, -1, parent_id, len(child.table))
+        self._editor.emit("fork", child_id, -1, parent_id, len(child.table))
 
     # ---- giving back
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens: blocks and promised room beyond them go, and a copy with no writes left after it.
+        """Keep the first `num_tokens` tokens: blocks and reserved places beyond them go, and a copy with no writes left after it.
 
         num_tokens may be less than what is computed: the rest is rejected, and what follows is written over it. InputError
-        for more than the room there is, or inside an entry that was released.
+        for more than is reserved, inside an entry that was released, inside a found block that another sequence writes in this step, or
+        if somebody else holds what this one was to write in it.
         """
         sequence = self._sequences.on_device(seq_id)
-        check_int("num_tokens", num_tokens, 0, sequence.room)
+        check_int("num_tokens", num_tokens, 0, sequence.reserved)
         keep = self._editor.blocks_for(num_tokens)
         if num_tokens < keep * self._block_size and sequence.table[keep - 1] == NULL_BLOCK:
             raise InputError(f"sequence {seq_id} cannot be cut at token {num_tokens}: entry {keep - 1} was released")
+        if self._editor.promises.writer_of:
+            self._editor.check_leaving(sequence, num_tokens)
         self._editor.cut(sequence, num_tokens)
 
     def release(self, seq_id: int, indices: Iterable[int]) -> None:
         """These table entries become null; null ones stay so. Nothing that the sequence computes from then on is published.
 
-        InputError unless every entry is full of computed tokens.
+        InputError unless every entry is full of computed tokens, none of which the step being planned is still to write.
         """
         sequence = self._sequences.on_device(seq_id)
-        full = sequence.computed // self._block_size
+        written = sequence.computed if sequence.promised_from is None else sequence.promised_from
+        full = written // self._block_size
         chosen = id_list("index", indices)
         for index in chosen:
             if index >= full:
@@ -265,19 +327,24 @@ class BlockManager:
             if block != NULL_BLOCK:
                 sequence.publishes = False
                 sequence.table[index] = NULL_BLOCK
-                self._editor.tell("release", seq_id, block, -1, index)
+                self._editor.emit("release", seq_id, block, -1, index)
                 self._pool.drop(block)
 
     def free(self, seq_id: int) -> None:
-        """The sequence is gone: its blocks lose a holder, the deepest first. KeyError if it is unknown or freed already."""
+        """The sequence is gone: its blocks lose a holder, the deepest first. KeyError if it is unknown or freed already.
+
+        InputError if somebody else holds what it was to write in the step being planned.
+        """
         sequence = self._sequences.find(seq_id)
         if sequence.host is not None:
             for index in range(len(sequence.host) - 1, -1, -1):
                 block = sequence.host[index]
                 if block >= 0:
                     self._host.drop(block)
-                    self._editor.tell("free", seq_id, block, -1, index, "host")
+                    self._editor.emit("free", seq_id, block, -1, index, "host")
         else:
+            if self._editor.promises.writer_of:
+                self._editor.check_leaving(sequence, 0)
             self._editor.cut(sequence, 0)
         self._sequences.remove(seq_id)
 
@@ -286,30 +353,41 @@ class BlockManager:
     def swap_out(self, seq_ids: Iterable[int]) -> list[tuple[int, int]] | None:
         """Move these sequences to the host together. (device, host) pairs, each block once.
 
-        None: no room there, or this very step swaps one of them in. Copies of theirs in this step are given up, with the room
-        promised after them. Their full blocks can still be found on the device until they are handed out again.
+        None: no room there, or this very step swaps one of their blocks in or has another sequence write one. Copies and promises of
+        theirs in this step are given up, with what is reserved after them; InputError if somebody else holds what one of them was to
+        write. Their full blocks can still be found on the device until they are handed out again.
         """
         group = self._sequences.group(seq_ids, swapped=False)
-        blocks = swap.blocks_to_move(group)
-        if len(blocks) > self._host.num_available or not self._arrivals.isdisjoint(blocks):
+        ends = [sequence.before_plan() for sequence in group]
+        not_yet_written = set(self._editor.promises.writer_of)
+        for sequence, end in zip(group, ends, strict=True):
+            if end is not None:
+                self._editor.check_leaving(sequence, end)
+                not_yet_written.difference_update(
+                    sequence.table[i] for i in self._editor.promised_entries(sequence, end)
+                )
+        blocks = swap.blocks_to_move(group, self._block_size)
+        if len(blocks) > self._host.num_available:
             return None
-        for sequence in group:
-            if sequence.pending is not None:
-                self._editor.cut(sequence, sequence.pending.room)
-        return swap.move_out(group, self._pool, self._host, self._editor.tell)
+        if not blocks.keys().isdisjoint(self._arrivals | not_yet_written):
+            return None
+        for sequence, end in zip(group, ends, strict=True):
+            if end is not None:
+                self._editor.cut(sequence, end)
+        return swap.move_out(group, blocks, self._pool, self._host, self._editor.emit)
 
     def swap_in(self, seq_ids: Iterable[int]) -> list[tuple[int, int]] | None:
         """Bring these sequences back together. (host, device) pairs, each block once.
 
         None: no room for their blocks, those of one more token each, and the watermark (which is left aside while no sequence
-        holds blocks). Their full blocks are published again, where no other block has their content by then.
+        holds blocks). Their full blocks are published again.
         """
         group = self._sequences.group(seq_ids, swapped=True)
         blocks = {block for sequence in group for block in sequence.host or () if block >= 0}
-        need = len(blocks) + swap.next_step_blocks(group, self._host, self._block_size)
+        need = len(blocks) + swap.next_step_blocks(group, self._block_size)
         if need + self._watermark() > self._pool.num_available:
             return None
-        pairs = swap.move_in(group, self._pool, self._host, self._editor.take, self._editor.tell)
+        pairs = swap.move_in(group, self._pool, self._host, self._editor.take, self._editor.emit)
         for _, block in pairs:
             self._arrivals.add(block)
             self._pool.guard(block)
@@ -327,7 +405,7 @@ class BlockManager:
             raise InputError(f"block {block_id} cannot be pinned: it holds nothing")
         self._pool.share(block_id)
         self._pool.pins[block_id] = self._pool.pins.get(block_id, 0) + 1
-        self._editor.tell("pin", -1, block_id, -1, -1)
+        self._editor.emit("pin", -1, block_id, -1, -1)
 
     def unpin(self, block_id: int) -> None:
         """Undo one pin. InputError if there is none."""
@@ -339,7 +417,7 @@ class BlockManager:
             del self._pool.pins[block_id]
         else:
             self._pool.pins[block_id] = pins - 1
-        self._editor.tell("unpin", -1, block_id, -1, -1)
+        self._editor.emit("unpin", -1, block_id, -1, -1)
         self._pool.drop(block_id)
 
     def reset_prefix_cache(self) -> bool:
@@ -348,7 +426,7 @@ class BlockManager:
             return False
         for block in self._editor.index.blocks():
             self._editor.index.erase(block)
-            self._editor.tell("evict", -1, block, -1, -1)
+            self._editor.emit("evict", -1, block, -1, -1)
         self._pool.clear_cached()
         return True
 

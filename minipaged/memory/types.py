@@ -1,11 +1,22 @@
-"""The words that the managers speak, the block manager's and other systems': plain values, no behaviour."""
+"""What goes in and out of the managers, the block manager's and other systems': plain values, and the checks of arguments.
+
+Bad arguments raise InputError (a ValueError) naming the value, before anything changes.
+"""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
+from minipaged.config import check_int
+from minipaged.errors import InputError
+
 NULL_BLOCK = 0
+HIGHEST_TOKEN = 2**32 - 1
+TOKEN_TYPE = "I"  # of arrays of token ids: unsigned, 4 bytes
+_TEXT, _LISTS = (str, bytes), (list, tuple)
 
 
 class Allocation(NamedTuple):
@@ -38,9 +49,9 @@ class PoolUsage(NamedTuple):
 
 
 class BlockEvent(NamedTuple):
-    """One thing that happened to a block, told so that tables and reference counts can be rebuilt from the events alone.
+    """One thing that happened to a block, such that tables and reference counts can be rebuilt from the events alone.
 
-    `index` is the entry of the sequence's table, `other` is -1 where nothing is said of it, `group` is 0 (layer groups, later).
+    `index` is the entry of the sequence's table, `other` is -1 where it has no meaning, `group` is 0 (layer groups, later).
 
     | kind      | seq_id    | block       | other       | what it means                                                        |
     |-----------|-----------|-------------|-------------|----------------------------------------------------------------------|
@@ -57,8 +68,8 @@ class BlockEvent(NamedTuple):
     | swap_in   | holder    | device one  | host block  | the reverse                                                          |
     | pin/unpin | -1        | block       | -1          | count + 1 or - 1, held by no table; index -1                         |
 
-    A sequence that is freed or swapped tells one event for each entry that is not null, last entry first when freed; null entries leave
-    without a word. Tier is that of `block`.
+    A sequence that is freed or swapped emits one event for each entry that is not null, last entry first when freed; null entries leave
+    without one. Tier is that of `block`. Several blocks may be published with equal content; each is evicted by itself.
     """
 
     kind: str
@@ -88,3 +99,45 @@ class PoolBreakdown(NamedTuple):
     external: int
     padding: int
     idle: int
+
+
+def token_array(token_ids: Iterable[int]) -> array[int]:
+    """Token ids as unsigned 32-bit numbers."""
+    if isinstance(token_ids, _TEXT):
+        raise InputError(f"token_ids must be whole numbers from 0 to {HIGHEST_TOKEN}, not text: {token_ids[:20]!r}")
+    try:
+        ids = token_ids if isinstance(token_ids, _LISTS) else list(token_ids)
+        tokens = array(TOKEN_TYPE, ids)
+    except (TypeError, OverflowError, ValueError):
+        raise InputError(_complaint(token_ids)) from None
+    if bool in set(map(type, ids)):
+        raise InputError(_complaint(ids))
+    return tokens
+
+
+def _complaint(token_ids: Iterable[int]) -> str:
+    allowed = f"token_ids must be whole numbers from 0 to {HIGHEST_TOKEN}"
+    try:
+        for token in token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= HIGHEST_TOKEN:
+                return f"{allowed}, not {token!r}"
+    except TypeError:
+        return f"{allowed} in a sequence, not {token_ids!r}"
+    return allowed
+
+
+def check_salt(salt: str | None) -> None:
+    """A salt is text, or None for the common cache."""
+    if salt is not None and not isinstance(salt, str):
+        raise InputError(f"salt must be text or None, not {salt!r}")
+
+
+def id_list(name: str, values: Iterable[int], high: int | None = None) -> list[int]:
+    """Whole numbers from 0 to `high`, in the order given."""
+    try:
+        ids = list(values)
+    except TypeError:
+        raise InputError(f"{name} must be a sequence of whole numbers, not {values!r}") from None
+    for value in ids:
+        check_int(name, value, 0, high)
+    return ids

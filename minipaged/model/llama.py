@@ -1,84 +1,47 @@
-"""The network, once: a LLaMA-style decoder whose flags cover Llama 1-3, SmolLM2, Mistral, Qwen 2.5 and Qwen 3.
+"""The network, once: a LLaMA-style decoder whose flags cover every family of ModelConfig.
 
-Knows the arithmetic of a step over a flat list of tokens, from ids to logits. Does not know where keys and values are
-kept, which sequence a token belongs to, or how attention is done: the caller's `attention` does that, so the same code
-runs over pages, over a dense cache, or over no cache at all. Inference only.
+The arithmetic of a step over a flat list of tokens, from ids to logits. Where keys and values are kept, which sequence a token belongs
+to and how attention is done is the caller's: it passes a function, so the same layers run over pages, over a dense cache, or over no
+cache at all. Inference only.
 
-Rounding follows transformers (norms and rotary angles in float32, cast back before they are applied), so that outputs
-can be compared with it. Below, T is the number of tokens in the step, H the query heads, KH the KV heads, D the head
-size.
+Rounding follows transformers (norms and rotary angles in float32, cast back before they are applied), so that outputs can be compared
+with it. Below, T is the number of tokens in the step, H the query heads, KH the KV heads, D the head size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minipaged.config import ModelConfig, RopeScaling
+from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
+from minipaged.model.linear import Dense, Linear, RMSNorm, empty_parameter
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attention(layer, query [T, H, D], key [T, KH, D], value [T, KH, D]) -> [T, H, D].
 
-Query and key come rotated. All three are views whose last dimension is contiguous; the other strides are whatever the
+Query and key come normed and rotated. All three are views whose last dimension is contiguous; the other strides are whatever the
 projection left. It is the place that writes keys and values to the cache."""
 
+RawAttention = Callable[["Layer", Tensor], Tensor]
+"""attention(layer, heads [T, H + 2 KH, D]) -> [T, H, D]: the same for heads as projected, queries first, then keys, then values.
+
+For those who norm and rotate while they write to the cache."""
+
 INITIAL_STD = 0.02  # of drawn weights: `initializer_range` of every published config
-PACK_ROWS = 8  # the batch that oneDNN's layout is chosen for; measured equally good from 1 to 1,000 rows
-
-
-class Linear(nn.Module):
-    """y = x W^T + b, with W [out_features, in_features]."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = _parameter(out_features, in_features, dtype=dtype, device=device)
-        self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.is_mkldnn:
-            packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            return packed
-        return functional.linear(x, self.weight, self.bias)
-
-    def pack(self) -> None:
-        """Lay a float32 CPU weight out as oneDNN's matrix kernels read it: 2-4 times faster than the plain layout."""
-        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACK_ROWS)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
-
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.weight = _parameter(size, dtype=dtype, device=device)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): each norm and sum rides on a matrix product."""
 
     def __init__(self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.index = index
+        self.rotates = index not in config.unrotated_layers
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         query_size, qkv_size = self.num_heads * self.head_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -91,56 +54,80 @@ class Layer(nn.Module):
         self.gate_up = Linear(hidden, 2 * inner, bias=config.mlp_bias, dtype=dtype, device=device)
         self.down = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        x = x + self.attend(self.attention_norm(x), cos, sin, attention)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, hidden: Tensor, attention: RawAttention) -> Tensor:
+        """The layer's output, [T, hidden_size]; `hidden` is changed in place and returned."""
+        heads = self.qkv(hidden, norm=self.attention_norm).view(hidden.shape[0], -1, self.head_dim)
+        self.output(attention(self, heads).reshape(hidden.shape[0], -1), residual=hidden)
+        after: Tensor = self.down(self.gate_up.gated(hidden, norm=self.mlp_norm), residual=hidden)
+        return after
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 KH, D]
+    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the queries, keys and values."""
+        query, key, value = heads.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return query, key, value
+
+    def head_norms(self) -> dict[str, Any]:
+        """The norms of single heads, as rope_write_kv takes them; nothing where the model has none."""
+        if self.query_norm is None or self.key_norm is None:
+            return {}
+        return {
+            "query_norm": self.query_norm.weight,
+            "key_norm": self.key_norm.weight,
+            "eps": self.query_norm.eps,
+        }
+
+    def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`split`, with queries and keys normed (where the model does) and rotated: what rope_write_kv does on its way."""
         query_key, value = heads.tensor_split((self.num_heads + self.num_kv_heads,), dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = query_key.tensor_split((self.num_heads,), dim=1)
             query_key = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
-        query, key = rotate(query_key, cos, sin).tensor_split((self.num_heads,), dim=1)
-        mixed: Tensor = self.output(attention(self.index, query, key, value).reshape(x.shape[0], -1))
-        return mixed
+        turned = rotate(query_key, cos, sin) if self.rotates else query_key
+        query, key = turned.tensor_split((self.num_heads,), dim=1)
+        return query, key, value
 
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        down: Tensor = self.down(functional.silu(gate) * up)
-        return down
+    def angles(self, table: Tensor) -> Tensor:
+        """The angle table for rope_write_kv; a layer without rope reads the row of position 0, which turns nothing, everywhere."""
+        return table if self.rotates else table[:1].expand_as(table)
 
 
 class Llama(nn.Module):
-    """The decoder. Its parameters are empty until `slots()` is filled (weights.py) or `random` draws them."""
+    """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.embedding = _parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         layers = nn.ModuleList(Layer(config, i, dtype=dtype, device=device) for i in range(config.num_layers))
         self.layers = cast(list[Layer], layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         head_device = "meta" if config.tie_embeddings else device
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=head_device)
         if config.tie_embeddings:
-            self.head.weight = self.embedding
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+            self.head.format = Dense(self.embedding)
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
         self.frequencies: Tensor
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, both int64 [T]."""
-        x = functional.embedding(token_ids, self.embedding)
+        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T]."""
         cos, sin = rope_angles(self.frequencies, positions, self.dtype)
+
+        def rotated_first(layer: Layer, heads: Tensor) -> Tensor:
+            return attention(layer.index, *layer.rotated(heads, cos, sin))
+
+        hidden: Tensor = self.norm(self.run_layers(functional.embedding(token_ids, self.embedding), rotated_first))
+        return hidden
+
+    def run_layers(self, hidden: Tensor, attention: RawAttention) -> Tensor:
+        """Hidden states before the last norm, for those after the embedding: [T, hidden_size], changed in place and returned."""
         for layer in self.layers:
-            x = layer(x, cos, sin, attention)
-        hidden: Tensor = self.norm(x)
+            hidden = layer(hidden, attention)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, float32 [R, vocab_size], for hidden states [R, hidden_size]."""
+        """Scores of the next token, float32 [R, vocab_size], for hidden states after the last norm, [R, hidden_size]."""
         scores: Tensor = self.head(hidden)
         return scores.float()
 
@@ -160,7 +147,7 @@ class Llama(nn.Module):
         """Where each weight belongs: Hugging Face's tensor name -> the view of a parameter to copy it into."""
         slots: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
         if not self.config.tie_embeddings:
-            slots["lm_head.weight"] = self.head.weight
+            slots |= self.head.slots({"lm_head": self.config.vocab_size})
         for layer in self.layers:
             slots.update(_layer_slots(layer))
         return slots
@@ -180,15 +167,24 @@ class Llama(nn.Module):
         return model
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | RopeDivisors | None, rotary_dim: int | None = None
+) -> Tensor:
     """Radians a position for each pair of dimensions, float32 [head_dim / 2]: theta^(-2i / head_dim) (RoFormer, 3.2.2).
 
-    With Llama 3's scaling, wavelengths longer than the original context are stretched by `factor`, short ones are kept,
-    and those between are blended.
+    If only `rotary_dim` dimensions of a head turn, theirs are the first pairs, and the others have the frequency 0. With Llama 3's
+    scaling, wavelengths longer than the original context are stretched by `factor`, short ones are kept, and those between are blended.
     """
-    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    if scaling is None:
-        return frequencies
+    turning = head_dim if rotary_dim is None else rotary_dim
+    frequencies = 1.0 / (theta ** (torch.arange(0, turning, 2, dtype=torch.float32) / turning))
+    if isinstance(scaling, RopeScaling):
+        frequencies = _llama_3(frequencies, scaling)
+    elif scaling is not None:
+        frequencies = frequencies / torch.tensor(scaling.divisors, dtype=torch.float32)
+    return functional.pad(frequencies, (0, (head_dim - turning) // 2))
+
+
+def _llama_3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     longest = scaling.original_max_position / scaling.low_freq_factor
     shortest = scaling.original_max_position / scaling.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
@@ -207,6 +203,12 @@ def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> t
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
+def angle_table(frequencies: Tensor, num_positions: int) -> Tensor:
+    """Cosines, then sines, of the angles of positions 0, 1, ...: float32 [num_positions, D], for rope_write_kv."""
+    angles = torch.arange(num_positions, device=frequencies.device, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]) of heads [T, N, D] by its angle: the half-split form of Hugging Face.
 
@@ -215,31 +217,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, dims=-1), sin)
 
 
-def _parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
 def _layer_slots(layer: Layer) -> dict[str, Tensor]:
     """One layer's slots: the merged matrices are split into the pieces that checkpoints hold."""
     query, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     inner = layer.down.in_features
-    merged = (
-        (layer.qkv, (("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))),
-        (layer.gate_up, (("mlp.gate_proj", inner), ("mlp.up_proj", inner))),
-        (layer.output, (("self_attn.o_proj", layer.output.out_features),)),
-        (layer.down, (("mlp.down_proj", layer.down.out_features),)),
-    )
     slots: dict[str, Tensor] = {
         "input_layernorm.weight": layer.attention_norm.weight,
         "post_attention_layernorm.weight": layer.mlp_norm.weight,
     }
     if layer.query_norm is not None and layer.key_norm is not None:
         slots |= {"self_attn.q_norm.weight": layer.query_norm.weight, "self_attn.k_norm.weight": layer.key_norm.weight}
-    for linear, pieces in merged:
-        row = 0
-        for name, rows in pieces:
-            slots[f"{name}.weight"] = linear.weight[row : row + rows]
-            if linear.bias is not None:
-                slots[f"{name}.bias"] = linear.bias[row : row + rows]
-            row += rows
+    slots |= layer.qkv.slots({"self_attn.q_proj": query, "self_attn.k_proj": kv, "self_attn.v_proj": kv})
+    slots |= layer.gate_up.slots({"mlp.gate_proj": inner, "mlp.up_proj": inner})
+    slots |= layer.output.slots({"self_attn.o_proj": layer.output.out_features})
+    slots |= layer.down.slots({"mlp.down_proj": layer.down.out_features})
     return {f"model.layers.{layer.index}.{name}": slot for name, slot in slots.items()}

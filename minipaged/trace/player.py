@@ -32,7 +32,7 @@ class Player:
         self.speed = speed
         self.position, self.snapshot = source.keyframe(0)
         self.delta: StepDelta | None = None
-        self.changed: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # device blocks that the last `advance` changed
+        self._changed: set[int] = set()
         self._kept: dict[int, Snapshot] = {}
         self._due = 0.0
         self._last_tick: float | None = None
@@ -47,7 +47,6 @@ class Player:
     def advance(self, count: int = 1) -> list[StepDelta]:
         """Go up to `count` deltas forward; returns those applied, fewer at the end or at damage."""
         applied: list[StepDelta] = []
-        changed: set[int] = set()
         while len(applied) < count and self.position < len(self.source):
             try:
                 delta, shadows = self.source.delta(self.position), self.source.shadows(self.position)
@@ -61,9 +60,14 @@ class Player:
             self.delta = delta
             self.position += 1
             applied.append(delta)
-            changed.update(self.snapshot.changed)
-        self.changed = np.array(sorted(changed), np.int32)
+            self._changed.update(self.snapshot.changed)
         return applied
+
+    def take_changed(self) -> npt.NDArray[np.int32]:
+        """The device blocks that have changed since this was last asked, in order."""
+        found = np.array(sorted(self._changed), np.int32)
+        self._changed.clear()
+        return found
 
     def _accepts_misfit(self) -> bool:
         """The delta that was just folded does not fit the state. A live source goes on nevertheless; another ends before that delta."""

@@ -15,7 +15,7 @@ from minipaged.api import LLM
 from minipaged.assembly import build_runner, can_capture, choose_num_blocks
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.errors import InputError
-from minipaged.execution import eager as torch_runner
+from minipaged.execution import eager
 from minipaged.execution.largest_step import largest_step
 from minipaged.kernels import dispatch
 from minipaged.kernels.sampling import truncate
@@ -101,7 +101,7 @@ def test_parts_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> Non
     answers = []
     for rows in (1, 3, 1000):
         monkeypatch.setattr(truncate, "SORTED_ROWS", rows)
-        monkeypatch.setattr(torch_runner, "PROMPT_ROWS", rows)
+        monkeypatch.setattr(eager, "PROMPT_ROWS", rows)
         llm = LLM("toy", device="cpu", num_blocks=60, block_size=4)
         outputs = llm.generate(
             [{"prompt_token_ids": [97 + i] * (3 + i)} for i in range(7)],

@@ -6,7 +6,11 @@ Run by test_compiles.py in a process of its own, for Triton here must not interp
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +57,25 @@ class HopperDriver:
 
 
 launch = JITFunction.run
+DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+MEMORY = re.compile(
+    r"\b(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG|UBLKCP)\b"
+)  # machine instructions that touch global memory
+
+
+def check_waits(name: str, cubin: bytes) -> None:
+    """A dependent kernel's machine code touches no memory before it waits for the kernel before it (ACQBULK), but for one row's weights."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = subprocess.run([DISASSEMBLER, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    instructions = [line for line in code.splitlines() if "/*" in line]
+    before = list(itertools.takewhile(lambda line: "ACQBULK" not in line, instructions))
+    if len(before) == len(instructions):
+        raise SystemExit(f"{name} is launched dependently and never waits")
+    if name != "_one_row_kernel" and any(MEMORY.search(line) for line in before):
+        raise SystemExit(f"{name} touches memory before it waits:\n" + "\n".join(before))
+    print(name, "waits after", len(before), "instructions")
 
 
 def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -62,6 +85,10 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
     print(self.fn.__name__, "shared memory", shared, "registers", getattr(compiled, "n_regs", "?"))
     if shared > SHARED_MEMORY:
         raise SystemExit(f"{self.fn.__name__} needs {shared} bytes of shared memory")
+    if (
+        options.get("DEPENDENT") and "bf16" in compiled.asm["ttir"]
+    ):  # one dtype will do: disassembling takes as long as compiling
+        check_waits(self.fn.__name__, compiled.asm["cubin"])
     return compiled
 
 
@@ -108,9 +135,9 @@ def main() -> None:
             ids = torch.zeros(rows, dtype=torch.int32)
             embed_tokens_triton(weight, ids, torch.zeros(2, dtype=torch.int64), ids)
             draw_tokens_triton(x)
-            chances = torch.zeros(rows, dtype=torch.float64)
-            draw_tokens_triton(x, chances, chances)
-            draw_tokens_triton(x, chances, chances, truncation_threshold_triton(x, chances, chances, chances, chances))
+            numbers = torch.zeros(rows, dtype=torch.float64)
+            draw_tokens_triton(x, numbers, numbers)
+            draw_tokens_triton(x, numbers, numbers, truncation_threshold_triton(x, numbers, numbers, numbers, numbers))
     compile_prefill_hopper()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):

@@ -27,3 +27,5 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert "_prefill_kernel" in done.stdout
     assert "_hopper_prefill_kernel" in done.stdout
     assert "reduce_kernel" in done.stdout
+    for kernel in ("_decode_kernel", "reduce_kernel", "_prefill_kernel", "_rope_write_kernel"):
+        assert f"{kernel} waits after" in done.stdout, "what reads pages must wait for what writes them"

@@ -145,10 +145,10 @@ def test_L64_embed_tokens_equals_twin(tokens: int, size: int, dtype: torch.dtype
 
     table, newest = normal(0, 9, size, dtype=dtype), torch.tensor([3, 8, 1])
     token_ids = torch.tensor([4, -1, 0, -1, 8], dtype=torch.int32)[:tokens]
-    places = torch.tensor([0, 1, 0, 2, 2], dtype=torch.int32)[:tokens]
+    batch_indices = torch.tensor([0, 1, 0, 2, 2], dtype=torch.int32)[:tokens]
     expected = table[torch.tensor([4, 8, 0, 1, 8])[:tokens]]
-    assert torch.equal(embed_tokens_torch(table, token_ids, newest, places), expected)
-    assert torch.equal(embed_tokens_triton(table, token_ids, newest, places), expected)
+    assert torch.equal(embed_tokens_torch(table, token_ids, newest, batch_indices), expected)
+    assert torch.equal(embed_tokens_triton(table, token_ids, newest, batch_indices), expected)
 
 
 def test_rope_write_norms_each_head_first() -> None:
@@ -164,13 +164,15 @@ def test_rope_write_norms_each_head_first() -> None:
 
 @pytest.mark.usefixtures("interpreted")
 @examples(40)
-@given(rope_cases(), st.booleans(), st.booleans())
-def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool, with_norm: bool) -> None:
+@given(rope_cases(), st.booleans(), st.booleans(), st.booleans())
+def test_L64_rope_write_equals_twin(case: RopeCase, half_angles: bool, with_norm: bool, one_row: bool) -> None:
     from minipaged.kernels.cache.rope_write import rope_write_kv_torch
     from minipaged.kernels.cache.rope_write_triton import rope_write_kv_triton
 
     if half_angles:
         case.cos_sin = case.cos_sin.to(case.query.dtype)
+    if one_row:  # of a layer without rope: the same row for every position
+        case.cos_sin = case.cos_sin[:1].expand_as(case.cos_sin)
     norm: dict[str, Any] = {}
     if with_norm:
         weights = normal(4, 2, case.query.shape[2], dtype=case.query.dtype)
@@ -194,7 +196,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         rms_norm(x, weight, -1)
     with pytest.raises(ValueError, match=r"gate_up has shape \[3, 7\]"):
         silu_mul(torch.zeros(3, 7))
-    with pytest.raises(ValueError, match=r"places has shape \[2\]; it must be \[3\]"):
+    with pytest.raises(ValueError, match=r"batch_indices has shape \[2\]; it must be \[3\]"):
         embed_tokens(x, torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(2).int())
     case = RopeCase(5, 2, 1, 32, 4, torch.float32)
     arguments = case.arguments()

@@ -141,8 +141,8 @@ def gate(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
 
 @prepared
 def embedding(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
-    ids, places = torch.tensor([0, -1, 12, -1], dtype=torch.int32), torch.tensor([0, 4, 1, 2], dtype=torch.int32)
-    return embed_tokens, [normal(0, 13, 577).to(dtype), ids, torch.tensor([1, 2, 3, 4, 12]), places]
+    ids, batch_indices = torch.tensor([0, -1, 12, -1], dtype=torch.int32), torch.tensor([0, 4, 1, 2], dtype=torch.int32)
+    return embed_tokens, [normal(0, 13, 577).to(dtype), ids, torch.tensor([1, 2, 3, 4, 12]), batch_indices]
 
 
 @prepared

@@ -34,13 +34,13 @@ def truncations(draw: st.DrawFn, vocab: int) -> Asked:
     return {name: torch.tensor(draw(st.lists(kind, min_size=ROWS, max_size=ROWS))) for name, kind in each.items()}
 
 
-def assert_cut(least: Tensor, logits: Tensor, asked: Asked) -> None:
+def assert_cut(threshold: Tensor, logits: Tensor, asked: Asked) -> None:
     """The tokens that stay are those of the definition, one rule after another; ties stay together."""
     for row, one in enumerate(logits.double()):
         temperature, top_k, top_p, min_p = (
             float(asked[name][row]) for name in ("temperature", "top_k", "top_p", "min_p")
         )
-        stays = one >= float(least[row])
+        stays = one >= float(threshold[row])
         if temperature == 0 or (top_k == 0 and top_p >= 1 and min_p == 0):
             assert stays.all()
             continue
@@ -82,8 +82,8 @@ def test_L64_least_kept_logit_keeps_what_the_definition_keeps(
     from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 
     logits, asked = drawn_logits(ROWS, vocab, dtype, seed), data.draw(truncations(vocab))
-    least = truncation_threshold_triton(logits, **asked)
-    assert_cut(least, logits, asked)
+    threshold = truncation_threshold_triton(logits, **asked)
+    assert_cut(threshold, logits, asked)
     only_k = asked | {"top_p": torch.ones(ROWS), "min_p": torch.zeros(ROWS)}
     kept, twins = (
         logits >= cut(logits, **only_k)[:, None] for cut in (truncation_threshold_triton, truncation_threshold_torch)
@@ -95,15 +95,15 @@ def test_L64_least_kept_logit_keeps_what_the_definition_keeps(
 def test_ties_stay_together(kernel: str, request: pytest.FixtureRequest) -> None:
     if kernel == "triton":
         request.getfixturevalue("interpreted")
-        from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton as least_kept
+        from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton as find_threshold
     else:
-        least_kept = truncation_threshold_torch
+        find_threshold = truncation_threshold_torch
     logits = torch.tensor([[-1.0, 0.0, -0.0, 2.0, 0.0, -3.0]])
-    assert least_kept(logits, **asked_of(top_k=2)) == 0.0
-    assert least_kept(logits, **asked_of(top_k=5)) == -1.0
-    assert least_kept(logits, **asked_of(top_p=0.8)) == 0.0
-    assert least_kept(logits, **asked_of(top_p=0.1)) == 2.0
-    assert least_kept(logits, **asked_of(min_p=1.0)) == 2.0
+    assert find_threshold(logits, **asked_of(top_k=2)) == 0.0
+    assert find_threshold(logits, **asked_of(top_k=5)) == -1.0
+    assert find_threshold(logits, **asked_of(top_p=0.8)) == 0.0
+    assert find_threshold(logits, **asked_of(top_p=0.1)) == 2.0
+    assert find_threshold(logits, **asked_of(min_p=1.0)) == 2.0
 
 
 @pytest.mark.parametrize("top_p", [1e-8, 1e-50, 0.0])
@@ -122,9 +122,9 @@ def test_the_likeliest_token_stays_however_small_top_p_is(top_k: int, top_p: flo
 def test_a_draw_takes_nothing_below() -> None:
     logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     warm, uniform = torch.full((300,), 5.0), torch.linspace(0, 1, 301, dtype=torch.float64)[:300]
-    least = logits.sort(descending=True).values[:, 3].contiguous()
-    drawn = draw_tokens(logits, warm, uniform, least)
-    assert (logits.gather(1, drawn[:, None])[:, 0] >= least).all()
+    threshold = logits.sort(descending=True).values[:, 3].contiguous()
+    drawn = draw_tokens(logits, warm, uniform, threshold)
+    assert (logits.gather(1, drawn[:, None])[:, 0] >= threshold).all()
     assert len({int((row > row[token]).sum()) for row, token in zip(logits, drawn, strict=True)}) == 4
 
 
@@ -137,10 +137,10 @@ def test_L64_truncated_draw_equals_twin(dtype: torch.dtype, seed: int) -> None:
     logits = drawn_logits(3, 3000, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(3, generator=generator, dtype=torch.float64)
-    least = logits.float().sort(descending=True).values[torch.arange(3), torch.tensor([0, 7, 2000])]
+    threshold = logits.float().sort(descending=True).values[torch.arange(3), torch.tensor([0, 7, 2000])]
     temperature = torch.tensor([1.0, 0.6, 0.0])
-    drawn = draw_tokens_triton(logits, temperature, uniform, least)
-    kept = logits.float().masked_fill(logits < least[:, None], float("-inf"))
+    drawn = draw_tokens_triton(logits, temperature, uniform, threshold)
+    kept = logits.float().masked_fill(logits < threshold[:, None], float("-inf"))
     assert_drawn(drawn, kept, temperature, uniform)
 
 
@@ -150,7 +150,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         truncation_threshold(logits.long(), **asked_of())
     with pytest.raises(ValueError, match=r"top_p is torch\.float32 \[2\] on cpu; it must be \[1\], contiguous"):
         truncation_threshold(logits, **asked_of() | {"top_p": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"least is torch\.float64 \[1\]"):
+    with pytest.raises(ValueError, match=r"threshold is torch\.float64 \[1\]"):
         draw_tokens(logits, torch.ones(1), torch.zeros(1).double(), torch.zeros(1).double())
     with pytest.raises(
         ValueError, match=r"uniform is torch\.float64 \[2\] on cpu; it must be torch\.float64 \[2\], contiguous"

@@ -12,7 +12,7 @@ import torch
 
 from minipaged.errors import InputError
 from minipaged.lab.measure import ablate as module
-from minipaged.lab.measure.ablate import SECTIONS, ablate, sizes_for
+from minipaged.lab.measure.ablate import ablate, sizes_for
 from minipaged.lab.measure.attention_variants import (
     DECODES,
     Cells,
@@ -21,9 +21,10 @@ from minipaged.lab.measure.attention_variants import (
     torch_dense,
     written_out_prefill,
 )
+from minipaged.lab.measure.rows import SECTIONS
 from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
+from minipaged.lab.report.bench_report import ablation_tables
 from minipaged.lab.report.device_report import ablation_dicts, ablation_page, load_note, plot_of, print_ablation
-from minipaged.lab.report.device_tables import TITLES, ablation_tables
 from minipaged.model.llama import Llama
 from minipaged.model.loading.shapes import shape
 
@@ -105,9 +106,9 @@ def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> 
     small = replace(small, draws=small.draws[:12])
     monkeypatch.setattr(module, "sizes_for", lambda device, seconds: small)
     stages: list[str] = []
-    found = ablate("toy", device="cpu", seconds=120.0, say=lambda what, done, total: stages.append(what))
-    assert {m.section for m in found.measures} == set(SECTIONS) == set(TITLES)
-    assert [m.section for m in found.measures] == sorted((m.section for m in found.measures), key=SECTIONS.index)
+    found = ablate("toy", device="cpu", seconds=120.0, progress=lambda what, done, total: stages.append(what))
+    assert {m.section for m in found.measures} == set(SECTIONS)
+    assert [m.section for m in found.measures] == sorted((m.section for m in found.measures), key=list(SECTIONS).index)
     assert all(m.ratio > 0 for m in found.measures)
     assert all(m.seconds > 0 for m in found.measures if not math.isnan(m.seconds))
     assert set(stages) == {"loading", *SECTIONS}
@@ -123,6 +124,24 @@ def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> 
     tables = "\n".join(ablation_tables(kept["rows"]))
     assert all(f"| {m.name} |" in tables for m in found.measures)
     assert "<svg" in ablation_page(found).text()
+
+
+def test_an_ablation_stopped_after_a_few_steps_gives_no_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems that the time limit stopped at once have neither speed nor factor, and the tables and the plot say so."""
+    small = replace(sizes_for(CPU, 1e-9), rows=2, context=64, lone=64, prompt=32)
+    monkeypatch.setattr(module, "sizes_for", lambda device, seconds: small)
+    heard: list[float] = []
+    found = ablate("toy", device="cpu", seconds=1e-9, progress=lambda what, done, total: heard.append(done / total))
+    assert heard == sorted(heard)
+    assert heard[-1] <= 1
+    for measure in (*found.of("batching"), *found.of("preemption")):
+        assert math.isnan(measure.ratio)
+        assert math.isnan(measure.tokens_per_second)
+        assert "too few" in measure.note
+    print_ablation(found)
+    rows = json.loads(json.dumps(ablation_dicts(found)))
+    assert "| one at a time |" in "\n".join(ablation_tables(rows))
+    ElementTree.fromstring(plot_of({"device": "here", "date": "2026-01-01", "rows": rows}))
 
 
 def test_results_without_a_plot_are_refused() -> None:

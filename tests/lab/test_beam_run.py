@@ -10,7 +10,7 @@ from minipaged.lab.measure.beam_run import INSTRUCTIONS, Sharing, kept, measure
 
 
 def run(**settings: object) -> list[Sharing]:
-    return measure(model="toy", device="cpu", say=lambda what, done, total: None, **{"requests": 2, **settings})  # type: ignore[arg-type]
+    return measure(model="toy", device="cpu", progress=lambda what, done, total: None, **{"requests": 2, **settings})  # type: ignore[arg-type]
 
 
 def test_wider_shares_more_and_one_row_shares_nothing() -> None:

@@ -161,6 +161,24 @@ def test_ratios_are_ours_over_theirs_and_gaps_are_told() -> None:
     ]
 
 
+def test_who_runs_is_told_before_it_runs() -> None:
+    """A contender takes minutes: the line must name it from its start."""
+    order: list[str] = []
+
+    def run(name: str, job: Job) -> Outcome:
+        order.append(f"{name} runs")
+        return Outcome(name, note="no")
+
+    def heard(what: str, done: int, total: int) -> None:
+        order.append(f"{what} ({done} of {total})")
+
+    list(measure(("minipaged", "vllm"), JOB, lambda note: None, run=run, progress=heard))
+    assert order == [
+        f"minipaged on {JOB.model}: batch:2 (0 of 2)", "minipaged runs",
+        f"vllm on {JOB.model}: batch:2 (1 of 2)", "vllm runs",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["minipaged", "minipaged-plain"])
 def test_our_own_contender_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

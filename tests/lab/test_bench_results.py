@@ -14,8 +14,8 @@ from minipaged.cli.bench import app
 from minipaged.errors import InputError
 from minipaged.lab.measure import host as bench_host
 from minipaged.lab.measure.contender_minipaged import make_llm
+from minipaged.lab.measure.results import HEAD, Results, read_results
 from minipaged.lab.report.bench_report import BEGIN, END, insert, report
-from minipaged.lab.report.results import HEAD, Results, read_results
 
 RESULTS = Path(__file__).parents[2] / "minipaged" / "lab" / "results"
 
@@ -62,6 +62,13 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
         read_results(path)
     with pytest.raises(InputError, match="no results"):
         report(tmp_path / "none")
+
+
+def test_our_own_policys_old_name_is_read_as_todays(tmp_path: Path) -> None:
+    """Files of earlier versions say vllm where `paged` ran; a peer of that name, the real vLLM, keeps it."""
+    write(tmp_path / "old.json", [{"system": "vllm"}, {"system": "orca-max"}, {"contender": "vllm"}])
+    rows = read_results(tmp_path / "old.json")["rows"]
+    assert rows == [{"system": "paged"}, {"system": "orca-max"}, {"contender": "vllm"}]
 
 
 def test_the_report_holds_every_figure(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from minipaged.cli.lab import app
 from minipaged.errors import InputError
+from minipaged.lab.formats import seconds, size
 from minipaged.lab.paper.figure_types import Curve, Row
 from minipaged.lab.paper.figures import FIGURES, parse_figures
 from minipaged.lab.report.html import Page
 from minipaged.lab.report.svg import bars, line_chart, stacked_bars
-from minipaged.lab.report.tables import seconds, size
 
 
 def run(*arguments: str) -> str:
@@ -29,10 +29,10 @@ def run(*arguments: str) -> str:
 
 def test_simulate_prints_and_writes(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
-    text = run("simulate", "--system", "orca-max,vllm", "--requests", "60", "--json", str(out))
+    text = run("simulate", "--system", "orca-max,paged", "--requests", "60", "--json", str(out))
     assert "orca-max" in text
     results = json.loads(out.read_text())
-    assert [r["system"] for r in results] == ["orca-max", "vllm"]
+    assert [r["system"] for r in results] == ["orca-max", "paged"]
     assert results[1]["tokens_per_s"] > results[0]["tokens_per_s"]
     assert sum(results[0]["pool_shares"].values()) == pytest.approx(1.0)
 
@@ -46,7 +46,7 @@ def test_a_users_trace_runs(tmp_path: Path) -> None:
 def test_compare_writes_a_page_that_stands_alone(tmp_path: Path) -> None:
     page, numbers = tmp_path / "c.html", tmp_path / "c.json"
     text = run(
-        "compare", "--systems", "static,vllm", "--requests", "80", "--rates", "0.2, 0.5",
+        "compare", "--systems", "static,paged", "--requests", "80", "--rates", "0.2, 0.5",
         "--html", str(page), "--json", str(numbers),
     )  # fmt: skip
     assert "0.2/s" in text
@@ -127,7 +127,7 @@ def test_plots_are_well_formed_and_escape_names() -> None:
         bars("groups", {"g<": [("a & b", 1.0, "1"), ("nothing", float("nan"), "-")], "empty": []}, "x"),
         line_chart("nothing", [], "x", "y"),
         line_chart("flat", [Curve("a", ((1.0, 2.0),))], "x", "y", log_y=True),
-        stacked_bars("bars", {"vllm": {"token": 0.9, "idle": 0.1}}, "%"),
+        stacked_bars("bars", {"paged": {"token": 0.9, "idle": 0.1}}, "%"),
     ):
         ElementTree.fromstring(picture)
 

@@ -31,7 +31,7 @@ KERNELS = [
 SYSTEMS = [
     {"system": system, "pool": pool, "tokens": tokens, "tokens_per_second": speed, "token_share": share}
     for system, pool, tokens, speed, share in (
-        ("transformers generate", 0, 9, 5.0, None), ("static", 64, 9, 10.0, 0.2), ("vllm", 64, 9, 40.0, 0.9), ("vllm", 640, 9, 90.0, 0.8),
+        ("transformers generate", 0, 9, 5.0, None), ("static", 64, 9, 10.0, 0.2), ("paged", 64, 9, 40.0, 0.9), ("paged", 640, 9, 90.0, 0.8),
         ("transformers continuous", 0, 0, None, None),
     )
 ]  # fmt: skip
@@ -43,8 +43,8 @@ def test_numbers_are_read_from_the_rows() -> None:
     assert measured.layout_cost(document(LAYOUT[:1])) is None, "cut short"
     assert measured.factors(document(LAYOUT[:4])) is None
     assert measured.against_dense(document(KERNELS)) == [pytest.approx(11 / 8)]
-    assert measured.speeds(document(SYSTEMS)) == {"transformers generate": 5.0, "static": 10.0, "vllm": 40.0}
-    assert measured.shares(document(SYSTEMS)) == {"static": 0.2, "vllm": 0.9}
+    assert measured.speeds(document(SYSTEMS)) == {"transformers generate": 5.0, "static": 10.0, "paged": 40.0}
+    assert measured.shares(document(SYSTEMS)) == {"static": 0.2, "paged": 0.9}
 
 
 def test_the_newest_on_a_gpu_counts(tmp_path: Path) -> None:
@@ -73,4 +73,4 @@ def test_claims_say_what_was_measured_or_how_it_would_be(monkeypatch: pytest.Mon
     assert "+2.5 %" in claims.kernel_cost().evidence
     assert "5.00x together; the product would be 6.00x" in claims.factors_multiply().evidence
     assert "4.0x static, 8.0x transformers generate" in claims.over_tgi().evidence
-    assert "10 % vllm" in claims.contiguous_waste().evidence
+    assert "10 % paged" in claims.contiguous_waste().evidence

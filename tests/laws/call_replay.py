@@ -17,7 +17,7 @@ from tests.laws.records import StepRecord
 from tests.laws.replay import write_replay
 
 CALLS = (
-    *("begin_step", "allocate", "append", "mark_computed", "fork", "truncate", "release", "free"),
+    *("begin_step", "end_step", "allocate", "append", "mark_computed", "fork", "truncate", "release", "free"),
     *("swap_out", "swap_in", "pin", "unpin", "reset_prefix_cache"),
 )
 MOST_BLOCKS = 4096  # a pool that a screen can show
@@ -63,7 +63,8 @@ def _noted_call(kind: type, name: str) -> Callable[..., Any]:
         if self.inside:
             return method(self, *args, **options)
         as_given = tuple(list(a) if isinstance(a, list) else a for a in args)
-        self.noted.calls.append(Call(name, as_given, options))
+        plain = {key: value for key, value in options.items() if key != "hit"}  # a handle is of this manager alone
+        self.noted.calls.append(Call(name, as_given, plain))
         Noted.last = self.noted
         self.inside = True
         try:

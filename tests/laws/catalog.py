@@ -21,6 +21,7 @@ class Law(NamedTuple):
 
 _POOL, _FORK, _PREFIX = "pool and counts", "fork and copy-on-write", "prefix cache"
 _SCHEDULER, _RETENTION, _DEVICES = "scheduler", "retention and quantization", "devices and kernels"
+_SHARING, _OUTPUTS = "sharing", "outputs and the server"
 
 LAWS: tuple[Law, ...] = (
     Law("L01", _POOL, "Free, referenced and null blocks add up to the pool after every operation."),
@@ -59,11 +60,15 @@ LAWS: tuple[Law, ...] = (
     Law("L26", _PREFIX, "Keys are cryptographic: no choice of tokens makes two contents collide."),
     Law("L27", _PREFIX, "A request that needs prompt log-probabilities fills the cache and does not read it."),
     Law("L28", _PREFIX, "Tokens that are not accepted yet are never hashed."),
-    Law("L29", _PREFIX, "No hit names a block before its write is committed."),
+    Law(
+        "L29",
+        _PREFIX,
+        "No hit names a block before the step that writes it is planned, nor after its writer has left that step.",
+    ),
     Law("L30", _PREFIX, "The victim is the least recently used block, the deepest of those freed together."),
     Law("L31", _PREFIX, "Found blocks are protected before anything is allocated."),
     Law("L32", _PREFIX, "Handing a cached block out again erases its key."),
-    Law("L33", _PREFIX, "Of two blocks with the same content the first published keeps the key."),
+    Law("L33", _PREFIX, "Of blocks with the same content the one published first, of those left, is found."),
     Law("L34", _PREFIX, "The cache is not reset while a request holds blocks."),
     Law("L35", _PREFIX, "The hit rate counts tokens; a resumed request's own blocks are counted apart."),
     Law("L36", _PREFIX, "Outputs are the same with the cache on and off."),
@@ -105,6 +110,25 @@ LAWS: tuple[Law, ...] = (
     Law("L62", _DEVICES, "Pipeline stages share block ids, and none is reused while a batch in flight names it."),
     Law("L63", _DEVICES, "Kernels do not care which physical blocks hold what, and never read unused slots."),
     Law("L64", _DEVICES, "Every kernel equals its torch twin for all shapes it accepts."),
+    Law(
+        "L65", _SHARING, "Equal prefixes are computed once, in one call, one step or one flight, by chunks of any size."
+    ),
+    Law("L66", _SHARING, "Equal content made twice is remembered twice, and no live table is rewritten to join it."),
+    Law("L67", _SHARING, "A preempted group resumes as one sequence and forks again where its outputs part."),
+    Law("L68", _SHARING, "What can be held, shared as it will be, is admitted, and its prompt is hashed once."),
+    Law(
+        "L69", _OUTPUTS, "An output handed out never changes, and every consumer sees each change of its own requests."
+    ),
+    Law("L70", _RETENTION, "Every tensor of the KV store follows its block through copy, fork, swap, hit and rank."),
+    Law(
+        "L71", _RETENTION, "With sinks and windows the output is a dense reference's with the same mask and positions."
+    ),
+    Law(
+        "L72", _RETENTION, "Heavy hitters keep the set that a dense simulation keeps, by scores of the sequence's own."
+    ),
+    Law("L73", _DEVICES, "Any number of ranks gives one rank's text, and the death of one ends all with a word."),
+    Law("L74", _OUTPUTS, "A client that goes away gives its blocks back, and a server's answers are the library's."),
+    Law("L75", _OUTPUTS, "Nothing read from a file, a socket or a model reaches a terminal unescaped."),
 )
 
 _ID = re.compile(r"(?<![A-Za-z0-9])L\d\d(?![0-9])")

@@ -1,7 +1,8 @@
 """The state machine: any mix of legal calls on a block manager, step by step, with tiny dense contents and a simple model beside it.
 
-A step is planned (allocate, append, swap), executed (transfers in their order, then writes), and committed (marked, forked, freed);
-planning again begins the next one. Rules take plain integers and read them modulo what there is, so that every call is legal, few
+A step is planned (allocate, append, swap, promise), executed (transfers in their order, then writes), and committed (marked, forked,
+freed); planning again begins the next one. Half of the runs end their plans: what they mark while they plan is a promise of the
+step, and is written when it is executed. Rules take plain integers and read them modulo what there is, so that every call is legal, few
 do nothing, and a counterexample shrinks to a handful. This part: coming in, growing, and the step itself.
 """
 
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from minipaged.memory.types import Admission
 from tests.laws.model import NEVER_ENDS, Line
-from tests.laws.watch import Watch
+from tests.laws.watch import Handle, Watch
 
 PICK = st.integers(0, 31)
 TAIL = st.lists(st.integers(0, 1), max_size=9)
@@ -38,6 +39,7 @@ class StepMachine(RuleBasedStateMachine):
         num_host_blocks=st.sampled_from([0, 2, 8]),
         prefix_caching=st.sampled_from([True, True, True, False]),
         watermark=st.sampled_from([0.0, 0.0, 0.01, 0.3]),
+        ends_steps=st.booleans(),
         first=TAIL,
     )
     def start(self, first: list[int], **settings: Any) -> None:
@@ -46,6 +48,7 @@ class StepMachine(RuleBasedStateMachine):
         self.watch = cls.last = Watch(cls.make, cls.laws, **settings)
         self.next_id = 0
         self.stems: list[list[int]] = [[]]
+        self.handles: list[Handle] = []
         self._allocate(first or [1, 0, 1, 1, 0], None, 1, True)
 
     # ---- choosing
@@ -92,7 +95,25 @@ class StepMachine(RuleBasedStateMachine):
         if run:
             self._execute([11], True)
 
-    def _allocate(self, tokens: list[int], salt: str | None, chunk: int, read_cache: bool) -> None:
+    @rule(stem=PICK, tail=TAIL, salt=SALT)
+    def look_up(self, stem: int, tail: list[int], salt: str | None) -> None:
+        """A handle, for a prompt that comes in later or never."""
+        tokens = self.stems[stem % len(self.stems)] + tail or [0]
+        self.handles = [*self.handles, self.watch.lookup(tokens, salt)][-4:]
+        self.watch.unchanged("L07", "lookup was asked")
+
+    @precondition(lambda self: bool(self.handles) and len(self.watch.lines) < 8)
+    @rule(pick=PICK, chunk=PICK, read_cache=st.sampled_from([True, True, True, False]), other=SALT, run=RUN)
+    def allocate_by_handle(self, pick: int, chunk: int, read_cache: bool, other: str | None, run: bool) -> None:
+        """A new sequence of a prompt that was looked up before, in this step or long ago; sometimes under another salt."""
+        handle = self.handles[pick % len(self.handles)]
+        self._allocate(handle.tokens, handle.salt if pick > 3 else other, chunk, read_cache, handle)
+        if run:
+            self._execute([11], True)
+
+    def _allocate(
+        self, tokens: list[int], salt: str | None, chunk: int, read_cache: bool, handle: Handle | None = None
+    ) -> None:
         self._plan()
         watch, size, seq = self.watch, self.watch.block_size, self.next_id
         found = self._check_match(tokens, salt)
@@ -103,7 +124,7 @@ class StepMachine(RuleBasedStateMachine):
         revived = sum(not watch.view.counts[b] and b not in watch.guarded() for b in set(hits))
         least_free, most_free = watch.available()
         order = {"num_tokens": wanted, "salt": salt, "read_cache": read_cache}
-        got = watch.call("allocate", seq, tokens, **order)
+        got = watch.call("allocate", seq, tokens, **order, hit=handle)
         said = f"allocate({seq}, {tokens}, {order})"
         if got is None:
             watch.hold(
@@ -122,7 +143,7 @@ class StepMachine(RuleBasedStateMachine):
         cached = got.cached_tokens
         watch.hold("L24", cached <= (len(tokens) - 1) // size * size, f"{said} found all {cached} tokens")
         watch.hold(
-            "L27" if not read_cache else "L22 L23 L25 L35",
+            "L27" if not read_cache else "L22 L23 L25 L35 L65",
             cached == len(hits) * size,
             f"{said} found {cached}, not {hits}",
         )
@@ -145,6 +166,10 @@ class StepMachine(RuleBasedStateMachine):
         watch.hold("L24", got <= most * size, said)
         watch.hold("L25" if salt is not None else "L22 L23 L32", got <= len(hits) * size, said)
         watch.hold("L22 L23 L29", got == len(hits) * size, said)
+        for handle in self.handles:
+            expected = len(watch.found.hits(handle.tokens, handle.salt, (len(handle.tokens) - 1) // size)) * size
+            found = handle.hit.num_tokens
+            watch.hold("L29 L65", found == expected, f"a handle of {handle.tokens} finds {found}, not {expected}")
         return hits
 
     @precondition(_any)
@@ -153,14 +178,20 @@ class StepMachine(RuleBasedStateMachine):
         """Whether a request could come in: asked, nothing done."""
         watch = self.watch
         tokens = self.stems[stem % len(self.stems)] + tail or [0]
+        extra: dict[str, Any] = {"token_ids": tokens, "salt": salt} if known else {}
+        if known and self.handles and new % 2:
+            handle = self.handles[new % len(self.handles)]
+            tokens, salt, extra = handle.tokens, handle.salt, {"hit": handle}
         hits = self._check_match(tokens, salt) if known else []
         n = len(tokens)
-        extra = {"token_ids": tokens, "salt": salt} if known else {}
         got = watch.call("can_admit", n, new, num_sequences=width, **extra)
-        never = width * self._blocks_for(n + new) > watch.num_blocks - 1
-        watch.hold("L41", (got is Admission.NEVER) == never, f"can_admit({n}, {new}, num_sequences={width}) is {got}")
+        shared = n // watch.block_size  # the samples' full blocks of the prompt
+        never = shared + width * (self._blocks_for(n + new) - shared) > watch.num_blocks - 1
+        watch.hold(
+            "L68 L41", (got is Admission.NEVER) == never, f"can_admit({n}, {new}, num_sequences={width}) is {got}"
+        )
         revived = sum(not watch.view.counts[b] and b not in watch.guarded() for b in hits)
-        need = width * (self._blocks_for(n) - len(hits)) + revived
+        need = shared + width * (self._blocks_for(n) - shared) - len(hits) + revived
         least, most = watch.available()
         said = f"can_admit({n}, {new}, num_sequences={width}, {extra}) is {got}: needs {need}, {least} to {most} free"
         watch.hold("L42 L08", got is not Admission.OK or need + self._least_watermark() <= most, said)
@@ -255,6 +286,7 @@ class StepMachine(RuleBasedStateMachine):
     def _execute(self, choices: list[int], mark: bool) -> None:
         self._plan()
         watch = self.watch
+        self._end_plan()
         copies = watch.copies()
         for batch in (watch.swap_outs, watch.swap_ins, copies):
             to = [there for _, there in batch]
@@ -265,25 +297,41 @@ class StepMachine(RuleBasedStateMachine):
         for i, line in enumerate(watch.lines.values()):
             if not line.swapped:
                 choice = choices[i % len(choices)]
-                promised = line.room - line.written
-                self._write(line, promised if choice > 3 else choice % (promised + 1), choice)
+                most, least = line.room - line.written, line.counted - line.written
+                self._write(line, most if choice > 3 else max(least, choice % (most + 1)), choice)
         watch.executed = True
-        watch.check_contents("a step", "L02 L09 L13 L15 L16 L20 L22 L29 L31 L32 L33 L36 L47 L52")
+        watch.promised.clear()
+        for line in watch.lines.values():
+            line.promised = None
+        watch.check_contents("a step", "L02 L09 L13 L15 L16 L20 L22 L29 L31 L32 L33 L36 L47 L52 L65 L66")
         for line in list(watch.lines.values()) if mark else []:
             if not line.swapped and line.marked < line.written:
                 self._mark(line, line.written - line.marked)
 
+    def _end_plan(self) -> None:
+        """Nobody leaves the step any more."""
+        watch = self.watch
+        if watch.ends_steps:
+            watch.call("end_step")
+            watch.unchanged("L29 L65", "the plan was ended")
+            for line in watch.pending():
+                watch.made_copies.extend([line.copy] if line.copy is not None else [])
+                line.copy = line.copied_at = None
+
+    @staticmethod
+    def _know(line: Line, end: int, choice: int) -> None:
+        """Its tokens up to `end` are drawn, if they are not known."""
+        line.tokens.extend((choice + i) % 2 for i in range(end - len(line.tokens)))
+
     def _write(self, line: Line, count: int, choice: int) -> None:
         watch, table = self.watch, self.watch.view.tables[line.seq_id]
-        missing = line.written + count - len(line.tokens)
-        if missing > 0:
-            line.tokens.extend((choice + i) % 2 for i in range(missing))
+        self._know(line, line.written + count, choice)
         for position in range(line.written, line.written + count):
             block = table[position // watch.block_size]
             watch.hold("L06", block != 0, f"sequence {line.seq_id} writes into the null block")
             watch.hold(
                 "L29 L32",
-                block not in watch.found.key_of,
+                block not in watch.found.key_of or watch.promised.get(block) == line.seq_id,
                 f"sequence {line.seq_id} writes into {block}, which can be found",
             )
             watch.dense.write(table, position, line.values()[position])
@@ -311,23 +359,38 @@ class StepMachine(RuleBasedStateMachine):
     def mark(self, pick: int, count: int) -> None:
         """Report tokens as computed, now or late."""
         line = self._line(pick)
-        if line is not None and (self.watch.executed or line.copy is None):
-            self._mark(line, min(count, line.written - line.marked))
+        if line is not None and (self.watch.executed or self.watch.ends_steps or line.copy is None):
+            self._mark(line, max(0, min(count, line.written - line.marked)))
+
+    @precondition(lambda self: self.watch.ends_steps and self._any())
+    @rule(pick=PICK, count=st.sampled_from([1, 3, 99, 99]), choice=st.integers(0, 1), more=RUN)
+    def promise(self, pick: int, count: int, choice: int, more: bool) -> None:
+        """Report, while the step is planned, what it is to write: from then on its full blocks can be found."""
+        self._plan()
+        line = self._line(pick)
+        if line is None:
+            return
+        if more and line.room == line.counted:
+            self._append(line, count % 7)
+        end = line.marked + min(count, line.room - line.marked)
+        self._know(line, end, choice)
+        self._mark(line, end - line.marked)
 
     def _mark(self, line: Line, count: int) -> None:
         watch, size = self.watch, self.watch.block_size
         first = line.marked // size
         watch.call("mark_computed", line.seq_id, line.tokens[line.marked : line.marked + count])
+        if count and watch.planning and line.promised is None:
+            line.promised = line.marked
         line.marked += count
-        if count and line.copy is not None:
+        if count and line.copy is not None and not watch.planning:
             watch.made_copies.append(line.copy)
             line.copy = line.copied_at = None
-        watch.settle(f"mark_computed({line.seq_id}, {count} tokens)")
+        watch.settle(f"mark_computed({line.seq_id}, {count} tokens)", forgets=())
         if watch.prefix_caching and not line.released:
+            table = watch.view.tables[line.seq_id]
             for end in range((first + 1) * size, line.marked + 1, size):
-                key = (line.salt, tuple(line.tokens[:end]))
-                watch.hold(
-                    "L21 L27",
-                    key in watch.found.block_of,
-                    f"full block {end // size - 1} of {line.seq_id} cannot be found",
-                )
+                found = watch.found.blocks_of.get((line.salt, tuple(line.tokens[:end])), [])
+                said = f"full block {end // size - 1} of {line.seq_id} cannot be found"
+                watch.hold("L21 L27 L65", bool(found), said)
+                watch.hold("L66", table[end // size - 1] in found, f"{said}, though its content can")

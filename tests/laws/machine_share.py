@@ -17,6 +17,8 @@ class SharingMachine(StepMachine):
         if not hasattr(self, "watch") or self.watch.broken:
             return
         watch = self.watch
+        if watch.planning:  # who promised something that others hold cannot leave before
+            self._execute([0], False)
         for seq in list(watch.lines):
             self._free(seq)
         for block in list(watch.pins.elements()):
@@ -36,8 +38,10 @@ class SharingMachine(StepMachine):
         watch, parent = self.watch, self._line(pick)
         if parent is None:
             return
-        if parent.room > parent.marked:
-            watch.refused("L12 L09", ValueError, "fork", parent.seq_id, self.next_id)
+        if parent.room > parent.marked or parent.promised is not None:
+            watch.refused("L12 L09 L29", ValueError, "fork", parent.seq_id, self.next_id)
+        if watch.planning and parent.marked != parent.written:
+            return  # what is marked now is written by this step, and a copy of it would come too early
         self._truncate(parent, parent.written)  # in the planning of a step this gives up its copy
         self._mark(parent, parent.written - parent.marked)
         child = self.next_id
@@ -46,7 +50,7 @@ class SharingMachine(StepMachine):
         line = Line(child, parent.salt, list(parent.tokens), parent.room, parent.marked, parent.written, parent.seq_id)
         line.before_release = parent.before_release
         watch.lines[child] = line
-        before = watch.settle(f"fork({parent.seq_id}, {child})")
+        before = watch.settle(f"fork({parent.seq_id}, {child})", forgets=())
         table = watch.view.tables[child]
         watch.hold("L12", table == before.tables[parent.seq_id], f"the child's table {table} is not the parent's")
         watch.hold("L12", watch.view.usage.free == before.usage.free, f"a fork took blocks: {watch.view.usage}")
@@ -69,10 +73,14 @@ class SharingMachine(StepMachine):
     def _free(self, seq: int) -> None:
         watch = self.watch
         line = watch.lines[seq]
+        withdrawn = watch.promised_by(line, 0)
+        if any(watch.view.counts[block] > 1 for block in withdrawn):
+            watch.refused("L29", ValueError, "free", seq)
+            return
         watch.call("free", seq)
         del watch.lines[seq]
         self._give_up(line)
-        before = watch.settle(f"free({seq})")
+        before = watch.settle(f"free({seq})", forgets=withdrawn)
         others = {i: table for i, table in before.tables.items() if i != seq}
         watch.hold(
             "L20",
@@ -104,22 +112,30 @@ class SharingMachine(StepMachine):
         line = self._line(pick)
         if line is None:
             return
-        least = 0 if below else line.written
+        least = 0 if below else line.counted
         self._truncate(line, least + keep % (line.room - least + 1))
 
-    def _truncate(self, line: Line, n: int) -> None:
+    def _truncate(self, line: Line, n: int) -> bool:
+        """Whether it could be done."""
         watch, size = self.watch, self.watch.block_size
         table = watch.view.tables[line.seq_id]
         if n % size and not table[n // size]:
             watch.refused("L56", ValueError, "truncate", line.seq_id, n)
-            return
+            return False
+        withdrawn = watch.promised_by(line, n)
+        writer = watch.promised.get(table[n // size], line.seq_id) if n % size else line.seq_id
+        found = writer != line.seq_id and line.room >= (n // size + 1) * size
+        if found or any(watch.view.counts[block] > 1 for block in withdrawn):
+            watch.refused("L29", ValueError, "truncate", line.seq_id, n)
+            return False
         if line.copied_at is not None and n <= line.copied_at:
             self._give_up(line)
         watch.call("truncate", line.seq_id, n)
         line.cut(n)
-        watch.settle(f"truncate({line.seq_id}, {n})")
+        watch.settle(f"truncate({line.seq_id}, {n})", forgets=withdrawn)
         if watch.executed:
             watch.check_contents(f"truncate({line.seq_id}, {n})", "L14 L16 L20")
+        return True
 
     @precondition(StepMachine._any)
     @rule(pick=PICK, which=st.lists(PICK, max_size=3))
@@ -128,7 +144,7 @@ class SharingMachine(StepMachine):
         watch, line = self.watch, self._line(pick)
         if line is None:
             return
-        full = line.marked // watch.block_size
+        full = (line.marked if line.promised is None else line.promised) // watch.block_size
         table = watch.view.tables[line.seq_id]
         if full < len(table):
             watch.refused("L56", ValueError, "release", line.seq_id, [full])

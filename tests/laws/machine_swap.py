@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from tests.laws.machine import PICK, StepMachine
+from tests.laws.machine import PICK, TAIL, StepMachine
 from tests.laws.machine_share import SharingMachine
 from tests.laws.model import Line
 
@@ -22,9 +22,10 @@ class FullMachine(SharingMachine):
     # ---- the host
 
     @precondition(StepMachine._any)
-    @rule(picks=st.lists(PICK, min_size=1, max_size=3))
-    def swap_out(self, picks: list[int]) -> None:
-        """Victims leave together, their promised room given back first; refused for what this very step brings in, copies of it too."""
+    @rule(picks=st.lists(PICK, min_size=1, max_size=3), as_they_are=st.booleans())
+    def swap_out(self, picks: list[int], as_they_are: bool) -> None:
+        """Victims leave together, their reserved room (or only their promises) given back first; refused for what this very step brings
+        in, copies of it too, and for what it is to write."""
         self._plan()
         watch = self.watch
         lines = [line for line in watch.lines.values() if not line.swapped]
@@ -32,12 +33,25 @@ class FullMachine(SharingMachine):
         if not lines:
             return
         group = list({lines[pick % len(lines)].seq_id: lines[pick % len(lines)] for pick in picks}.values())
-        for line in group:
-            self._truncate(line, line.written)
+        self._swap_out(group, as_they_are)
+
+    def _swap_out(self, group: list[Line], as_they_are: bool) -> None:
+        watch = self.watch
         ids = [line.seq_id for line in group]
-        tables = {i: watch.view.tables[i] for i in ids}
+        tables, withdrawn = {}, []
+        for line in group:
+            stays = as_they_are and line.promised is not None and line.copy is None
+            if not stays and not self._truncate(line, line.written):
+                return
+            if line.promised is not None:
+                withdrawn += watch.promised_by(line, line.promised)
+                tables[line.seq_id] = watch.view.tables[line.seq_id][: self._blocks_for(line.promised)]
+        if any(watch.view.counts[block] > 1 for block in withdrawn):
+            watch.refused("L29", ValueError, "swap_out", ids)
+            return
+        tables |= {i: watch.view.tables[i] for i in ids if i not in tables}
         blocks = {b for table in tables.values() for b in table if b}
-        arriving = blocks & {device for _, device in watch.swap_ins}
+        arriving = blocks & ({device for _, device in watch.swap_ins} | watch.promised.keys() - set(withdrawn))
         least, most = watch.host_available()
         pairs = watch.call("swap_out", ids)
         said = f"swap_out({ids}) of {tables}"
@@ -46,18 +60,20 @@ class FullMachine(SharingMachine):
             watch.hold("L47 L48", short, f"{said} found no room on the host: {least} are free")
             watch.unchanged("L07", f"{said} found no room")
             return
-        watch.hold("L16 L47", not arriving, f"{said} reads {arriving} before this step's swap-ins write them")
+        watch.hold("L16 L47", not arriving, f"{said} reads {arriving} before this step writes them")
         watch.hold("L47", len(blocks) <= most, f"{said} found room where {most} are free")
         home = dict(pairs)
         once = len(pairs) == len(home) == len(set(home.values())) and set(home) == blocks
         watch.hold("L47", once, f"{said} moves {pairs}")
         for line in group:
+            if line.promised is not None:
+                line.cut(line.promised)
             line.swapped = True
         busy = {host for _, host in watch.swap_outs} | {host for host, _ in watch.swap_ins}
         reused = busy & set(home.values())
         watch.hold("L16 L52", not reused, f"{said}: host blocks {reused} are in another swap of this step")
         watch.swap_outs.extend(pairs)
-        before = watch.settle(said)
+        before = watch.settle(said, forgets=withdrawn)
         for seq, table in tables.items():
             there = watch.view.host_tables[seq]
             kept = (
@@ -111,6 +127,10 @@ class FullMachine(SharingMachine):
                 else False
             )
             watch.hold("L47", kept, f"{said} moves {pairs}; {seq} has {there} -> {table}")
+            line = watch.lines[seq]
+            full = table[: line.marked // watch.block_size] if watch.prefix_caching and not line.released else ()
+            lost = [block for block in full if block not in watch.found.key_of]
+            watch.hold("L66", not lost, f"{said}: {lost} hold full blocks of {seq}, and cannot be found")
 
     def _next_step(self, group: list[Line], tables: dict[int, tuple[int, ...]]) -> tuple[int, int]:
         """(blocks, copies) that one more token for each sequence takes."""
@@ -119,6 +139,36 @@ class FullMachine(SharingMachine):
         tails = Counter(tables[line.seq_id][-1] for line in group if line.room < len(tables[line.seq_id]) * size)
         grown = sum(line.room >= len(tables[line.seq_id]) * size for line in group)
         return grown, sum(n - (n == entries[b]) for b, n in tails.items())
+
+    # ---- one step
+
+    @precondition(lambda self: self.watch.ends_steps and len(self.watch.lines) < 7)
+    @rule(
+        stem=PICK,
+        tail=TAIL,
+        who=st.integers(0, 1),
+        way=st.sampled_from(["stay", "free", "truncate", "swap_out", "swap_out as it is"]),
+        keep=PICK,
+    )
+    def come_together(self, stem: int, tail: list[int], who: int, way: str, keep: int) -> None:
+        """Two requests of one prefix in one step: the second counts on what the first is to write. Then one of them wants to leave."""
+        self._plan()
+        watch, tokens = self.watch, self.stems[stem % len(self.stems)] + tail or [0]
+        pair = []
+        for more in ([], [1]):
+            seq = self.next_id
+            self._allocate(tokens + more, None, 1, True)
+            if seq not in watch.lines:
+                return
+            pair.append(watch.lines[seq])
+            self._mark(pair[-1], pair[-1].room - pair[-1].marked)
+        line = pair[who]
+        if way == "free":
+            self._free(line.seq_id)
+        elif way == "truncate":
+            self._truncate(line, keep % (line.room + 1))
+        elif way != "stay":
+            self._swap_out([line], way == "swap_out as it is")
 
     # ---- the cache
 
@@ -140,7 +190,7 @@ class FullMachine(SharingMachine):
             watch.unchanged("L34", "the reset was refused")
             return
         watch.settle("reset_prefix_cache")
-        watch.hold("L34", not watch.found.key_of, f"after a reset {watch.found.block_of} can be found")
+        watch.hold("L34", not watch.found.key_of, f"after a reset {watch.found.key_of} can be found")
         for stem in self.stems:
             watch.hold("L34", not stem or watch.call("match_prefix", stem) == 0, f"after a reset {stem} is found")
 

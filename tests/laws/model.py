@@ -26,7 +26,10 @@ class BrokenLawError(AssertionError):
 
 @dataclass
 class Line:
-    """A sequence. [0, marked) reported, [marked, written) in the slots, [written, room) promised."""
+    """A sequence. [0, marked) reported, [marked, written) in the slots, [written, room) reserved.
+
+    While a step is planned it may report more than is written: [promised, marked) is what this step is to write.
+    """
 
     seq_id: int
     salt: str | None
@@ -39,12 +42,18 @@ class Line:
     before_release: int | None = None  # tokens that were computed when an entry was first released; None: none was
     copied_at: int | None = None  # a copy of this step that can be given up: the room before it
     copy: tuple[int, int] | None = None
+    promised: int | None = None  # where its promises of the open plan begin; None: it made none
     kv: list[int] = field(default_factory=list)
 
     @property
     def released(self) -> bool:
         """Whether any entry was given up."""
         return self.before_release is not None
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are written, or will be when the step that is planned has run."""
+        return max(self.written, self.marked)
 
     def values(self) -> list[int]:
         """The KV of every known token."""
@@ -54,9 +63,11 @@ class Line:
 
     def cut(self, num_tokens: int) -> None:
         """Tokens from num_tokens on are rejected, or only their room is given back."""
-        if num_tokens < self.written:
+        if num_tokens < self.counted:
             del self.tokens[num_tokens:]
             self.kv = []
+        if self.promised is not None and num_tokens <= self.promised:
+            self.promised = None
         self.written = min(self.written, num_tokens)
         self.marked = min(self.marked, num_tokens)
         self.room = num_tokens
@@ -101,31 +112,31 @@ class FreedAt(NamedTuple):
 
 
 class FoundContent:
-    """Which content can be found where, by the publish and evict events."""
+    """Which blocks hold which content, by the publish and evict events. Of equal ones the first published is found."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.block_of: dict[Key, int] = {}
+        self.blocks_of: dict[Key, list[int]] = {}
         self.key_of: dict[int, Key] = {}
 
     def hits(self, tokens: list[int], salt: str | None, most: int) -> list[int]:
         """Blocks of the longest leading run that can be found."""
         blocks = []
         for n in range(self.block_size, most * self.block_size + 1, self.block_size):
-            block = self.block_of.get((salt, tuple(tokens[:n])))
-            if block is None:
+            found = self.blocks_of.get((salt, tuple(tokens[:n])))
+            if not found:
                 break
-            blocks.append(block)
+            blocks.append(found[0])
         return blocks
 
     def publish(self, key: Key, block: int) -> None:
-        """From now on the key finds the block."""
-        self.block_of[key] = block
+        """From now on the key finds the block, once the others that it finds are gone."""
+        self.blocks_of.setdefault(key, []).append(block)
         self.key_of[block] = key
 
     def evict(self, block: int) -> None:
         """No longer."""
-        del self.block_of[self.key_of.pop(block)]
+        self.blocks_of[self.key_of.pop(block)].remove(block)
 
 
 class ToldTables:

@@ -250,25 +250,3 @@ def tail_leaves_first(make: Make) -> None:
             manager.allocate(1 + evicted, [9] * size)
 
     check()
-
-
-def duplicates_keep_the_first(make: Make) -> None:
-    """L33: two sequences compute the same tokens side by side: tables stay, and the block published first is the one found."""
-
-    @given(st.integers(1, 4), SIZE)
-    def check(num_full: int, size: int) -> None:
-        manager = make(64, size)
-        prompt = [1] * (num_full * size)
-        manager.begin_step()
-        manager.allocate(0, prompt)
-        manager.allocate(1, prompt)
-        tables = manager.table(0), manager.table(1)
-        manager.mark_computed(1, prompt)
-        manager.mark_computed(0, prompt)
-        assert (manager.table(0), manager.table(1)) == tables
-        manager.free(0)
-        assert manager.allocate(2, [*prompt, 2]).cached_tokens == len(prompt)
-        assert manager.table(2)[:num_full] == tables[1]
-        assert manager.usage().cached == 0, "the second copies have no key"
-
-    check()

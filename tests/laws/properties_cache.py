@@ -59,13 +59,10 @@ def the_first_miss_ends_a_hit(make: Make) -> None:
         manager = make(5, size)
         first, second = [1] * size, [2] * size
         manager.begin_step()
-        manager.allocate(0, first)
-        manager.allocate(1, first + second)
-        manager.mark_computed(0, first)
-        manager.mark_computed(1, first + second)  # its own first block has no key: sequence 0 published it
-        manager.free(0)
+        computed(manager, 0, first + second)
+        manager.release(0, [0])
         assert manager.match_prefix([*first, *second, 0]) == 2 * size
-        assert manager.allocate(2, [3] * (2 * size)) is not None  # evicts the first
+        assert manager.allocate(2, [3] * (3 * size)) is not None  # evicts the first; the second is held
         assert manager.match_prefix([*first, *second, 0]) == 0
         assert manager.allocate(3, [*first, 0]) is None
 

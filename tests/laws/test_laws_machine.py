@@ -129,7 +129,8 @@ def test_L28_only_accepted_tokens_are_hashed(obeys: Obeys) -> None:
 
 
 def test_L29_no_hit_before_the_write(obeys: Obeys) -> None:
-    """A block that can be found holds what it is found by, and is not written while it can be."""
+    """A block that can be found holds what it is found by when the step that is planned has run, and is not written later; who leaves
+    the step takes back what it was to write, unless somebody counts on it."""
     obeys("L29")
 
 
@@ -148,8 +149,8 @@ def test_L32_handing_out_erases_the_key(obeys: Obeys) -> None:
     obeys("L32")
 
 
-def test_L33_the_first_published_keeps_the_key(obeys: Obeys) -> None:
-    """Of two blocks with equal content the first published is the one that is found."""
+def test_L33_the_first_published_is_found(obeys: Obeys) -> None:
+    """Of blocks with equal content the one published first, of those left, is the one that is found."""
     obeys("L33")
 
 
@@ -168,8 +169,8 @@ def test_L36_contents_do_not_depend_on_the_cache(obeys: Obeys) -> None:
     obeys("L36")
 
 
-def test_L41_never_assumes_no_sharing(obeys: Obeys) -> None:
-    """Admission is NEVER exactly when all sequences at full length, sharing nothing, exceed the pool."""
+def test_L41_never_is_what_no_empty_pool_holds(obeys: Obeys) -> None:
+    """Admission is NEVER exactly when all samples at full length, sharing their prompt's full blocks, exceed the pool."""
     obeys("L41")
 
 
@@ -211,6 +212,21 @@ def test_L56_released_entries_go_back_once(obeys: Obeys) -> None:
 def test_L58_nothing_is_published_after_an_eviction(obeys: Obeys) -> None:
     """A sequence that has released an entry publishes nothing it computes afterwards."""
     obeys("L58")
+
+
+def test_L65_what_a_step_writes_can_be_shared_in_it(obeys: Obeys) -> None:
+    """A full block can be found from the moment at which the step that writes it is planned, by whoever comes in from then on."""
+    obeys("L65")
+
+
+def test_L66_equal_content_is_remembered_twice(obeys: Obeys) -> None:
+    """Every full block of every sequence can be found, whoever else holds the same content; nobody's leaving takes that away."""
+    obeys("L66")
+
+
+def test_L68_what_can_be_held_is_admitted(obeys: Obeys) -> None:
+    """Admission is NEVER only if the request, with its own sharing, cannot fit an empty pool."""
+    obeys("L68")
 
 
 def test_events_rebuild_the_tables(obeys: Obeys) -> None:

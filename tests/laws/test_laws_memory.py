@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.laws import properties, properties_cache, properties_steps
+from tests.laws import properties, properties_cache, properties_sharing, properties_steps
 from tests.laws.call_replay import noting
 
 
@@ -89,9 +89,49 @@ def test_L30_the_tail_leaves_first(block_manager_class: type) -> None:
     properties.tail_leaves_first(block_manager_class)
 
 
-def test_L33_the_first_of_two_equals_is_found(block_manager_class: type) -> None:
-    """Duplicate contents: the first published keeps the key, and no table is rewritten."""
-    properties.duplicates_keep_the_first(block_manager_class)
+def test_L33_L66_equal_content_is_remembered_twice(block_manager_class: type) -> None:
+    """Duplicate contents: the first published is found, then the others; evicting one loses nothing, and no table is rewritten."""
+    properties_sharing.equal_content_is_remembered_twice(block_manager_class)
+
+
+def test_L65_equal_prefixes_are_computed_once(block_manager_class: type) -> None:
+    """In one step or several, by chunks of any size: what is computed is the union of the prefixes."""
+    properties_sharing.equal_prefixes_are_computed_once(block_manager_class)
+
+
+def test_L29_a_withdrawn_writer_takes_its_promise_back(block_manager_class: type) -> None:
+    """No hit names a block whose writer left the step that was to write it."""
+    properties_sharing.a_withdrawn_writer_takes_its_promise_back(block_manager_class)
+
+
+def test_L29_a_writer_whose_block_was_hit_stays(block_manager_class: type) -> None:
+    """A hit in a step binds the writer to that step."""
+    properties_sharing.a_writer_whose_block_was_hit_stays(block_manager_class)
+
+
+def test_L16_L29_what_a_step_writes_is_not_forked_in_it(block_manager_class: type) -> None:
+    """Copies run before writes, so nothing that the step is to write may be copied in it."""
+    properties_sharing.what_a_step_writes_is_not_forked_in_it(block_manager_class)
+
+
+def test_L14_L16_a_promise_keeps_its_copy(block_manager_class: type) -> None:
+    """A copy can be given up until the plan is final, though its writer has named what it will write."""
+    properties_sharing.a_promise_keeps_its_copy_until_the_plan_is_final(block_manager_class)
+
+
+def test_L29_L68_a_handle_finds_what_is_there_now(block_manager_class: type) -> None:
+    """A handle keeps a prompt's keys and never a block."""
+    properties_sharing.a_handle_finds_what_is_there_now(block_manager_class)
+
+
+def test_L68_what_can_be_held_is_admitted(block_manager_class: type) -> None:
+    """NEVER only if the request, with its own sharing, cannot fit an empty pool."""
+    properties_sharing.what_can_be_held_is_admitted(block_manager_class)
+
+
+def test_L68_a_prompt_is_hashed_once(block_manager_class: type) -> None:
+    """Looked up, asked about, allocated and published: one hash a block."""
+    properties_sharing.a_prompt_is_hashed_once(block_manager_class)
 
 
 def test_L47_out_then_in_is_the_identity(block_manager_class: type) -> None:

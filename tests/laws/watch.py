@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from minipaged.memory.types import BlockEvent
 from tests.laws.dense import DenseMemory
 from tests.laws.model import NEVER_ENDS, BrokenLawError, FoundContent, FreedAt, Line, ToldTables, View, look
 from tests.laws.records import StepRecord
+
+
+class Handle(NamedTuple):
+    """What lookup gave for a prompt, in some step."""
+
+    tokens: list[int]
+    salt: str | None
+    hit: Any
+    twins: Any
 
 
 class Watch:
@@ -29,6 +38,7 @@ class Watch:
         num_host_blocks: int,
         prefix_caching: bool,
         watermark: float,
+        ends_steps: bool = False,
     ) -> None:
         settings = {"num_host_blocks": num_host_blocks, "prefix_caching": prefix_caching, "watermark": watermark}
         self.manager = make(num_blocks, block_size, **settings)
@@ -54,7 +64,11 @@ class Watch:
         self.step_events: list[BlockEvent] = []
         self.guarded_before: set[int] = set()
         self.broken = False  # a law was broken, or a call raised
+        self.ends_steps = ends_steps  # whether end_step is called: if not, only what is written is marked
+        self.promised: dict[int, int] = {}  # block that can be found -> who is to write it in the step that is planned
         self.view = self._look()
+        if ends_steps:
+            self.call("end_step")
 
     # ---- judging
 
@@ -73,12 +87,19 @@ class Watch:
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the manager (and its twin)."""
         self.broken = True  # unless it returns
-        result = getattr(self.manager, name)(*args, **kwargs)
+        handle = kwargs.pop("hit", None)
+        mine, theirs = ({}, {}) if handle is None else ({"hit": handle.hit}, {"hit": handle.twins})
+        result = getattr(self.manager, name)(*args, **kwargs, **mine)
         self.broken = False
         if self.twin is not None:
-            same = getattr(self.twin, name)(*args, **kwargs)
+            same = getattr(self.twin, name)(*args, **kwargs, **theirs)
             self.hold("L54", same == result, f"{name}{args} gave {result}, and {same} the second time")
         return result
+
+    def lookup(self, tokens: list[int], salt: str | None) -> Handle:
+        """A handle of a prompt (and the twin's)."""
+        twins = self.twin.lookup(tokens, salt=salt) if self.twin is not None else None
+        return Handle(tokens, salt, self.manager.lookup(tokens, salt=salt), twins)
 
     def refused(
         self, laws: str, errors: type[BaseException] | tuple[type[BaseException], ...], name: str, *args: Any
@@ -127,8 +148,24 @@ class Watch:
 
     # ---- after every call
 
-    def settle(self, what: str, handed: Iterable[int] = ()) -> View:
-        """Take in what a call did: events, tables, counts. `handed` are the blocks it handed out. Returns the view from before."""
+    @property
+    def planning(self) -> bool:
+        """Whether what is marked now is a promise of the step that is planned."""
+        return self.ends_steps and not self.executed
+
+    def promised_by(self, line: Line, n: int) -> list[int]:
+        """Blocks that can be found and that this sequence would not write if it kept only n tokens."""
+        if line.promised is None:
+            return []
+        table = self.view.tables[line.seq_id]
+        entries = range(max(line.promised, n) // self.block_size, line.marked // self.block_size)
+        return [table[i] for i in entries if self.promised.get(table[i]) == line.seq_id]
+
+    def settle(self, what: str, handed: Iterable[int] = (), *, forgets: Iterable[int] | None = None) -> View:
+        """Take in what a call did: events, tables, counts. Returns the view from before.
+
+        handed: the blocks it handed out; forgets: those that can no longer be found after it, beside these; None: not known.
+        """
         self.calls += 1
         self.broken = True  # unless all of this holds
         handed = list(handed)
@@ -136,6 +173,10 @@ class Watch:
         guarded = self.guarded_before
         victims_from = {b: at for b, at in self.freed.items() if b not in guarded}
         evicted = self._take_events(what)
+        if forgets is not None:
+            gone, expected = evicted - set(handed), set(forgets)
+            self.hold("L29", expected <= gone, f"{what}: {expected - gone} can be found, and nobody will write them")
+            self.hold("L66 L65", gone <= expected, f"{what}: {gone - expected} can no longer be found")
         for block in handed:
             self.hold("L06", 0 < block < self.num_blocks, f"{what} handed out block {block}")
             self.hold("L04 L09", not before.counts[block], f"{what} handed out block {block}, which somebody holds")
@@ -171,6 +212,7 @@ class Watch:
                     "L32", event.block in self.found.key_of, f"{what} evicted block {event.block}, which had no key"
                 )
                 self.hold("L30", event.block not in self.pins, f"{what} evicted block {event.block}, which is pinned")
+                self.promised.pop(event.block, None)
                 if event.block in self.found.key_of:
                     self.found.evict(event.block)
         return {event.block for event in events if event.kind == "evict"}
@@ -178,17 +220,17 @@ class Watch:
     def _publish(self, event: BlockEvent) -> None:
         line, block, end = self.lines[event.seq_id], event.block, (event.index + 1) * self.block_size
         self.hold("L06", block != 0, "the null block was hashed")
-        self.hold("L29 L21", end <= line.written, f"{event}: published with {line.written} of its {end} tokens written")
+        if end > line.written and line.promised is not None:
+            self.promised[block] = line.seq_id  # in the slots when this step has run
+        else:
+            self.hold("L29 L21", end <= line.written, f"{event}: published with {line.written} of {end} tokens written")
+            if line.promised is not None and end > line.promised:
+                self.promised[block] = line.seq_id
         self.hold("L28 L21", end <= line.marked, f"{event}: published with {line.marked} of its {end} tokens accepted")
         early = line.before_release is None or end <= line.before_release
         self.hold("L58", early, f"{event}: published, and computed after an eviction")
         self.hold("L32", block not in self.found.key_of, f"{event}: the block has a key already")
         key = (line.salt, tuple(line.tokens[:end]))
-        self.hold(
-            "L33",
-            key not in self.found.block_of,
-            f"{event}: block {self.found.block_of.get(key)} holds this content already",
-        )
         self.found.publish(key, block)
 
     def _follow_frees(self, before: View) -> None:
@@ -258,11 +300,11 @@ class Watch:
                 if first != index:
                     return f"block {block} is entry {first} of {other.seq_id} and entry {index} of {line.seq_id}"
                 start, end = index * size, (index + 1) * size
-                both = min(line.written, other.written, end)
+                both = min(line.counted, other.counted, end)
                 if line.values()[start:both] != other.values()[start:both]:
                     return f"block {block} holds different tokens of {other.seq_id} and {line.seq_id}"
                 for writer, reader in ((line, other), (other, line)):
-                    if min(writer.room, end) > writer.written and writer.written < min(reader.written, end):
+                    if min(writer.room, end) > writer.counted and writer.counted < min(reader.counted, end):
                         return f"{writer.seq_id} is to write slots of block {block} that {reader.seq_id} has written"
         return ""
 
@@ -282,7 +324,7 @@ class Watch:
                 value = self.dense.read(table, position, position + 1)[0]
                 if value != line.values()[position]:
                     self.hold(laws, False, f"after {what}: sequence {line.seq_id} lost its token {position} in {table}")
-        for (_, tokens), block in self.found.block_of.items():
+        for block, (_, tokens) in self.found.key_of.items():
             value = Line(-1, None, list(tokens), 0, 0, 0).values()[-self.block_size :]
             held = self.dense.device[block]
             self.hold(

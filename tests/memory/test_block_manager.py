@@ -49,6 +49,7 @@ BAD_TOKENS: list[Any] = [
     {}.keys,
     [[1]],
 ]
+BAD_HITS: list[Any] = [1, [1], "1", BlockManager(4, 4).lookup([1])]  # the last is another manager's
 CALLS: list[tuple[str, Callable[[BlockManager, Any], Any], list[Any]]] = [
     ("allocate", lambda m, bad: m.allocate(bad, [1]), BAD_SEQUENCES),
     ("allocate tokens", lambda m, bad: m.allocate(7, bad), BAD_TOKENS),
@@ -59,7 +60,6 @@ CALLS: list[tuple[str, Callable[[BlockManager, Any], Any], list[Any]]] = [
     ),
     ("allocate salt", lambda m, bad: m.allocate(7, [1], salt=bad), [1, b"a", 1.5, ["a"]]),
     ("allocate read_cache", lambda m, bad: m.allocate(7, [1], read_cache=bad), [0, 1, None, "yes"]),
-    ("allocate reserve", lambda m, bad: m.allocate(7, [1], reserve_tokens=bad), [-1, 1.5, True, math.nan]),
     ("allocate again", lambda m, bad: m.allocate(bad, [1]), [0, 1]),
     ("append", lambda m, bad: m.append(bad, 1), BAD_SEQUENCES),
     ("append count", lambda m, bad: m.append(0, bad), BAD_COUNTS),
@@ -79,6 +79,11 @@ CALLS: list[tuple[str, Callable[[BlockManager, Any], Any], list[Any]]] = [
     ("table", lambda m, bad: m.table(bad), BAD_SEQUENCES),
     ("host_table", lambda m, bad: m.host_table(bad), BAD_SEQUENCES),
     ("ref_count", lambda m, bad: m.ref_count(bad), [*BAD_COUNTS, 32, 10**30]),
+    ("lookup", lambda m, bad: m.lookup(bad), BAD_TOKENS),
+    ("lookup salt", lambda m, bad: m.lookup([1], salt=bad), [1, b"a", math.nan]),
+    ("allocate hit", lambda m, bad: m.allocate(7, [1], hit=bad), BAD_HITS),
+    ("allocate hit of others", lambda m, bad: m.allocate(7, [1], hit=m.lookup(bad)), [[], [2], [1, 1]]),
+    ("can_admit hit", lambda m, bad: m.can_admit(1, hit=bad), BAD_HITS),
     ("match_prefix", lambda m, bad: m.match_prefix(bad), BAD_TOKENS),
     ("match_prefix salt", lambda m, bad: m.match_prefix([1], salt=bad), [1, b"a", math.nan]),
     ("can_admit", lambda m, bad: m.can_admit(bad), BAD_COUNTS),
@@ -209,12 +214,6 @@ def test_found_blocks_lie_inside_the_first_chunk() -> None:
     assert (got.cached_tokens, len(manager.table(1))) == (4, 2)
 
 
-def test_reserving_ahead_is_not_this_managers_way() -> None:
-    """reserve_tokens is checked, and blocks come on demand."""
-    manager = manager_with()
-    assert len(manager.allocate(0, [1, 2], reserve_tokens=100).new_blocks) == 1  # type: ignore[union-attr]
-
-
 def test_empty_blocks_go_before_cached_ones() -> None:
     """No content is lost while an empty block is left."""
     manager = manager_with(list(range(8)), num_blocks=6)
@@ -255,3 +254,68 @@ def test_without_a_cache_nothing_is_kept() -> None:
     manager.free(0)
     assert manager.usage().cached == 0
     assert {event.kind for event in manager.take_events()} == {"free"}
+
+
+def test_a_caller_that_never_ends_its_steps_takes_nothing_back() -> None:
+    """It marks what it has written, so who leaves in the same step stays findable; so does who leaves after end_step."""
+    manager = manager_with(list(range(8)))
+    manager.free(0)
+    assert manager.match_prefix([*range(8), 0]) == 8
+    manager.end_step()
+    manager.begin_step()
+    manager.allocate(1, [5] * 8)
+    manager.mark_computed(1, [5] * 8)
+    manager.end_step()
+    manager.free(1)
+    assert manager.match_prefix([5] * 9) == 8
+
+
+def test_a_step_that_begins_ends_the_one_before() -> None:
+    """Though nobody said that its plan was final."""
+    manager = BlockManager(8, 4)
+    manager.end_step()
+    manager.begin_step()
+    manager.allocate(0, [5] * 4)
+    manager.mark_computed(0, [5] * 4)
+    manager.begin_step()
+    manager.free(0)
+    assert manager.match_prefix([5] * 5) == 4
+
+
+def test_a_withdrawal_is_told_before_the_blocks_leave() -> None:
+    """The evict event names the writer, its block and its entry; a promise that ends before the cut stays."""
+    manager = BlockManager(8, 4)
+    manager.end_step()
+    manager.begin_step()
+    manager.allocate(0, list(range(8)))
+    manager.mark_computed(0, list(range(8)))
+    manager.take_events()
+    manager.truncate(0, 6)
+    assert manager.take_events() == (BlockEvent("evict", 0, 2, -1, 1, "device", 0),)
+    manager.truncate(0, 4)
+    assert manager.take_events() == (BlockEvent("free", 0, 2, -1, 1, "device", 0),)
+    assert manager.match_prefix(list(range(9))) == 4
+    manager.free(0)
+    assert manager.take_events() == (
+        BlockEvent("evict", 0, 1, -1, 0, "device", 0),
+        BlockEvent("free", 0, 1, -1, 0, "device", 0),
+    )
+
+
+def test_who_copied_from_a_block_may_come_back_to_it() -> None:
+    """It counts on older slots of the block alone; the last holder, which writes behind them in this step, is bound all the same."""
+    manager = manager_with([1, 2, 3])
+    manager.fork(0, 1)
+    manager.end_step()
+    manager.begin_step()
+    assert manager.append(1, 1).copies  # type: ignore[union-attr]
+    assert manager.append(0, 1) == (0, (), ())
+    manager.mark_computed(0, [4])
+    manager.truncate(1, 3)
+    assert manager.table(1) == manager.table(0)
+    manager.truncate(1, 3)
+    with pytest.raises(InputError, match="somebody else holds"):
+        manager.free(0)
+    manager.free(1)
+    manager.free(0)
+    assert manager.match_prefix([1, 2, 3, 4, 5]) == 0

@@ -9,12 +9,14 @@ import pytest
 from minipaged import laws
 
 TESTS = Path(__file__).parents[1]
-MEMORY = [f"L{n:02}" for n in (*range(1, 37), 47, 49, 52, 53, 54, 56, 58)]
+MEMORY = [f"L{n:02}" for n in (*range(1, 37), 47, 49, 52, 53, 54, 56, 58, 65, 66, 68)]
+# Of features that are still to come: whoever brings one takes its law off this list.
+TO_COME = ["L57", "L59", "L60", "L61", "L62", *(f"L{n}" for n in (67, *range(69, 76)))]
 
 
-def test_the_laws_are_64_in_order() -> None:
+def test_the_laws_are_75_in_order() -> None:
     """Ids without a gap, one sentence each."""
-    assert [law.id for law in laws.LAWS] == [f"L{n:02}" for n in range(1, 65)]
+    assert [law.id for law in laws.LAWS] == [f"L{n:02}" for n in range(1, 76)]
     assert all(law.sentence.endswith(".") and law.group for law in laws.LAWS)
 
 
@@ -22,6 +24,12 @@ def test_every_law_of_the_memory_is_tested() -> None:
     """A law without a test would be a wish."""
     found = laws.tests_of(TESTS)
     assert not [law for law in MEMORY if not found[law]]
+
+
+def test_the_laws_without_a_test_are_those_to_come() -> None:
+    """No other law may be without one, and a law that has one is no longer to come."""
+    found = laws.tests_of(TESTS)
+    assert [law for law, tests in found.items() if not tests] == TO_COME
 
 
 def test_ids_are_found_in_names_and_parameters(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def test_the_last_state_is_the_one_after_the_fault(tmp_path: Path) -> None:
     with pytest.raises(BrokenLawError, match="handed out block"):
         run_machine(StaleKey, frozenset({"L32"}), replay=path, phases=PHASES, max_examples=ENOUGH)
     session = Session(FileSource(path))
-    assert session.at_edge
-    assert not session.playing
+    assert session.playback.at_edge
+    assert not session.playback.moving
     assert session.message.startswith("L32: ")
     taken = [(event.sequence, event.amount, event.block) for event in session.snapshot.events if event.kind == "alloc"]
     assert taken
@@ -64,7 +64,7 @@ def test_a_law_of_the_memory_by_itself_leaves_a_replay(tmp_path: Path) -> None:
     [path] = tmp_path.glob("*.trace")
     assert f"See it: minipaged tui --replay {path}" in told
     session = Session(FileSource(path))
-    assert session.at_edge
+    assert session.playback.at_edge
     assert session.message.startswith("L30")
     assert session.delta is not None
     [taken] = [event for event in session.delta.events if event.kind == "alloc"]
@@ -93,7 +93,7 @@ def test_a_schedulers_law_that_fails_leaves_a_replay(tmp_path: Path, law: str, s
     source = FileSource(path)
     assert not source.damage
     session = Session(source)
-    assert session.at_edge
+    assert session.playback.at_edge
     assert session.message.startswith(law)
     assert session.snapshot.sequences
     assert kinds <= {event.kind for event in session.snapshot.events}

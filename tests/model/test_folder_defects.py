@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,16 +114,29 @@ def test_config_that_lacks_a_field(folder: Path, field: str) -> None:
         ({"tie_word_embeddings": "no"}, ("tie_word_embeddings", "true or false")),
         ({"head_dim": 7}, ("head_dim", "even", "7")),
         ({"eos_token_id": "end"}, ("eos_token_id", "token id")),
-        ({"model_type": "gpt2"}, ("model_type 'gpt2'", "llama, mistral, qwen2, qwen3")),
-        ({"model_type": None}, ("model_type", "llama, mistral, qwen2, qwen3")),
+        (
+            {"model_type": "gpt2"},
+            ("model_type 'gpt2'", "llama, mistral, qwen2, qwen3, granite, smollm3, seed_oss, phi3"),
+        ),
+        ({"model_type": None}, ("model_type", "llama, mistral, qwen2, qwen3, granite")),
         ({"hidden_act": "gelu"}, ("hidden_act 'gelu'", "silu")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "GGUF")),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, ("'yarn'", "llama3")),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, ("'linear'", "default")),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 4}}, ("'proportional'", "yarn", "llama3")),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ("factor", "missing")),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "beta_slow": 64}}, ("YaRN", "beta_fast (32)")),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1, 2]}},
+            ("rope scaling has 2 divisors for 4",),
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": "2"}}, ("factor", "'2'")),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, ("no_rope_layers", "each of 2 layers")),
+        ({"model_type": "granite", "residual_multiplier": 0}, ("residual_multiplier", "above 0")),
+        ({"model_type": "phi3", "sliding_window": 511}, ("sliding_window 511", "Phi-4")),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, ("rotary_dim", "even")),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ("llama3", "low_freq_factor")),
         ({"rope_parameters": LLAMA_3_ROPE | {"high_freq_factor": 1.0}}, ("high_freq_factor", "low_freq_factor")),
         ({"rope_parameters": [1]}, ("rope_parameters", "object")),
-        ({"model_type": "mistral", "sliding_window": 4096}, ("sliding_window 4096", "null")),
+        ({"model_type": "mistral", "sliding_window": 256}, ("sliding_window 256", "null")),
         ({"model_type": "mistral", "num_key_value_heads": None}, ("num_key_value_heads", "missing")),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, ("sliding",)),
         ({"model_type": "qwen2", "layer_types": None, "use_sliding_window": True}, ("sliding",)),
@@ -270,3 +284,69 @@ def test_shards_without_their_index(shards: Path) -> None:
     first, second = sorted(shards.glob("model-*.safetensors"))[:2]
     second.write_bytes(first.read_bytes())
     refused(shards, "both", first.name, second.name)
+
+
+def test_a_head_of_its_own_is_used_though_the_config_ties_it(tmp_path: Path) -> None:
+    reference = save_folder(CONFIGS["tied"], tmp_path)
+    head = torch.randn(reference.lm_head.weight.shape, generator=torch.Generator().manual_seed(3))
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    checkpoint = open_checkpoint(tmp_path)
+    assert not checkpoint.config.tie_embeddings
+    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
+    assert torch.equal(model.slots()["lm_head.weight"], head)
+    assert not torch.equal(model.slots()["model.embed_tokens.weight"], head)
+
+
+def test_a_tied_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    save_folder(CONFIGS["tied"], tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(5, 48)}))
+    refused(tmp_path, "lm_head.weight", "[5, 48]", "[97, 48]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"head_dim": 10**9}, ("head_dim", "8192")),
+        ({"head_dim": 8192, "num_attention_heads": 16384, "num_key_value_heads": 16384}, ("q_proj", "[48, 48]")),
+        ({"hidden_size": 2**20}, ("embed_tokens", "[97, 48]")),
+        ({"vocab_size": 10**30}, ("vocab_size", "67108864")),
+        ({"num_hidden_layers": 10**9}, ("num_layers", "16384")),
+        ({"num_hidden_layers": 16384}, ("16384 layers", "missing")),
+        ({"max_position_embeddings": 10**30}, ("max_position",)),
+        ({"rms_norm_eps": 10**400}, ("rms_norm_eps", "above 0")),
+        ({"rope_parameters": LLAMA_3_ROPE | {"original_max_position_embeddings": 10**30}}, ("original_max_position",)),
+        ({"rope_parameters": LLAMA_3_ROPE | {"factor": 10**30}}, ("factor", "1e+06")),
+        ({"rope_parameters": LLAMA_3_ROPE | {"factor": 10**400}}, ("factor", "above 0")),
+        ({"rope_parameters": {"rope_theta": 10**30}}, ("rope_theta", "1e+15")),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ("partial_rotary_factor 0.5",)),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ("LlamaForSequenceClassification", "ForCausalLM")),
+        ({"is_causal": False}, ("is_causal", "later tokens")),
+        ({"layer_types": "full"}, ("layer_types", "list")),
+        ({"eos_token_id": 10**30}, ("eos_token_id",)),
+    ],
+)
+def test_sizes_and_factors_beyond_reason_are_refused_at_once(
+    folder: Path, fields: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    edit_config(folder, **fields)
+    start = time.perf_counter()
+    refused(folder, *words)
+    assert time.perf_counter() - start < 2, "refused before anything of that size is made"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, ("'mixtral'", "a mixture of experts")),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, ("latent attention",)),
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0, "hidden_act": "gelu"}, ("capped", "'gelu'")),
+        ({"model_type": "gpt_neox", "layer_norm_eps": 1e-5, "rotary_pct": 0.25}, ("LayerNorm", "a part of each head")),
+        ({"model_type": "new"}, ("does not tell",)),
+        ({"model_type": ["llama"]}, ("model_type ['llama']",)),
+    ],
+)
+def test_another_family_is_refused_with_what_it_needs(
+    folder: Path, fields: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    edit_config(folder, **fields)
+    refused(folder, "llama, mistral", *words)

@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from minipaged.errors import ModelError
+from minipaged.errors import ModelError, RequestError
 from minipaged.model.llama import rope_frequencies
 from minipaged.model.loading import zoo
 from minipaged.model.loading.gguf_file import GGUFFile
 from minipaged.model.loading.weights import load_model, open_checkpoint
-from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, make_model, reference_logits
-from tests.model.tiny_gguf import write_gguf
+from tests.model.tiny import CONFIGS, YARN_ROPE, dense_logits, drawn_tokens, make_model, reference_logits
+from tests.model.tiny_gguf import byte_letters, write_gguf
 
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+YARN = {
+    "llama.rope.scaling.type": "yarn",
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scaling.original_context_length": 64,
+}
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16")
 DEQUANTIZED_ONLY = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -162,12 +168,11 @@ def test_garbled_bytes_end_in_a_model_error_or_a_model(whole: bytes, tmp_path: P
         ({"drop": ("llama.attention.layer_norm_rms_epsilon",)}, ("layer_norm_rms_epsilon", "missing")),
         ({"metadata": {"llama.block_count": "two"}}, ("llama.block_count", "whole number", "'two'")),
         ({"metadata": {"llama.block_count": 3}}, ("model.layers.2", "missing")),
-        ({"metadata": {"llama.block_count": 4_000_000_000}}, ("4000000000 layers", "missing")),
+        ({"metadata": {"llama.block_count": 4_000_000_000}}, ("num_layers", "4000000000")),
         ({"metadata": {"llama.feed_forward_length": 81}}, ("mlp.gate_proj", "[80, 48]", "[81, 48]")),
-        ({"metadata": {"llama.attention.head_count": 0}}, ("num_heads", "at least 1")),
+        ({"metadata": {"llama.attention.head_count": 0}}, ("num_heads", "from 1 to")),
         ({"metadata": {"llama.expert_count": 8}}, ("llama.expert_count", "experts")),
         ({"metadata": {"llama.attention.sliding_window": 4096}}, ("sliding_window", "not supported")),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, ("yarn", "not supported")),
         ({"metadata": {"llama.rope.dimension_count": 4}}, ("rope.dimension_count", "not supported")),
         ({"drop": ("blk.1.ffn_up.weight",)}, ("model.layers.1.mlp.up_proj.weight", "missing")),
         ({"tensors": {"blk.0.attn_q.extra": np.zeros(4, np.float32)}}, ("blk.0.attn_q.extra", "no place")),
@@ -200,3 +205,89 @@ def test_the_reader_leaves_the_file_as_it_is(whole: bytes, tmp_path: Path) -> No
     values = GGUFFile(path).read("output_norm.weight")
     values += 1
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, LINEAR_ROPE),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 9.0}, LINEAR_ROPE),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, LINEAR_ROPE),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, {"rope_type": "default"}),
+        (YARN, YARN_ROPE),
+        (YARN | {"llama.rope.scaling.yarn_beta_fast": 8.0}, YARN_ROPE | {"beta_fast": 8.0}),
+    ],
+)
+def test_rope_scaling_by_metadata(metadata: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
+    """A file by llama.cpp's keys computes what transformers does by its own for the same stretch."""
+    values = CONFIGS["gqa"].to_dict() | {"head_dim": 16, "rope_parameters": rope | {"rope_theta": 10000.0}}
+    reference = make_model(type(CONFIGS["gqa"])(**values))
+    write_gguf(tmp_path / "tiny.gguf", reference, metadata=metadata)
+    tokens = drawn_tokens(100, 97)
+    expected = reference_logits(reference, tokens)
+    torch.testing.assert_close(dense_logits(load(tmp_path / "tiny.gguf"), tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def end_tokens_of(path: Path) -> tuple[int, ...]:
+    return open_checkpoint(path).config.eos_token_ids
+
+
+def test_ends_are_found_by_key_and_by_text(sound: Any, tmp_path: Path) -> None:
+    """As in llama.cpp: a file need not name its end-of-turn token."""
+    path = tmp_path / "ends.gguf"
+    letters = byte_letters()[:90]
+    for texts, ends in {
+        ("<|eot_id|>",): (2, 90),
+        ("<|end_of_text|>", "<|eom_id|>"): (2, 90, 91),
+        ("<|start_header_id|>",): (2,),
+    }.items():
+        kinds = [1] * 90 + [3] * len(texts)
+        metadata = {"tokenizer.ggml.tokens": [*letters, *texts], "tokenizer.ggml.token_type": kinds}
+        write_gguf(path, sound, metadata=metadata, drop=("tokenizer.ggml.merges",))
+        assert end_tokens_of(path) == ends
+    write_gguf(path, sound, metadata={"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.fim_sep_token_id": 6})
+    assert end_tokens_of(path) == (2, 5, 6)
+    write_gguf(path, sound, metadata={"tokenizer.ggml.eot_token_id": 500})
+    refused(path, "eot_token_id 500", "97 tokens")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"llama.rope.scaling.type": "longrope"}, ("longrope",)),
+        ({"llama.rope.scale_linear": -4.0}, ("divisor", "above 0")),
+        (YARN | {"llama.rope.scaling.attn_factor": 0.5}, ("rope.scaling.attn_factor",)),
+        (YARN | {"llama.rope.scaling.yarn_beta_slow": 90.0}, ("beta_fast (32)", "beta_slow (90)")),
+        ({"split.count": 3, "split.no": 0}, ("split in 3", "llama-gguf-split")),
+        ({"llama.attention.causal": False}, ("attention.causal", "later tokens")),
+        ({"llama.logit_scale": 0.5}, ("llama.logit_scale 0.5",)),
+        ({"llama.attention.clamp_kqv": 8.0}, ("attention.clamp_kqv",)),
+        ({"llama.use_parallel_residual": True}, ("use_parallel_residual",)),
+        ({"general.type": "adapter"}, ("general.type 'adapter'",)),
+        ({"tokenizer.ggml.remove_extra_whitespaces": True}, ("remove_extra_whitespaces",)),
+    ],
+)
+def test_metadata_that_would_change_the_numbers_is_refused(
+    sound: Any, metadata: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "odd.gguf", sound, metadata=metadata)
+    refused(tmp_path / "odd.gguf", *words)
+
+
+def test_metadata_that_asks_for_nothing_is_fine(sound: Any, tmp_path: Path) -> None:
+    harmless = {
+        "llama.rope.scale_linear": 1.0, "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0,
+        "split.count": 1, "llama.attention.causal": True, "llama.expert_count": 0, "general.type": "model",
+        "llama.rope.scaling.finetuned": True, "llama.tensor_data_layout": "Meta AI original pth",
+    }  # fmt: skip
+    write_gguf(tmp_path / "fine.gguf", sound, metadata=harmless)
+    assert open_checkpoint(tmp_path / "fine.gguf").config.rope_scaling is None
+
+
+def test_a_file_without_a_tokenizer_runs_on_token_ids(sound: Any, tmp_path: Path) -> None:
+    path = tmp_path / "ids.gguf"
+    write_gguf(path, sound, metadata={"tokenizer.ggml.model": "no_vocab"}, drop=("tokenizer.ggml.tokens",))
+    tokenizer = zoo.load(str(path), device="cpu").tokenizer
+    assert tokenizer.vocab_size == 97
+    with pytest.raises(RequestError, match=r"ids\.gguf: holds no tokenizer; give the prompt as token ids"):
+        tokenizer.encode("hello")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from minipaged.config import ModelConfig, RopeScaling
+from minipaged import LLM, SamplingParams
+from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
+from minipaged.errors import InputError, ModelError
 from minipaged.model.llama import Llama, rope_frequencies
 from minipaged.model.loading.shapes import shape
 from minipaged.model.loading.weights import load_model, open_checkpoint
@@ -123,3 +128,68 @@ def test_slots_cover_every_parameter_exactly_once() -> None:
     for slot in model.slots().values():
         slot += 1
     assert all(bool((parameter == 1).all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "granite",
+        "smollm 3",
+        "smollm 3 by list",
+        "seed-oss",
+        "phi 3",
+        "phi 4 mini",
+        "linear rope",
+        "yarn",
+        "qwen 3 yarn",
+    ],
+)
+def test_greedy_tokens_through_the_engine_equal_transformers(family: str, tmp_path: Path) -> None:
+    reference = save_folder(CONFIGS[family], tmp_path)
+    prompt = drawn_tokens(40, 97)
+    expected = list(prompt)
+    for _ in range(24):
+        expected.append(int(reference_logits(reference, expected)[-1].argmax()))
+    llm = LLM(str(tmp_path), device="cpu", dtype="float32", block_size=4, num_blocks=64)
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    assert list(llm.generate({"prompt_token_ids": prompt}, params)[0].outputs[0].token_ids) == expected[40:]
+
+
+def test_dimensions_that_do_not_turn_have_the_frequency_zero() -> None:
+    frequencies = rope_frequencies(16, 10000.0, None, rotary_dim=12)
+    torch.testing.assert_close(frequencies[:6], rope_frequencies(12, 10000.0, None))
+    assert frequencies[6:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"rotary_dim": 7}, "rotary_dim must be even"),
+        ({"rotary_dim": 20}, "rotary_dim must be from 2 to 16"),
+        ({"unrotated_layers": (2,)}, "unrotated_layers must be from 0 to 1"),
+        ({"rope_scaling": RopeDivisors((2.0,))}, "1 divisors for 8 frequencies"),
+        ({"residual_multiplier": 0.0}, "residual_multiplier must be above 0"),
+    ],
+)
+def test_shapes_that_cannot_be(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        replace(shape("toy"), **changes)
+
+
+def test_a_context_cut_to_longropes_short_factors_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_folder(CONFIGS["phi 4 mini"], tmp_path)
+    assert open_checkpoint(tmp_path).config.max_position == 256
+    assert "the context is 256 of 512 tokens" in caplog.text
+
+
+def test_fused_weights_of_another_size_are_refused(tmp_path: Path) -> None:
+    save_folder(CONFIGS["phi 3"], tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, path)
+    with pytest.raises(ModelError, match=rf"{name} has the shape \[95, 48\], but the config asks for 96 rows"):
+        open_checkpoint(tmp_path)
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.weight": torch.zeros(48, 48)}, path)
+    with pytest.raises(ModelError, match=r"q_proj\.weight is stored by itself and inside"):
+        open_checkpoint(tmp_path)

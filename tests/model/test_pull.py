@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +267,55 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_known_models_can_be_pulled() -> None:
     with pytest.raises(ModelError, match=r"'gpt-5'.*smollm2-135m"):
         pulling.pull("gpt-5")
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+def refused_for_space(words: str) -> None:
+    with pytest.raises(ModelError, match=r"MINIPAGED_CACHE to a folder with \d+ MB to spare") as caught:
+        pulling.pull(NAME)
+    assert words in str(caught.value)
+    assert "network" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_with_too_little_room_is_told_before_anything_is_fetched(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulling.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1_500_000))
+    refused_for_space("only 1 MB are free on its disk")
+    assert bench.downloads() == []
+    assert bench.left_over() == []
+
+
+@pytest.mark.parametrize(
+    ("says", "free_afterwards"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", 10**9),
+        ("ERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded", 10**9),
+        ("x", 0),  # the log was on the full disk as well
+    ],
+)
+def test_a_disk_that_fills_up_while_pip_downloads(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, says: str, free_afterwards: int
+) -> None:
+    free = iter((10**9, free_afterwards))
+    monkeypatch.setattr(pulling.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=next(free)))
+    monkeypatch.setenv("FAKE_ERROR", says)
+    refused_for_space("no space left on its disk")
+    assert bench.left_over() == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "mkdir"])
+def test_a_disk_that_fills_up_or_cannot_be_written_afterwards(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    error = OSError(errno.EROFS, "Read-only file system") if call == "mkdir" else NO_SPACE
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Path if call == "mkdir" else pulling.os, call, fail)
+    refused_for_space(str(error.strerror))
+    assert not bench.final.exists()

@@ -271,3 +271,115 @@ def test_bytes() -> None:
     assert tokenizer.token_bytes(300) == tokenizer.token_bytes(-1) == b""
     with pytest.raises(ModelError, match="257"):
         ByteTokenizer(100)
+
+
+def against_transformers(folder: Path, *texts: str) -> None:
+    edit_config(folder, bos_token="<s>")
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = folder_tokenizer(folder)
+    for text in texts:
+        assert tokenizer.encode(text) == reference(text)["input_ids"], text
+        tokens = tokenizer.encode(text, add_special=False)
+        assert tokens == reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(tokens) == reference.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+@pytest.mark.parametrize(("bos", "eos"), [(True, True), (True, False), (False, True), (False, False), (None, True)])
+def test_bos_and_eos_around_a_text(
+    folder: Path, bos: bool | None, eos: bool | None, silent: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """tokenizer.json has the last word, as in transformers 5; where the flags say something else, a line is logged."""
+    fields = {"add_bos_token": bos, "add_eos_token": eos}
+    edit_config(folder, **{name: value for name, value in fields.items() if value is not None})
+    if silent:
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    against_transformers(folder, "hello there", "")
+    tokens = folder_tokenizer(folder).encode("hello")
+    assert (tokens[0] == 0, tokens[-1] == 1) == (not silent, False)
+    assert ("add_bos_token is" in caplog.text) == (bos is silent)
+    assert ("add_eos_token is" in caplog.text) == (eos is True)
+
+
+def test_tokens_that_only_the_config_lists(folder: Path) -> None:
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    listed = {str(size): {"content": "<|tool|>", "special": True, **flags}}
+    listed[str(size - 1)] = {"content": "<think>", "special": True, **flags}
+    edit_config(folder, added_tokens_decoder=listed)
+    against_transformers(folder, "a<|tool|>b", "<think>c")
+    assert folder_tokenizer(folder).encode("<|tool|>", add_special=False) == [size]
+    assert folder_tokenizer(folder).token_bytes(size - 1) == b"", "special, as the config has it"
+    edit_config(folder, added_tokens_decoder={"900": listed[str(size)]})
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: added_tokens_decoder.*<\|tool\|>.*900"):
+        folder_tokenizer(folder)
+    for wrong in ([], {"x": {}}, {"900": "text"}, {"900": {"content": 5}}):
+        edit_config(folder, added_tokens_decoder=wrong or [1])
+        with pytest.raises(ModelError, match="added_tokens_decoder"):
+            folder_tokenizer(folder)
+
+
+def test_names_that_only_the_special_tokens_map_gives(folder: Path) -> None:
+    template = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    tokenizer = folder_tokenizer(folder)
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "<s>Hi</s>"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (0, (1,))
+
+
+def test_an_end_that_is_no_token_is_refused(folder: Path) -> None:
+    edit_config(folder, eos_token="<|nowhere|>")
+    with pytest.raises(ModelError, match=r"eos_token is '<\|nowhere\|>', which is no token"):
+        folder_tokenizer(folder)
+
+
+def test_a_rendered_chat_gets_no_second_bos(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_config(folder, chat_template="{{ bos_token }}{{ messages[0]['content'] }}")
+    tokenizer = folder_tokenizer(folder)
+    text = tokenizer.chat([{"role": "user", "content": "hello"}])
+    assert tokenizer.encode(text) == tokenizer.encode(text, add_special=False) == tokenizer.encode("hello")
+    assert tokenizer.encode(text)[:2] != [0, 0]
+    assert [record.message.count("second one is left out") for record in caplog.records] == [1], "said once"
+    assert tokenizer.encode(text, parse_special=False)[1] != 0, "plain characters stay plain characters"
+
+
+def test_a_bos_that_the_pre_tokenizer_implies(caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp: texts of the Llama 3 and Tekken kinds begin with the BOS unless the file says otherwise."""
+    for pre in ("llama-bpe", "tekken"):
+        metadata = byte_level_metadata(pre) | {"tokenizer.ggml.bos_token_id": 260}
+        assert gguf_tokenizer(metadata, SOURCE).encode("1")[0] == 260
+        metadata["tokenizer.ggml.add_bos_token"] = False
+        assert gguf_tokenizer(metadata, SOURCE).encode("1")[0] != 260
+    metadata = byte_level_metadata("qwen2") | {"tokenizer.ggml.bos_token_id": 260}
+    assert gguf_tokenizer(metadata, SOURCE).encode("1")[0] != 260
+    assert caplog.records == []
+    gguf_tokenizer(byte_level_metadata("llama-bpe"), SOURCE)
+    assert "bos_token_id is missing" in caplog.text
+
+
+def test_an_eos_that_the_file_wants_behind_a_text() -> None:
+    metadata = byte_level_metadata("smollm") | {"tokenizer.ggml.add_eos_token": True}
+    assert gguf_tokenizer(metadata, SOURCE).encode("1")[-1] == 260
+    assert gguf_tokenizer(metadata, SOURCE).encode("1", add_special=False)[-1] != 260
+
+
+def test_a_missing_pre_tokenizer_is_said_and_llama_cpps_default_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    metadata = byte_level_metadata("default")
+    vocab = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    expected = [vocab[piece] for piece in ("123", "4", "5", "Ġ", "12")]  # runs of digits, then threes
+    assert gguf_tokenizer(metadata, SOURCE).encode("12345 12") == expected
+    assert caplog.records == []
+    del metadata["tokenizer.ggml.pre"]
+    assert gguf_tokenizer(metadata, SOURCE).encode("12345 12") == expected
+    assert "somewhere.gguf: tokenizer.ggml.pre is missing" in caplog.text
+
+
+def test_sentencepiece_ids_by_tradition() -> None:
+    metadata = sentencepiece_metadata()
+    for kind in ("bos", "eos", "unknown"):
+        del metadata[f"tokenizer.ggml.{kind}_token_id"]
+    tokenizer = gguf_tokenizer(metadata, SOURCE)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
+    assert tokenizer.encode("hello")[0] == 1

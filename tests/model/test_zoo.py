@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
@@ -13,7 +14,8 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from minipaged.errors import InputError, ModelError
+from minipaged import LLM, SamplingParams
+from minipaged.errors import InputError, ModelError, RequestError
 from minipaged.model.loading import zoo
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, save_folder
@@ -130,6 +132,7 @@ def test_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download, raising=False)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repository, name: str(folder / name), raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert zoo.load("hf:org/tiny", device="cpu").config.vocab_size == 97
     assert asked[0][0] == "org/tiny"
@@ -179,3 +182,66 @@ def test_every_shape_is_listed_under_its_own_name() -> None:
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
         zoo.load(str(tmp_path), device="cpu")
+
+
+def test_a_folder_without_a_tokenizer_runs_on_token_ids(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    llm = LLM(str(folder), device="cpu", num_blocks=20)
+    output = llm.generate({"prompt_token_ids": [5, 96, 7]}, SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0]
+    assert output.text == "".join(f"<{token}>" for token in output.token_ids)
+    with pytest.raises(RequestError, match=r"no tokenizer\.json.*token ids"):
+        llm.generate("hello")
+
+
+def test_ids_past_the_tokenizer_but_inside_the_network_are_prompts(folder: Path) -> None:
+    """Vocabularies are padded: this tokenizer has 90 tokens, the network 97."""
+    llm = LLM(str(folder), device="cpu", num_blocks=20)
+    assert llm.generate({"prompt_token_ids": [90, 96]}, SamplingParams(max_tokens=1))[0].outputs[0].token_ids
+    with pytest.raises(RequestError, match="token id 97 is outside the vocabulary"):
+        llm.generate({"prompt_token_ids": [97]})
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_logprobs_beyond_the_vocabulary_are_refused_in_plain_words(folder: Path, name: str) -> None:
+    llm = LLM(str(folder), device="cpu", num_blocks=20)
+    with pytest.raises(RequestError, match=f"{name} must be at most 97, the model's vocabulary, not 98"):
+        llm.generate("AB", SamplingParams(max_tokens=1, **{name: 98}))
+    output = llm.generate("AB", SamplingParams(max_tokens=1, **{name: 97}))[0]
+    entries = output.outputs[0].logprobs if name == "logprobs" else output.prompt_logprobs[1:]
+    assert len(entries[0]) >= 97
+
+
+def test_an_end_that_only_the_tokenizer_names(folder: Path) -> None:
+    """Without it an answer would never stop (vLLM takes the tokenizer's as well)."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "A"}))
+    loaded = zoo.load(str(folder), device="cpu")
+    assert loaded.config.eos_token_ids == (loaded.tokenizer.encode("A")[0],)
+
+
+def test_the_hub_is_asked_for_the_config_before_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = types.ModuleType("huggingface_hub")
+    asked: list[str] = []
+
+    def hf_hub_download(repository: str, name: str) -> str:
+        asked.append(name)
+        return str(folder / name)
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.append("weights")
+        return str(folder)
+
+    monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download, raising=False)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download, raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    path = folder / "config.json"
+    sound = path.read_text()
+    path.write_text(json.dumps(json.loads(sound) | {"model_type": "mixtral", "num_local_experts": 8}))
+    with pytest.raises(ModelError, match=r"'mixtral' is not supported.*a mixture of experts"):
+        zoo.load("hf:org/name", device="cpu")
+    assert asked == ["config.json"]
+    path.write_text(sound)
+    zoo.load("hf:org/name", device="cpu")
+    assert asked == ["config.json", "config.json", "weights"]

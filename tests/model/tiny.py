@@ -31,6 +31,12 @@ LLAMA_3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def heads(num_heads: int, num_kv_heads: int) -> dict[str, int]:
@@ -54,6 +60,59 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "qwen 2.5": transformers.Qwen2Config(**SIZES, **heads(4, 2)),
     "qwen 2.5 tied": transformers.Qwen2Config(**SIZES, **heads(4, 2), tie_word_embeddings=True),
     "qwen 3": transformers.Qwen3Config(**SIZES, **heads(4, 2), head_dim=24),
+    "granite": transformers.GraniteConfig(
+        **SIZES,
+        **heads(4, 2),
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.4,
+        logits_scaling=3.0,
+        tie_word_embeddings=True,
+    ),
+    "granite untied, biased": transformers.GraniteConfig(
+        **SIZES,
+        **heads(4, 2),
+        embedding_multiplier=6.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+        logits_scaling=1.5,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "smollm 3": transformers.SmolLM3Config(
+        **(SIZES | heads(4, 2) | {"num_hidden_layers": 5}), tie_word_embeddings=True
+    ),
+    "smollm 3 by list": transformers.SmolLM3Config(
+        **(SIZES | heads(4, 2)), no_rope_layers=[0, 1], rope_parameters=YARN_ROPE, tie_word_embeddings=False
+    ),
+    "seed-oss": transformers.SeedOssConfig(**SIZES, **heads(4, 2), head_dim=16),
+    "seed-oss, other biases": transformers.SeedOssConfig(
+        **SIZES, **heads(4, 2), head_dim=12, attention_bias=False, attention_out_bias=True, mlp_bias=True
+    ),
+    "phi 3": transformers.Phi3Config(**SIZES, **heads(4, 2)),
+    "phi 4 mini": transformers.Phi3Config(
+        **SIZES,
+        **heads(2, 1),
+        tie_word_embeddings=True,
+        original_max_position_embeddings=256,
+        sliding_window=1024,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.2 * i for i in range(9)],
+            "long_factor": [2.0 + i for i in range(9)],
+        },
+    ),
+    "linear rope": llama(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    "dynamic rope": llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}),
+    "yarn": llama(rope_parameters=YARN_ROPE, attention_bias=True),
+    "yarn, every number": llama(
+        head_dim=32,
+        rope_parameters=YARN_ROPE | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 1.3},
+    ),
+    "yarn by mscale": llama(rope_parameters=YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0.3}),
+    "qwen 3 yarn": transformers.Qwen3Config(**SIZES, **heads(4, 2), head_dim=24, rope_parameters=YARN_ROPE),
     "qwen 3 biased": transformers.Qwen3Config(**SIZES, **heads(4, 2), head_dim=24, attention_bias=True),
 }
 

@@ -1,4 +1,4 @@
-"""The automatic mutation run over minipaged/memory and minipaged/scheduling.
+"""The automatic mutation run over minipaged/memory, minipaged/scheduling and minipaged/baselines.
 
     python -m tests.mutants.automatic --sample 400 --seed 7 --seconds 15 --results results.json
     python -m tests.mutants.automatic --results results.json --again      its survivors once more, under the tests of today
@@ -7,8 +7,8 @@ Small changes are sampled by a seed and put under the quick specs, one after ano
 the one module's code replaced in memory, so nothing is written to the tree. A child runs only the tests that reach the changed statement,
 those first that find most in least time. It has `--seconds` of processor time: one that uses them up inside one test hangs and counts
 as killed, listed apart; tests for which no time is left wait for the second pass. Whatever survives is run again under the full ci
-profile (`tests/memory`, `tests/scheduling` and `tests/laws`). Examples are not shrunk. Results are written as they come; a run that is
-started again with the same arguments goes on where it stood.
+profile (`tests/memory`, `tests/scheduling`, `tests/baselines` and `tests/laws`). Examples are not shrunk. Results are written as they
+come; a run that is started again with the same arguments goes on where it stood.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from tests.mutants.automatic_child import Child, Chosen, Told
 from tests.mutants.automatic_operators import Mutant, count_changes, mutant_of, statement_of, texts_of
 
-FOLDERS = ("minipaged/memory", "minipaged/scheduling")
+FOLDERS = ("minipaged/memory", "minipaged/scheduling", "minipaged/baselines")
 CI_SECONDS = 400  # of processor time for a child under the ci profile
 OPEN = "open"  # a survivor that is to be run again
 STATE_MACHINE = "tests/laws/test_laws_machine.py"  # its items share one run

@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.mutants.automatic_operators import Mutant, compiled
 
-TESTS = ["tests/memory", "tests/scheduling", "tests/laws"]
+TESTS = ["tests/memory", "tests/scheduling", "tests/baselines", "tests/laws"]
 LEFT_OUT = (
     "constant_time",  # a clock's verdict on a busy machine is no evidence
     "leaves_a_replay",  # of replays, on mutants of their own

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import Phase, settings
 
-from tests.laws import properties, properties_cache, properties_steps
+from tests.laws import properties, properties_cache, properties_sharing, properties_steps
 from tests.laws.run import run_machine
 
 Check = Callable[[Callable[..., Any]], None]
@@ -24,7 +24,11 @@ def is_check(candidate: Any) -> bool:
 
 
 SLOW = properties.leaving_the_middle_takes_constant_time
-PROPERTIES = [check for check in checks_of(properties, properties_cache, properties_steps) if check is not SLOW]
+PROPERTIES = [
+    check
+    for check in checks_of(properties, properties_cache, properties_sharing, properties_steps)
+    if check is not SLOW
+]
 FIRST, THEN = 15, 500  # runs of the machine before and after the properties
 
 

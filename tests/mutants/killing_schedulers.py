@@ -13,10 +13,10 @@ import pytest
 from hypothesis import Phase, settings
 
 from minipaged.memory.block_manager import BlockManager
-from tests.laws import test_scheduler_laws, test_survivors_counts, test_survivors_edges
+from tests.laws import test_scheduler_details, test_scheduler_laws
 
 Law = Callable[..., None]
-MODULES = (test_scheduler_laws, test_survivors_counts, test_survivors_edges)
+MODULES = (test_scheduler_laws, test_scheduler_details)
 
 
 @cache

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from random import Random
 from typing import Any
 
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.prefix_index import next_key, root_key
-from minipaged.memory.sequence_blocks import SequenceBlocks
-from minipaged.memory.types import Admission, Allocation, PoolUsage
+from minipaged.memory.blocks import PrefixHit, next_key, root_key
+from minipaged.memory.tables import SequenceBlocks
+from minipaged.memory.types import Admission, Allocation, PoolUsage, token_array
+from tests.mutants.memory_bugs import Rekeyed
 
 
 class Patched(BlockManager):
@@ -29,10 +29,10 @@ class ModuloBoundary(BlockManager):
 
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
         sequence = self._sequences.find(seq_id)
-        if num_tokens and sequence.room and sequence.room % self._block_size:
-            got = super().append(seq_id, min(num_tokens, self._block_size - sequence.room % self._block_size))
+        if num_tokens and sequence.reserved and sequence.reserved % self._block_size:
+            got = super().append(seq_id, min(num_tokens, self._block_size - sequence.reserved % self._block_size))
             if got is not None:
-                sequence.room += max(0, num_tokens - 1) // self._block_size
+                sequence.reserved += max(0, num_tokens - 1) // self._block_size
             return got
         return super().append(seq_id, num_tokens)
 
@@ -42,7 +42,7 @@ class CopiesAFullTail(BlockManager):
 
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
         sequence = self._sequences.find(seq_id)
-        full = sequence.table and sequence.room == len(sequence.table) * self._block_size
+        full = sequence.table and sequence.reserved == len(sequence.table) * self._block_size
         shared = full and self._pool.refs[sequence.table[-1]] > 1
         if num_tokens and shared and self._pool.num_available > self._editor.blocks_for(num_tokens):
             pair = self._editor.copy_tail(sequence)
@@ -142,75 +142,49 @@ class HostBlocksReused(Patched):
         host.touch = lambda block: None  # type: ignore[method-assign]
 
 
-class KeyWithoutPrefix(Patched):
+class KeyWithoutPrefix(Rekeyed):
     """A block's key is made of its own tokens alone."""
 
-    def patch(self) -> None:
-        _rekey(self, lambda parent, tokens: next_key(b"", tokens), root_key)
+    def key_of(self, parent: bytes, tokens: bytes) -> bytes:
+        return next_key(b"", tokens)
 
 
-class SaltIgnored(Patched):
+class SaltIgnored(Rekeyed):
     """The salt is left out of the key."""
 
-    def patch(self) -> None:
-        _rekey(self, next_key, lambda salt: bytes(32))
+    def root_of(self, salt: str | None) -> bytes:
+        return bytes(32)
 
 
-class EmptySaltIsNone(Patched):
+class EmptySaltIsNone(Rekeyed):
     """An empty salt is taken for no salt."""
 
-    def patch(self) -> None:
-        _rekey(self, next_key, lambda salt: root_key(salt or None))
+    def root_of(self, salt: str | None) -> bytes:
+        return root_key(salt or None)
 
 
-def _rekey(manager: BlockManager, key_of: Any, root_of: Any) -> None:
-    editor, size = manager._editor, manager._block_size
-
-    def match(tokens: array[int], block_size: int, salt: str | None, most: int) -> tuple[list[int], list[bytes]]:
-        blocks, keys, key = [], [], root_of(salt)
-        for i in range(most):
-            key = key_of(key, tokens[i * block_size : (i + 1) * block_size].tobytes())
-            block = editor.index._block_of.get(key)
-            if block is None:
-                break
-            blocks.append(block)
-            keys.append(key)
-        return blocks, keys
-
-    def publish_full(sequence: SequenceBlocks) -> None:
-        for i in range(len(sequence.keys), sequence.computed // size):
-            parent = sequence.keys[-1] if sequence.keys else sequence.root
-            sequence.keys.append(key_of(parent, sequence.tokens[i * size : (i + 1) * size].tobytes()))
-            editor.publish(sequence, i)
-
-    real = manager.allocate
-
-    def allocate(seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
-        got = real(seq_id, token_ids, **options)
-        if got is not None:
-            manager._sequences.find(seq_id).root = root_of(options.get("salt"))
-        return got
-
-    editor.index.match = match  # type: ignore[method-assign]
-    editor.publish_full = publish_full  # type: ignore[method-assign]
-    manager.allocate = allocate  # type: ignore[method-assign, assignment]
-
-
-class MissesSkipped(Patched):
+class MissesSkipped(BlockManager):
     """A match goes on after a miss."""
 
-    def patch(self) -> None:
-        index = self._editor.index
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        return _SkipsMisses(self._editor.index, token_array(token_ids), self._block_size, salt)
 
-        def match(tokens: array[int], block_size: int, salt: str | None, most: int) -> tuple[list[int], list[bytes]]:
-            found, key = [], root_key(salt)
-            for i in range(most):
-                key = next_key(key, tokens[i * block_size : (i + 1) * block_size].tobytes())
-                if key in index._block_of:
-                    found.append((index._block_of[key], key))
-            return [block for block, _ in found], [key for _, key in found]
+    def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
+        return super().allocate(
+            seq_id, token_ids, **{**options, "hit": self.lookup(token_ids, salt=options.get("salt"))}
+        )
 
-        index.match = match  # type: ignore[method-assign]
+
+class _SkipsMisses(PrefixHit):
+    def find(self, num_tokens: int) -> list[int]:
+        whole = super().find(num_tokens)
+        while len(self.keys) * self._block_size < min(len(self.tokens) - 1, num_tokens) - self._block_size + 1:
+            start = len(self.keys) * self._block_size
+            parent = self.keys[-1] if self.keys else self.root
+            self.keys.append(next_key(parent, self.tokens[start : start + self._block_size].tobytes()))
+        most = max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size
+        later = [self.index.find(key) for key in self.keys[len(whole) : most]]
+        return whole + [block for block in later if block is not None]
 
 
 class NewestEvicted(Patched):
@@ -226,7 +200,7 @@ class HeadFirst(BlockManager):
 
     def free(self, seq_id: int) -> None:
         sequence = self._sequences.find(seq_id)
-        if sequence.host is None and sequence.pending is None:
+        if sequence.host is None and sequence.pending is None and sequence.promised_from is None:
             sequence.table.reverse()
         super().free(seq_id)
 
@@ -246,7 +220,7 @@ class ResetsWhileHeld(BlockManager):
         for block in self._editor.index.blocks():
             if self._pool.refs[block]:
                 self._editor.index.erase(block)
-                self._editor.tell("evict", -1, block, -1, -1)
+                self._editor.emit("evict", -1, block, -1, -1)
         super().reset_prefix_cache()
         return True
 
@@ -300,7 +274,7 @@ class PartialPublished(Patched):
 
         def careless(sequence: SequenceBlocks) -> None:
             computed = sequence.computed
-            sequence.computed = min(sequence.room, -(-computed // size) * size)
+            sequence.computed = min(sequence.reserved, -(-computed // size) * size)
             real(sequence)
             sequence.computed = computed
 
@@ -308,19 +282,33 @@ class PartialPublished(Patched):
 
 
 class KeyStolen(Patched):
-    """Of two blocks with equal content the later takes the key."""
+    """Of two blocks with equal content the one published last is found."""
 
     def patch(self) -> None:
         index = self._editor.index
-        real = index.publish
 
-        def steal(key: bytes, block: int) -> bool:
-            old = index._block_of.get(key)
-            if old is not None and block not in index and self._pool.refs[old]:
-                index.erase(old)
-            return real(key, block)
+        def find(key: bytes) -> int | None:
+            return [*index._twins.get(key, ()), index._block_of.get(key)][-1 if key not in index._twins else -2]
 
-        index.publish = steal  # type: ignore[method-assign]
+        index.find = find  # type: ignore[method-assign]
+
+
+class TwinsLostOnErase(Patched):
+    """When the found one of two equal blocks is evicted, the other can no longer be found."""
+
+    def patch(self) -> None:
+        index, real = self._editor.index, self._editor.index.erase
+
+        def erase(block: int) -> bool:
+            key = index._key_of.get(block)
+            if key is None:
+                return False
+            if index._block_of.get(key) == block:
+                for twin in index._twins.pop(key, ()):
+                    del index._key_of[twin]
+            return real(block)
+
+        index.erase = erase  # type: ignore[method-assign]
 
 
 class CachedCountedOut(BlockManager):
@@ -331,8 +319,8 @@ class CachedCountedOut(BlockManager):
         return usage._replace(free=usage.free - usage.cached)
 
 
-class NeverCountsOnSharing(BlockManager):
-    """Whether a request can ever fit assumes that its sequences share their prompt."""
+class NeverForgetsTheTails(BlockManager):
+    """Whether a request can ever fit assumes that its samples share their prompt's last, partly filled block too."""
 
     def can_admit(self, num_tokens: int, max_new_tokens: int = 0, **options: Any) -> Admission:
         width = options.get("num_sequences", 1)
@@ -346,7 +334,7 @@ class WatermarkOnGrowth(BlockManager):
 
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
         sequence = self._sequences.on_device(seq_id)
-        need = self._editor.blocks_for(sequence.room + max(0, num_tokens)) - len(sequence.table)
+        need = self._editor.blocks_for(sequence.reserved + max(0, num_tokens)) - len(sequence.table)
         if type(num_tokens) is int and need > 0 and need + self._watermark_blocks > self._pool.num_available:
             return None
         return super().append(seq_id, num_tokens)
@@ -375,8 +363,8 @@ class PublishUntold(Patched):
     """A block is published and no event says so."""
 
     def patch(self) -> None:
-        real = self._editor.tell
-        self._editor.tell = (  # type: ignore[method-assign]
+        real = self._editor.emit
+        self._editor.emit = (  # type: ignore[method-assign]
             lambda kind, *rest: None if kind == "publish" else real(kind, *rest)
         )
 
@@ -385,8 +373,8 @@ class ForkUntold(Patched):
     """A fork is not told."""
 
     def patch(self) -> None:
-        real = self._editor.tell
-        self._editor.tell = lambda kind, *rest: None if kind == "fork" else real(kind, *rest)  # type: ignore[method-assign]
+        real = self._editor.emit
+        self._editor.emit = lambda kind, *rest: None if kind == "fork" else real(kind, *rest)  # type: ignore[method-assign]
 
 
 class HostLeak(BlockManager):
@@ -490,7 +478,7 @@ class WritesBeyondRoom(BlockManager):
     def mark_computed(self, seq_id: int, token_ids: Iterable[int]) -> None:
         sequence = self._sequences.find(seq_id)
         ids = list(token_ids)
-        sequence.room = max(sequence.room, sequence.computed + len(ids))
+        sequence.reserved = max(sequence.reserved, sequence.computed + len(ids))
         super().mark_computed(seq_id, ids)
 
 
@@ -499,9 +487,9 @@ class ForksWithRoom(BlockManager):
 
     def fork(self, parent_id: int, child_id: int) -> None:
         parent = self._sequences.find(parent_id)
-        room, parent.room = parent.room, parent.computed
+        reserved, parent.reserved = parent.reserved, parent.computed
         super().fork(parent_id, child_id)
-        parent.room = self._sequences.find(child_id).room = room
+        parent.reserved = self._sequences.find(child_id).reserved = reserved
 
 
 class ReleasesTheTail(BlockManager):
@@ -549,5 +537,5 @@ class DicedBlocks(Patched):
 ATTACKS: tuple[type[BlockManager], ...] = tuple(
     mutant
     for mutant in list(globals().values())
-    if isinstance(mutant, type) and issubclass(mutant, BlockManager) and mutant not in (BlockManager, Patched)
+    if isinstance(mutant, type) and issubclass(mutant, BlockManager) and mutant not in (BlockManager, Patched, Rekeyed)
 )

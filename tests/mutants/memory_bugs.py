@@ -11,8 +11,44 @@ from typing import Any
 
 from minipaged.memory import swap
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.sequence_blocks import SequenceBlocks
-from minipaged.memory.types import NULL_BLOCK, Allocation
+from minipaged.memory.blocks import PrefixHit, next_key, root_key
+from minipaged.memory.tables import SequenceBlocks
+from minipaged.memory.types import NULL_BLOCK, Admission, Allocation, token_array
+
+
+class Rekeyed(BlockManager):
+    """A manager whose keys are made by `key_of` and `root_of`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._editor.publish_full = self._publish_full  # type: ignore[method-assign]
+
+    def key_of(self, parent: bytes, tokens: bytes) -> bytes:
+        return next_key(parent, tokens)
+
+    def root_of(self, salt: str | None) -> bytes:
+        return root_key(salt)
+
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        hit = super().lookup(token_ids, salt=salt)
+        hit.root = self.root_of(salt)
+        size, data = 4 * self._block_size, hit.tokens.tobytes()
+        for start in range(0, len(data) - size + 1, size):
+            hit.keys.append(self.key_of(hit.keys[-1] if hit.keys else hit.root, data[start : start + size]))
+        return hit
+
+    def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
+        return super().allocate(
+            seq_id, token_ids, **{**options, "hit": self.lookup(token_ids, salt=options.get("salt"))}
+        )
+
+    def _publish_full(self, sequence: SequenceBlocks) -> None:
+        size = self._block_size
+        for i in range(len(sequence.keys), sequence.computed // size):
+            parent = sequence.keys[-1] if sequence.keys else sequence.root
+            sequence.keys.append(self.key_of(parent, sequence.tokens[i * size : (i + 1) * size].tobytes()))
+            if self._editor.publish(sequence, i) and sequence.promised_from is not None:
+                self._editor.promises.writer_of[sequence.table[i]] = sequence.seq_id
 
 
 class LateBoundary(BlockManager):
@@ -21,7 +57,7 @@ class LateBoundary(BlockManager):
     def append(self, seq_id: int, num_tokens: int) -> Allocation | None:
         got = super().append(seq_id, max(0, num_tokens - 1))
         if got is not None and num_tokens:
-            self._sequences.find(seq_id).room += 1
+            self._sequences.find(seq_id).reserved += 1
         return got
 
 
@@ -47,12 +83,21 @@ class ForgivingFree(BlockManager):
 class FullHit(BlockManager):
     """A prompt that is cached as a whole leaves no token to compute."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        editor = self._editor
-        editor.match = lambda tokens, salt, wanted: editor.index.match(  # type: ignore[method-assign]
-            tokens, editor.block_size, salt, min(len(tokens), wanted) // editor.block_size
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        return _WholeHit(self._editor.index, token_array(token_ids), self._block_size, salt)
+
+    def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
+        return super().allocate(
+            seq_id, token_ids, **{**options, "hit": self.lookup(token_ids, salt=options.get("salt"))}
         )
+
+
+class _WholeHit(PrefixHit):
+    def find(self, num_tokens: int) -> list[int]:
+        tokens, self.tokens = self.tokens, array("I", [*self.tokens, 0])
+        found = super().find(min(len(tokens), num_tokens))
+        self.tokens = tokens
+        return found
 
 
 class TouchedBeforeTheCheck(BlockManager):
@@ -61,8 +106,7 @@ class TouchedBeforeTheCheck(BlockManager):
     def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
         got = super().allocate(seq_id, token_ids, **options)
         if got is None and options.get("read_cache", True):
-            tokens = array("I", token_ids)
-            for block in self._editor.match(tokens, options.get("salt"), len(tokens))[0]:
+            for block in self.lookup(token_ids, salt=options.get("salt")).find(2**32):
                 self._pool.share(block)
                 self._pool.drop(block)
         return got
@@ -104,7 +148,7 @@ class StaleKey(BlockManager):
 
 
 class HitBeforeWrite(BlockManager):
-    """A prompt's blocks can be found as soon as they are allocated, before anything is written."""
+    """A hit on a later step's block: a prompt's blocks can be found as soon as they are allocated, whichever step computes them."""
 
     def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
         got = super().allocate(seq_id, token_ids, **options)
@@ -112,10 +156,94 @@ class HitBeforeWrite(BlockManager):
             sequence = self._sequences.find(seq_id)
             kept = sequence.computed, sequence.tokens[:], list(sequence.keys)
             sequence.tokens = array("I", token_ids)
-            sequence.computed = sequence.room
+            sequence.computed = sequence.reserved
             self._editor.publish_full(sequence)
             sequence.computed, sequence.tokens, sequence.keys = kept
         return got
+
+
+class WithdrawnAfterAHit(BlockManager):
+    """A writer is withdrawn after someone hit its block."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._editor.check_leaving = lambda sequence, num_tokens: None  # type: ignore[method-assign]
+
+
+class PromiseOutlivesItsWriter(BlockManager):
+    """A promise is kept after a withdrawal: what a victim was to write in this step can still be found."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._editor.promised_entries = lambda sequence, num_tokens: []  # type: ignore[method-assign]
+
+
+class PromiseNeverKept(BlockManager):
+    """A promise is taken back by a writer that leaves when the plan is final."""
+
+    def end_step(self) -> None:
+        super().end_step()
+        self._planning = True
+
+
+class CopiesWhatIsToBeWritten(BlockManager):
+    """A fork of what this step is to write: the child's copy is made before it is written."""
+
+    def fork(self, parent_id: int, child_id: int) -> None:
+        parent = self._sequences.find(parent_id)
+        promised, parent.promised_from = parent.promised_from, None
+        super().fork(parent_id, child_id)
+        parent.promised_from = promised
+
+
+class SwapsOutWhatIsToBeWritten(BlockManager):
+    """A sequence that found a block of this step is swapped out, before the block is written."""
+
+    def swap_out(self, seq_ids: Iterable[int]) -> list[tuple[int, int]] | None:
+        writers = self._editor.promises.writer_of
+        kept = dict(writers)
+        ids = list(seq_ids)
+        for block, seq in kept.items():
+            if seq not in ids:
+                del writers[block]
+        got = super().swap_out(ids)
+        writers.update({block: seq for block, seq in kept.items() if seq not in ids})
+        return got
+
+
+class EqualContentForgotten(BlockManager):
+    """A copy of equal content is forgotten: the block published first is the only one that is remembered."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        index, real = self._editor.index, self._editor.index.publish
+        index.publish = lambda key, block: key not in index._block_of and real(key, block)  # type: ignore[method-assign]
+
+
+class SharedOnceForEach(BlockManager):
+    """Whether a request can ever fit counts its prompt once for each of its samples."""
+
+    def can_admit(self, num_tokens: int, max_new_tokens: int = 0, **options: Any) -> Admission:
+        blocks = options.get("num_sequences", 1) * self._editor.blocks_for(num_tokens + max_new_tokens)
+        if blocks > self._num_blocks - 1:
+            return Admission.NEVER
+        return super().can_admit(num_tokens, max_new_tokens, **options)
+
+
+class StaleHandle(BlockManager):
+    """A handle that was looked up earlier finds what was there then."""
+
+    def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
+        return _RemembersBlocks(self._editor.index, token_array(token_ids), self._block_size, salt)
+
+
+class _RemembersBlocks(PrefixHit):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._found = super().find(len(self.tokens))
+
+    def find(self, num_tokens: int) -> list[int]:
+        return self._found[: max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size]
 
 
 class CopyAfterWrite(BlockManager):
@@ -144,41 +272,14 @@ class SwapDuplicates(BlockManager):
         return pairs
 
 
-class BuiltinHashKeys(BlockManager):
+class BuiltinHashKeys(Rekeyed):
     """Keys are the built-in hash of the parent's key and the tokens."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        index, size = self._editor.index, self._editor.block_size
+    def key_of(self, parent: bytes, tokens: bytes) -> bytes:
+        return repr(hash((parent, hash(tuple(array("I", tokens)))))).encode()
 
-        def key_of(parent: bytes, tokens: tuple[int, ...]) -> bytes:
-            return repr(hash((parent, hash(tokens)))).encode()
-
-        def match(tokens: array[int], block_size: int, salt: str | None, most: int) -> tuple[list[int], list[bytes]]:
-            blocks, keys, key = [], [], repr(salt).encode()
-            for i in range(most):
-                key = key_of(key, tuple(tokens[i * block_size : (i + 1) * block_size]))
-                block = index._block_of.get(key)
-                if block is None:
-                    break
-                blocks.append(block)
-                keys.append(key)
-            return blocks, keys
-
-        def publish_full(sequence: SequenceBlocks) -> None:
-            for i in range(len(sequence.keys), sequence.computed // size):
-                parent = sequence.keys[-1] if sequence.keys else sequence.root
-                sequence.keys.append(key_of(parent, tuple(sequence.tokens[i * size : (i + 1) * size])))
-                self._editor.publish(sequence, i)
-
-        index.match = match  # type: ignore[method-assign]
-        self._editor.publish_full = publish_full  # type: ignore[method-assign]
-
-    def allocate(self, seq_id: int, token_ids: Iterable[int], **options: Any) -> Allocation | None:
-        got = super().allocate(seq_id, token_ids, **options)
-        if got is not None:
-            self._sequences.find(seq_id).root = repr(options.get("salt")).encode()
-        return got
+    def root_of(self, salt: str | None) -> bytes:
+        return repr(salt).encode()
 
 
 class ReleasedTwice(BlockManager):
@@ -237,7 +338,7 @@ class SwapInTooEager(BlockManager):
 
     def swap_in(self, seq_ids: Iterable[int]) -> list[tuple[int, int]] | None:
         real = swap.next_step_blocks
-        swap.next_step_blocks = lambda group, host, block_size: 0  # type: ignore[assignment]
+        swap.next_step_blocks = lambda group, block_size: 0  # type: ignore[assignment]
         try:
             return super().swap_in(seq_ids)
         finally:
@@ -254,6 +355,14 @@ HISTORICAL: tuple[type[BlockManager], ...] = (
     PinnedEvicted,
     StaleKey,
     HitBeforeWrite,
+    WithdrawnAfterAHit,
+    PromiseOutlivesItsWriter,
+    PromiseNeverKept,
+    CopiesWhatIsToBeWritten,
+    SwapsOutWhatIsToBeWritten,
+    EqualContentForgotten,
+    SharedOnceForEach,
+    StaleHandle,
     CopyAfterWrite,
     SwapDuplicates,
     BuiltinHashKeys,

@@ -15,6 +15,7 @@ from minipaged.errors import TraceError
 from minipaged.execution.runner import Pending, Runner
 from minipaged.lab.measure.trace_cost import decoding_engine
 from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.text.safe import clean_bytes
 from minipaged.trace import packing
 from minipaged.trace.codec import decode_delta, encode_delta
 from minipaged.trace.events import StepDelta, StepEvents
@@ -22,7 +23,6 @@ from minipaged.trace.file import StreamWriter, header_of, open_recorder
 from minipaged.trace.player import Player
 from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.trace.sources import FileSource
-from minipaged.tui.safe import clean_bytes
 
 SHARED = "An operating system keeps memory in pages. "
 LONG = SamplingParams(max_tokens=40)

@@ -23,7 +23,7 @@ def replay(
 ) -> ScreenApp:
     """An app over a recorded list."""
     session = Session(source or ListSource(sharing_scene().deltas if deltas is None else deltas))
-    session.seek(at)
+    session.playback.seek(at)
     return ScreenApp(session, ascii=ascii)
 
 

@@ -12,8 +12,8 @@ from processes import children, wait_for
 
 from minipaged.errors import InputError
 from minipaged.serving.live import EngineProcess
-from minipaged.tui.bench import Outcome, Plan, Round, _cores, measure
-from minipaged.tui.benchengine import MadeUpWords, requests, timed_engine
+from minipaged.tui.bench.engine import MadeUpWords, requests, timed_engine
+from minipaged.tui.bench.measure import Outcome, Plan, Round, _cores, measure
 
 
 def test_rounds_with_and_without_do_the_same_work(tmp_path: Path) -> None:

@@ -13,18 +13,19 @@ from scripted import failing_engine, scripted_engine, sharing_scene
 from textual.pilot import Pilot
 
 from minipaged.cli.show import show
-from minipaged.config import SamplingParams
-from minipaged.errors import InputError
+from minipaged.config import DEFAULT_MODEL, SamplingParams
+from minipaged.errors import InputError, RequestError
 from minipaged.memory.types import PoolBreakdown, Run
 from minipaged.trace.events import ShadowDelta
+from minipaged.trace.file import Header
 from minipaged.trace.player import Player
 from minipaged.trace.sources import FileSource, ListSource
 from minipaged.tui.app import run_screen
-from minipaged.tui.compare import compare_lines, real_bands, share_text
-from minipaged.tui.dialogs import Overlay
 from minipaged.tui.gallery import SCENARIOS, scenario_path
-from minipaged.tui.inspector import Journey
 from minipaged.tui.keys import load_keys
+from minipaged.tui.panes.compare import compare_lines, real_breakdown, share_text
+from minipaged.tui.panes.dialogs import Overlay
+from minipaged.tui.panes.inspector import Journey
 from minipaged.tui.screen import ScreenApp, binding_ids
 from minipaged.tui.view import View, width_of
 
@@ -96,11 +97,11 @@ def test_comparing_where_nobody_is_says_where_to_look() -> None:
     drive(app, (120, 40), script)
 
 
-def test_the_real_bands_fill_the_pool() -> None:
+def test_the_real_breakdown_fill_the_pool() -> None:
     deltas = sharing_scene().deltas
     for position in range(1, len(deltas) + 1):
         view = View(Player(ListSource(deltas), position).snapshot)
-        assert sum(real_bands(view)) == 31 * 4
+        assert sum(real_breakdown(view)) == 31 * 4
     assert share_text(PoolBreakdown(1, 2, 0, 1, 0, 0)) == "tokens 25% reserved 50% fragments 25%"
 
 
@@ -144,7 +145,7 @@ def test_the_gallery_shows_what_it_says(name: str) -> None:
 def test_the_orca_scenario_begins_in_compare_mode(tmp_path: Path) -> None:
     """What it is about is how the others fare; each of them has a picture on the narrowest screen too."""
     target = tmp_path / "orca.svg"
-    assert show("toy", scenario="orca", headless=True, steps=60, size="80x24", screenshot=target) == 0
+    assert show(DEFAULT_MODEL, scenario="orca", headless=True, steps=60, size="80x24", screenshot=target) == 0
     picture = target.read_text().replace("&#160;", " ")
     assert "Compare: the same requests elsewhere" in picture
     assert "1 Blocks" not in picture
@@ -246,12 +247,12 @@ def test_branch_repeats_the_beginning_and_goes_on_otherwise() -> None:
     runner = EngineRunner(scripted_engine, {"num_blocks": 64}, record=None)
     try:
         session = Session(runner.start())
-        session.playing = False
+        session.playback.pause()
         session.submit("a long prompt that takes a while", SamplingParams(max_tokens=60))
         app = ScreenApp(session, restart=runner.start)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "PAUSED")
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
             for _ in range(3):
                 await pilot.press("right_square_bracket")
             await until(pilot, lambda: app.session.position == 3)
@@ -307,19 +308,19 @@ def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
     from textual.widgets import Input
 
     from minipaged.tui.app import EngineRunner
-    from minipaged.tui.dialogs import Choice, Knobs
+    from minipaged.tui.panes.dialogs import Choice, Knobs
     from minipaged.tui.screen import ScreenApp
     from minipaged.tui.session import Session
 
     runner = EngineRunner(toy_engine, {}, record=None)
     try:
         session = Session(runner.start())
-        session.playing = False
+        session.playback.pause()
         session.submit("some words", SamplingParams(max_tokens=30, ignore_eos=True))
         app = ScreenApp(session, restart=runner.start)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "PAUSED")
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
             await pilot.press("right_square_bracket")
             await until(pilot, lambda: app.session.position == 1)
             await pilot.press("e")
@@ -342,7 +343,7 @@ def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
             await pilot.press("enter")
             await until(pilot, lambda: "the next run has 20 blocks" in text(app))
             await pilot.press("R")
-            await until(pilot, lambda: app.session.word == "IDLE" and app.session.ready)
+            await until(pilot, lambda: app.session.playback.word == "IDLE" and app.session.playback.ready)
             assert app.session.snapshot.stats.total_blocks == 20
             assert len(app.session.asked) == 1
 
@@ -411,9 +412,9 @@ def test_a_tick_while_the_screen_is_taken_down_is_no_error(gone: str) -> None:
     app = replay()
 
     async def script(pilot: Pilot[int]) -> None:
-        app.session.playing = False
+        app.session.playback.pause()
         await app.screen.query_one(gone).remove()
-        app.session.refresh()
+        app.session.playback.refresh()
         app.frame()
         app.paint()
         app.action_step()
@@ -439,3 +440,132 @@ def test_lists_scroll_and_themes_follow(size: tuple[int, int]) -> None:
         await until(pilot, lambda: app.view.mode == "dark")
 
     drive(app, size, script)
+
+
+@pytest.mark.parametrize("size", [(50, 15), (40, 12), (71, 24), (80, 15)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_on_a_small_screen_everything_else_yields_before_the_map(size: tuple[int, int]) -> None:
+    app = replay(at=8)
+
+    async def script(pilot: Pilot[int]) -> None:
+        assert "1 Blocks" in text(app)
+        map_size = app.query_one("#map").size
+        assert map_size.height >= 2
+        assert map_size.width >= 32
+        for key, title in (("2", "2 Tables"), ("3", "3 Text")):
+            await pilot.press(key)
+            await until(pilot, lambda title=title: title in text(app))
+            if len(app.screen_stack) > 1:
+                await pilot.press("escape")
+        app.session.message = "words from the program"
+        app.paint()
+        await until(pilot, lambda: "words from the program" in text(app))
+
+    drive(app, size, script)
+
+
+@pytest.mark.parametrize("size", [(39, 24), (80, 11), (20, 5)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_a_terminal_that_is_too_small_says_so(size: tuple[int, int]) -> None:
+    app = replay(at=8)
+
+    async def script(pilot: Pilot[int]) -> None:
+        assert " ".join(text(app).split()) == "this terminal is too small: 40 × 12 at least"
+        await pilot.press("right_square_bracket")
+        await pilot.resize_terminal(80, 24)
+        await until(pilot, lambda: "1 Blocks" in text(app) and "too small" not in text(app))
+        assert app.session.position == 9
+
+    drive(app, size, script)
+
+
+def limited_engine(num_blocks: int = 40, progress: object = None) -> object:
+    if num_blocks > 1000:
+        raise RequestError(f"{num_blocks} blocks do not fit this machine [/b]")
+    return toy_engine(num_blocks)
+
+
+def test_a_next_run_that_cannot_start_leaves_the_run_before_on_the_screen() -> None:
+    from textual.widgets import Input
+
+    from minipaged.tui.app import EngineRunner
+    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.session import Session
+
+    runner = EngineRunner(limited_engine, {}, record=None)
+    try:
+        session = Session(runner.start())
+        session.playback.pause()
+        session.submit("some words", SamplingParams(max_tokens=30, ignore_eos=True))
+        app = ScreenApp(session, restart=runner.start)
+
+        async def ask_for(pilot: Pilot[int], blocks: str) -> None:
+            await pilot.press("e")
+            app.screen.query_one("#num_blocks", Input).value = blocks
+            app.screen.query_one("#num_blocks", Input).focus()
+            await pilot.press("enter")
+
+        async def script(pilot: Pilot[int]) -> None:
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
+            await pilot.press("right_square_bracket")
+            await until(pilot, lambda: app.session.position == 1)
+            await ask_for(pilot, "99999999")
+            await until(pilot, lambda: "num_blocks must be from 2 to 1000000, not 99999999" in text(app))
+            await pilot.press("escape")
+            await ask_for(pilot, "5000")
+            await until(pilot, lambda: "the next run has 5000 blocks" in text(app))
+            await pilot.press("R")
+            await until(pilot, lambda: "the next run could not start: 5000 blocks do not fit" in text(app))
+            assert (app.session, app.session.position, app.return_value) == (session, 1, None)
+            assert app.session.playback.word == "ENDED"
+            await pilot.press("R")
+            await until(pilot, lambda: app.session.playback.word == "IDLE" and app.session.playback.ready)
+            assert app.session.snapshot.stats.total_blocks == 40, "the setting that failed is forgotten"
+
+        drive(app, (80, 24), script)
+    finally:
+        runner.close()
+
+
+def test_words_with_brackets_are_words() -> None:
+    """What was typed stands in the complaint about it, and is no markup."""
+    from textual.widgets import Input
+
+    from minipaged.tui.panes.dialogs import AddPrompt
+
+    app = replay()
+
+    async def script(pilot: Pilot[int]) -> None:
+        app.push_screen(AddPrompt())
+        await pilot.pause()
+        app.screen.query_one("#prompt", Input).value = "x"
+        app.screen.query_one("#n", Input).value = "[/b]"
+        await pilot.press("enter")
+        await until(pilot, lambda: "must be a number, not '[/b]'" in text(app))
+
+    drive(app, (80, 24), script)
+
+
+def test_names_in_a_trace_never_steer_the_terminal() -> None:
+    """A finding, a model's name and the name of another system come from the file as well."""
+    scene = sharing_scene()
+    source = ListSource(scene.deltas, header=Header(finding="L1 \x1b]0;owned\x07 found", model="m\x1b[2J"))
+    app = replay(source=source)
+    app.session.message = source.header.finding
+    shadow = ShadowDelta(1, "orca\x1b[31m", (), PoolBreakdown(1, 1, 1, 1, 1, 1))
+    app.session.snapshot.shadows[shadow.system] = shadow
+
+    async def script(pilot: Pilot[int]) -> None:
+        app.paint()
+        await pilot.pause()
+        assert "L1 �]0;owned� found" in text(app)
+        await pilot.press("c")
+        await until(pilot, lambda: "orca�[31m" in text(app))
+        assert not set("\x1b\x07") & set(text(app))
+
+    drive(app, (120, 40), script)
+
+
+@pytest.mark.parametrize("name", ["y.png", "y", "y.svg.gz"])
+def test_a_screenshot_that_is_no_svg_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ends in \.svg"):
+        run_screen(scripted_engine, prompts=["x"], headless=True, steps=1, screenshot=tmp_path / name)
+    assert not (tmp_path / name).exists()

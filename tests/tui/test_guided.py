@@ -17,13 +17,13 @@ from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.app import run_screen
-from minipaged.tui.guide import MOST_STEPS, Guide
-from minipaged.tui.guided import STOP_SECONDS, GuidedSession
+from minipaged.tui.panes.text import text_title
 from minipaged.tui.screen import ScreenApp
-from minipaged.tui.sentences import sentence, summary
+from minipaged.tui.scripted.guide import MOST_STEPS, Guide
+from minipaged.tui.scripted.tour import STOP_SECONDS, Tour
 from minipaged.tui.session import Session
-from minipaged.tui.textpane import text_title
 from minipaged.tui.view import View
+from minipaged.tui.words.sentences import sentence, summary
 
 PARAMS = SamplingParams(max_tokens=30)
 
@@ -55,13 +55,13 @@ def test_a_guide_does_not_slow_a_run_for_ever() -> None:
     assert guide.over
 
 
-def guided(engine: EngineProcess) -> GuidedSession:
+def guided(engine: EngineProcess) -> Session:
     """A session over a loaded engine that has been asked for something."""
     source = engine.source
     assert source.wait(lambda: source.ready)
-    session = GuidedSession(source)
+    session = Session(source, guided=True)
     session.submit("The cache is split into pages", PARAMS)
-    session.start()
+    session.playback.start()
     return session
 
 
@@ -71,25 +71,25 @@ def go(session: Session, now: float, until: str) -> float:
     assert source is not None
     for _ in range(2000):
         session.tick(now)
-        if session.word == until:
+        if session.playback.word == until:
             return now
         now += 0.1
         source.wait(lambda: source.outstanding == 0, 1.0)
-    raise AssertionError(f"it never came to {until}: {session.word}")
+    raise AssertionError(f"it never came to {until}: {session.playback.word}")
 
 
 def test_a_run_stops_says_why_and_goes_on_by_itself() -> None:
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
-        assert session.speed_text == "slowly at first"
+        assert session.playback.speed_text == "slowly at first"
         now = go(session, 0.0, "PAUSED")
         assert "A letter is one answer" in session.message
-        assert session.speed_text == "goes on by itself"
+        assert session.playback.speed_text == "goes on by itself"
         here = session.position
         session.tick(now + STOP_SECONDS - 0.1)
-        assert (session.position, session.word) == (here, "PAUSED")
+        assert (session.position, session.playback.word) == (here, "PAUSED")
         session.tick(now + STOP_SECONDS)
-        assert session.word == "LIVE"
+        assert session.playback.word == "LIVE"
         assert not session.message
         go(session, now + STOP_SECONDS, "IDLE")
         assert session.position > here + 5
@@ -101,16 +101,17 @@ def test_a_stop_waits_while_a_window_stands_before_it() -> None:
         app = ScreenApp(session)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: session.word == "PAUSED")
+            await until(pilot, lambda: session.playback.word == "PAUSED")
             await pilot.press("question_mark")
             await until(pilot, lambda: len(app.screen_stack) > 1)
             app.frame()
-            assert session._stop_ends is not None
-            session.look_away(session._stop_ends + 100)
-            session.tick(session._stop_ends - 1)
-            assert session.word == "PAUSED"
+            tour = session.playback.script
+            assert isinstance(tour, Tour)
+            session.playback.look_away(tour.stop_ends + 100)
+            session.tick(tour.stop_ends - 1)
+            assert session.playback.word == "PAUSED"
             await pilot.press("escape", "space")
-            await until(pilot, lambda: session.word != "PAUSED")
+            await until(pilot, lambda: session.playback.word != "PAUSED")
 
         drive(app, (80, 24), script)
 
@@ -119,25 +120,25 @@ def test_keys_take_over_from_a_guide() -> None:
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
         now = go(session, 0.0, "PAUSED")
-        session.toggle()
-        assert session.word == "LIVE", "space ends a stop"
-        session.pause()
+        session.playback.toggle()
+        assert session.playback.word == "LIVE", "space ends a stop"
+        session.playback.pause()
         session.tick(now + 100)
-        assert session.word == "PAUSED", "a pause of one's own stays"
-        session.change_speed(-1)
-        assert session.guide is None
-        assert session.word == "PAUSED", "a speed does not end a pause of one's own"
+        assert session.playback.word == "PAUSED", "a pause of one's own stays"
+        session.playback.change_speed(-1)
+        assert session.playback.script is None
+        assert session.playback.word == "PAUSED", "a speed does not end a pause of one's own"
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
         go(session, 0.0, "PAUSED")
-        session.change_speed(1)
-        assert (session.guide, session.word) == (None, "LIVE"), "a speed ends a stop, and the tour"
+        session.playback.change_speed(1)
+        assert (session.playback.script, session.playback.word) == (None, "LIVE"), "a speed ends a stop, and the tour"
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
         now = go(session, 0.0, "PAUSED")
         session.go(0)
         session.tick(now + 100)
-        assert (session.word, session.position) == ("PAUSED", 0), "who looks back is left alone"
+        assert (session.playback.word, session.position) == ("PAUSED", 0), "who looks back is left alone"
 
 
 def test_a_stop_does_not_outlive_the_engine() -> None:
@@ -151,8 +152,8 @@ def test_a_stop_does_not_outlive_the_engine() -> None:
         said = session.message
         assert "has ended" in said
         session.tick(now + STOP_SECONDS + 1)
-        assert (session.word, session.playing, session.message) == ("ENDED", False, said)
-        assert session.speed_text != "goes on by itself"
+        assert (session.playback.word, session.playback.moving, session.message) == ("ENDED", False, said)
+        assert session.playback.speed_text != "goes on by itself"
 
 
 def test_the_end_is_summed_up() -> None:

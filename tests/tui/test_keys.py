@@ -16,10 +16,10 @@ from textual.widgets import Input, Label
 
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.dialogs import AddPrompt, Overlay, Reading
-from minipaged.tui.inspector import Inspector
-from minipaged.tui.maplayout import Zoom
+from minipaged.tui.map.blockmap import BlockMap
+from minipaged.tui.map.layout import Zoom
+from minipaged.tui.panes.dialogs import AddPrompt, Overlay, Reading
+from minipaged.tui.panes.inspector import Inspector
 from minipaged.tui.screen import ScreenApp
 from minipaged.tui.session import Session
 
@@ -63,18 +63,18 @@ def test_play_to_the_end_and_speed(size: tuple[int, int]) -> None:
 
     async def script(pilot: Pilot[int]) -> None:
         await pilot.press("greater_than_sign", "greater_than_sign", "greater_than_sign")
-        assert app.session.speed_text == "full speed"
+        assert app.session.playback.speed_text == "full speed"
         await pilot.press("less_than_sign")
-        assert app.session.speed_text == "50 steps/s"
+        assert app.session.playback.speed_text == "50 steps/s"
         await pilot.press("space")
         await until(pilot, lambda: app.session.position == 10)
-        await until(pilot, lambda: app.session.word == "REPLAY")
+        await until(pilot, lambda: app.session.playback.word == "REPLAY")
         await pilot.press(*["less_than_sign"] * 6)
-        assert app.session.speed_text == "1 steps/s"
+        assert app.session.playback.speed_text == "1 steps/s"
         await pilot.press("space")  # from the end it starts again
-        assert app.session.playing
+        assert app.session.playback.moving
         await pilot.press("space")
-        assert not app.session.playing
+        assert not app.session.playback.moving
 
     drive(app, size, script)
 
@@ -287,9 +287,10 @@ def test_resize_keeps_everything() -> None:
 
 def live_app(engine: EngineProcess, *, playing: bool = True) -> ScreenApp:
     session = Session(engine.source)
-    session.playing = playing
     if playing:
-        session.start()
+        session.playback.start()
+    else:
+        session.playback.pause()
     return ScreenApp(session)
 
 
@@ -298,7 +299,7 @@ def test_a_prompt_added_by_hand_runs() -> None:
         app = live_app(engine)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "IDLE" or engine.source.idle)
+            await until(pilot, lambda: app.session.playback.word == "IDLE" or engine.source.idle)
             await pilot.press("a")
             assert isinstance(app.screen, AddPrompt)
             await pilot.press("enter")
@@ -309,7 +310,7 @@ def test_a_prompt_added_by_hand_runs() -> None:
             assert "n must be" in str(app.screen.query_one("#problem", Label).render())
             app.screen.query_one("#n", Input).value = "1"
             await pilot.press("enter")
-            await until(pilot, lambda: "hello world" in text(app) and app.session.word == "IDLE")
+            await until(pilot, lambda: "hello world" in text(app) and app.session.playback.word == "IDLE")
             assert "done: 11 tokens" in text(app), "the run is summed up"
 
         drive(app, (80, 24), script)
@@ -321,7 +322,7 @@ def test_pause_step_and_resume_a_live_engine() -> None:
         app = live_app(engine, playing=False)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "PAUSED")
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
             await pilot.press("right_square_bracket")
             await until(pilot, lambda: app.session.position == 1)
             await pilot.press("right_square_bracket", "right_square_bracket")
@@ -333,8 +334,8 @@ def test_pause_step_and_resume_a_live_engine() -> None:
             await pilot.press("right_square_bracket")
             assert len(engine.source) == 3, "the step was already recorded"
             await pilot.press("space")
-            await until(pilot, lambda: app.session.word == "IDLE")
-            assert app.session.at_edge
+            await until(pilot, lambda: app.session.playback.word == "IDLE")
+            assert app.session.playback.at_edge
 
         drive(app, (80, 24), script)
 
@@ -345,17 +346,17 @@ def test_a_resting_engines_past_is_played_again() -> None:
         app = live_app(engine)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "IDLE")
+            await until(pilot, lambda: app.session.playback.word == "IDLE")
             await pilot.press("g", "space")
-            assert app.session.word == "PLAYING"
-            await until(pilot, lambda: app.session.word == "IDLE")
-            assert app.session.at_edge
+            assert app.session.playback.word == "PLAYING"
+            await until(pilot, lambda: app.session.playback.word == "IDLE")
+            assert app.session.playback.at_edge
             os.kill(engine.pid, signal.SIGKILL)
-            await until(pilot, lambda: app.session.word == "ENDED")
+            await until(pilot, lambda: app.session.playback.word == "ENDED")
             await pilot.press("g", "space")
-            assert app.session.word == "PLAYING"
-            await until(pilot, lambda: app.session.word == "ENDED")
-            assert app.session.at_edge
+            assert app.session.playback.word == "PLAYING"
+            await until(pilot, lambda: app.session.playback.word == "ENDED")
+            assert app.session.playback.at_edge
 
         drive(app, (80, 24), script)
 
@@ -366,7 +367,7 @@ def test_abort_under_the_cursor() -> None:
         app = live_app(engine, playing=False)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "PAUSED")
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
             await pilot.press("right_square_bracket")
             await until(pilot, lambda: app.session.position == 1)
             await pilot.press("right", "right", "x", "right_square_bracket")
@@ -382,7 +383,7 @@ def test_a_killed_engine_leaves_the_screen_whole() -> None:
         app = live_app(engine, playing=False)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: app.session.word == "PAUSED")
+            await until(pilot, lambda: app.session.playback.word == "PAUSED")
             await pilot.press("right_square_bracket")
             await until(pilot, lambda: app.session.position == 1)
             os.kill(engine.pid, signal.SIGKILL)
@@ -412,8 +413,8 @@ def test_a_paced_engine_steps_at_the_asked_speed() -> None:
     with EngineProcess(scripted_engine) as engine:
         engine.source.submit("a long prompt that takes a while", SamplingParams(max_tokens=60))
         app = live_app(engine)
-        app.session.speed = 50.0
-        app.session.start()
+        app.session.playback.speed = 50.0
+        app.session.playback.start()
 
         async def script(pilot: Pilot[int]) -> None:
             await until(pilot, lambda: app.session.position > 5)
@@ -441,7 +442,7 @@ def test_one_trace_three_sources_one_screen(tmp_path: object) -> None:
         shots = []
         for source in sources:
             app = ScreenApp(Session(source))
-            app.session.playing = False
+            app.session.playback.pause()
 
             async def script(pilot: Pilot[int], app: ScreenApp = app, position: int = position) -> str:
                 app.session.go(position)

@@ -12,10 +12,11 @@ from textual.widgets import OptionList
 from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.player import Player
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.lessons import LESSONS, Lesson
-from minipaged.tui.lessonsession import FLASH_SECONDS, LessonSession
-from minipaged.tui.sentences import sentence
+from minipaged.tui.scripted.lessons import LESSONS, Lesson
+from minipaged.tui.scripted.walk import FLASH_SECONDS, LessonWalk
+from minipaged.tui.session import Session
 from minipaged.tui.view import View
+from minipaged.tui.words.sentences import sentence
 
 
 def states(lesson: Lesson) -> list[Snapshot]:
@@ -36,25 +37,33 @@ def test_the_five_beats_of_copy_on_write() -> None:
     assert lesson.beats[3].caption.startswith("Which block number")
 
 
+def walk(*, animated: bool) -> tuple[Session, LessonWalk]:
+    """The copy-on-write lesson, painted once, at its first beat."""
+    session = Session.of_lesson(LESSONS["copy-on-write"](), animated=animated)
+    assert isinstance(session.playback.script, LessonWalk)
+    return session, session.playback.script
+
+
 def test_what_a_beat_changes_lights_up_for_a_moment() -> None:
-    session = LessonSession(LESSONS["copy-on-write"]())
+    session, script = walk(animated=True)
     for _ in range(4):
-        session.toggle()
-    assert session.flash == {3, 4}
-    assert not session.tick(10.0).moved
-    assert session.flash
+        session.playback.toggle()
+    assert script.flash == {3, 4}
+    assert session.tick(10.0).ids is None, "a jump concerns every block"
+    assert not session.tick(10.0 + FLASH_SECONDS / 2).moved
+    assert script.flash
     assert session.tick(10.0 + FLASH_SECONDS).moved
-    assert not session.flash
-    session.back()
-    assert not session.flash, "going back is no event"
+    assert not script.flash
+    session.playback.step(-1)
+    assert not script.flash, "going back is no event"
 
 
 def test_without_animations_the_caption_tells_before_and_after() -> None:
-    session = LessonSession(LESSONS["copy-on-write"](), animated=False)
+    session, script = walk(animated=False)
     for _ in range(4):
-        session.toggle()
-    assert session.caption.endswith("[B 1 2 3 → 1 2 4]")
-    assert not session.flash
+        session.playback.toggle()
+    assert script.caption.endswith("[B 1 2 3 → 1 2 4]")
+    assert not script.flash
 
 
 def test_an_app_without_animations_shows_the_words() -> None:
@@ -104,7 +113,7 @@ def test_a_lesson_on_the_screen(size: tuple[int, int]) -> None:
         assert app.screen.query_one(OptionList).option_count == len(LESSONS)
         await pilot.press("enter")
         await pilot.pause()
-        assert isinstance(app.session, LessonSession)
+        assert isinstance(app.session.playback.script, LessonWalk)
         assert "LESSON 1 of 6" in text(app)
         await pilot.press("space")
         await pilot.pause()

@@ -12,10 +12,11 @@ from scripted import Scene, sharing_scene
 
 from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
-from minipaged.tui.lessons import LESSONS
-from minipaged.tui.maplayout import Zoom
-from minipaged.tui.mapmodel import MapModel
-from minipaged.tui.palette import ASCII, LETTERS
+from minipaged.tui.map.cells import STYLE_BITS, STYLES
+from minipaged.tui.map.layout import Zoom
+from minipaged.tui.map.model import MapModel
+from minipaged.tui.palette import ASCII, LETTERS, NUM_HUES
+from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.view import View
 
 
@@ -221,3 +222,52 @@ def test_what_is_painted_again_is_all_that_differs(
             cells = model.cells(number)
             assert cells in (None, sum(segment.cell_length for segment in expected))
             before[number] = list(expected)
+
+
+def test_no_two_living_answers_to_one_prompt_look_alike() -> None:
+    """Labels seven apart have one hue: of two living siblings the later one takes another, on the map and in every pane."""
+    scene = Scene(num_blocks=64)
+    beam = scene.add("abcd")
+    scene.admit(beam)
+    scene.step()
+    family = [beam, *(scene.fork(beam) for _ in range(6))]
+    scene.step()
+    for sequence in family[1:]:
+        scene.finish(sequence)
+    scene.step()
+    others = [scene.fork(beam) for _ in range(2)]  # labels 7 and 8, while the finished ones are kept
+    for sequence in (beam, *others):
+        scene.write(sequence, "wxyz")
+    scene.step()
+    snapshot = fold(scene.deltas)
+    view = View(snapshot)
+    labels = [snapshot.sequences[sequence].label for sequence in (beam, *others)]
+    assert labels[0] == labels[1] - NUM_HUES == 0, "the scene is of the kind that looked alike"
+    assert len({view.hue(sequence) for sequence in (beam, *others)}) == 3
+    model = MapModel(view)
+    model.resize(80, 10)
+    for sequence in (beam, *others):
+        table = snapshot.tables[sequence]
+        own = [block for block in table if snapshot.device.refs[block] == 1]
+        codes = model.looks.codes(snapshot.device, slice(own[0], own[0] + 1), model._labels, 4)
+        assert STYLES[int(codes[0]) % STYLE_BITS] == f"hue{view.hue(sequence)}"
+
+
+def test_a_hue_that_changes_is_painted_everywhere() -> None:
+    """A sequence gets its own hue back when the sibling that had it is gone: also in blocks that this step did not touch."""
+    scene = Scene(num_blocks=64)
+    beam = scene.add("abcdefgh")
+    scene.admit(beam)
+    scene.step()
+    for _ in range(NUM_HUES):
+        scene.fork(beam)
+    scene.step()
+    view = View(fold(scene.deltas))
+    model = MapModel(view)
+    assert view.other_hues == {}, "seven have a hue each; past seven the letters tell them apart"
+    for sequence in range(1, NUM_HUES):
+        scene.finish(sequence)
+    scene.step()
+    last = View(fold(scene.deltas))
+    assert last.other_hues == {NUM_HUES: 1}
+    assert model.update(last, np.zeros(0, np.int32)) is None, "all rows"

@@ -17,8 +17,8 @@ from test_map import big_snapshot
 from textual.pilot import Pilot
 
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.blockmap import BlockMap
-from minipaged.tui.maplayout import Zoom
+from minipaged.tui.map.blockmap import BlockMap
+from minipaged.tui.map.layout import Zoom
 from minipaged.tui.screen import ScreenApp
 
 
@@ -29,7 +29,7 @@ def frame_times(num_blocks: int, changes: int, zoom: Zoom, *, frames: int = 40) 
     rng = np.random.default_rng(1)
 
     async def script(pilot: Pilot[int]) -> list[tuple[float, float]]:
-        app.session.playing = False
+        app.session.playback.pause()
         block_map = app.query_one(BlockMap)
         app.view = replace(app.view, snapshot=snapshot)
         app.screen.maximize(block_map)

@@ -114,3 +114,39 @@ def test_a_closed_terminal_leaves_no_process(terminal: Terminal, tmp_path: Path)
     assert len(children(program)) == 2
     terminal.tmux("kill-server")
     wait_for(lambda: not children(program))
+
+
+def pane_modes(terminal: Terminal) -> str:
+    """Whether the terminal shows the alternate screen, and whether a program gets its mouse."""
+    return terminal.tmux("display-message", "-t", "t", "-p", "#{alternate_on}#{mouse_any_flag}").strip()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_gives_the_terminal_back(
+    terminal: Terminal, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    program = start(terminal, tmp_path, speed="5.0")
+    terminal.until(lambda shown: "LIVE · step" in shown)
+    assert pane_modes(terminal) == "11"
+    os.kill(min(children(program)), number)  # the screen is the older one
+    terminal.until(lambda shown: f"code={code}" in shown and "ready>" in shown and "Timeline" not in shown)
+    assert pane_modes(terminal) == "00"
+    wait_for(lambda: not children(program))
+    terminal.keys("echo al''ive", "Enter")
+    terminal.until(lambda shown: "alive" in shown)
+
+
+def test_ctrl_z_suspends_and_fg_goes_on(terminal: Terminal, tmp_path: Path) -> None:
+    program = start(terminal, tmp_path, speed="5.0")
+    terminal.until(lambda shown: "LIVE · step" in shown)
+    terminal.keys("C-z")
+    terminal.until(lambda shown: "Stopped" in shown and "ready>" in shown and "Timeline" not in shown)
+    assert pane_modes(terminal) == "00"
+    terminal.keys("echo al''ive", "Enter")
+    terminal.until(lambda shown: "alive" in shown)
+    terminal.keys("fg", "Enter")
+    terminal.until(lambda shown: "Timeline" in shown and " · step" in shown)
+    assert pane_modes(terminal) == "11"
+    terminal.keys("q")
+    terminal.until(lambda shown: "ready>" in shown and "Timeline" not in shown)
+    wait_for(lambda: not children(program))

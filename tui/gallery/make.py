@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipaged.api import DEFAULT_MODEL, LLM
-from minipaged.baselines.shadow_files import write_with_shadows
-from minipaged.config import SamplingParams
+from minipaged.api import LLM
+from minipaged.baselines.shadows import write_with_shadows
+from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.engine import Engine
 from minipaged.trace.file import Header, open_recorder
 from minipaged.tui.gallery import SCENARIOS, scenario_path

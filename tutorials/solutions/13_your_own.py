@@ -44,7 +44,7 @@ class MyFreeList:
 class MyPrefixIndex:
     def __init__(self) -> None:
         """lesson 13, task 2: MyPrefixIndex"""
-        self._block_of: dict[bytes, int] = {}
+        self._blocks_of: dict[bytes, dict[int, None]] = {}  # each key's, in the order they were published
         self._key_of: dict[int, bytes] = {}
 
     def __len__(self) -> int:
@@ -61,28 +61,25 @@ class MyPrefixIndex:
 
     def publish(self, key: bytes, block: int) -> bool:
         """lesson 13, task 2: MyPrefixIndex"""
-        if key in self._block_of or block in self._key_of:
+        if block in self._key_of:
             return False
-        self._block_of[key], self._key_of[block] = block, key
+        self._key_of[block] = key
+        self._blocks_of.setdefault(key, {})[block] = None
         return True
 
     def erase(self, block: int) -> bool:
         """lesson 13, task 2: MyPrefixIndex"""
         if block not in self._key_of:
             return False
-        del self._block_of[self._key_of.pop(block)]
+        key = self._key_of.pop(block)
+        del self._blocks_of[key][block]
+        if not self._blocks_of[key]:
+            del self._blocks_of[key]
         return True
 
-    def match(self, tokens: array, block_size: int, salt: str | None, most: int) -> tuple[list[int], list[bytes]]:
+    def find(self, key: bytes) -> int | None:
         """lesson 13, task 2: MyPrefixIndex"""
-        blocks, keys, key = [], [], root_key(salt)
-        for start in range(0, most * block_size, block_size):
-            key = next_key(key, tokens[start : start + block_size].tobytes())
-            if key not in self._block_of:
-                break
-            blocks.append(self._block_of[key])
-            keys.append(key)
-        return blocks, keys
+        return next(iter(self._blocks_of.get(key, ())), None)
 
 
 class MyBlockPool:
@@ -115,20 +112,20 @@ class MyBlockManager:
         for block in child.table:
             if block != NULL_BLOCK:
                 self._pool.share(block)
-        self._editor.tell("fork", child_id, -1, parent_id, len(child.table))
+        self._editor.emit("fork", child_id, -1, parent_id, len(child.table))
 
     def more_room(self, sequence: SequenceBlocks, num_tokens: int) -> Allocation | None:
         """lesson 13, task 5: MyBlockManager.more_room"""
-        size, table, room = self._block_size, sequence.table, sequence.room
-        need, have = -(-(room + num_tokens) // size), len(table)
-        into_tail = num_tokens > 0 and room < have * size
-        must_copy = into_tail and self._editor.copies.must_copy(table[-1], room - (have - 1) * size)
+        size, table, reserved = self._block_size, sequence.table, sequence.reserved
+        need, have = -(-(reserved + num_tokens) // size), len(table)
+        into_tail = num_tokens > 0 and reserved < have * size
+        must_copy = into_tail and self._editor.copies.must_copy(table[-1], reserved - (have - 1) * size)
         if need - have + must_copy > self._pool.num_available:
             return None
         copies = ()
         if must_copy:
             copies = (self._editor.copy_tail(sequence),)
         elif into_tail and self._editor.index.erase(table[-1]):
-            self._editor.tell("evict", sequence.seq_id, table[-1], -1, have - 1)
-        sequence.room = room + num_tokens
+            self._editor.emit("evict", sequence.seq_id, table[-1], -1, have - 1)
+        sequence.reserved = reserved + num_tokens
         return Allocation(0, self._editor.grow(sequence, max(0, need - have)), copies)

@@ -1,7 +1,7 @@
 """Which techniques help a given use, each with the number that says so.
 
-Knows the calculators and the simulator; knows no rules of thumb: a technique is only judged by a figure computed for
-this very use.
+There are no rules of thumb here: a technique is judged only by a figure that the calculators or the simulator compute
+for this very use.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minipaged.baselines.systems import PAGED
 from minipaged.config import ModelConfig, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.lab.advise.calculators import Deployment, Load, capacity
-from minipaged.lab.paper.figures_costs import COPY_SECONDS
-from minipaged.lab.report.tables import seconds
-from minipaged.lab.simulation.hardware import GPU
+from minipaged.lab.formats import seconds
+from minipaged.lab.simulation.hardware import COPY_SECONDS, GPU
 from minipaged.lab.simulation.roofline import FEMTO, roofline
 from minipaged.lab.simulation.servers import Server
 from minipaged.lab.simulation.simulate import Result, simulate
@@ -125,13 +125,13 @@ def as_it_stands(use: Use) -> Advice:
 
 def paging(use: Use) -> Advice:
     """Batch on the same memory, paged against reserved to the limit and against reserved by an oracle."""
-    runs = {system: _run(use, system) for system in ("orca-max", "orca-oracle", "vllm")}
+    runs = {system: _run(use, system) for system in ("orca-max", "orca-oracle", PAGED)}
     batch = {name: run.mean_batch for name, run in runs.items()}
-    gain = runs["vllm"].tokens_per_second / runs["orca-oracle"].tokens_per_second
+    gain = runs[PAGED].tokens_per_second / runs["orca-oracle"].tokens_per_second
     return Advice(
         "paging",
         gain >= WORTHWHILE,
-        f"simulated with {_count(use.users, 'request')}: {batch['vllm']:.0f} run at once; {batch['orca-max']:.0f} if each reserved "
+        f"simulated with {_count(use.users, 'request')}: {batch[PAGED]:.0f} run at once; {batch['orca-max']:.0f} if each reserved "
         f"the limit, {batch['orca-oracle']:.0f} even with lengths known beforehand; throughput over the latter {gain:.2f}x",
     )
 
@@ -230,7 +230,7 @@ def swap_or_recompute(use: Use) -> Advice:
     again = clock.step(tokens, 1, tokens, tokens * (tokens + 1) // 2) / FEMTO
     copies = 2 * -(-tokens // 16) * use.model.num_layers * 2
     swap = 2 * tokens * clock.swap_fs / FEMTO + copies * COPY_SECONDS
-    outcome = _run(use, "vllm").outcome
+    outcome = _run(use, PAGED).outcome
     share = outcome.preemptions / len(outcome.finish)
     return Advice(
         "swap to host",

@@ -1,7 +1,7 @@
 """Sums that need no simulation: what a model's cache takes, what fits, how fast it can be, and how many GPUs a load
 needs.
 
-Knows shapes and data sheets; knows nothing of systems or traffic. Bounds are rooflines: nothing real is faster.
+The bounds are rooflines of data sheets: nothing real is faster.
 """
 
 from __future__ import annotations

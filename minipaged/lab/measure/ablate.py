@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from minipaged.config import CacheConfig, EngineConfig, ModelConfig, SamplingParams
+from minipaged.baselines.systems import PAGED
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress, SamplingParams
 from minipaged.engine import Engine
 from minipaged.lab.measure.attention_variants import (
     DECODES,
@@ -31,8 +32,8 @@ from minipaged.lab.measure.attention_variants import (
     written_out,
 )
 from minipaged.lab.measure.device_run import Bench, DeviceResult, serve
+from minipaged.lab.measure.rows import SECTIONS, too_few_steps
 from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
-from minipaged.lab.paper.figure_types import Say
 from minipaged.lab.simulation.workloads import Draw, engine_draws, make_workload
 from minipaged.model.llama import Llama
 
@@ -94,15 +95,12 @@ class Ablation:
         return [m for m in self.measures if m.section == section]
 
 
-SECTIONS = ("attention", "prefill", "layout", "block size", "batching", "preemption", "together", "ladder", "heads")
-
-
 def ablate(
     model: str,
     *,
     device: str = "auto",
     seconds: float = 8.0,
-    say: Say,
+    progress: Progress,
     done: Callable[[Ablation], None] = lambda ablation: None,
 ) -> Ablation:
     """Measure every section; `done` hears after each. Raises InputError for a model that cannot be loaded or cut into other heads."""
@@ -110,7 +108,7 @@ def ablate(
 
     place = choose_device(device)
     sizes = sizes_for(place, seconds)
-    work = _Work(model, device, sizes, say, done)
+    work = _Work(model, device, sizes, progress, done)
     work.run()
     return work.found
 
@@ -118,8 +116,10 @@ def ablate(
 class _Work:
     """The loaded model and what the sections share."""
 
-    def __init__(self, model: str, device: str, sizes: Sizes, say: Say, done: Callable[[Ablation], None]) -> None:
-        self.say, self.done, self.sizes = say, done, sizes
+    def __init__(
+        self, model: str, device: str, sizes: Sizes, progress: Progress, done: Callable[[Ablation], None]
+    ) -> None:
+        self.progress, self.done, self.sizes = progress, done, sizes
         self.steps = 0
         self._tell("loading")
         self.bench: Bench | None = Bench(model, device, "auto", BLOCK, (sizes.pool,), 256, sizes.max_len)
@@ -132,8 +132,12 @@ class _Work:
         self.rows_of: dict[str, float] = {}
 
     def _tell(self, what: str) -> None:
-        self.say(what, self.steps, len(SECTIONS) + 1)
+        self._report(what, 0.0)
         self.steps += 1
+
+    def _report(self, what: str, share: float) -> None:
+        """`what` is the section after those that are done; this share of it is done as well."""
+        self.progress(what, round(1000 * (self.steps + share)), 1000 * (len(SECTIONS) + 1))
 
     def _add(
         self,
@@ -163,7 +167,7 @@ class _Work:
         large = max(
             self.sizes.rows * self.sizes.context,
             self.sizes.lone,
-            math.ceil(self.rows_of["vllm"]) * self._mean_context(),
+            math.ceil(self.rows_of[PAGED]) * self._mean_context(),
         )
         self.pool = self._pool(self.config, len(self.model.layers), large)
         for section in (self.attention, self.prefill, self.layout, self.block_size, self.together, self.ladder):
@@ -172,7 +176,7 @@ class _Work:
             self.done(self.found)
         self._tell("heads")
         self.heads()
-        self.found.measures.sort(key=lambda m: SECTIONS.index(m.section))
+        self.found.measures.sort(key=lambda m: list(SECTIONS).index(m.section))
         self.done(self.found)
 
     def _pool(self, config: ModelConfig, layers: int, slots: int) -> SlotPool:
@@ -285,7 +289,7 @@ class _Work:
         ("webui", "one at a time"),
         ("static", "static batches"),
         ("orca-max", "continuous, contiguous"),
-        ("vllm", "continuous, paged"),
+        (PAGED, "continuous, paged"),
     )
 
     def batching(self) -> None:
@@ -293,16 +297,23 @@ class _Work:
         assert self.bench is not None
         sizes, first = self.sizes, math.nan
         self.bench.warm_up(sizes.draws, [system for system, _ in self.BATCHING])
-        for system, name in self.BATCHING:
+        for i, (system, name) in enumerate(self.BATCHING):
+
+            def tell(share: float, i: int = i) -> None:
+                self._report("batching", (i + share) / len(self.BATCHING) - 1)
+
             engine, slots, fits = self.bench.engine(system, sizes.draws, sizes.max_new, sizes.pool)
-            result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, lambda done: None, fits=fits)
+            result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, tell, fits=fits)
             self.found.runs[system] = result
             self.rows_of[system] = result.mean_rows
-            first = result.tokens_per_second if math.isnan(first) else first
+            if i == 0 and not result.too_few_steps:
+                first = result.tokens_per_second
             note = f"{result.mean_rows:.1f} rows, {100 * result.token_share:.0f} % of the pool used" + (
                 f", {result.note}" if result.note else ""
             )
             self._add("batching", name, result.seconds, rows=result.tokens, first=first, note=note)
+            if result.too_few_steps:  # no speed and no factor: the note says why
+                self.found.measures[-1] = Measure("batching", name, result.seconds, note=note)
 
     def preemption(self) -> None:
         """Requests that together outgrow the pool: the victim's keys and values are computed again, or wait in host memory."""
@@ -323,34 +334,42 @@ class _Work:
                     max_num_seqs=rows, max_model_len=prompt + output, preemption=kind, depth=int(on_gpu),
                 )  # fmt: skip
                 engine = build_engine(loaded, cache, config, device=self.device, dtype=self.parts.dtype)
-                took, tokens, count = self._answer(
-                    engine, draws, passes=2 if on_gpu else 1
-                )  # the first captures graphs
-                first = tokens / took if math.isnan(first) else first
-                note = f"{count} preemptions, {rows} requests in a pool for {0.6 * rows:.1f}"
-                note += "" if tokens == rows * output else f", stopped after {took:.0f} s"
-                self._add("preemption", f"{kind}, blocks of {size}", took, rows=tokens, first=first, note=note)
+                # On a GPU the first of two passes captures graphs.
+                took, tokens, count, steps = self._answer(engine, draws, passes=2 if on_gpu else 1)
+                name = f"{kind}, blocks of {size}"
+                stopped = "" if tokens == rows * output else f"stopped after {took:.0f} s"
+                if too_few_steps(steps, stopped):
+                    note = f"{stopped}, {steps} step{'s'[: steps != 1]}: too few to say how fast it is; give --seconds more"
+                    self.found.measures.append(Measure("preemption", name, took, note=note))
+                else:
+                    if kind == "recompute":
+                        first = tokens / took
+                    note = f"{count} preemptions, {rows} requests in a pool for {0.6 * rows:.1f}"
+                    note += f", {stopped}" if stopped else ""
+                    self._add("preemption", name, took, rows=tokens, first=first, note=note)
                 del engine
                 self._forget()
 
-    def _answer(self, engine: Engine, draws: list[Draw], *, passes: int) -> tuple[float, int, int]:
-        """Seconds, tokens and preemptions of the last pass over the draws; it alone is stopped at the time limit, since those before it
-        compile and capture.
+    def _answer(self, engine: Engine, draws: list[Draw], *, passes: int) -> tuple[float, int, int, int]:
+        """Seconds, tokens, preemptions and steps of the last pass over the draws; it alone is stopped at the time limit, since those
+        before it compile and capture.
         """
-        took, tokens, count = math.nan, 0, 0
+        took, tokens, count, steps = math.nan, 0, 0, 0
         for limit in (*[math.inf] * (passes - 1), self.sizes.seconds):
             before, start = engine.scheduler.counters.preemptions, time.perf_counter()
             outputs = [engine.ask(prompt, SamplingParams(max_tokens=n, ignore_eos=True)) for prompt, n in draws]
+            steps = 0
             while engine.has_work and time.perf_counter() - start < limit:
                 engine.step()
+                steps += 1
             engine.drain()
             took, count = time.perf_counter() - start, engine.scheduler.counters.preemptions - before
-            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            tokens = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
             for output in outputs:
                 engine.abort(output.request_id)
             while engine.has_work:
                 engine.step()
-        return took, tokens, count
+        return took, tokens, count, steps
 
     # ---- both
 
@@ -360,7 +379,7 @@ class _Work:
     def together(self) -> None:
         """Do the factors multiply? Attention's factor and the batch's, alone and together, at the batches that were measured."""
         context = self._mean_context()
-        small, large = self._rows("orca-max"), self._rows("vllm")
+        small, large = self._rows("orca-max"), self._rows(PAGED)
         speed = {
             (name, rows): rows / self._step(attend, rows, context)
             for name, attend in (("written out", written_out), ("one pass, split", split))
@@ -389,7 +408,7 @@ class _Work:
         """One thing after the other, each at the batch it was measured to have; prompts left out."""
         context = self._mean_context()
         one, static = self._rows("webui"), self._rows("static")
-        orca, ours = self._rows("orca-max"), self._rows("vllm")
+        orca, ours = self._rows("orca-max"), self._rows(PAGED)
         rungs: tuple[tuple[str, int, Decode], ...] = (
             ("one at a time, attention written out", one, written_out),
             ("+ attention in one pass", one, one_pass),

@@ -1,6 +1,5 @@
 """Attention of one step in the ways it has been written: with its scores in memory, in one pass, in one pass over parts.
 
-Knows tensors; knows nothing of models or requests.
 Sources: FlashAttention (Dao et al., 2022); Flash-Decoding (Dao et al., 2023): parts of a row run side by side and are
 weighed by their softmax denominators.
 """

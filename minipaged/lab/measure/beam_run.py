@@ -1,7 +1,6 @@
 """Measures what real beams share: a real model's beam search over short instructions, blocks counted at every step.
 
-Beside it the same with parallel samples. Knows how to run an engine and to read its trace; the simulated figure that it stands
-beside is in figures.py.
+Beside it stands the same with parallel samples. The simulated figure that both are compared with is in paper/figures.py.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_int
+from minipaged.config import CacheConfig, EngineConfig, Progress, SamplingParams, check_int
 from minipaged.errors import InputError
-from minipaged.lab.paper.figure_types import Say
-from minipaged.lab.report.results import read_results
+from minipaged.lab.measure.results import read_results
 from minipaged.lab.simulation.workloads import ALPACA
 from minipaged.trace.events import StepDelta
 
@@ -78,7 +76,7 @@ def measure(
     kinds: Sequence[str] = ("beams", "samples"),
     requests: int = len(INSTRUCTIONS),
     device: str = "auto",
-    say: Say,
+    progress: Progress,
     done: Callable[[Sharing], None] = lambda sharing: None,
 ) -> list[Sharing]:
     """All widths of each kind. Answers have Alpaca's lengths, so that they are those of the simulated figure."""
@@ -94,7 +92,7 @@ def measure(
     config = EngineConfig(max_num_seqs=rows, max_num_batched_tokens=8192)
     blocks = rows * (-(-(MAX_TOKENS + 64) // BLOCK) + 1) + 1  # nobody is preempted
     found: list[Sharing] = []
-    say("loading", 0, whole)
+    progress("loading", 0, whole)
     parts = assemble(model, cache, config, device=device, num_blocks=blocks, max_model_len=MAX_TOKENS + 64)
     engine = parts.engine
     account = _Account()
@@ -112,7 +110,7 @@ def measure(
             ended = 0
             while engine.has_work:
                 ended += sum(output.finished for output in engine.step())
-                say(f"{width} {kind}", len(found) * requests + ended, whole)
+                progress(f"{width} {kind}", len(found) * requests + ended, whole)
             sharing = Sharing(
                 kind, width, account.saved / (account.used + account.saved), requests, account.steps,
                 prompts / requests, sum(lengths) / requests,

@@ -1,7 +1,8 @@
-"""One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.measure.contender NAME FILE < JOB`.
+"""One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.measure.contender NAME
+FILE < JOB`.
 
-Loads the engine, then for each workload makes a warm pass and the timed ones, and appends a JSON line to FILE for each. Knows the job and
-the clock; each engine's own calls are in contender_*.py.
+Loads the engine, then for each workload makes a warm pass and the timed ones, and appends a JSON line to FILE for each.
+The job and the clock are here; each engine's own calls are in contender_*.py.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minipaged.errors import InputError
 from minipaged.lab.measure.engine import ContenderMissingError, Job, Runs, requests_of
 from minipaged.lab.simulation.workloads import Draw
-from minipaged.model.loading.shapes import SHAPES
+from minipaged.model.loading.shapes import SHAPES, shape
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WARM_PART = 8  # a warm pass asks for an eighth of each answer: the batch shrinks through the same sizes
@@ -33,6 +35,7 @@ MODULES = {
 
 def compete(name: str, job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
     """Load the contender and run the job."""
+    _check_room(job)
     started = time.perf_counter()
     runs: Runs = importlib.import_module(MODULES[name]).load(name, job)
     tell({"kind": "ready", "seconds": time.perf_counter() - started, "device": _device()})
@@ -52,6 +55,16 @@ def compete(name: str, job: Job, tell: Callable[[dict[str, Any]], None]) -> None
             tell({"kind": "pass", "workload": workload, "requests": len(asked), "tokens": tokens, "seconds": seconds})
 
 
+def _check_room(job: Job) -> None:
+    """Every contender draws the same weights: InputError, before any is drawn, where they do not fit on the device."""
+    if job.model.startswith("random:"):
+        from minipaged.model.loading.placement import choose_device, choose_dtype
+        from minipaged.model.loading.zoo import check_weights
+
+        place = choose_device(job.device)
+        check_weights(job.model, shape(job.model), choose_dtype("auto", place), place, fixed_dtype=True)
+
+
 def _within(asked: list[Draw], model: str) -> list[Draw]:
     """The draws with token ids that a small vocabulary has too; those of the known shapes hold all of them."""
     config = SHAPES.get(model.removeprefix("random:"))
@@ -61,7 +74,7 @@ def _within(asked: list[Draw], model: str) -> list[Draw]:
 
 
 def _device() -> str:
-    from minipaged.lab.report.results import device_name
+    from minipaged.lab.measure.results import device_name
 
     return device_name()
 
@@ -86,7 +99,7 @@ def main(arguments: list[str]) -> int:
 
         try:
             compete(name, job, tell)
-        except ContenderMissingError as error:
+        except (ContenderMissingError, InputError) as error:
             tell({"kind": "missing", "why": str(error)})
             return 1
     return 0

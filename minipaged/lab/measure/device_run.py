@@ -12,16 +12,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from minipaged.baselines.contiguous import Ask, ContiguousBlockManager
-from minipaged.baselines.systems import RESERVING
-from minipaged.config import CacheConfig, EngineConfig, SamplingParams, check_int, check_real
+from minipaged.baselines.contiguous import Ask, contiguous_scheduler
+from minipaged.baselines.systems import PAGED, SYSTEMS, todays_name
+from minipaged.config import CacheConfig, EngineConfig, Progress, SamplingParams, check_int, check_real
 from minipaged.engine import Engine
 from minipaged.errors import InputError
-from minipaged.lab.paper.figure_types import Say
+from minipaged.lab.measure.rows import too_few_steps
 from minipaged.lab.simulation.trace_files import load_workload
 from minipaged.lab.simulation.workloads import Draw, Workload, engine_draws
 from minipaged.memory.block_manager import BlockManager
@@ -30,7 +30,9 @@ from minipaged.scheduling.request import RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
 
 STEP_BUDGET = 8_192  # tokens a step where requests join and leave
+CPU_STEP_BUDGET = 256  # the same on a CPU, where a step of 8,192 takes longer than most time limits
 WARM_DRAWS = 12  # of every system, before anything is timed
+WHOLE_BATCHES = ("static", "fastertransformer")  # all rows start together, and nobody joins
 Fits = Callable[[Draw], bool]
 SMALL_VOCABULARY = 250  # ids that every model has
 LAST_BATCH = 3  # a batch that nobody joins is let end, until the time limit has passed so often
@@ -58,6 +60,12 @@ class DeviceResult:
     preemptions: int
     same_answers: float  # share of the finished that were answered as under the first system, token for token
     note: str = ""
+    steps: int | None = None  # of the engine; None where nobody counted, as in transformers
+
+    @property
+    def too_few_steps(self) -> bool:
+        """Whether it was stopped before its speed says anything: it must not be ranked."""
+        return too_few_steps(self.steps, self.note)
 
     @property
     def tokens_per_second(self) -> float:
@@ -102,7 +110,7 @@ def run_systems(
     max_len: int = 2048,
     max_new: int = 1024,
     seconds: float | None = None,
-    say: Say,
+    progress: Progress,
     done: Callable[[DeviceResult], None] = lambda result: None,
 ) -> list[DeviceResult]:
     """Serve the draws under every system in turn, in every pool (slots; None: all that the device holds).
@@ -111,9 +119,10 @@ def run_systems(
     through by then is stopped; a batch that nobody joins is let end first. `done` hears each result at once.
     Raises InputError for an unknown system, a model that cannot be loaded, or a pool that the device cannot hold.
     """
+    systems = [todays_name(system) for system in systems]
     for system in systems:
-        if system not in RESERVING and system != "vllm":
-            raise InputError(f"unknown system {system!r}; known: {', '.join(RESERVING)}, vllm")
+        if system not in SYSTEMS:
+            raise InputError(f"unknown system {system!r}; known: {', '.join(SYSTEMS)}")
     check_int("max_num_seqs", max_num_seqs, 1)
     if seconds is not None:
         check_real("seconds", seconds, 0.0, open_low=True)
@@ -127,32 +136,30 @@ def run_systems(
             raise InputError(
                 f"a prompt of {len(prompt)} and an answer of {length} exceed the context of {max_len} tokens"
             )
-    bench = Bench(model, device, dtype, block_size, pools, max_num_seqs, max_len)
-    say("warming up", 0, 1)
-    bench.warm_up(draws, systems)
+    bench = Bench(model, device, dtype, block_size, pools, max_num_seqs, max_len, progress)
+    bench.warm_up(draws, systems, progress)
     results: list[DeviceResult] = []
     references: dict[int | None, list[list[int]]] = {}
-    whole = len(systems) * len(pools) * len(draws)
-    for pool in pools:
-        for system in systems:
-            if system == "webui" and pool != pools[0]:
-                continue  # one row at a time in any pool
-            before = len(results) * len(draws)
+    runs = [
+        (pool, s) for pool in pools for s in systems if s != "webui" or pool == pools[0]
+    ]  # webui: one row in any pool
+    for i, (pool, system) in enumerate(runs):
 
-            def tell(n: int, system: str = system, before: int = before) -> None:
-                say(system, before + n, whole)
+        def tell(share: float, i: int = i, system: str = system) -> None:
+            at_once = ": the whole batch's prompts, in one step" if system in WHOLE_BATCHES and not share else ""
+            progress(system + at_once, round(1000 * (i + share)), 1000 * len(runs))
 
-            engine, slots, fits = bench.engine(system, draws, max_new, pool)
-            result, answers = serve(engine, system, draws, slots, seconds, tell, fits=fits)
-            first = references.setdefault(pool, answers)
-            both = [
-                (a, b)
-                for (a, b), (_, n) in zip(zip(answers, first, strict=True), draws, strict=True)
-                if len(a) == len(b) == n
-            ]
-            same = sum(a == b for a, b in both) / len(both) if both else math.nan
-            results.append(replace(result, same_answers=same))
-            done(results[-1])
+        engine, slots, fits = bench.engine(system, draws, max_new, pool)
+        result, answers = serve(engine, system, draws, slots, seconds, tell, fits=fits)
+        first = references.setdefault(pool, answers)
+        both = [
+            (a, b)
+            for (a, b), (_, n) in zip(zip(answers, first, strict=True), draws, strict=True)
+            if len(a) == len(b) == n
+        ]
+        same = sum(a == b for a, b in both) / len(both) if both else math.nan
+        results.append(replace(result, same_answers=same))
+        done(results[-1])
     return results
 
 
@@ -168,11 +175,14 @@ class Bench:
         pools: Sequence[int | None],
         max_num_seqs: int,
         max_len: int,
+        progress: Progress | None = None,
     ) -> None:
         from minipaged.assembly import assemble
+        from minipaged.model.loading.placement import choose_device
 
         cache = CacheConfig(block_size=block_size, enable_prefix_caching=False)
-        config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=STEP_BUDGET, preemption="recompute")
+        budget = STEP_BUDGET if choose_device(device).type == "cuda" else max(CPU_STEP_BUDGET, max_num_seqs)
+        config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, preemption="recompute")
         sizes = [pool // block_size + 1 for pool in pools if pool is not None]
         self.parts = assemble(
             model,
@@ -182,6 +192,7 @@ class Bench:
             dtype=dtype,
             num_blocks=None if None in pools else max(sizes),
             max_model_len=max_len,
+            progress=progress,
         )
         held = self.parts.cache.num_blocks
         if sizes and max(sizes) > held:
@@ -191,7 +202,7 @@ class Bench:
         self.config = replace(config, max_model_len=max_len, depth=self.parts.engine.depth)
         self.block_size, self.num_blocks, self.max_len = block_size, held, max_len
 
-    def warm_up(self, draws: Sequence[Draw], systems: Sequence[str]) -> None:
+    def warm_up(self, draws: Sequence[Draw], systems: Sequence[str], progress: Progress = lambda *what: None) -> None:
         """Compile and capture what the runs will need: on a GPU the batch shrinks from its full size to one, row by row; then each system
         takes its own way from prompts to rows, for a few tokens.
         """
@@ -205,8 +216,10 @@ class Bench:
             if few and room < 0:
                 break
             few.append((prompt, max(1, length)))
-        self._run_through("vllm", few)
-        for system in systems:
+        progress("warming up", 0, 1 + len(systems))
+        self._run_through(PAGED, few)
+        for i, system in enumerate(systems, 1):
+            progress("warming up", i, 1 + len(systems))
             self._run_through(system, few[:WARM_DRAWS])
 
     def _run_through(self, system: str, draws: Sequence[Draw]) -> None:
@@ -223,22 +236,16 @@ class Bench:
         runner: Any = self.parts.engine.runner
         num_blocks = self.num_blocks if pool is None else pool // self.block_size + 1
         slots = (num_blocks - 1) * self.block_size
-        if system == "vllm":
+        if system == PAGED:
             paged = BlockManager(num_blocks, self.block_size, prefix_caching=False)
             return Engine(Scheduler(self.config, paged, self.block_size), runner), slots, lambda draw: True
-        manager = ContiguousBlockManager(num_blocks, self.block_size, system, max_len=self.max_len)
-        joins = system not in ("webui", "static", "fastertransformer")
+        joins = system != "webui" and system not in WHOLE_BATCHES
         config = self.config if joins else replace(self.config, max_num_batched_tokens=BATCH_BUDGET)
-        scheduler = Scheduler(config, cast(BlockManager, manager), self.block_size)
-
-        def ask(seq_id: int) -> Ask:
-            length = scheduler.sequences[seq_id].request.params.max_tokens
-            return Ask(max(max_new, length), length)
+        scheduler, manager = contiguous_scheduler(system, config, num_blocks, self.block_size, max_new=max_new)
 
         def fits(draw: Draw) -> bool:
             return manager.fits(len(draw[0]), Ask(max(max_new, draw[1]), draw[1]))
 
-        manager.ask_of = ask
         return Engine(scheduler, runner), slots, fits
 
 
@@ -248,11 +255,15 @@ def serve(
     draws: Sequence[Draw],
     slots: int,
     seconds: float | None,
-    progress: Callable[[int], None],
+    progress: Callable[[float], None],
     *,
     fits: Fits = lambda draw: True,
 ) -> tuple[DeviceResult, list[list[int]]]:
-    """Answer the draws; those that do not fit are refused, as are those that the engine refuses."""
+    """Answer the draws; those that do not fit are refused, as are those that the engine refuses.
+
+    `progress` is called before the first step and after each with the share that is done: of all tokens to compute, prompts
+    included, or of the time limit, whichever is more.
+    """
     served = [i for i, draw in enumerate(draws) if fits(draw)]
     outputs: list[RequestOutput] = []
     for i in served:
@@ -261,19 +272,22 @@ def serve(
     count = len(draws)
     first, finish = np.full(count, math.nan), np.full(count, math.nan)
     batch = engine.scheduler.batch
-    whole_batches = system in ("static", "fastertransformer")
     weighted_rows = weighted_tokens = 0.0
-    done = 0
+    done = steps = 0
+    work, ended, share = sum(len(prompt) + length for prompt, length in map(draws.__getitem__, served)), 0, 0.0
+    progress(0.0)
     start = before = time.perf_counter()
     while engine.has_work:
-        in_batch = whole_batches and len(engine.scheduler.order()) > 0
+        in_batch = system in WHOLE_BATCHES and len(engine.scheduler.order()) > 0
         if seconds is not None and before - start > seconds * (LAST_BATCH if in_batch else 1):
             break
         changed = engine.step()
         now = time.perf_counter()
+        steps += 1
         running = engine.scheduler.order()
+        computed = int(batch.computed[running].sum())
         weighted_rows += (now - before) * len(running)
-        weighted_tokens += (now - before) * float(batch.computed[running].sum())
+        weighted_tokens += (now - before) * computed
         before = now
         for output in changed:
             index = served[output.request_id]
@@ -282,13 +296,15 @@ def serve(
             if output.finished and math.isnan(finish[index]):
                 finish[index] = now - start
                 done += 1
-        progress(done)
+                ended += len(draws[index][0]) + draws[index][1]
+        share = max(share, (ended + computed) / work, (now - start) / seconds if seconds else 0.0)
+        progress(min(1.0, share))
     took = before - start
     cut_short = engine.has_work
     engine.drain()
     answers: list[list[int]] = [[] for _ in draws]
     for i, output in zip(served, outputs, strict=True):
-        answers[i] = list(output.outputs[0].token_ids) if output.error is None else []
+        answers[i] = list(output.outputs[0].token_ids) if output.error is None and output.outputs else []
     written = np.array([len(answer) for answer in answers])
     last = np.where(np.isnan(finish), took, finish)
     spaced = (written > 1) & ~np.isnan(first)
@@ -311,7 +327,11 @@ def serve(
         preemptions=engine.scheduler.counters.preemptions,
         same_answers=1.0,
         note=f"stopped after {took:.0f} s" if cut_short else f"{refused} never fit" if refused else "",
+        steps=steps,
     )
+    if result.too_few_steps:
+        words = f"{result.note}, {steps} step{'s'[: steps != 1]}: too few to say how fast it is; give --seconds more"
+        result = replace(result, note=words)
     return result, answers
 
 

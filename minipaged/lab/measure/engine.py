@@ -1,8 +1,9 @@
 """`minipaged bench engine`: output tokens per second of whole engines on the workloads that every contender runs.
 
-Each contender is a process of its own (contender.py) that gets a job and writes a line for every pass, so one that is not installed,
-fails or takes too long is left out with a note and the others go on. Token ids in and out, random weights, lengths as drawn; a warm pass
-first, then the median of the repeats. Knows processes and medians; imports no torch: this process must take nothing of the GPU's memory.
+Each contender is a process of its own (contender.py) that gets a job and writes a line for every pass, so one that is
+not installed, fails or takes too long is left out with a note and the others go on. Token ids in and out, random
+weights, lengths as drawn; a warm pass first, then the median of the repeats. This module imports no torch: its process
+must take nothing of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipaged.config import check_choice, check_int, check_real
+from minipaged.config import Progress, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.lab.simulation.workloads import Draw, engine_draws
 
@@ -212,13 +213,15 @@ def rows_of(outcome: Outcome, model: str, ours: dict[str, EngineRow]) -> Iterato
 def measure(
     contenders: tuple[str, ...],
     job: Job,
-    say: Callable[[str], None],
+    note: Callable[[str], None],
     *,
     run: Callable[[str, Job], Outcome] = run_contender,
+    progress: Progress = lambda what, done, total: None,
 ) -> Iterator[tuple[Outcome, list[EngineRow]]]:
-    """Every contender in turn, ours first. say: told what is left out, and why."""
+    """Every contender in turn, ours first. note: called with what is left out, and why. progress: with who runs now."""
     ours: dict[str, EngineRow] = {}
-    for name in contenders:
+    for i, name in enumerate(contenders):
+        progress(f"{name} on {job.model}: {', '.join(job.workloads)}", i, len(contenders))
         outcome = run(name, job)
         rows = list(rows_of(outcome, job.model, ours))
         if name == OURS:
@@ -226,5 +229,5 @@ def measure(
         missing = [workload for workload in job.workloads if workload not in outcome.passes]
         if outcome.note or missing:
             lacking = f"; not measured: {', '.join(missing)}" if missing else ""
-            say(f"{name}: {outcome.note or 'told nothing of some workloads'}{lacking}")
+            note(f"{name}: {outcome.note or 'told nothing of some workloads'}{lacking}")
         yield outcome, rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minipaged.config import ModelConfig
+from minipaged.config import ModelConfig, RopeDivisors
 from minipaged.errors import InputError
 
 
@@ -12,6 +12,8 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
     """The config.json of `config`; reading it back gives the same shape. InputError if no family of the hub has these flags."""
     family, architecture = _family(config)
     scaling = config.rope_scaling
+    if isinstance(scaling, RopeDivisors):
+        raise InputError(f"{config.name}: its rope scaling cannot be written as a config")
     return {
         "architectures": [architecture],
         "model_type": family,
@@ -49,6 +51,11 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _family(config: ModelConfig) -> tuple[str, str]:
+    plain = ModelConfig.__dataclass_fields__
+    multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor")
+    for name in ("rotary_dim", "unrotated_layers", *multipliers):
+        if getattr(config, name) != plain[name].default:
+            raise InputError(f"{config.name}: {name} cannot be written as a config")
     if config.qk_norm and not config.mlp_bias:
         return "qwen3", "Qwen3ForCausalLM"
     if config.attention_bias and not config.output_bias and not config.mlp_bias:

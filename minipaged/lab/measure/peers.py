@@ -1,7 +1,8 @@
-"""The peers of paged attention, each brought to one form: given a pool and queries, a call that attends and returns the output.
+"""The peers of paged attention, each brought to one form: given a pool and queries, a call that attends and returns the
+output.
 
-A peer that is not installed, or does not take the shape, raises PeerMissingError with the reason. Knows other libraries' calls; knows
-nothing of timing. Queries are packed: [tokens, heads, head_dim], `new` tokens a sequence, the last ones of its context, causal.
+A peer that is not installed, or does not take the shape, raises PeerMissingError with the reason. Queries are packed:
+[tokens, heads, head_dim], `new` tokens a sequence, the last ones of its context, causal.
 """
 
 from __future__ import annotations

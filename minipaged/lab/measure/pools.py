@@ -1,7 +1,4 @@
-"""Paged pools for the kernel benchmarks, and the same keys and values in the forms that other libraries want.
-
-Knows pages and lengths; knows nothing of who attends over them.
-"""
+"""Paged pools for the kernel benchmarks, and the same keys and values in the forms that other libraries want."""
 
 from __future__ import annotations
 

@@ -8,10 +8,27 @@ from typing import Any
 from minipaged.lab.measure.timing import Timing
 
 OURS = "minipaged"
+SECTIONS = {  # of `lab ablate`, in their order, and their titles
+    "attention": "Attention: one layer's operator, and the whole decode step",
+    "prefill": "Attention over a prompt: the whole step, and so the first token",
+    "layout": "Contiguous and paged: where the blocks lie",
+    "block size": "Block size, shuffled blocks",
+    "batching": "Batching: the engine, in a pool that binds",
+    "preemption": "Preemption: computed again, or swapped",
+    "together": "Do the factors multiply?",
+    "ladder": "One thing after the other: decode steps at the batches measured above",
+    "heads": "Heads of keys and values",
+}
 PAST_CACHE_BYTES = 256 * 2**20  # buffers that rotate are together at least this large
+ENOUGH_STEPS = 20  # of a run that a time limit stopped: fewer are mostly prompts and first times, and rank nobody
 GRAPH_MICROSECONDS = (
     1500  # a graph's work takes at least this long, so that what lies between two replays does not count
 )
+
+
+def too_few_steps(steps: int | None, note: str) -> bool:
+    """Whether a run of the engine was stopped before its speed says anything. steps: None where nobody counted them."""
+    return note.startswith("stopped") and steps is not None and steps < ENOUGH_STEPS
 
 
 @dataclass(frozen=True)

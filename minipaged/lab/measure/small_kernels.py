@@ -84,8 +84,8 @@ def draws(rows: int, vocabulary: int, *, truncated: bool = False) -> Small:
         no_top_k, top_p, no_min_p = torch.tensor([[0.0], [0.95], [0.0]], device=device).repeat(1, rows).unbind(0)
 
         def work() -> object:
-            least = truncation_threshold(logits, temperature, no_top_k, top_p, no_min_p)
-            return draw_tokens(logits, temperature, uniform, least)
+            threshold = truncation_threshold(logits, temperature, no_top_k, top_p, no_min_p)
+            return draw_tokens(logits, temperature, uniform, threshold)
 
         return work
 

@@ -1,7 +1,7 @@
 """Times one step of a real network over a real KV pool: the same step with other attention, other tables, other rows.
 
 On a GPU a time is the median replay of a CUDA graph, so that launches cost nothing; on a CPU the median of plain runs.
-Knows models and tensors; knows nothing of requests, so rows have one length and nothing is scheduled.
+There are no requests here: all rows have one length and nothing is scheduled.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch.nn import functional
 
 from minipaged.config import ModelConfig
 from minipaged.kernels.attention import paged_prefill
-from minipaged.kernels.cache import write_kv
+from minipaged.kernels.cache import rope_write_kv, write_kv
 from minipaged.kernels.sampling import draw_tokens
 from minipaged.lab.measure.attention_variants import Cells, Decode, written_out_prefill
-from minipaged.model.fused import angle_table, fused_forward, fused_logits, rope_write
-from minipaged.model.llama import Layer, Llama
+from minipaged.model.llama import Layer, Llama, angle_table
 
 MAX_RUNS = 40
 REPLAYS = 12
@@ -96,17 +95,19 @@ def decode_step(
     positions = torch.full((rows,), context - 1, device=device)
     slots = tables[:, (context - 1) // block_size].long() * block_size + (context - 1) % block_size
     if device.type == "cuda" if fused is None else fused:
-        angles = angle_table(model, context)
+        angles = angle_table(model.frequencies, context)
         rotations, writes = positions.int(), slots.int()
 
-        def rotated(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def raw(layer: Layer, heads: Tensor) -> Tensor:
             own = cells[layer.index]
-            rope_write(layer, query, key, value, (rotations, angles, own.keys, own.values, writes))
+            query, key, value = layer.split(heads)
+            where = (own.keys, own.values, writes)
+            rope_write_kv(query, key, value, rotations, layer.angles(angles), *where, **layer.head_norms())
             return attend(query, own, scale)
 
         def whole() -> Tensor:
             hidden = functional.embedding(token_ids, model.embedding)
-            return draw_tokens(fused_logits(model, fused_forward(model, hidden, rotated)))
+            return draw_tokens(model.head(model.run_layers(hidden, raw), norm=model.norm))
 
         return whole
 

@@ -1,6 +1,6 @@
 """Times work on a GPU: each contender captured as one CUDA graph, their replays measured in turn, round after round.
 
-Knows graphs and events; knows nothing of what is computed. Contenders take turns within a round, so a machine that slows down slows all of
+Contenders take turns within a round, so a machine that slows down slows all of
 them; the ratio of two contenders is the median over the rounds of the ratio within each.
 """
 

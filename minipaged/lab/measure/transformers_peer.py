@@ -1,8 +1,8 @@
 """transformers beside the systems, on the same draws: `generate` over static batches, and its continuous batching.
 
 Runs as a process of its own, so that its memory is its own and its failure ends nothing else:
-`python -m minipaged.lab.measure.transformers_peer generate random:llama-7b draws.json result.json`. Knows transformers' public
-calls; knows nothing of the engine. Random weights; the lengths are forced, so what is said does not matter.
+`python -m minipaged.lab.measure.transformers_peer generate random:llama-7b draws.json result.json`. The
+weights are random and the lengths forced, so what is said does not matter.
 """
 
 from __future__ import annotations

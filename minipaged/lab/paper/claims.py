@@ -1,7 +1,7 @@
 """Claims that circulate about paged attention, each beside what is computed here.
 
-Knows which sum or simulation speaks to which claim. A figure that only a device can give is read from the results that came
-with this version (measured.py), or the command that measures it is named.
+Each function runs the sum or the simulation that speaks to one claim. A figure that only a device can give is read from
+the results that came with this version (measured.py), or the command that measures it is named.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from minipaged.baselines.systems import PAGED
+from minipaged.config import Progress
 from minipaged.lab.advise.calculators import Deployment, Load, capacity
 from minipaged.lab.paper import measured
-from minipaged.lab.paper.figure_types import Say
 from minipaged.lab.simulation.hardware import GIB, find_gpu
 from minipaged.lab.simulation.roofline import roofline
 from minipaged.lab.simulation.servers import paper_server
@@ -45,7 +46,7 @@ def contiguous_waste() -> Claim:
 def _measured_waste() -> str:
     found = measured.newest("system")
     held = {} if found is None else measured.shares(found)
-    wasted = [f"{100 * (1 - held[name]):.0f} % {name}" for name in ("orca-max", "orca-oracle", "vllm") if name in held]
+    wasted = [f"{100 * (1 - held[name]):.0f} % {name}" for name in ("orca-max", "orca-oracle", PAGED) if name in held]
     return f". Measured ({measured.origin(found)}): {', '.join(wasted)}" if found is not None and wasted else ""
 
 
@@ -80,8 +81,8 @@ def _at_most_five_percent(cost: float) -> str:
 def over_tgi() -> Claim:
     """Throughput over the batch-at-a-time baseline and over two generations of TGI."""
     server, load = paper_server("llama-13b"), make_workload("sharegpt", rate=math.inf, count=3000)
-    speed = {s: simulate(s, load, server).tokens_per_second for s in ("static", "tgi-early", "tgi-paged", "vllm")}
-    ratio = {s: speed["vllm"] / v for s, v in speed.items()}
+    speed = {s: simulate(s, load, server).tokens_per_second for s in ("static", "tgi-early", "tgi-paged", PAGED)}
+    ratio = {s: speed[PAGED] / v for s, v in speed.items()}
     return Claim(
         "24 times the throughput of TGI",
         "does not hold",
@@ -97,10 +98,10 @@ def _measured_speeds() -> str:
         return ""
     speed = measured.speeds(found)
     names = ("static", "tgi-paged", "transformers generate", "transformers continuous")
-    ratios = [f"{speed['vllm'] / speed[name]:.1f}x {name}" for name in names if speed.get(name)]
+    ratios = [f"{speed[PAGED] / speed[name]:.1f}x {name}" for name in names if speed.get(name)]
     return (
         f". Measured with one engine's kernels ({measured.origin(found)}): {', '.join(ratios)}"
-        if "vllm" in speed and ratios
+        if PAGED in speed and ratios
         else ""
     )
 
@@ -155,8 +156,8 @@ def falcon() -> Claim:
     """Heads of Falcon-40B; paging's factor is that of the batch, simulated."""
     config = shape("falcon-40b")
     server, load = paper_server("opt-13b"), make_workload("sharegpt", rate=math.inf, count=2000)
-    batch = {system: simulate(system, load, server).mean_batch for system in ("orca-max", "orca-oracle", "vllm")}
-    low, high = (batch["vllm"] / batch[system] for system in ("orca-oracle", "orca-max"))
+    batch = {system: simulate(system, load, server).mean_batch for system in ("orca-max", "orca-oracle", PAGED)}
+    low, high = (batch[PAGED] / batch[system] for system in ("orca-oracle", "orca-max"))
     return Claim(
         "Falcon-40B is MQA: 240x in all",
         "does not hold",
@@ -193,7 +194,7 @@ def streaming() -> Claim:
 def short_requests() -> Claim:
     """Alpaca is short and still gains."""
     server, load = paper_server("opt-13b"), make_workload("alpaca", rate=math.inf, count=4000)
-    ours, oracle = (simulate(s, load, server).mean_batch for s in ("vllm", "orca-oracle"))
+    ours, oracle = (simulate(s, load, server).mean_batch for s in (PAGED, "orca-oracle"))
     return Claim(
         "skip paging below 50 tokens",
         "does not hold",
@@ -228,10 +229,10 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
 )
 
 
-def all_claims(say: Say) -> list[Claim]:
+def all_claims(progress: Progress) -> list[Claim]:
     """Every claim, computed now."""
     found = []
     for i, make in enumerate(CLAIMS):
-        say(make.__name__.replace("_", " "), i, len(CLAIMS))
+        progress(make.__name__.replace("_", " "), i, len(CLAIMS))
         found.append(make())
     return found

@@ -1,11 +1,8 @@
-"""What a reproduced figure is: numbers of the paper beside ours. Knows comparison; knows nothing of systems."""
+"""What a reproduced figure is: numbers of the paper beside ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-Say = Callable[[str, int, int], None]  # (what is going on, how much is done, how much there is)
 
 
 @dataclass(frozen=True, slots=True)

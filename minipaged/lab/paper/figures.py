@@ -1,17 +1,19 @@
 """The figures of the PagedAttention paper (arXiv 2309.06180), simulated, each number beside the published one.
 
-Knows which run gives which number. Two things were fitted to the paper: the spread of the lengths (workloads.py) to
-the split of Fig. 2, and one constant of the A100 (servers.py) to one batch of Fig. 13; the persistence of beams
-(beams.py) to Fig. 15. The rest is prediction.
+One function a figure. Three things were fitted to the paper: the spread of the lengths (workloads.py) to the split of
+Fig. 2, one constant of the A100 (servers.py) to one batch of Fig. 13, and the persistence of beams (beams.py) to Fig.
+15. The rest is prediction.
 """
 
 from __future__ import annotations
 
 import math
 
+from minipaged.baselines.systems import PAGED
+from minipaged.config import Progress
 from minipaged.errors import InputError
 from minipaged.lab.measure.beam_run import kept
-from minipaged.lab.paper.figure_types import Curve, Figure, Row, Say
+from minipaged.lab.paper.figure_types import Curve, Figure, Row
 from minipaged.lab.paper.figures_costs import figure_18b, figure_19
 from minipaged.lab.simulation.beams import PERSISTENCE
 from minipaged.lab.simulation.capacity_search import Make, run_at, sustainable_rate
@@ -20,7 +22,6 @@ from minipaged.lab.simulation.simulate import simulate
 from minipaged.lab.simulation.workloads import Workload, make_workload
 
 ORCAS = ("orca-max", "orca-pow2", "orca-oracle")
-PAGED = "vllm"
 
 
 def _maker(name: str) -> Make:
@@ -32,7 +33,7 @@ def _maker(name: str) -> Make:
     return make
 
 
-def figure_2(say: Say) -> Figure:
+def figure_2(progress: Progress) -> Figure:
     """Where the pool goes."""
     paper = {
         "orca-max": {"token": 20.4, "reserved": 13.3, "internal": 57.3, "external": 8.9},
@@ -42,15 +43,15 @@ def figure_2(say: Say) -> Figure:
     }
     server, load = paper_server("opt-13b"), make_workload("sharegpt", rate=2.0, count=7200)
     rows = []
-    for i, (system, bands) in enumerate(paper.items()):
-        say(f"Fig. 2: {system}", i, len(paper))
+    for i, (system, parts) in enumerate(paper.items()):
+        progress(f"Fig. 2: {system}", i, len(paper))
         shares = simulate(system, load, server).shares
-        rows += [Row(f"{system}, {band}", 100 * shares[band], percent, "%") for band, percent in bands.items()]
+        rows += [Row(f"{system}, {part}", 100 * shares[part], percent, "%") for part, percent in parts.items()]
     note = "The spread of the lengths was chosen with this figure in view; the paper prints only their means."
     return Figure("2", "The pool, OPT-13B with ShareGPT at 2 requests a second, percent", tuple(rows), (note,))
 
 
-def figure_12(say: Say) -> Figure:
+def figure_12(progress: Progress) -> Figure:
     """Latency against request rate; how much more vLLM sustains."""
     panels = [(model, load) for load in ("sharegpt", "alpaca") for model in ("opt-13b", "opt-66b", "opt-175b")]
     systems = ("fastertransformer", *ORCAS, PAGED)
@@ -63,15 +64,15 @@ def figure_12(say: Say) -> Figure:
     for i, (model, load) in enumerate(panels):
         server, rates = paper_server(model), {}
         for j, system in enumerate(systems):
-            say(f"Fig. 12: {model}, {load}, {system}", i * len(systems) + j, len(panels) * len(systems))
+            progress(f"Fig. 12: {model}, {load}, {system}", i * len(systems) + j, len(panels) * len(systems))
             rates[system] = sustainable_rate(system, _maker(load), server)
-        rows.append(Row(f"{model}, {load}: vllm sustains", rates[PAGED], unit="req/s"))
+        rows.append(Row(f"{model}, {load}: paged sustains", rates[PAGED], unit="req/s"))
         for system in systems[:-1]:
             paper = claims.get(system) if load == "sharegpt" else None
             if (model, load, system) == ("opt-175b", "alpaca", "orca-oracle"):
                 paper = 1.0  # "less pronounced": the null result of Fig. 12f
             rows.append(Row(f"{model}, {load}: over {system}", _ratio(rates[PAGED], rates[system]), paper, "x"))
-    say("Fig. 12f: rows not capped", len(panels) * len(systems), len(panels) * len(systems))
+    progress("Fig. 12f: rows not capped", len(panels) * len(systems), len(panels) * len(systems))
     free = [
         simulate(s, make_workload("alpaca", rate=math.inf, count=6000), paper_server("opt-175b"), max_rows=2048)
         for s in (PAGED, "orca-oracle")
@@ -99,7 +100,7 @@ def figure_12(say: Say) -> Figure:
     )  # fmt: skip
 
 
-def figure_13(say: Say) -> Figure:
+def figure_13(progress: Progress) -> Figure:
     """How many requests run at once."""
     paper = {
         ("sharegpt", 2.0): {"orca-max": 7.00, "orca-pow2": 9.81, "orca-oracle": 13.62, PAGED: 30.42},
@@ -110,13 +111,13 @@ def figure_13(say: Say) -> Figure:
     for i, ((name, rate), batches) in enumerate(paper.items()):
         load = make_workload(name, rate=rate, count=round(rate * 3600 / (4 if rate > 10 else 1)))
         for j, (system, batch) in enumerate(batches.items()):
-            say(f"Fig. 13: {name}, {system}", 4 * i + j, 8)
-            tally = simulate(system, load, server).outcome.tally
+            progress(f"Fig. 13: {name}, {system}", 4 * i + j, 8)
+            averages = simulate(system, load, server).outcome.averages
             fitted = (name, system) == ("alpaca", PAGED)
-            ours = (tally.whole if fitted else tally.steady).mean_requests
+            ours = (averages.whole if fitted else averages.steady).mean_requests
             rows.append(Row(f"{name} at {rate:g} req/s, {system}", ours, batch, fitted=fitted))
     full = simulate(PAGED, make_workload("alpaca", rate=math.inf, count=8000), server).mean_batch
-    rows.append(Row("alpaca, vllm, with a queue that never empties", full))
+    rows.append(Row("alpaca, paged, with a queue that never empties", full))
     notes = (
         "Orca and ShareGPT: the mean while requests wait. vLLM with Alpaca is not saturated at 30 requests a second: the mean",
         "over the run, and the point to which the A100's one constant was fitted.",
@@ -124,20 +125,20 @@ def figure_13(say: Say) -> Figure:
     return Figure("13", "Requests that run on average, OPT-13B", tuple(rows), notes)
 
 
-def figure_14(say: Say) -> Figure:
+def figure_14(progress: Progress) -> Figure:
     """Parallel sampling and beam search: rate over Orca (Oracle)."""
     server = paper_server("opt-13b")
     paper = {"alpaca": 1.3, "alpaca-beam6": 2.3}
     names = ("alpaca", "alpaca-n2", "alpaca-n4", "alpaca-n6", "alpaca-beam2", "alpaca-beam4", "alpaca-beam6")
     rows = []
     for i, name in enumerate(names):
-        say(f"Fig. 14: {name}", i, len(names))
+        progress(f"Fig. 14: {name}", i, len(names))
         ours = sustainable_rate(PAGED, _maker(name), server)
         oracle = sustainable_rate("orca-oracle", _maker(name), server)
         rows.append(Row(f"{name}: over orca-oracle", _ratio(ours, oracle), paper.get(name), "x"))
     name = "alpaca"
     fixed = paper_server("opt-13b", fixed_cost=True)
-    say(f"Fig. 14: {name}, a fixed cost a step", len(names), len(names))
+    progress(f"Fig. 14: {name}, a fixed cost a step", len(names), len(names))
     rates = [sustainable_rate(system, _maker(name), fixed) for system in (PAGED, "orca-oracle")]
     rows.append(Row(f"{name}, a fixed cost a step: over orca-oracle", _ratio(rates[0], rates[1]), paper[name], "x"))
     notes = (
@@ -149,7 +150,7 @@ def figure_14(say: Say) -> Figure:
     return Figure("14", "Several sequences a request, OPT-13B with Alpaca", tuple(rows), notes)
 
 
-def figure_15(say: Say) -> Figure:
+def figure_15(progress: Progress) -> Figure:
     """Blocks saved by sharing."""
     paper = {
         "alpaca-n2": 6.09, "alpaca-n4": 8.53, "alpaca-n6": 9.79,
@@ -158,8 +159,8 @@ def figure_15(say: Say) -> Figure:
     server = paper_server("opt-13b")
     rows = []
     for i, (name, percent) in enumerate(paper.items()):
-        say(f"Fig. 15: {name}", i, len(paper))
-        saving = simulate(PAGED, make_workload(name, rate=math.inf, count=1500), server).outcome.tally.steady.saving
+        progress(f"Fig. 15: {name}", i, len(paper))
+        saving = simulate(PAGED, make_workload(name, rate=math.inf, count=1500), server).outcome.averages.steady.saving
         rows.append(Row(name, 100 * saving, percent, "%", fitted="beam" in name))
     measured = kept()
     for sharing in measured:
@@ -175,24 +176,24 @@ def figure_15(say: Say) -> Figure:
     return Figure("15", "Blocks saved by sharing, percent", tuple(rows), tuple(notes))
 
 
-def figure_16(say: Say) -> Figure:
+def figure_16(progress: Progress) -> Figure:
     """A prefix that all requests share."""
     server: Server = paper_server("llama-13b")
     rows = []
     for i, (name, paper) in enumerate({"prefix-80": 1.67, "prefix-341": 3.58}.items()):
-        say(f"Fig. 16: {name}", i, 2)
+        progress(f"Fig. 16: {name}", i, 2)
         ours = sustainable_rate(PAGED, _maker(name), server)
         rows.append(Row(name, _ratio(ours, sustainable_rate("orca-oracle", _maker(name), server)), paper, "x"))
     note = "The paper does not print the sentence lengths of its translations; 30 tokens in and 40 out are assumed."
     return Figure("16", "Shared prefix, LLaMA-13B, rate over orca-oracle", tuple(rows), (note,))
 
 
-def figure_17(say: Say) -> Figure:
+def figure_17(progress: Progress) -> Figure:
     """Chatbot: the three Orcas coincide."""
     server = paper_server("opt-13b")
     rates = {}
     for i, system in enumerate((*ORCAS, PAGED)):
-        say(f"Fig. 17: {system}", i, 4)
+        progress(f"Fig. 17: {system}", i, 4)
         rates[system] = sustainable_rate(system, _maker("chatbot"), server)
     load = make_workload("chatbot", rate=math.inf, count=2000)
     full = {system: simulate(system, load, server) for system in ("orca-max", PAGED)}
@@ -201,7 +202,7 @@ def figure_17(say: Say) -> Figure:
     rows.append(
         Row("batch in saturation, over orca-max", full[PAGED].mean_batch / full["orca-max"].mean_batch, unit="x")
     )
-    say("Fig. 17: a fixed cost a step", 3, 4)
+    progress("Fig. 17: a fixed cost a step", 3, 4)
     fixed = paper_server("opt-13b", fixed_cost=True)
     flat = [sustainable_rate(system, _maker("chatbot"), fixed) for system in (PAGED, "orca-max")]
     rows.append(Row("over orca-max, a fixed cost a step", _ratio(flat[0], flat[1]), 2.0, "x"))

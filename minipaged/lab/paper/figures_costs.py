@@ -1,23 +1,20 @@
-"""Fig. 18b (block size) and Fig. 19 (recompute against swap) of the PagedAttention paper.
-
-Knows the roofline of a prompt and of the host link; knows nothing of other figures.
-"""
+"""Fig. 18b (block size) and Fig. 19 (recompute against swap) of the PagedAttention paper."""
 
 from __future__ import annotations
 
-from minipaged.lab.paper.figure_types import Curve, Figure, Row, Say
+from minipaged.baselines.systems import PAGED
+from minipaged.config import Progress
+from minipaged.lab.paper.figure_types import Curve, Figure, Row
 from minipaged.lab.simulation.capacity_search import sustainable_rate
+from minipaged.lab.simulation.hardware import COPY_SECONDS
 from minipaged.lab.simulation.roofline import FEMTO, roofline
 from minipaged.lab.simulation.servers import paper_server
 from minipaged.lab.simulation.workloads import Workload, make_workload
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-COPY_SECONDS = (
-    5e-6  # to start one copy between host and device; each layer's K and V of each block is a copy of its own
-)
 
 
-def figure_18b(say: Say) -> Figure:
+def figure_18b(progress: Progress) -> Figure:
     """What the block size costs in memory: the sustained rate at each."""
     server = paper_server("opt-13b")
     paper = {"sharegpt": 128, "alpaca": 32}  # the largest sizes that the paper finds good
@@ -30,8 +27,8 @@ def figure_18b(say: Say) -> Figure:
 
         rates = {}
         for j, size in enumerate(BLOCK_SIZES):
-            say(f"Fig. 18b: {name}, blocks of {size}", len(BLOCK_SIZES) * i + j, 2 * len(BLOCK_SIZES))
-            rates[size] = sustainable_rate("vllm", make, server, block_size=size)
+            progress(f"Fig. 18b: {name}, blocks of {size}", len(BLOCK_SIZES) * i + j, 2 * len(BLOCK_SIZES))
+            rates[size] = sustainable_rate(PAGED, make, server, block_size=size)
         best = max(rates.values())
         for size in (16, largest, 256):
             share = Row(f"{name}: rate with blocks of {size}, of the best", 100 * rates[size] / best, unit="%")
@@ -62,9 +59,9 @@ def recompute_seconds(tokens: int) -> float:
     return roofline(server.model, server.gpu).step(tokens, 1, tokens, tokens * (tokens + 1) // 2) / FEMTO
 
 
-def figure_19(say: Say) -> Figure:
+def figure_19(progress: Progress) -> Figure:
     """Bringing a preempted request back: recompute is flat over the block size, swap pays per block."""
-    say("Fig. 19", 0, 1)
+    progress("Fig. 19", 0, 1)
     tokens = 500  # a ShareGPT request at its end: 161 + 338
     again = recompute_seconds(tokens)
     swap = {size: swap_seconds(tokens, size) for size in BLOCK_SIZES}

@@ -1,6 +1,5 @@
-"""What the results files that came with this version say, in sentences, for claims that only a device can judge.
-
-Knows the rows of `lab ablate`, `lab compare --device` and `bench kernels`; measures nothing.
+"""Figures that only a device can give, read from the results files that came with this version: the rows of `lab ablate`,
+`lab compare --device` and `bench kernels`. Claims and figures cite them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.lab.measure.ablate import CONSECUTIVE, SHUFFLED
-from minipaged.lab.report.results import read_results
+from minipaged.lab.measure.results import read_results
 
 FOLDER = Path(__file__).parents[1] / "results"
 Document = dict[str, Any]

@@ -1,10 +1,12 @@
-"""Results files -> the Markdown tables of the README, so that no figure there is typed by hand.
+"""Turns results files into the Markdown tables of the READMEs, so that no figure there is typed by hand.
 
-Knows the form of the files (results.py) and of each command's rows; knows nothing of how anything was measured.
+One function for each kind of rows: engine, kernels, host, systems, ablation, screen. measure/results.py has the form of a file.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -12,9 +14,9 @@ from typing import Any
 
 from minipaged.config import check_choice
 from minipaged.errors import InputError
-from minipaged.lab.measure.rows import OURS
-from minipaged.lab.report.device_tables import ablation_tables, system_tables
-from minipaged.lab.report.results import read_results
+from minipaged.lab.formats import seconds
+from minipaged.lab.measure.results import read_results
+from minipaged.lab.measure.rows import OURS, SECTIONS, too_few_steps
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 KERNEL_TITLES = {
@@ -170,6 +172,72 @@ def screen_tables(rows: Rows) -> list[str]:
         lines.append([model.removeprefix("random:"), str(len(shown)), *speeds, f"{100 * ratio:.1f} %"])
     text = "The terminal screen beside the engine, drawn in full: tokens per second without and with it, medians over the rounds."
     return [text, _table(["model", "rounds each", "without", "with the screen", "of the speed"], lines)]
+
+
+def system_tables(rows: Rows) -> list[str]:
+    """A line a system and pool."""
+    lines = [
+        (
+            row["system"],
+            f"{row['pool']:,}" if row["pool"] else "all",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['mean_rows']:.1f}",
+            "" if row["token_share"] is None else f"{100 * row['token_share']:.0f} %",
+            f"{row['finished']:,} of {row['requests']:,}",
+            _late(row["first_token"][1], row["seconds"]),
+            _late(row["per_token"][1], row["seconds"]),
+        )
+        for row in rows
+        if row["tokens"] and not too_few_steps(row.get("steps"), row["note"])
+    ]
+    text = (
+        "Every system on this engine, its kernels and its scheduler; only what is held and who may enter differs, and all requests wait "
+        "from the start. The pool is in slots; P99 over the requests, those that a time limit cut off counted as later than it."
+    )
+    head = ("system", "pool", "tok/s", "mean batch", "pool used", "finished", "first token P99", "next tokens P99")
+    whole = [
+        f"{row['system']}: {_first_sentence(row['note'])}."
+        for row in rows
+        if row["note"] and not row["note"].endswith(" s")
+    ]
+    return [text, _table(head, lines), *whole]
+
+
+def ablation_tables(rows: Rows) -> list[str]:
+    """A table a section."""
+    parts: list[str] = []
+    for section, title in SECTIONS.items():
+        measured = [row for row in rows if row["section"] == section]
+        if measured:
+            lines = [
+                (
+                    row["name"],
+                    _seconds(row["seconds"]),
+                    _whole(row["tokens_per_second"]),
+                    "-" if row["ratio"] is None else f"{row['ratio']:.2f}×",
+                    row["note"],
+                )
+                for row in measured
+            ]
+            parts += [f"{title}.", _table(("what", "time", "tok/s", "factor", ""), lines)]
+    return parts
+
+
+def _first_sentence(note: str) -> str:
+    """What an error says first; the rest of it is advice."""
+    return re.split(r"\.(?=[A-Z ])", note, maxsplit=1)[0].removesuffix(".")
+
+
+def _late(value: float | None, limit: float) -> str:
+    return f"> {limit:.0f} s" if value is None else seconds(value)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else seconds(value)
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 def insert(text: str, tables: str) -> str:

@@ -1,4 +1,4 @@
-"""What was measured on a device, as tables, plain values, pages and plots. Knows results; measures nothing."""
+"""What was measured on this device, for the terminal, for JSON, and as pages and plots: systems side by side, and the ablation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from minipaged.errors import InputError
-from minipaged.lab.measure.ablate import SECTIONS, Ablation, Measure
+from minipaged.lab.formats import percent, seconds, speed
+from minipaged.lab.measure.ablate import Ablation, Measure
 from minipaged.lab.measure.device_run import DeviceResult
-from minipaged.lab.report.device_tables import TITLES
+from minipaged.lab.measure.rows import ENOUGH_STEPS, SECTIONS, too_few_steps
 from minipaged.lab.report.html import Page
 from minipaged.lab.report.svg import bars
-from minipaged.lab.report.tables import percent, plain, seconds, speed, table
+from minipaged.lab.report.tables import plain, table
 
 DEVICE_COLUMNS = ("system", "pool", "tok/s", "rows", "used %", "finished", "preempted", "same text %")
 DEVICE_LATENCY_COLUMNS = ("system", "pool", "first p50", "first p99", "gap p50", "gap p99", "latency a token")
@@ -26,11 +27,12 @@ def device_row(result: DeviceResult) -> tuple[str, ...]:
     def share(value: float) -> str:
         return "-" if math.isnan(value) else percent(value)
 
+    few = result.too_few_steps
     return (
         *_whose(result),
-        speed(result.tokens_per_second),
-        f"{result.mean_rows:.1f}",
-        share(result.token_share),
+        "-" if few else speed(result.tokens_per_second),
+        "-" if few else f"{result.mean_rows:.1f}",
+        "-" if few else share(result.token_share),
         f"{result.finished:,}/{result.requests:,}",
         f"{result.preemptions:,}",
         share(result.same_answers),
@@ -73,6 +75,8 @@ def device_notes(results: Sequence[DeviceResult]) -> list[str]:
         "One model, pool, scheduler and set of kernels; only what is held and who may enter differs. All requests wait from the start.",
         "pool: slots for keys and values. rows, used %: means over time. gap: mean time between a request's tokens.",
     ]
+    if any(r.too_few_steps for r in results):
+        notes.append(f"Systems with - made fewer than {ENOUGH_STEPS} steps in the time limit: they are not ranked.")
     if any(r.note.startswith("stopped") for r in results):
         notes.append(
             "A system stopped at the time limit is measured up to there, while others wait; one that was through, with its shrinking end. "
@@ -99,7 +103,7 @@ def ablation_rows(measures: Sequence[Measure]) -> list[tuple[str, ...]]:
             m.name,
             seconds(m.seconds),
             speed(m.tokens_per_second),
-            f"{m.ratio:.2f}x",
+            "-" if math.isnan(m.ratio) else f"{m.ratio:.2f}x",
             m.note,
         )
         for m in measures
@@ -120,7 +124,7 @@ def print_ablation(found: Ablation, note: str = "") -> None:
         if measures:
             rows = ablation_rows(measures)
             wide = len(ABLATION_COLUMNS) - (not any(row[-1] for row in rows))
-            table(f"{TITLES[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
+            table(f"{SECTIONS[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
     if note:
         Console().print(note, highlight=False)
 
@@ -136,9 +140,9 @@ def ablation_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     groups: dict[str, list[tuple[str, float, str]]] = {}
     for section in ("ladder", "together", "heads"):
         for row in rows:
-            if row.get("section") == section:
+            if row.get("section") == section and row["ratio"] is not None:
                 ratio = float(row["ratio"])
-                groups.setdefault(TITLES[section], []).append((_short(row["name"]), ratio, f"{ratio:.1f}x"))
+                groups.setdefault(SECTIONS[section], []).append((_short(row["name"]), ratio, f"{ratio:.1f}x"))
     return bars(title, groups, "times the tokens per second of the first bar of the group")
 
 
@@ -150,7 +154,7 @@ def comparison_plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """Tokens per second by system, one group a pool, from a results file's rows."""
     groups: dict[str, list[tuple[str, float, str]]] = {}
     for row in sorted(rows, key=lambda r: str(r["system"]).startswith("transformers")):
-        if not row.get("tokens"):
+        if not row.get("tokens") or too_few_steps(row.get("steps"), row["note"]):
             continue
         pool = f"pool of {row['pool']:,} slots" if row["pool"] else "pool as large as it gets"
         rate = float(row["tokens_per_second"])
@@ -169,7 +173,7 @@ def ablation_page(found: Ablation) -> Page:
     page.svg(ablation_plot(ablation_dicts(found), "Alone and together"))
     for section in SECTIONS:
         if measures := found.of(section):
-            page.heading(TITLES[section])
+            page.heading(SECTIONS[section])
             page.table(ABLATION_COLUMNS, ablation_rows(measures))
     return page
 

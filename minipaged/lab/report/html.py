@@ -1,4 +1,4 @@
-"""One self-contained HTML page: headings, tables, notes and SVG plots. Knows markup; knows nothing of what it shows."""
+"""One self-contained HTML page: headings, tables, notes and SVG plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lab's simulation results and plans as tables and as plain values. Knows results; computes nothing new."""
+"""What was simulated or calculated, as tables, as values for JSON, and as pages: runs, comparisons, the paper's figures, plans."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from minipaged.lab.advise.calculators import Capacity, Deployment, Fleet, Load
-from minipaged.lab.paper.figure_types import Figure
+from minipaged.lab.formats import percent, seconds, size
+from minipaged.lab.paper.figure_types import Curve, Figure
 from minipaged.lab.report.html import Page
-from minipaged.lab.report.svg import line_chart
-from minipaged.lab.report.tables import percent, seconds, size, table
+from minipaged.lab.report.svg import line_chart, stacked_bars
+from minipaged.lab.report.tables import table
+from minipaged.lab.simulation.compare import Comparison
 from minipaged.lab.simulation.simulate import Result
 from minipaged.memory.types import PoolBreakdown
 
@@ -35,9 +37,9 @@ def result_dict(result: Result) -> dict[str, Any]:
         "per_token_p50_s": result.per_token(50),
         "per_token_p99_s": result.per_token(99),
         "pool_shares": result.shares,
-        "blocks_saved_share": outcome.tally.steady.saving,
+        "blocks_saved_share": outcome.averages.steady.saving,
         "timeline": [
-            {"s": sample.seconds, "requests": sample.requests, **sample.bands._asdict()} for sample in outcome.samples
+            {"s": sample.seconds, "requests": sample.requests, **sample.pool._asdict()} for sample in outcome.samples
         ],
     }
 
@@ -67,7 +69,7 @@ def latency_row(result: Result) -> tuple[str, ...]:
 
 def waste_row(result: Result) -> tuple[str, ...]:
     """What the pool held, percent."""
-    return (result.system, *(percent(result.shares[band]) for band in PoolBreakdown._fields))
+    return (result.system, *(percent(result.shares[part]) for part in PoolBreakdown._fields))
 
 
 def print_results(results: Sequence[Result]) -> None:
@@ -143,4 +145,80 @@ def figure_page(figures: Sequence[Figure]) -> Page:
             page.svg(
                 line_chart(f"Fig. {figure.name}", figure.curves, figure.x_label, figure.y_label, log_x=figure.log_x)
             )
+    return page
+
+
+def latency_curves(comparison: Comparison) -> list[Curve]:
+    """Normalized latency over rate, one curve a system; the main run is one of the points."""
+    runs = sorted([*comparison.sweep, (comparison.rate, comparison.results)], key=lambda run: run[0])
+    names = [r.system for r in comparison.results]
+    return [
+        Curve(name, tuple((rate, results[i].normalized_latency) for rate, results in runs))
+        for i, name in enumerate(names)
+    ]
+
+
+BINS = 80  # of the plot of batches over time
+
+
+def batch_curves(results: Sequence[Result]) -> list[Curve]:
+    """Requests that run, over time, averaged over short spans, until the first system is through with all requests."""
+    end = min(r.outcome.makespan for r in results)
+    curves = []
+    for result in results:
+        spans: dict[int, list[int]] = {}
+        for sample in result.outcome.samples:
+            if sample.seconds <= end:
+                spans.setdefault(min(BINS - 1, int(BINS * sample.seconds / end)) if end else 0, []).append(
+                    sample.requests
+                )
+        points = [((i + 0.5) * end / BINS, sum(seen) / len(seen)) for i, seen in sorted(spans.items())]
+        curves.append(Curve(result.system, tuple(points)))
+    return curves
+
+
+def comparison_dict(comparison: Comparison) -> dict[str, Any]:
+    """As JSON can hold it."""
+    return {
+        "workload": comparison.source,
+        "rate": comparison.rate,
+        "results": [result_dict(r) for r in comparison.results],
+        "sweep": [
+            {
+                "rate": rate,
+                "results": [{k: v for k, v in result_dict(r).items() if k != "timeline"} for r in results],
+            }
+            for rate, results in comparison.sweep
+        ],
+    }
+
+
+def comparison_page(comparison: Comparison) -> Page:
+    """Tables and plots on one page."""
+    first = comparison.results[0]
+    page = Page(f"{comparison.source} on {first.server.describe()}")
+    page.notes(
+        (
+            "Simulated: every system on the same model, roofline clock and traffic; only what it holds and whom it lets in differs.",
+        )
+    )
+    page.heading("Speed")
+    page.table(SPEED_COLUMNS, [speed_row(r) for r in comparison.results])
+    page.heading("Latency: over the answer's length, to the first token, between the next")
+    page.table(LATENCY_COLUMNS, [latency_row(r) for r in comparison.results])
+    page.heading("Where the pool goes, percent")
+    page.table(WASTE_COLUMNS, [waste_row(r) for r in comparison.results])
+    page.svg(stacked_bars("The pool", {r.system: r.shares for r in comparison.results}, "percent of the pool"))
+    page.heading("Batch over time")
+    page.notes(("Until the first system is through; the others go on.",))
+    page.svg(line_chart("Requests that run", batch_curves(comparison.results), "seconds", "requests"))
+    if comparison.sweep:
+        page.heading("Latency against rate")
+        curves = latency_curves(comparison)
+        page.svg(line_chart("Normalized latency", curves, "requests a second", "seconds a token", log_y=True))
+        rates = [p[0] for p in curves[0].points]
+        page.table(
+            ("system", *(f"{rate:g}/s" for rate in rates)),
+            [(c.name, *(f"{y:.3g}" for _, y in c.points)) for c in curves],
+        )
     return page

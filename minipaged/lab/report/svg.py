@@ -1,6 +1,6 @@
-"""Plots as SVG text, with no plotting library: lines and stacked bars.
+"""Plots as SVG text, with no plotting library: lines, bars and stacked bars.
 
-Knows axes and colours; knows nothing of what is plotted. The text can stand inside an HTML page or a file of its own.
+The text can stand inside an HTML page or a file of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 34, 48
 # Okabe and Ito's palette, told apart with any colour vision; then greys.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#555555", "#b0a800")
-BAND_COLOURS = {
+PART_COLOURS = {
     "token": "#009e73",
     "reserved": "#56b4e9",
     "internal": "#d55e00",
@@ -68,28 +68,28 @@ def line_chart(
 
 
 def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], y_label: str) -> str:
-    """One bar a name; its bands stand on each other in the order given. Bands are shares of 1."""
+    """One bar a name; its parts stand on each other in the order given, each a share of 1."""
     parts = []
     slot = (WIDTH - LEFT - RIGHT) / max(1, len(bars))
     height = HEIGHT - TOP - BOTTOM
     for tick in range(0, 101, 25):
         y = HEIGHT - BOTTOM - height * tick / 100
         parts += [_text(LEFT - 6, y + 4, str(tick), "end"), _line(LEFT, y, WIDTH - RIGHT, y, "#eee")]
-    for i, (name, bands) in enumerate(bars.items()):
+    for i, (name, shares) in enumerate(bars.items()):
         x, y = LEFT + i * slot + slot * 0.12, float(HEIGHT - BOTTOM)
-        for band, share in bands.items():
+        for part, share in shares.items():
             tall = share * height
             y -= tall
             parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{slot * 0.76:.1f}" height="{tall:.2f}" fill="{BAND_COLOURS[band]}">'
-                f"<title>{escape(name)}: {band} {100 * share:.1f} %</title></rect>"
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{slot * 0.76:.1f}" height="{tall:.2f}" fill="{PART_COLOURS[part]}">'
+                f"<title>{escape(name)}: {part} {100 * share:.1f} %</title></rect>"
             )
         middle = x + slot * 0.38
         label = _text(middle, HEIGHT - BOTTOM + 12, name, "end")
         parts.append(label.replace("<text", f'<text transform="rotate(-25 {middle:.1f} {HEIGHT - BOTTOM + 12})"', 1))
     names = list(next(iter(bars.values()), {}))
-    for i, band in enumerate(names):
-        parts += _legend(i, band, BAND_COLOURS[band])
+    for i, part in enumerate(names):
+        parts += _legend(i, part, PART_COLOURS[part])
     return _frame(title, "", y_label, parts)
 
 

@@ -1,8 +1,7 @@
 """How many blocks a beam search holds: a tree of beams that fork and die, block by block.
 
-Knows blocks, reference counts and a rule for who survives; knows nothing of models. At each token a beam lives on
-with probability `persistence`; otherwise its place is taken by a copy of one of the beams, drawn evenly (a
-Wright-Fisher population with inertia).
+No model is asked who survives. At each token a beam lives on with probability `persistence`; otherwise a copy of one of the
+beams, drawn evenly, takes its place (a Wright-Fisher population with inertia).
 """
 
 from __future__ import annotations

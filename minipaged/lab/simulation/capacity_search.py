@@ -1,7 +1,4 @@
-"""The highest request rate that a system sustains: where its normalized latency passes a limit.
-
-Knows how to bisect; knows nothing of figures.
-"""
+"""The highest request rate that a system sustains: where its normalized latency passes a limit."""
 
 from __future__ import annotations
 

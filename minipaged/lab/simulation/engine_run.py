@@ -1,8 +1,7 @@
-"""Runs this project's own engine over a workload: the real scheduler and block manager, on the simulated runner's
-clock.
+"""Runs this project's own engine over a workload: the real scheduler and block manager, on the simulated runner's clock.
 
-Knows how to feed an engine and listen to its trace; knows nothing of other systems. Its outcome has the form of the
-event loop's, so that the two can be compared: the event loop's `vllm` is the short account of what this does in full.
+The memory is `paged` or that of a system that reserves ahead. The outcome has the form of the event loop's, so that the two
+can be compared: the event loop is the short account of what happens here in full.
 """
 
 from __future__ import annotations
@@ -12,13 +11,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from minipaged.baselines.contiguous import contiguous_scheduler
+from minipaged.baselines.systems import PAGED
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.lab.simulation.event_loop import Outcome
 from minipaged.lab.simulation.roofline import FEMTO
 from minipaged.lab.simulation.servers import Server
 from minipaged.lab.simulation.simulated_runner import SimulatedRunner
-from minipaged.lab.simulation.tally import Sample, Tally
+from minipaged.lab.simulation.time_average import Sample, TimeAverages
 from minipaged.lab.simulation.workloads import FloatColumn, Workload
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.types import PoolBreakdown
@@ -31,20 +32,28 @@ def run_engine(
     load: Workload,
     server: Server,
     *,
+    system: str = PAGED,
     block_size: int = 16,
     max_rows: int = 256,
     token_budget: int = 2048,
     prefix_caching: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """Serve the whole workload. Prompts are random tokens behind the workload's common prefix."""
-    run = _EngineRun(load, server, block_size, max_rows, token_budget, prefix_caching or load.prefix > 0)
+    """Serve the whole workload. Prompts are random tokens behind the workload's common prefix. `system`: whose memory."""
+    run = _EngineRun(load, server, system, block_size, max_rows, token_budget, prefix_caching or load.prefix > 0)
     return run.run(progress)
 
 
 class _EngineRun:
     def __init__(
-        self, load: Workload, server: Server, block_size: int, max_rows: int, budget: int, prefix_caching: bool
+        self,
+        load: Workload,
+        server: Server,
+        system: str,
+        block_size: int,
+        max_rows: int,
+        budget: int,
+        prefix_caching: bool,
     ) -> None:
         self.load, self.server = load, server
         num_blocks = server.pool // block_size + 1
@@ -54,15 +63,18 @@ class _EngineRun:
             max_model_len=server.max_len,
             preemption="recompute",
         )
-        manager = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(config, manager, block_size)
+        if system == PAGED:
+            manager = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
+            self.scheduler = Scheduler(config, manager, block_size)
+        else:
+            self.scheduler, _ = contiguous_scheduler(system, config, num_blocks, block_size, max_new=load.max_new)
         self.runner = SimulatedRunner(
             server.model, server.gpu, num_blocks=num_blocks, block_size=block_size, clock=server.clock
         )
         self.engine = Engine(self.scheduler, self.runner, clock=lambda: self.runner.now_fs // 10**6)
         self.engine.trace.subscribe(self._hear)
         self.stats = Stats()
-        self.tally = Tally(warm=min(len(load) // 10, 2000))
+        self.averages = TimeAverages(warm=min(len(load) // 10, 2000))
 
     def _hear(self, delta: StepDelta) -> None:
         self.stats = delta.stats
@@ -108,9 +120,9 @@ class _EngineRun:
             if outputs and progress is not None:
                 progress(done, count)
             if len(samples) * count < done * 400:
-                samples.append(Sample(runner.now, self._running(), self._rows(), self._bands()))
+                samples.append(Sample(runner.now, self._running(), self._rows(), self._breakdown()))
         preemptions = self.scheduler.counters.preemptions
-        return Outcome(first, finish, refused, preemptions, steps, runner.now, self.tally, tuple(samples))
+        return Outcome(first, finish, refused, preemptions, steps, runner.now, self.averages, tuple(samples))
 
     def _note(self, output: RequestOutput, index: int, first: FloatColumn, finish: FloatColumn) -> bool:
         now = self.runner.now
@@ -127,7 +139,7 @@ class _EngineRun:
     def _rows(self) -> int:
         return sum(len(request.alive) for request in self.scheduler.running)
 
-    def _bands(self) -> PoolBreakdown:
+    def _breakdown(self) -> PoolBreakdown:
         stats, pool = self.stats, self.server.pool
         rest = pool - stats.token_slots - stats.tail_slots
         waiting = len(self.scheduler.waiting) > 0
@@ -136,6 +148,6 @@ class _EngineRun:
     def _account(self, done: int, elapsed: int) -> None:
         waiting = len(self.scheduler.waiting) > 0
         used = self.stats.total_blocks - 1 - self.stats.free_blocks
-        self.tally.span(done, waiting).add(
-            elapsed, self._running(), self._rows(), self._bands(), (used, self.stats.shared_saved_blocks)
+        self.averages.span(done, waiting).add(
+            elapsed, self._running(), self._rows(), self._breakdown(), (used, self.stats.shared_saved_blocks)
         )

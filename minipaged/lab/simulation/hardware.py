@@ -1,6 +1,6 @@
 """The GPUs that a roofline can be drawn for: published memory, bandwidth, peak rate and links.
 
-Knows data sheets; knows nothing of models, engines or drivers. Every figure is the manufacturer's own (dense rates,
+Every figure is the manufacturer's own (dense rates,
 no sparsity): NVIDIA's data sheets of T4, V100 SXM2, A10, A100 (40 GB and 80 GB SXM), L4, L40S, H100 SXM5, H200 SXM
 and B200 (DGX B200, per GPU), the Ampere GA102 and Ada AD102 whitepapers for GeForce RTX 3090 and 4090 (FP16 tensor
 rate with FP32 accumulate), and AMD's for MI300X.
@@ -15,6 +15,7 @@ from minipaged.config import check_real
 from minipaged.errors import InputError
 
 GIB = 1024**3
+COPY_SECONDS = 5e-6  # assumed: to start one copy between host and device; K and V of each layer of each block are a copy of their own
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
 """How long a step must take: bytes over bandwidth or operations over peak, whichever is longer, part by part.
 
-Knows a model's shape and a GPU's data sheet; knows nothing of plans, requests or clocks. Times are whole
-femtoseconds, so that the time of k regular steps is a closed form that equals, to the last digit, the sum of the k
-steps one by one (the simulator jumps by it).
+It needs a model's shape and a GPU's data sheet only. Times are whole femtoseconds, so that the time of k regular steps
+is a closed form that equals, to the last digit, the sum of the k steps one by one (the simulator jumps by it).
 
 A step has four parts that follow each other:
   matrix products   max(weights read once, 2 * weights * tokens); the output head only for the tokens drawn

@@ -1,7 +1,4 @@
-"""A model on GPUs: how many KV slots it has and how long its steps take.
-
-Knows shapes, data sheets and the paper's three servers; knows nothing of requests or systems.
-"""
+"""A model on GPUs: how many KV slots it has and how long its steps take. The paper's three servers are here."""
 
 from __future__ import annotations
 

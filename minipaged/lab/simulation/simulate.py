@@ -1,6 +1,6 @@
 """Runs a named system over a workload on a server and sums up what came out.
 
-Knows which memory and which manner each system has; the event loop does the rest.
+It chooses the memory and the behaviour that go with the name; the event loop does the rest.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipaged.baselines.systems import SYSTEMS, reservations
+from minipaged.baselines.systems import PAGED, SYSTEMS, reservations, todays_name
 from minipaged.errors import InputError
 from minipaged.lab.simulation.engine_run import run_engine
-from minipaged.lab.simulation.event_loop import EventLoop, Manner, Outcome
+from minipaged.lab.simulation.event_loop import EventLoop, Outcome, SystemBehaviour
 from minipaged.lab.simulation.servers import Server
-from minipaged.lab.simulation.stores import BeamStore, PagedStore, ReservingStore, Store
+from minipaged.lab.simulation.simulated_memory import BeamMemory, PagedMemory, ReservingMemory, SimulatedMemory
 from minipaged.lab.simulation.workloads import Workload
 
 ENGINE = "engine"
-_MANNERS: dict[str, dict[str, bool]] = {
+_BEHAVIOURS: dict[str, dict[str, bool]] = {
     "webui": {"copies_each_step": True},
     "static": {"padded": True, "ended_rows_run": True},
     "fastertransformer": {"ended_rows_run": True},
@@ -39,12 +39,12 @@ class Result:
     @property
     def mean_batch(self) -> float:
         """Requests that ran, on average while somebody waited (else over the whole run after the warm-up)."""
-        return self.outcome.tally.steady.mean_requests
+        return self.outcome.averages.steady.mean_requests
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each band's share of the pool over the same span."""
-        return self.outcome.tally.steady.shares()
+        """The shares of the pool breakdown over the same span."""
+        return self.outcome.averages.steady.shares()
 
     @property
     def finished(self) -> int:
@@ -86,14 +86,14 @@ class Result:
         return float(np.percentile(spans, percent)) if len(spans) else float("nan")
 
 
-def make_store(system: str, server: Server, load: Workload, *, block_size: int = 16) -> Store:
+def make_memory(system: str, server: Server, load: Workload, *, block_size: int = 16) -> SimulatedMemory:
     """The memory of a system. Raises InputError that lists the known ones."""
-    if system == "vllm":
-        kind = BeamStore if load.beams and load.samples > 1 else PagedStore
+    if system == PAGED:
+        kind = BeamMemory if load.beams and load.samples > 1 else PagedMemory
         return kind(server.pool, load, block_size=block_size)
     if system not in SYSTEMS:
         raise InputError(f"unknown system {system!r}; known: {', '.join(SYSTEMS)}")
-    return ReservingStore(reservations(system, server.pool, max_len=server.max_len, block_size=block_size), load)
+    return ReservingMemory(reservations(system, server.pool, max_len=server.max_len, block_size=block_size), load)
 
 
 def simulate(
@@ -107,14 +107,17 @@ def simulate(
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Run it. `jump` False takes every step by itself, with the same outcome. The system `engine` is this project's own
-    scheduler and block manager, run in full; `vllm` is the short account of the same.
+    scheduler and block manager, run in full; `paged` is the event loop's short account of the same.
     """
+    system = todays_name(system)
     if system == ENGINE:
         outcome = run_engine(load, server, block_size=block_size, max_rows=max_rows, progress=progress)
         return Result(system, load, server, outcome)
-    store = make_store(system, server, load, block_size=block_size)
-    manner = Manner(max_rows=max(max_rows, load.samples), max_len=server.max_len, **_MANNERS.get(system, {}))
-    loop = EventLoop(load, store, server.clock, manner, jump=jump, progress=progress)
+    memory = make_memory(system, server, load, block_size=block_size)
+    behaviour = SystemBehaviour(
+        max_rows=max(max_rows, load.samples), max_len=server.max_len, **_BEHAVIOURS.get(system, {})
+    )
+    loop = EventLoop(load, memory, server.clock, behaviour, jump=jump, progress=progress)
     return Result(system, load, server, loop.run())
 
 
@@ -122,7 +125,7 @@ def parse_systems(text: str) -> tuple[str, ...]:
     """`all`, or names with commas between them. Raises InputError naming the first unknown one."""
     if text == "all":
         return SYSTEMS
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(todays_name(name.strip()) for name in text.split(",") if name.strip())
     for name in names:
         if name not in (*SYSTEMS, ENGINE):
             raise InputError(f"unknown system {name!r}; known: {', '.join(SYSTEMS)}, {ENGINE}, or all")

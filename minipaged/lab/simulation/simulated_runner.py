@@ -1,7 +1,7 @@
 """A runner without weights: it answers every plan at once and counts, on a clock of its own, how long a GPU would
 have taken.
 
-Knows plans and a roofline; knows nothing of requests, blocks or torch. Tokens are arbitrary but a function of (step,
+It does what a plan says and needs no torch. Tokens are arbitrary but a function of (step,
 slot) alone, so a rerun is equal; how long an output becomes is scripted by the requests (`max_tokens` with
 `ignore_eos`).
 """

@@ -1,6 +1,6 @@
 """A user's own traffic: CSV or JSONL files of arrival, prompt tokens and output tokens.
 
-Knows the two formats; knows nothing of what is done with the requests. Every error names the file and the line.
+Every error names the file and the line.
 """
 
 from __future__ import annotations

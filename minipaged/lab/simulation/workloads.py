@@ -1,6 +1,6 @@
 """Traffic: when requests arrive and how long their prompts and answers are.
 
-Knows distributions, seeds and trace files; knows nothing of models, pools or systems. Lengths are log-normal, cut to
+Lengths are log-normal, cut to
 a range, with the centre solved so that the mean after the cut is the published one (PagedAttention paper, section
 6.1); arrivals are a Poisson process.
 """

@@ -14,12 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipaged.config import ModelConfig, RopeScaling
+from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
 from minipaged.errors import InputError, ModelError
+from minipaged.model.loading import rope_scaling
 from minipaged.model.loading.gguf_file import GGUFFile
+from minipaged.model.loading.gguf_tokenizer import end_tokens, special_token
+from minipaged.model.loading.keys import (
+    ARCHITECTURE_KEYS,
+    GENERAL_KEYS,
+    GGUF_TOKENIZER_KEYS,
+    check_keys,
+)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # `llama` also holds SmolLM2 and Mistral
 ROPE_FACTORS = "rope_freqs.weight"
+YARN_ADJUSTMENTS = {
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+}
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -92,8 +105,8 @@ class GGUFCheckpoint:
                 output_bias="blk.0.attn_output.bias" in tensors,
                 mlp_bias="blk.0.ffn_up.bias" in tensors,
                 qk_norm="blk.0.attn_q_norm.weight" in tensors,
-                eos_token_ids=self._eos_token_ids(),
-                bos_token_id=self._token("bos"),
+                eos_token_ids=end_tokens(self.file.metadata, self.path),
+                bos_token_id=special_token(self.file.metadata, "bos"),
             )
         except ModelError:
             raise
@@ -101,17 +114,15 @@ class GGUFCheckpoint:
             raise ModelError(f"{self.path}: {error}") from None
 
     def _refuse_what_would_be_ignored(self) -> None:
-        refused = {
-            "expert_count": "a mixture of experts",
-            "attention.sliding_window": "sliding-window attention",
-            "attention.scale": "its own attention scale",
-        }
-        for key, what in refused.items():
-            if self.file.metadata.get(f"{self.architecture}.{key}"):
-                raise ModelError(f"{self.path}: {self.architecture}.{key} asks for {what}, which is not supported")
-        scaling = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        if scaling != "none":
-            raise ModelError(f"{self.path}: {self.architecture}.rope.scaling.type {scaling!r} is not supported")
+        metadata, prefix = self.file.metadata, f"{self.architecture}."
+        ours = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        check_keys(ours, ARCHITECTURE_KEYS, self.path, prefix)
+        check_keys(metadata, GENERAL_KEYS | GGUF_TOKENIZER_KEYS, self.path)
+        parts = metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise ModelError(
+                f"{self.path}: one part of a file split in {parts}; join them first (llama-gguf-split --merge)"
+            )
 
     def _head_dim(self, hidden: int, heads: int) -> int:
         head_dim = self._whole("attention.key_length", hidden // max(heads, 1))
@@ -122,10 +133,35 @@ class GGUFCheckpoint:
                 )
         return head_dim
 
-    def _rope_scaling(self, head_dim: int) -> RopeScaling | None:
-        """Llama 3's scaling. GGUF keeps only the divisors that follow from it, so its numbers are found again and checked."""
-        if ROPE_FACTORS not in self.file.tensors:
+    def _rope_scaling(self, head_dim: int) -> RopeScaling | RopeDivisors | None:
+        """By llama.cpp's rules: a factor without a type is linear, and the old key of it counts where the new one is missing."""
+        kind = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "linear")
+        factor = self._real("rope.scaling.factor", self._real("rope.scale_linear", 1.0)) or 1.0
+        scaled = factor != 1 and kind != "none"
+        if kind not in ("none", "linear", "yarn"):
+            raise ModelError(f"{self.path}: {self.architecture}.rope.scaling.type {kind!r:.60} is not supported")
+        if ROPE_FACTORS in self.file.tensors:
+            if scaled:
+                raise ModelError(f"{self.path}: {ROPE_FACTORS} and a rope scaling factor of {factor:g} together")
+            return self._llama_3_scaling(head_dim)
+        if not scaled:
             return None
+        if kind == "linear":
+            return rope_scaling.linear(head_dim, factor)
+        for key, default in YARN_ADJUSTMENTS.items():
+            if self._real(key, default) != default:
+                raise ModelError(f"{self.path}: {self.architecture}.{key} is not supported; {default:g} is")
+        return rope_scaling.yarn(
+            head_dim,
+            self._real("rope.freq_base", 10000.0),
+            factor,
+            self._whole("rope.scaling.original_context_length", self._whole("context_length")),
+            beta_fast=self._real("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=self._real("rope.scaling.yarn_beta_slow", 1.0),
+        )
+
+    def _llama_3_scaling(self, head_dim: int) -> RopeScaling:
+        """Llama 3's scaling. GGUF keeps only the divisors that follow from it, so its numbers are found again and checked."""
         from minipaged.model.llama import rope_frequencies
 
         divisors = self.file.read(ROPE_FACTORS).float()
@@ -135,14 +171,6 @@ class GGUFCheckpoint:
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
             raise ModelError(f"{self.path}: {ROPE_FACTORS} is not Llama 3's rope scaling, the only one supported")
         return scaling
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        found = (self._token(kind) for kind in ("eos", "eot", "eom"))
-        return tuple(dict.fromkeys(token for token in found if token is not None))
-
-    def _token(self, kind: str) -> int | None:
-        value = self.file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        return value if isinstance(value, int) else None
 
     def _whole(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)

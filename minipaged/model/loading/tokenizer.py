@@ -7,6 +7,7 @@ character to be whole.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -18,10 +19,12 @@ import tokenizers
 
 from minipaged.errors import ModelError, RequestError
 from minipaged.model.loading.chat_template import ChatTemplate, Message
-from minipaged.model.loading.gguf_tokenizer import build_tokenizer
+from minipaged.model.loading.gguf_tokenizer import build_tokenizer, special_token
 from minipaged.model.loading.hf_config import read_json
+from minipaged.model.loading.keys import TOKENIZER_KEYS, check_keys
 
 SPACE = "▁"  # how SentencePiece writes a space
+LOG = logging.getLogger("minipaged")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -77,6 +80,7 @@ class SubwordTokenizer(Tokenizer):
         self._spelling, self._drops_space = _spelling(backend, source)
         self._bytes: dict[int, bytes] = {}
         self._lock = threading.Lock()
+        self._warned = False
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
         self.eos_token_ids = tuple(eos_token_ids) or (() if eos is None else (eos,))
@@ -87,7 +91,17 @@ class SubwordTokenizer(Tokenizer):
         check_text(text)
         with self._lock:  # the switch belongs to the whole backend
             self._backend.encode_special_tokens = not parse_special
-            return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+            tokens = list(self._backend.encode(text, add_special_tokens=add_special).ids)
+        if add_special and self.bos_token_id is not None and tokens[:2] == [self.bos_token_id] * 2:
+            return self._without_second_bos(tokens)
+        return tokens
+
+    def _without_second_bos(self, tokens: list[int]) -> list[int]:
+        """A text that begins with the BOS by itself, as a rendered chat does, gets no other one before it."""
+        if not self._warned:
+            self._warned = True
+            LOG.warning("the prompt begins with the model's BOS by itself (a rendered chat?); a second one is left out")
+        return tokens[1:]
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         added = self._added.get(token_id)
@@ -102,6 +116,22 @@ class SubwordTokenizer(Tokenizer):
         """As `Tokenizer.decode`; the space that SentencePiece puts before a text is left out."""
         text = super().decode(token_ids, skip_special=skip_special)
         return text.removeprefix(" ") if self._drops_space else text
+
+
+class IdTokenizer(Tokenizer):
+    """Stands in for a tokenizer that is not there: prompts must be token ids, and each token is shown as its number."""
+
+    def __init__(self, vocab_size: int, why: str, eos_token_ids: Sequence[int] = ()) -> None:
+        self.vocab_size, self._why = vocab_size, why
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.bos_token_id = None
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        check_text(text)
+        raise RequestError(f"{self._why}; give the prompt as token ids")
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        return f"<{token_id}>".encode() if 0 <= token_id < self.vocab_size else b""
 
 
 class ByteTokenizer(Tokenizer):
@@ -146,18 +176,65 @@ def folder_tokenizer(folder: Path, eos_token_ids: Sequence[int] = ()) -> Subword
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise ModelError(f"{path}: not a tokenizer that can be read: {error}") from None
+        raise ModelError(f"{path}: not a tokenizer that can be read: {_one_line(error)}") from None
     backend.no_truncation()
     backend.no_padding()
-    config_path = folder / "tokenizer_config.json"
+    config_path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     config = read_json(config_path) if config_path.exists() else {}
+    if map_path.exists():  # as in transformers: it has the last word unless the config lists the added tokens
+        names = read_json(map_path)
+        config = config | names if "added_tokens_decoder" not in config else names | config
+    check_keys(config, TOKENIZER_KEYS, config_path)
+    named = _named_tokens(config)
+    _add_listed_tokens(backend, config, named, config_path)
+    _warn_of_other_frames(backend, config, named, config_path)
     return SubwordTokenizer(
         backend,
         path,
-        special_tokens=_named_tokens(config),
+        special_tokens=named,
         chat_template=_folder_template(folder, config),
         eos_token_ids=eos_token_ids,
     )
+
+
+def _add_listed_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str], path: Path
+) -> None:
+    """The tokens that tokenizer_config.json adds to those of tokenizer.json, each under the id that it gives."""
+    listed = config.get("added_tokens_decoder") or {}
+    fields = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        tokens = {
+            int(index): tokenizers.AddedToken(token["content"], **{name: bool(token.get(name)) for name in fields})
+            for index, token in listed.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: added_tokens_decoder must give a token with its content for each id") from None
+    known = backend.get_added_tokens_decoder()
+    for index, token in sorted(tokens.items()):
+        if repr(known.get(index)) != repr(token):
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != index:
+            raise ModelError(
+                f"{path}: added_tokens_decoder gives {token.content!r:.40} the id {index}, which tokenizer.json does not"
+            )
+    for name in ("bos_token", "eos_token"):
+        if name in named and backend.token_to_id(named[name]) is None:
+            raise ModelError(f"{path}: {name} is {named[name]!r:.40}, which is no token of tokenizer.json")
+
+
+def _warn_of_other_frames(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str], path: Path
+) -> None:
+    """What stands around a text is tokenizer.json's to say, as in transformers 5; version 4 went by add_bos_token and
+    add_eos_token, so a line is logged where these say something else."""
+    frame = backend.encode("").tokens
+    found = {"bos_token": frame[:1] == [named.get("bos_token")], "eos_token": frame[-1:] == [named.get("eos_token")]}
+    for name, adds in found.items():
+        wanted = config.get(f"add_{name}")
+        if name in named and wanted is not None and bool(wanted) != adds:
+            what = "adds one" if adds else "adds none"
+            LOG.warning("%s: add_%s is %r, but tokenizer.json %s and has the last word", path, name, wanted, what)
 
 
 def gguf_tokenizer(metadata: dict[str, Any], path: Path, eos_token_ids: Sequence[int] = ()) -> SubwordTokenizer:
@@ -166,8 +243,8 @@ def gguf_tokenizer(metadata: dict[str, Any], path: Path, eos_token_ids: Sequence
     ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named: dict[str, str] = {}
     for name, key in ids.items():
-        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        piece = backend.id_to_token(token) if isinstance(token, int) and token >= 0 else None
+        token = special_token(metadata, key)
+        piece = backend.id_to_token(token) if token is not None else None
         if piece is not None:
             named[name] = piece
     template = metadata.get("tokenizer.chat_template")
@@ -180,13 +257,17 @@ def gguf_tokenizer(metadata: dict[str, Any], path: Path, eos_token_ids: Sequence
     )
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """bos_token and the like: plain text, or an object with a content."""
     named: dict[str, str] = {}
     for name in SPECIAL_NAMES:
         value = config.get(name)
         value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
+        if isinstance(value, str) and value:
             named[name] = value
     return named
 

@@ -7,21 +7,18 @@ values go straight into the parameters, so that no more than one tensor is held 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minipaged.config import ModelConfig
+from minipaged.config import ModelConfig, Progress, RopeDivisors
 from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
 from minipaged.model.loading.hf_folder import FolderCheckpoint
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is being done, how much is done, how much there is)."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -63,14 +60,15 @@ def load_model(
         raise ModelError(
             f"{checkpoint.path}: {checkpoint.config.num_layers} layers are promised, but {last} is missing"
         )
-    model = Llama(checkpoint.config, dtype=dtype, device="meta")
+    with torch.device("meta"):  # the rotary frequencies as well
+        model = Llama(checkpoint.config, dtype=dtype, device="meta")
     check_shapes(checkpoint, {name: tuple(slot.shape) for name, slot in model.slots().items()})
     model = Llama(checkpoint.config, dtype=dtype, device=device)
     slots = model.slots()
     for done, (name, slot) in enumerate(slots.items()):
         if progress is not None:
             progress("loading weights", done, len(slots))
-        slot.copy_(checkpoint.read(name))
+        slot.copy_(work_in(checkpoint.config, name, checkpoint.read(name)))
     if progress is not None:
         progress("loading weights", len(slots), len(slots))
     return model
@@ -92,3 +90,54 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
                 f"{checkpoint.path}: tensor {name} has no place in the network that the config describes; "
                 "ignoring it would give wrong answers"
             )
+
+
+def work_in(config: ModelConfig, name: str, values: Tensor) -> Tensor:
+    """A weight with what its family does around it worked in, so that the network and its kernels need not know of it.
+
+    Granite's multipliers scale rows or norms. The dimensions of a head that turn are moved so that they pair up as the network turns
+    them (i with i + head_dim / 2); queries and keys move alike, so their products stay. Whatever scales the scores scales the queries.
+    """
+    kind = name.rpartition(".")[0].rpartition(".")[2]
+    match kind:
+        case "embed_tokens":
+            return _times(values, config.embedding_multiplier)
+        case "norm":  # the last one: a head that is tied to the embedding carries its multiplier as well
+            tied = config.embedding_multiplier if config.tie_embeddings else 1.0
+            return _times(values, 1.0 / (config.logits_divisor * tied))
+        case "o_proj" | "down_proj":
+            return _times(values, config.residual_multiplier)
+        case "q_proj" | "k_proj" | "q_norm" | "k_norm":
+            paired = _pair_up(config, values)
+            scaled = kind == ("q_norm" if config.qk_norm else "q_proj")
+            return _scale_queries(config, int(name.split(".")[2]), paired) if scaled else paired
+    return values
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1.0 else values.float() * factor
+
+
+def _pair_up(config: ModelConfig, values: Tensor) -> Tensor:
+    """Rows of heads, [heads * head_dim, ...]: of each head the first halves of all pairs, then the second ones."""
+    size, turning = config.head_dim, config.rotary_dim or config.head_dim
+    if turning == size:
+        return values
+    first, middle = turning // 2, (size - turning) // 2
+    cuts = (first, first, middle, middle)
+    turned, partner, still, rest = values.view(-1, size, *values.shape[1:]).split_with_sizes(cuts, dim=1)
+    return torch.cat((turned, still, partner, rest), dim=1).reshape(values.shape)
+
+
+def _scale_queries(config: ModelConfig, layer: int, values: Tensor) -> Tensor:
+    """Scaled by what the scores are to be multiplied with beyond 1 / sqrt(head_dim)."""
+    scale = 1.0 if config.attention_multiplier is None else config.attention_multiplier * config.head_dim**0.5
+    scaling = config.rope_scaling
+    if not isinstance(scaling, RopeDivisors) or scaling.attention_factor == 1.0 or layer in config.unrotated_layers:
+        return _times(values, scale)
+    # queries and keys are both scaled as they turn, and only where they turn
+    size, first = config.head_dim, (config.rotary_dim or config.head_dim) // 2
+    factors = torch.full((2, size // 2), scale)
+    factors[:, :first] *= scaling.attention_factor**2
+    heads = values.float().view(-1, size, *values.shape[1:])
+    return (heads * factors.view(1, size, *(1 for _ in values.shape[1:]))).reshape(values.shape)

@@ -5,27 +5,35 @@ Knows every form of a model's name and where each comes from. Does not know engi
 
 from __future__ import annotations
 
+import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from minipaged.config import ModelConfig
+from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress
 from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
-from minipaged.model.loading.placement import choose_device, choose_dtype
+from minipaged.model.loading.hf_config import read_config
+from minipaged.model.loading.placement import ROOM_SHARE, check_room, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.pull import SOURCES, cached_path, is_cached, pull
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
-from minipaged.model.loading.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
-from minipaged.model.loading.weights import Progress, load_model, open_checkpoint
+from minipaged.model.loading.tokenizer import (
+    ByteTokenizer,
+    IdTokenizer,
+    Tokenizer,
+    folder_tokenizer,
+    gguf_tokenizer,
+)
+from minipaged.model.loading.weights import Checkpoint, load_model, open_checkpoint
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
 
-DEFAULT_MODEL = "smollm2-135m"
 TOY_SEED, TOY_STD = 6, 0.16
 TOY_ALPHABET = b"abcdefghijklmnopqrstuvwxyz "
+NO_TOKENIZER = (None, "no_vocab", "none")  # as llama.cpp calls it
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
@@ -59,9 +67,31 @@ def load(
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
+        check_weights(name, config, precision, place)
         model = Llama.random(config, seed, precision, place)
         return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
     return _from_disk(find(name, progress), precision, place, progress)
+
+
+def check_weights(
+    name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, fixed_dtype: bool = False
+) -> None:
+    """Raise InputError, before a weight is drawn or read, if the weights do not fit on the device. The error says what would fit;
+    another dtype is named only if the caller can choose one (`fixed_dtype` False).
+    """
+
+    def takes(other: ModelConfig, kind: torch.dtype) -> int:
+        return other.num_parameters() * kind.itemsize
+
+    room, ways = ROOM_SHARE * free_bytes(device), []
+    if not fixed_dtype and takes(config, torch.bfloat16) <= room:
+        ways.append(f"dtype bfloat16 takes {takes(config, torch.bfloat16) / 2**30:,.1f}")
+    smaller = [other for known, other in SHAPES.items() if known not in SIMULATED_ONLY and takes(other, dtype) <= room]
+    if name.startswith("random:") and smaller:
+        largest = max(smaller, key=lambda other: takes(other, dtype))
+        ways.append(f"the largest shape that fits is random:{largest.name}, {takes(largest, dtype) / 2**30:,.1f}")
+    kind = str(dtype).removeprefix("torch.")
+    check_room(f"{name} in {kind}", takes(config, dtype), device, "; ".join(ways) or "take a smaller model")
 
 
 def find(name: str, progress: Progress | None = None) -> Path:
@@ -88,16 +118,30 @@ def find(name: str, progress: Progress | None = None) -> Path:
 def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LoadedModel:
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    if isinstance(checkpoint, GGUFCheckpoint):
-        tokenizer = gguf_tokenizer(checkpoint.file.metadata, path, config.eos_token_ids)
-    else:
-        tokenizer = folder_tokenizer(path, config.eos_token_ids)
+    tokenizer = _tokenizer(checkpoint)
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the network only {config.vocab_size}; they do not belong together"
         )
+    if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
+        config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
+    check_weights(str(path), config, dtype, device)
     model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     return LoadedModel(config, model.pack(), tokenizer)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer beside the weights, or one that takes token ids only where there is none."""
+    path, config = checkpoint.path, checkpoint.config
+    if isinstance(checkpoint, GGUFCheckpoint):
+        metadata = checkpoint.file.metadata
+        if metadata.get("tokenizer.ggml.model") not in NO_TOKENIZER:
+            return gguf_tokenizer(metadata, path, config.eos_token_ids)
+        return IdTokenizer(config.vocab_size, f"{path}: holds no tokenizer", config.eos_token_ids)
+    if (path / "tokenizer.json").exists():
+        return folder_tokenizer(path, config.eos_token_ids)
+    why = f"{path}: holds no tokenizer.json (transformers' save_pretrained writes it)"
+    return IdTokenizer(config.vocab_size, why, config.eos_token_ids)
 
 
 def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
@@ -106,10 +150,11 @@ def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
     config = shape("toy")
     model = Llama.random(config, TOY_SEED, torch.float32, "cpu", TOY_STD)
     said = torch.tensor(list(TOY_ALPHABET))
-    model.head.weight[said] *= 2
+    scores = model.slots()["lm_head.weight"]
+    scores[said] *= 2
     silent = torch.ones(config.vocab_size, dtype=torch.bool)
     silent[said] = False
-    model.head.weight[silent] = 0
+    scores[silent] = 0
     placed = Llama(config, dtype=dtype, device=device)
     for slot, values in zip(placed.slots().values(), model.slots().values(), strict=True):
         slot.copy_(values)
@@ -117,14 +162,22 @@ def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
 
 
 def _from_hub(repository: str) -> Path:
-    """A snapshot in huggingface_hub's own cache: configs, safetensors and tokenizer, no pickles."""
+    """A snapshot in huggingface_hub's own cache: configs, safetensors and tokenizer, no pickles.
+
+    config.json comes first and alone, so that a family we cannot run is refused before its weights are fetched.
+    """
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError:
         raise ModelError(f"hf:{repository} needs the package huggingface_hub: pip install huggingface_hub") from None
     try:
+        read_config(Path(hf_hub_download(repository, "config.json")).parent)
         return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES)))
+    except ModelError:
+        raise
     except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise ModelError(f"hf:{repository} could not be kept: no space left on the disk") from None
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"hf:{repository} could not be fetched: {reason}; give a folder or a .gguf file instead"

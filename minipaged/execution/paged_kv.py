@@ -1,0 +1,103 @@
+"""The tensors that hold keys and values, who writes and reads them, and the three ways blocks move among them.
+
+The store is a named list of per-block tensors. Copies and swaps act on all of them alike; `write`, `rope_write` and `attend` are the only
+ones that say which tensor is what. So the scales of a quantized KV are one more name here and one more argument of the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minipaged.config import ModelConfig
+from minipaged.execution.step_inputs import StepInputs
+from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
+from minipaged.model.llama import Layer
+from minipaged.scheduling.plan import Pairs
+
+
+class PagedKV:
+    """Keys and values of every layer, on the device and, for swapping, on the host.
+
+    Each tensor is [num_blocks, block_size, num_kv_heads, head_dim]. A step's keys and values are written before anyone attends, layer by
+    layer, so a sequence may attend to blocks that another sequence of the same step fills.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        *,
+        num_host_blocks: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.device = torch.device(device)
+        self.scale = config.head_dim**-0.5  # of attention scores
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        names = [f"{kind}.{layer}" for layer in range(config.num_layers) for kind in ("key", "value")]
+        self.tensors = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name in names}
+        self.keys = [self.tensors[f"key.{i}"] for i in range(config.num_layers)]
+        self.values = [self.tensors[f"value.{i}"] for i in range(config.num_layers)]
+        pinned = self.device.type == "cuda"
+        host_shape = (num_host_blocks, *shape[1:])
+        self.host = {
+            name: torch.zeros(host_shape, dtype=dtype, pin_memory=pinned) for name in (names if num_host_blocks else ())
+        }
+
+    def write(self, layer: int, key: Tensor, value: Tensor, inputs: StepInputs) -> None:
+        """Put each token's key and value, [tokens, kv_heads, head_dim], into its slot; the key comes rotated."""
+        write_kv(key, value, self.keys[layer], self.values[layer], inputs.slot_mapping)
+
+    def rope_write(self, layer: Layer, heads: Tensor, inputs: StepInputs, angles: Tensor) -> Tensor:
+        """`write` for heads as projected, [tokens, heads + 2 kv_heads, head_dim], in one pass with what comes before it.
+
+        Norms (where the layer does) and rotates queries and keys, the queries in place. angles: of llama.angle_table. Returns the queries,
+        [tokens, heads, head_dim].
+        """
+        query, key, value = layer.split(heads)
+        where = (self.keys[layer.index], self.values[layer.index], inputs.slot_mapping)
+        rope_write_kv(query, key, value, inputs.positions, layer.angles(angles), *where, **layer.head_norms())
+        return query
+
+    def attend(self, layer: int, query: Tensor, inputs: StepInputs) -> Tensor:
+        """Attention of the step's tokens over their block tables; the step's own keys and values are written already.
+
+        query: [tokens, heads, head_dim], as is what is returned. Decodes and chunks have a kernel each.
+        """
+        keys, values, decodes = self.keys[layer], self.values[layer], len(inputs.decode_lengths)
+        rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
+        if not len(inputs.chunk_lengths):
+            return paged_decode(query, keys, values, *rows)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if decodes:
+            # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.
+            paged_decode(query[:decodes], keys, values, *rows, out=out[:decodes])
+        chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
+        return paged_prefill(query, keys, values, *chunks, out=out)
+
+    def copy(self, pairs: Pairs) -> None:
+        """Copy blocks on the device, (source, destination)."""
+        if pairs:
+            copy_blocks(list(self.tensors.values()), torch.tensor(pairs, dtype=torch.int64))
+
+    def swap_out(self, pairs: Pairs) -> None:
+        """Copy blocks to the host, (device, host)."""
+        if pairs:
+            self._move(self.tensors, self.host, pairs)
+
+    def swap_in(self, pairs: Pairs) -> None:
+        """Copy blocks to the device, (host, device)."""
+        if pairs:
+            self._move(self.host, self.tensors, pairs)
+
+    @staticmethod
+    def _move(sources: dict[str, Tensor], targets: dict[str, Tensor], pairs: Pairs) -> None:
+        for name, source in sources.items():
+            target = targets[name]
+            for i, j in pairs:
+                target[j].copy_(source[i], non_blocking=True)

@@ -1,0 +1,150 @@
+"""A step's integers: what they are, where each lies in one buffer, and how a plan is written there.
+
+The buffer is laid out alike on the host and on the device, so a step travels in one copy; the tensors that kernels read are views of it.
+A step that is launched kernel by kernel has a buffer of exactly its own shape. A captured graph is frozen for a shape, and what a step
+does not fill is padding: KV slot -1, length 0, chunks without tokens, draws for the dummy slot. Table entries past a row's length are
+whatever stood there before: they are never read.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from minipaged.model.loading.placement import to_device
+from minipaged.scheduling.plan import StepPlan
+
+ALIGNED = (
+    4  # integers: each view begins at a multiple of 16 bytes, so that Triton compiles a kernel once, whatever the shape
+)
+
+
+class Shape(NamedTuple):
+    """How much of each kind there is room for."""
+
+    tokens: int
+    decodes: int  # rows of one token
+    chunks: int  # rows of several tokens
+    draws: int  # 0 also where every decode draws its own next token, as in a graph of decodes alone
+
+
+class StepInputs(NamedTuple):
+    """One step, as views of one buffer: torch tensors or numpy arrays alike, int32.
+
+    Its tokens stand in this order, whatever the plan's: first the decodes, one token each, then the chunks, one after the other.
+    """
+
+    token_ids: Any  # [tokens]; IN_FLIGHT where only the device knows it: the newest token of the batch index
+    positions: Any  # [tokens] where each stands in its sequence
+    slot_mapping: Any  # [tokens] the KV slot that each is written to, block * block_size + offset; -1: nowhere
+    batch_indices: Any  # [tokens] whose sequence's: which of the newest tokens that the device keeps (StepPlan.slots)
+    draw_tokens: Any  # [draws] the token whose logits are drawn from
+    draw_indices: Any  # [draws] the batch index that the drawn token belongs to
+    decode_lengths: Any  # [decodes] tokens of each context, the new one included
+    chunk_lengths: Any  # [chunks] the same, the chunk included
+    chunk_starts: Any  # [chunks + 1] the first token of each chunk; the last entry is where the last chunk ends
+    chunk_tables: Any  # [chunks, width] physical blocks
+    decode_tables: Any  # [decodes, width]; last in the buffer, so that unused rows need not be sent
+    longest_chunk: int  # no chunk has more tokens
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: Shape, width: int) -> tuple[tuple[int, int], ...]:
+    """Where each of StepInputs' views begins and ends in the buffer. Tables have rows of `width` entries."""
+    tokens, decodes, chunks, draws = shape
+    flat = (tokens, tokens, tokens, tokens, draws, draws, decodes, chunks, chunks + 1)
+    places, start = [], 0
+    for size in (*flat, chunks * width, decodes * width):
+        places.append((start, start + size))
+        start += -(-size // ALIGNED) * ALIGNED
+    return tuple(places)
+
+
+def size_of(shape: Shape, width: int) -> int:
+    """Integers of a buffer of this shape, with block tables of `width` entries."""
+    return _layout(shape, width)[-1][1]
+
+
+def views(buffer: Any, shape: Shape, width: int) -> StepInputs:
+    """The inputs of a shape in a flat buffer of at least size_of integers. longest_chunk: the most that the shape allows."""
+    *flat, chunk_tables, decode_tables = (buffer[start:end] for start, end in _layout(shape, width))
+    tables = (chunk_tables.reshape(shape.chunks, width), decode_tables.reshape(shape.decodes, width))
+    return StepInputs._make((*flat, *tables, shape.tokens))
+
+
+def inputs_of(plan: StepPlan, block_size: int, device: torch.device) -> StepInputs:
+    """A plan's inputs on the device, in a buffer of their own that has no padding rows."""
+    decodes, width = int((plan.lengths == 1).sum()), plan.tables.shape[1]
+    shape = Shape(plan.num_tokens, decodes, len(plan.lengths) - decodes, len(plan.draw_rows))
+    host = np.zeros(size_of(shape, width), np.int32)
+    fill(views(host, shape, width), plan, block_size, dummy_slot=0)
+    longest = int(plan.lengths.max()) if shape.chunks else 0
+    return views(to_device(host, device), shape, width)._replace(longest_chunk=longest)
+
+
+def fill(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> int:
+    """Write a plan into inputs that have room for it; returns how many rows of decode_tables, the last part, are in use.
+
+    dummy_slot: the batch index of padding: what is drawn for it, nobody reads.
+    """
+    if plan.num_tokens == len(plan.seq_ids):
+        _fill_decodes(inputs, plan, block_size, dummy_slot)
+        return len(plan.seq_ids)
+    return _fill_mixed(inputs, plan, block_size, dummy_slot)
+
+
+def _fill_decodes(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> None:
+    """Every row is one token: plain columns, since this is written in every step of decoding."""
+    rows, width = plan.tables.shape
+    blocks = plan.tables[np.arange(rows), plan.starts // block_size]
+    _put(inputs.token_ids, plan.token_ids, 0)
+    _put(inputs.positions, plan.starts, 0)
+    _put(inputs.slot_mapping, blocks * block_size + plan.starts % block_size, -1)
+    _put(inputs.batch_indices, plan.slots, dummy_slot)
+    _put(inputs.decode_lengths, plan.starts + 1, 0)
+    inputs.decode_tables[:rows, :width] = plan.tables
+    if len(inputs.draw_tokens):
+        _put(inputs.draw_tokens, plan.draw_rows, 0)
+        _put(inputs.draw_indices, plan.draw_slots, dummy_slot)
+
+
+def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> int:
+    order, starts = token_order(plan)
+    lengths, width = plan.lengths.astype(np.int64), plan.tables.shape[1]
+    decodes = int((lengths == 1).sum())
+    chunks = len(order) - decodes
+    row_of = np.repeat(order, lengths[order])
+    within = np.arange(plan.num_tokens) - starts[row_of]
+    position = plan.starts[row_of] + within
+    _put(inputs.token_ids, plan.token_ids[(np.cumsum(lengths) - lengths)[row_of] + within], 0)
+    _put(inputs.positions, position, 0)
+    slots = plan.tables[row_of, position // block_size] * block_size + position % block_size
+    _put(inputs.slot_mapping, slots, -1)
+    _put(inputs.batch_indices, plan.slots[row_of], dummy_slot)
+    _put(inputs.draw_tokens, (starts + lengths - 1)[plan.draw_rows], 0)
+    _put(inputs.draw_indices, plan.draw_slots, dummy_slot)
+    context = (plan.starts + plan.lengths)[order]
+    _put(inputs.decode_lengths, context[:decodes], 0)
+    _put(inputs.chunk_lengths, context[decodes:], 0)
+    _put(inputs.chunk_starts, starts[order[decodes:]], plan.num_tokens)
+    inputs.chunk_tables[:chunks, :width] = plan.tables[order[decodes:]]
+    inputs.decode_tables[:decodes, :width] = plan.tables[order[:decodes]]
+    return decodes
+
+
+def _put(view: np.ndarray, column: np.ndarray, padding: int) -> None:
+    """The column, and padding behind it."""
+    view[: len(column)] = column
+    view[len(column) :] = padding
+
+
+def token_order(plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+    """(rows in the order of their tokens in StepInputs, the first token of each row): int64 [rows] each."""
+    order = np.argsort(plan.lengths > 1, kind="stable")
+    lengths = plan.lengths[order].astype(np.int64)
+    starts = np.empty(len(order), np.int64)
+    starts[order] = np.cumsum(lengths) - lengths
+    return order, starts

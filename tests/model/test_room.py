@@ -1,0 +1,79 @@
+"""Weights and pools that do not fit are refused before anything is allocated, in a line with the bytes and what would fit."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from minipaged.api import LLM
+from minipaged.cli import bench
+from minipaged.errors import InputError
+from minipaged.lab.measure.contender import compete
+from minipaged.lab.measure.engine import Job
+from minipaged.model.llama import Llama
+from minipaged.model.loading import placement, zoo
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen GiB are free, and drawing or reading weights is a failure."""
+
+    def allocate(*arguments: object, **settings: object) -> None:
+        raise AssertionError("weights were allocated")
+
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 16 * GIB)
+    monkeypatch.setattr(zoo, "free_bytes", lambda device: 16 * GIB)
+    monkeypatch.setattr(Llama, "random", allocate)
+    monkeypatch.setattr(zoo, "load_model", allocate)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_7b_in_float32_says_what_it_takes_and_what_would_fit() -> None:
+    words = r"llama-7b in float32 takes 25\.1 GiB, and cpu has 16\.0 GiB free: dtype bfloat16 takes 12\.6; the largest shape .* random:"
+    with pytest.raises(InputError, match=words):
+        zoo.load("random:llama-7b", device="cpu")
+    with pytest.raises(InputError, match=r"llama-70b in bfloat16 takes 12.* GiB") as failure:
+        zoo.load("random:llama-70b", device="cpu", dtype="bfloat16")
+    assert "dtype bfloat16" not in str(failure.value), "that is what was asked for"
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_what_fits_is_let_through() -> None:
+    with pytest.raises(AssertionError, match="weights were allocated"):
+        zoo.load("random:llama-7b", device="cpu", dtype="bfloat16")
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_every_contender_of_the_engine_benchmark_is_refused_before_it_loads() -> None:
+    for name in ("minipaged", "minipaged-plain", "transformers"):
+        with pytest.raises(InputError, match=r"25\.1 GiB") as failure:
+            compete(name, Job("random:llama-7b", ("batch:1",), 1, 1, 8, 60.0, "cpu"), lambda words: None)
+        assert "dtype bfloat16" not in str(failure.value), "the benchmark has no such option"
+
+
+def test_bench_engine_ends_at_once_with_the_reason() -> None:
+    """A 70B in float32, 257 GiB: no machine of ours holds it."""
+    started = time.monotonic()
+    arguments = ["engine", "--model", "random:llama-3-70b", "--workload", "batch:1", "--device", "cpu"]
+    result = CliRunner().invoke(bench.app, arguments, env={"COLUMNS": "160"})
+    assert result.exit_code == 1
+    assert "GiB free" in " ".join(result.output.split())
+    assert "contender" not in result.output, "an empty table tells nothing"
+    assert time.monotonic() - started < 60
+
+
+def test_a_pool_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a pool of 100,000,000 blocks of 16 tokens takes .* GiB .* lower num_blocks"):
+        LLM("toy", device="cpu", num_blocks=100_000_000)
+
+
+def test_free_memory_is_less_than_all_and_more_than_none() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < placement.free_bytes(CPU) < total

@@ -1,0 +1,1 @@
+"""`minipaged bench screen`: the engine with the screen on and off, and pictures of that run."""

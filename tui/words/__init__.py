@@ -1,0 +1,1 @@
+"""Text: sentences on a step, the help, and cutting text to cells."""

@@ -1,0 +1,263 @@
+"""What happened, in words: one sentence for a step, from its events and the state after it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from minipaged.scheduling.knobs import Turn
+from minipaged.trace.events import Event, Stats
+from minipaged.tui.view import View
+
+Grouped = dict[str, list[Event]]
+# The most telling first: what a newcomer should not miss.
+ORDER = (
+    "refuse",
+    "preempt",
+    "swap_out",
+    "swap_in",
+    "copy",
+    "fork",
+    "abort",
+    "prune",
+    "finish",
+    "admit",
+    "evict",
+    "release",
+    "knob",
+    "alloc",
+    "append",
+)
+TICKS = {
+    "admit": "+",
+    "copy": "c",
+    "preempt": "p",
+    "swap_out": "▽",
+    "swap_in": "△",
+    "finish": "✓",
+    "fork": "f",
+    "abort": "x",
+    "refuse": "!",
+    "evict": "e",
+    "cache_hit": "h",
+    "prune": "-",
+    "release": "r",
+    "knob": "k",
+}
+TICK_ORDER = (
+    "refuse",
+    "preempt",
+    "swap_out",
+    "swap_in",
+    "copy",
+    "fork",
+    "abort",
+    "prune",
+    "finish",
+    "cache_hit",
+    "admit",
+    "evict",
+    "release",
+    "knob",
+)
+
+
+def plural(count: int, noun: str) -> str:
+    """1 block, 2 blocks."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def listing(items: list[str], most: int = 4) -> str:
+    """a, b, c and 5 more."""
+    items = list(dict.fromkeys(items))
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def sentences(view: View) -> list[str]:
+    """A sentence for each of the two most telling kinds of thing that happened in the step that led here, in their order."""
+    if view.delta is None:
+        return []
+    grouped: Grouped = defaultdict(list)
+    for event in view.delta.events:
+        if event.kind == "fork" and event.other < 0:
+            continue  # a copy that was given up: its source stands in the table again
+        grouped[event.kind].append(event)
+    found = [(kind, _TELL[kind](view, grouped)) for kind in ORDER if grouped.get(kind)]
+    telling = [(kind, text) for kind, text in found if text]
+    if len(telling) > 1:  # plain writing goes without saying where more happened
+        telling = [(kind, text) for kind, text in telling if kind != "append"]
+    return [text for _, text in sorted(telling[:2], key=lambda pair: grouped[pair[0]][0].id)]
+
+
+def sentence(view: View) -> str:
+    """The step in one line."""
+    found = sentences(view)
+    if not found:
+        if view.delta is not None:
+            return "nothing changed in this step"
+        return (
+            "the model reads the prompts: its first step is under way"
+            if view.word == "LIVE"
+            else "the start: every block is free"
+        )
+    return " · ".join(found)
+
+
+def summary(view: View) -> str:
+    """What a run has come to, once nothing is left to do."""
+    stats = view.snapshot.stats
+    if not stats.generated_tokens:
+        return sentence(view)
+    return " · ".join([f"done: {plural(stats.generated_tokens, 'token')}", *counted(stats)])
+
+
+def counted(stats: Stats) -> list[str]:
+    """What happened to the blocks of a run so far, as far as it did."""
+    found = (
+        (stats.copies, f"{plural(stats.copies, 'block')} copied on write"),
+        (stats.hit_tokens, f"{plural(stats.hit_tokens, 'token')} found cached"),
+        (stats.preemptions, f"{stats.preemptions} preempted"),
+    )
+    return [words for count, words in found if count]
+
+
+def _names(view: View, events: list[Event]) -> str:
+    return listing([view.letter(event.sequence) for event in events])
+
+
+def _copy(view: View, grouped: Grouped) -> str:
+    event = grouped["copy"][0]
+    table = view.snapshot.tables.get(event.sequence, ())
+    shared = [
+        str(block)
+        for block in table
+        if block != event.other and 0 <= block < len(view.snapshot.device) and view.snapshot.device.refs[block] > 1
+    ]
+    more = (
+        f"; {'block' if len(shared) == 1 else 'blocks'} {listing(shared)} stay{'s' if len(shared) == 1 else ''} shared"
+        if shared
+        else ""
+    )
+    others = len(grouped["copy"]) - 1
+    return f"{view.letter(event.sequence)} writes shared block {event.block} → copied to {event.other}{more}" + (
+        f" (and {plural(others, 'more copy').replace('copys', 'copies')})" if others else ""
+    )
+
+
+def _fork(view: View, grouped: Grouped) -> str:
+    events = grouped["fork"]
+    children = list(dict.fromkeys(event.sequence for event in events))
+    parent = next(
+        (view.snapshot.sequences[c].parent for c in children if c in view.snapshot.sequences), events[0].other
+    )
+    table = view.snapshot.tables.get(children[0], ())
+    verb = "fork" if len(children) > 1 else "forks"
+    names = listing([view.letter(child) for child in children])
+    return f"{names} {verb} from {view.letter(parent)}: the same {plural(len(table), 'block')}, no memory copied"
+
+
+def _admit(view: View, grouped: Grouped) -> str:
+    back = {event.sequence for event in grouped.get("swap_in", [])}
+    admitted = [event for event in grouped["admit"] if event.sequence not in back]
+    if not admitted:
+        return ""
+    sequence = admitted[0].sequence
+    state = view.snapshot.sequences.get(sequence)
+    table = view.snapshot.tables.get(sequence, ())
+    hits = [event for event in grouped.get("cache_hit", []) if event.sequence == sequence]
+    names = _names(view, admitted)
+    if len(admitted) > 1:
+        found = len(grouped.get("cache_hit", []))
+        return f"{names} start" + (f"; {plural(found, 'block')} found in the prefix cache" if found else "")
+    again = state is not None and len(state.token_ids) > state.num_prompt + 1
+    length = state.num_computed if state is not None else 0
+    text = f"{names} starts{' again' if again else ''}: {plural(len(table), 'block')} for {plural(length, 'token')}"
+    return text + (f"; {plural(len(hits), 'block')} found in the prefix cache, not computed again" if hits else "")
+
+
+def _preempt(view: View, grouped: Grouped) -> str:
+    if grouped.get("swap_out"):
+        return ""
+    verb = "give their" if len({event.sequence for event in grouped["preempt"]}) > 1 else "gives its"
+    return f"the pool is full: {_names(view, grouped['preempt'])} {verb} blocks back and will recompute later"
+
+
+def _swap(word: str) -> Callable[[View, Grouped], str]:
+    kind, verb, way = (
+        ("swap_out", "move", "to CPU memory") if word == "out" else ("swap_in", "come", "back from CPU memory")
+    )
+
+    def tell(view: View, grouped: Grouped) -> str:
+        s = "" if len({event.sequence for event in grouped[kind]}) > 1 else "s"
+        return f"{_names(view, grouped[kind])} {verb}{s} {way}: {plural(len(grouped[kind]), 'block')}"
+
+    return tell
+
+
+def _finish(view: View, grouped: Grouped) -> str:
+    event = grouped["finish"][0]
+    state = view.snapshot.sequences.get(event.sequence)
+    freed = sum(1 for free in grouped.get("free", []) if free.sequence in {e.sequence for e in grouped["finish"]})
+    reason = {"stop": "it said stop", "length": "length reached"}.get(state.finish_reason if state else "", "")
+    names = _names(view, grouped["finish"])
+    if len(grouped["finish"]) > 1:
+        return f"{names} are done; {plural(freed, 'block')} given back"
+    return (
+        f"{names} is done"
+        + (f" ({reason})" if reason else "")
+        + (f"; {plural(freed, 'block')} given back" if freed else "")
+    )
+
+
+def _blocks(kind: str, text: str) -> Callable[[View, Grouped], str]:
+    def tell(view: View, grouped: Grouped) -> str:
+        blocks = listing([str(event.block) for event in grouped[kind] if event.block >= 0])
+        noun = "block" if len({event.block for event in grouped[kind]}) == 1 else "blocks"
+        return text.format(names=_names(view, grouped[kind]), noun=noun, blocks=blocks)
+
+    return tell
+
+
+def _prune(view: View, grouped: Grouped) -> str:
+    names = _names(view, grouped["prune"])
+    if len(grouped["prune"]) == 1:
+        return f"beam {names} is dropped; what only it held is free again"
+    return f"beams {names} are dropped; what only they held is free again"
+
+
+def _alloc(view: View, grouped: Grouped) -> str:
+    started = {event.sequence for event in grouped.get("admit", [])}
+    events = [event for event in grouped["alloc"] if event.sequence not in started]
+    if not events:
+        return ""
+    blocks = listing([str(event.block) for event in events])
+    noun = "block" if len(events) == 1 else "blocks"
+    verb = "takes" if len({event.sequence for event in events}) == 1 else "take"
+    return f"{_names(view, events)} {verb} {noun} {blocks} for more tokens"
+
+
+def _append(view: View, grouped: Grouped) -> str:
+    tokens = sum(event.amount for event in grouped["append"])
+    names = _names(view, grouped["append"])
+    if len({event.sequence for event in grouped["append"]}) == 1:
+        return f"{names} writes {plural(tokens, 'token')} into its last block"
+    return f"{names} write {plural(tokens, 'token')} into their last blocks"
+
+
+_TELL: dict[str, Callable[[View, Grouped], str]] = {
+    "refuse": lambda view, grouped: f"{_names(view, grouped['refuse'])} refused: it can never fit",
+    "preempt": _preempt,
+    "swap_out": _swap("out"),
+    "swap_in": _swap("in"),
+    "copy": _copy,
+    "fork": _fork,
+    "abort": lambda view, grouped: f"{_names(view, grouped['abort'])} aborted",
+    "prune": _prune,
+    "finish": _finish,
+    "admit": _admit,
+    "evict": _blocks("evict", "cached {noun} {blocks} forgotten: the room is needed"),
+    "release": _blocks("release", "{names} lets go of {noun} {blocks}"),
+    "knob": lambda view, grouped: "from here on " + listing([Turn(e.other, e.amount).words for e in grouped["knob"]]),
+    "alloc": _alloc,
+    "append": _append,
+}
