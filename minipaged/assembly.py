@@ -16,7 +16,7 @@ from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
-from minipaged.model.loading.placement import check_room, choose_device, choose_dtype
+from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.tokenizer import Tokenizer
 from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
@@ -49,7 +49,7 @@ def choose_num_blocks(
         budget = int(free * GPU_POOL_SHARE) - step_bytes
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        budget = min(CPU_POOL_BYTES, memory // 4)
+        budget = min(CPU_POOL_BYTES, memory // 4, int(ROOM_SHARE * free_bytes(device)))
     num_blocks = budget // block_bytes
     if num_blocks < 2:
         raise InputError(
@@ -62,6 +62,28 @@ def choose_num_blocks(
             + f" block_size (now {block_size}), or free memory"
         )
     return num_blocks
+
+
+def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torch.device) -> None:
+    """Raise InputError, before anything is allocated, if the device's blocks or the host's do not fit beside what is there already.
+
+    On a CPU both lie in the same memory. The error says what the blocks take and how many would fit.
+    """
+    host = torch.device("cpu")
+    block_bytes = config.kv_bytes_per_token(dtype) * cache.block_size
+    pools = (
+        ("a pool", "num_blocks", cache.num_blocks, device),
+        ("a host pool", "num_host_blocks", cache.num_host_blocks, host),
+    )
+    host_bytes = 0  # of the host's memory: what the pools before this one take
+    for pool, name, count, place in pools:
+        room = int(ROOM_SHARE * free_bytes(place)) - (host_bytes if place == host else 0)
+        if count * block_bytes > room:
+            raise InputError(
+                f"{pool} of {count:,} blocks of {cache.block_size} tokens takes {count * block_bytes / 2**30:,.1f} GiB, and "
+                f"{place} has {max(0, room) / 2**30:,.1f} GiB left for it: lower {name} to at most {max(0, room) // block_bytes:,}"
+            )
+        host_bytes += count * block_bytes if place == host else 0
 
 
 def assemble(
@@ -83,6 +105,10 @@ def assemble(
     None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None.
     """
     chosen = choose_device(device)
+    try:
+        use_triton(torch.empty(0, device=chosen))
+    except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
+        raise InputError(str(error)) from None
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
     loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress)
@@ -96,9 +122,8 @@ def assemble(
     if num_blocks is None:
         step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
         num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step)
-    pool = num_blocks * cache.block_size * shape.kv_bytes_per_token(kind)
-    check_room(f"a pool of {num_blocks:,} blocks of {cache.block_size} tokens", pool, chosen, "lower num_blocks")
     cache = replace(cache, num_blocks=num_blocks)
+    check_pool(shape, cache, kind, chosen)
     engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
 

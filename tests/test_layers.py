@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "baselines": "engine scheduling trace memory config",
     "serving": "engine trace text config",
     "learn": "engine serving trace memory config",
-    "lab": "baselines serving engine execution scheduling trace memory model kernels config",
+    "lab": "baselines serving engine execution scheduling trace memory model text kernels config",
     "tui": "baselines serving engine scheduling trace memory model text config",
     "cli": "tui lab learn baselines serving engine scheduling trace memory model text kernels config",
 }

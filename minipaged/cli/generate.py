@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-
 from minipaged.api import LLM, Prompt
 from minipaged.cli.progress import status_line
+from minipaged.cli.terminal import complain, json_text, note
 from minipaged.config import SamplingParams, check_int
-from minipaged.errors import RequestError
-from minipaged.scheduling.request import RequestOutput
+from minipaged.errors import InputError, RequestError
+from minipaged.scheduling.request import CompletionOutput, RequestOutput
 from minipaged.text.safe import printable
 
 
@@ -26,26 +24,56 @@ def load(model: str, settings: dict[str, Any]) -> LLM:
 
 
 def generate(
-    model: str, texts: list[str], params: SamplingParams, settings: dict[str, Any], *, raw: bool, as_json: bool
+    model: str,
+    texts: list[str],
+    params: SamplingParams,
+    settings: dict[str, Any],
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Run the prompts; returns the exit code: 2 if any of them could not be served."""
     for text in texts:
         if not text.strip():
             raise RequestError("the prompt is empty: give some text")
+    if params.logprobs is not None and not as_json:
+        raise InputError("--logprobs needs --json: text has no place for them")
+    if system is not None and raw:
+        raise InputError("--system needs the model's chat template: leave --raw out")
+    warn_of_idle_flags(params)
     llm = load(model, settings)
-    templated = not raw and llm.tokenizer.chat_template is not None
-    prompts: list[Prompt] = [llm.chat_prompt([{"role": "user", "content": t}]) if templated else t for t in texts]
+    if system is not None or (not raw and llm.tokenizer.chat_template is not None):
+        told = [{"role": "system", "content": system}] if system is not None else []
+        prompts: list[Prompt] = [llm.chat_prompt([*told, {"role": "user", "content": text}]) for text in texts]
+    else:
+        prompts = list(texts)
     meter = Meter(llm)
     if as_json:
         outputs = meter.run(lambda: llm.generate(prompts, params))
-        print(json.dumps(_document(texts, outputs, meter), ensure_ascii=False, indent=2))
+        print(json_text(_document(texts, outputs, meter)))
     else:
         outputs = meter.run(lambda: _stream(llm, texts, prompts, params))
-        Console(stderr=True, highlight=False).print(meter.line(), style="dim")
+        note(meter.line())
     for text, output in zip(texts, outputs, strict=True):
         if output.error:
-            print(f"minipaged: prompt {printable(text[:40])!r}: {output.error}", file=sys.stderr)
+            complain(f"prompt {text[:40]!r}: {output.error}")
     return 2 if any(output.error for output in outputs) else 0
+
+
+def warn_of_idle_flags(params: SamplingParams) -> None:
+    """Say in one line which of the flags that were given change nothing."""
+    drawn = {"--seed": params.seed is not None}
+    if params.beam_width is not None:
+        idle, why = drawn, "a beam search draws nothing"
+    elif params.greedy:
+        cuts = {"--top-p": params.top_p != 1.0, "--top-k": params.top_k != 0, "--min-p": params.min_p != 0.0}
+        idle, why = {"--n": params.n > 1, **cuts, **drawn}, "at temperature 0 the most likely token is always taken"
+    else:
+        return
+    names = [name for name, given in idle.items() if given]
+    if names:
+        complain(f"{' and '.join(names)} {'change' if names[1:] else 'changes'} nothing: {why}", "yellow")
 
 
 def _stream(llm: LLM, texts: list[str], prompts: list[Prompt], params: SamplingParams) -> list[RequestOutput]:
@@ -158,14 +186,23 @@ class Meter:
 
 def _document(texts: list[str], outputs: list[RequestOutput], meter: Meter) -> dict[str, Any]:
     answers = [
-        {
-            "prompt": text,
-            "error": output.error,
-            "outputs": [
-                {"index": o.index, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
-                for o in output.outputs
-            ],
-        }
+        {"prompt": text, "error": output.error, "outputs": [_answer(one) for one in output.outputs]}
         for text, output in zip(texts, outputs, strict=True)
     ]
     return {"answers": answers, "statistics": meter.figures()}
+
+
+def _answer(output: CompletionOutput) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "index": output.index,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+    }
+    if output.logprobs is not None:
+        answer["cumulative_logprob"] = output.cumulative_logprob
+        answer["logprobs"] = [
+            {token: {"logprob": known.logprob, "rank": known.rank} for token, known in row.items()}
+            for row in output.logprobs
+        ]
+    return answer

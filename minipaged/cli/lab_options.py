@@ -7,10 +7,17 @@ from typing import Annotated
 
 import typer
 
+from minipaged.cli import complete
 from minipaged.errors import InputError
 
-ModelName = Annotated[str, typer.Option(help="A known shape (llama-13b), or the path of a config.json.")]
-GPUName = Annotated[str, typer.Option("--gpu", help="A known GPU; `minipaged lab gpus` lists them.")]
+ModelName = Annotated[
+    str,
+    typer.Option(help="A known shape (llama-13b), or the path of a config.json.", autocompletion=complete.shapes),
+]
+GPUName = Annotated[
+    str,
+    typer.Option("--gpu", help="A known GPU; `minipaged lab gpus` lists them.", autocompletion=complete.gpus),
+]
 Traffic = Annotated[
     str,
     typer.Option(
@@ -29,7 +36,8 @@ Systems = Annotated[
     str,
     typer.Option(
         help="Systems, with commas between them, or all: webui, static, fastertransformer, orca-max, orca-pow2, orca-oracle, "
-        "tgi-early, tgi-paged and paged (this project). In a simulation `engine` runs our own scheduler in full."
+        "tgi-early, tgi-paged and paged (this project). In a simulation `engine` runs our own scheduler in full.",
+        autocompletion=complete.systems,
     ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]

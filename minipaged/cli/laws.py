@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.cli.terminal import note
 from minipaged.laws import LAWS, tests_of
 
 
@@ -19,7 +20,5 @@ def show_laws(tests: Path) -> int:
         table.add_row(law[0], law[2], "\n".join(found.get(law[0], ())) or "–")
     Console().print(table)
     if not tests.is_dir():
-        Console(stderr=True).print(
-            f"There is no tests folder at {tests}: give it with --tests to see where each law is tested."
-        )
+        note(f"There is no tests folder at {tests}: give it with --tests to see where each law is tested.")
     return 0

@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from minipaged import __version__
+from minipaged.cli import complete
 from minipaged.cli.bench import app as bench_app
 from minipaged.cli.lab import app as lab_app
 from minipaged.cli.learn import app as learn_app
+from minipaged.cli.options import (
+    BlockSize,
+    Device,
+    DTypeName,
+    MinP,
+    Model,
+    NumBlocks,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
+from minipaged.cli.terminal import read_stdin
 from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.errors import InputError
 
 app = typer.Typer(
     name="minipaged",
-    help="A PagedAttention engine that one can see through. Without a command: the screen, on the default model.",
+    help="A PagedAttention engine that one can see through. Without a command it opens the screen on the default model.",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(lab_app, name="lab", help="Other systems, simulated or measured here; figures, calculators, claims.")
-app.add_typer(learn_app, name="learn", help="Build it yourself: twelve lessons.")
-app.add_typer(bench_app, name="bench", help="What things cost on this machine.")
+app.add_typer(lab_app, name="lab", help="Compare memory systems, simulated or measured here; calculate; draw figures.")
+app.add_typer(learn_app, name="learn", help="Rebuild PagedAttention yourself, in twelve lessons that are checked.")
+app.add_typer(bench_app, name="bench", help="Measure what kernels, engines and the host cost on this machine.")
 
-Model = Annotated[
-    str, typer.Option(help="A zoo name, a Hugging Face folder, a .gguf file, hf:org/name or random:SHAPE.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DTypeName = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
-NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; measured if left out.")]
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"minipaged {__version__}")
+        raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
-def home(context: typer.Context) -> None:
-    """The screen on the default model; plain lines where there is no terminal."""
+def home(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Without a command: open the screen on the default model, or print plain lines where there is no terminal."""
     if context.invoked_subcommand is None:
         from minipaged.cli.show import show
 
@@ -47,16 +65,24 @@ def home(context: typer.Context) -> None:
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads standard input.")
-    ],
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads standard input.")
+    ] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A file with a prompt a line, after those given.")] = None,
     model: Model = DEFAULT_MODEL,
+    system: System = None,
     n: Annotated[int, typer.Option(help="Samples of each prompt; they share its blocks.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
     beam_width: Annotated[int | None, typer.Option(help="Beam search of this width.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log-probabilities of each token and of so many likeliest ones.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave the prompt as it is: no chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
     device: Device = "auto",
@@ -67,39 +93,53 @@ def generate(
     """Generate text for one or more prompts at once, through paged memory."""
     from minipaged.cli.generate import generate as run
 
-    texts = [read_stdin() if prompt == "-" else prompt for prompt in prompts]
     params = SamplingParams(
         n=n,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
+        stop=tuple(stop or ()),
         beam_width=beam_width,
+        logprobs=logprobs,
     )
+    texts = [read_stdin() if prompt == "-" else prompt for prompt in prompts or ()]
+    if prompts_file is not None:
+        from minipaged.cli.show import read_prompts
+
+        texts += [text for text, _ in read_prompts(prompts_file)]
+    if not texts:
+        raise InputError("there is no prompt: give PROMPT, - to read standard input, or --prompts-file FILE")
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
-    raise typer.Exit(run(model, texts, params, settings, raw=raw, as_json=as_json))
+    raise typer.Exit(run(model, texts, params, settings, system=system, raw=raw, as_json=as_json))
 
 
 @app.command()
 def chat(
     model: Model = DEFAULT_MODEL,
+    system: System = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
     device: Device = "auto",
     dtype: DTypeName = "auto",
 ) -> None:
-    """Talk with the model; the conversation so far is found in the prefix cache, not computed again."""
+    """Talk with the model. What was said before is found in the prefix cache and not computed again."""
     from minipaged.cli.chat import chat as run
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     raise typer.Exit(run(model, params, {"device": device, "dtype": dtype}, system))
 
 
 @app.command()
-def pull(model: Annotated[str, typer.Argument(help="A zoo name.")] = DEFAULT_MODEL) -> None:
-    """Fetch a model into the cache."""
+def pull(
+    model: Annotated[str, typer.Argument(help="The model's name.", autocompletion=complete.downloads)] = DEFAULT_MODEL,
+) -> None:
+    """Download a model into the cache."""
     from minipaged.cli.progress import status_line
     from minipaged.model.loading import zoo
 
@@ -110,7 +150,7 @@ def pull(model: Annotated[str, typer.Argument(help="A zoo name.")] = DEFAULT_MOD
 
 @app.command()
 def doctor() -> None:
-    """What this machine has, and the one command that mends what is missing."""
+    """Show what this machine has, and for each thing that is missing the command that installs it."""
     from minipaged.cli.doctor import report
 
     raise typer.Exit(report())
@@ -129,7 +169,11 @@ def tui(
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Letters and signs of ASCII alone.")] = False,
     light: Annotated[bool, typer.Option("--light", help="For terminals with a light background.")] = False,
     scenario: Annotated[
-        str | None, typer.Option(help="A recorded scene: cow, prefix, beam, preempt, swap, evict or orca.")
+        str | None,
+        typer.Option(
+            help="A recorded scene: cow, prefix, beam, preempt, swap, evict or orca.",
+            autocompletion=complete.scenarios,
+        ),
     ] = None,
     web: Annotated[bool, typer.Option("--web", help="In a browser on this machine (extra `web`).")] = False,
     device: Device = "auto",
@@ -137,7 +181,7 @@ def tui(
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
 ) -> None:
-    """The screen: block tables, sharing and waste, live while a model generates."""
+    """Open the screen: it shows block tables, sharing and waste while a model generates."""
     from minipaged.cli.show import show
 
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
@@ -162,38 +206,7 @@ def tui(
 
 @app.command()
 def laws(tests: Annotated[Path, typer.Option(help="The tests folder to search.")] = Path("tests")) -> None:
-    """The laws of a paged engine, and where each is tested."""
+    """List the laws of a paged engine, and the tests of each."""
     from minipaged.cli.laws import show_laws
 
     raise typer.Exit(show_laws(tests))
-
-
-def read_stdin() -> str:
-    """Standard input as text. InputError where it is none."""
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is no text: {error}") from None
-
-
-def run_guarded(command: Callable[..., Any]) -> int:
-    """Run a Typer app and turn what users can cause into an exit code."""
-    try:
-        result = command(standalone_mode=False)
-    except InputError as error:
-        print(f"minipaged: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except typer.Abort:
-        return 130
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except Exception as error:
-        show = getattr(error, "show", None)  # click's usage errors
-        if show is None:
-            raise
-        show()
-        return int(getattr(error, "exit_code", 2))
-    return result if isinstance(result, int) else 0

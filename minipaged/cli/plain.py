@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from minipaged.cli.progress import status_line
-from minipaged.config import Progress, SamplingParams
+from minipaged.cli.terminal import complain
+from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.scheduling.request import RequestOutput
 from minipaged.text.safe import printable
@@ -27,9 +27,9 @@ def run_plain(
 ) -> int:
     """Run every prompt to its end (or for `steps` steps) and print what the screen would show."""
     with status_line() as progress:
-        engine = _call(factory, progress)
+        engine = factory(progress=progress)
     engine.trace.subscribe(_say)
-    recorder = _record(engine, record) if record is not None else None
+    recording = Recording(engine, record) if record is not None else None
     outputs = [engine.ask(prompt, params) for prompt, params in asked]
     taken = 0
     try:
@@ -37,22 +37,28 @@ def run_plain(
             engine.step()
             taken += 1
     finally:
-        if recorder is not None:
-            recorder.close()
+        if recording is not None:
+            recording.close()
     _print_texts(outputs)
-    return 2 if any(output.error for output in outputs) else 0
+    if any(output.error for output in outputs):
+        return 2
+    return 1 if recording is not None and recording.failed else 0
 
 
-def _call(factory: Callable[..., Engine], progress: Progress) -> Engine:
-    return factory(progress=progress)
+class Recording:
+    """A run's trace on its way to a file. Where the file cannot be written any more it ends with a word, and the run goes on."""
 
+    def __init__(self, engine: Engine, path: Path) -> None:
+        from minipaged.trace.file import open_recorder
 
-def _record(engine: Engine, path: Path) -> Any:
-    from minipaged.trace.file import open_recorder
+        self.failed = False
+        recorder = open_recorder(path, engine, report=self._fail)
+        engine.trace.subscribe(recorder.write)
+        self.close = recorder.close
 
-    recorder = open_recorder(path, engine)
-    engine.trace.subscribe(recorder.write)
-    return recorder
+    def _fail(self, sentence: str) -> None:
+        self.failed = True
+        complain(sentence)
 
 
 def _say(delta: StepDelta) -> None:
@@ -92,7 +98,7 @@ def _print_texts(outputs: list[RequestOutput]) -> None:
     for output in outputs:
         prompt = printable(" ".join((output.prompt or "").split()))
         if output.error:
-            print(f"\n{prompt[:60]}\n  refused: {output.error}")
+            print(f"\n{end_of(prompt, WIDEST_PROMPT)}\n  refused: {printable(output.error)}")
         for sequence in output.request.sequences:  # by number, as the lines above name them
             text = printable(" ".join(sequence.text.split()))
             print(f"\nsequence {sequence.seq_id} · {end_of(prompt, WIDEST_PROMPT)}\n  {text}")

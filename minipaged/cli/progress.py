@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from minipaged.config import Progress
+from minipaged.text.safe import printable
 
 MEGABYTE = 1_000_000  # from here on an amount is a number of bytes
 
@@ -24,12 +25,12 @@ def status_line(console: Console | None = None) -> Iterator[Progress]:
         def write_once(message: str, done: int, total: int) -> None:
             if last != [message]:
                 last[:] = [message]
-                console.print(message, highlight=False)
+                console.print(printable(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
         yield write_once
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
@@ -38,6 +39,7 @@ def status_line(console: Console | None = None) -> Iterator[Progress]:
         task = bar.add_task("starting", total=None, amount="")
 
         def show(message: str, done: int, total: int) -> None:
+            message = printable(message)
             new = bar.tasks[0].description != message
             bar.update(task, description=message, completed=done, total=total or None, amount=_amount(done, total))
             if new:  # a stage that ends before the next repaint is seen all the same

@@ -298,7 +298,7 @@ class Recorder:
                 do(writer)
         except OSError as error:
             self._let_go()
-            self._report(f"the recording to {self._name} ends here ({error.strerror}); the run goes on")
+            self._report(f"{self._name}: {error.strerror}; the recording ends here, and the run goes on")
 
     def write(self, delta: StepDelta) -> None:
         """Record one step."""
@@ -347,7 +347,7 @@ def record_to(
         out = open(path, "wb")  # noqa: SIM115  closed by the recorder
     except OSError as error:
         raise TraceError(f"cannot record to {str(path)!r}: {error.strerror}") from None
-    return Recorder(out, header, repr(str(path)), report, state)
+    return Recorder(out, header, str(path), report, state)
 
 
 def _say(sentence: str) -> None:

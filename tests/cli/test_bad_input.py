@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from minipaged.api import LLM
-from minipaged.cli.main import app, run_guarded
+from minipaged.cli.main import app
+from minipaged.cli.terminal import run_guarded
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError, RequestError
 

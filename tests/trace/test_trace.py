@@ -479,12 +479,12 @@ class Disk(io.BytesIO):
 def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path: Path, room: int) -> None:
     """One sentence; what was written until then opens."""
     scene, disk, words = sharing_scene(), Disk(room), list[str]()
-    recorder = Recorder(disk, Header("m"), "'run.mpt'", words.append)
+    recorder = Recorder(disk, Header("m"), "run.mpt", words.append)
     for delta in scene.deltas:
         recorder.write(delta)
     recorder.close()
     recorder.close()
-    assert words == ["the recording to 'run.mpt' ends here (No space left on device); the run goes on"]
+    assert words == ["run.mpt: No space left on device; the recording ends here, and the run goes on"]
     assert len(disk.kept) <= room
     if room >= 2000:
         source = FileSource(saved(tmp_path, disk.kept))

@@ -126,7 +126,7 @@ def print_ablation(found: Ablation, note: str = "") -> None:
             wide = len(ABLATION_COLUMNS) - (not any(row[-1] for row in rows))
             table(f"{SECTIONS[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
     if note:
-        Console().print(note, highlight=False)
+        Console().print(note, highlight=False, markup=False)
 
 
 def ablation_dicts(found: Ablation) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.errors import InputError
+from minipaged.text.safe import printable
 
 LONGEST_NAME = 24
 
@@ -27,10 +28,10 @@ def table(
     lines: bool = False,
 ) -> None:
     """One table. The first `words` columns hold words and are left-aligned, the others numbers; so is a last column
-    that is called `how` or `why`. Notes follow, a line each. `lines` draws one between rows.
+    that is called `how` or `why`. Notes follow, a line each. `lines` draws one between rows. Any text may be a stranger's.
     """
-    console = Console()
-    grid = Table(title=title, title_justify="left", show_lines=lines)
+    console = Console(markup=False, emoji=False)
+    grid = Table(title=printable(title), title_justify="left", show_lines=lines)
     numbers = (
         [max(len(name), *(len(row[i]) for row in rows)) for i, name in enumerate(columns) if i >= words] if rows else []
     )
@@ -45,10 +46,10 @@ def table(
             no_wrap=whole and (fits or i < words),
         )
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(printable, row))
     console.print(grid)
     for note in notes:
-        console.print(note, highlight=False)
+        console.print(printable(note), highlight=False)
 
 
 def plain(value: Any) -> Any:
