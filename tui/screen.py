@@ -23,7 +23,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from minipaged.serving.live import LiveSource
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.actions import Actions
 from minipaged.tui.map.blockmap import BlockMap
@@ -250,7 +250,7 @@ class ScreenApp(Actions):
             length=len(session.source),
             occupied=session.source.occupied,
             marks=session.source.marks,
-            token_bytes=session.source.pieces,
+            token_bytes=session.snapshot.token_bytes,
             word=session.playback.word,
             branched=session.branched,
             speed=session.playback.speed_text,

@@ -340,7 +340,6 @@ class Watch:
 
     def record(self) -> None:
         """Close the step's record."""
-        copied = [destination for _, destination in self.copies()]
         seen = (self.view, self.lines, self.block_size, self.step_events)
-        self.records.append(StepRecord.of(*seen, cached=self.found.key_of, pinned=self.pins, copied=copied))
+        self.records.append(StepRecord.of(*seen))
         self.step_events = []

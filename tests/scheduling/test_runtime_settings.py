@@ -10,7 +10,7 @@ from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.scheduling.runtime_settings import SETTINGS, SettingChange
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 
 
 def toy(**settings: Any) -> LLM:

@@ -16,10 +16,10 @@ from minipaged.cli.show import show
 from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.errors import InputError, RequestError
 from minipaged.memory.types import PoolBreakdown, Run
+from minipaged.trace.events import ShadowDelta
+from minipaged.trace.file import Header
 from minipaged.trace.player import Player
-from minipaged.trace.records import ShadowDelta
 from minipaged.trace.sources import FileSource, ListSource
-from minipaged.trace.stream import Header
 from minipaged.tui.app import run_screen
 from minipaged.tui.gallery import SCENARIOS, scenario_path
 from minipaged.tui.keys import load_keys

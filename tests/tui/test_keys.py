@@ -436,7 +436,7 @@ def test_one_trace_three_sources_one_screen(tmp_path: object) -> None:
             live.submit(prompt, SamplingParams(max_tokens=30))
         live.run()
         assert live.wait(lambda: live.idle)
-    sources = (live, FileSource(path), ListSource([live.delta(at) for at in range(len(live))], pieces=live.pieces))
+    sources = (live, FileSource(path), ListSource([live.delta(at) for at in range(len(live))]))
 
     for position in (0, 4, 9, len(live)):
         shots = []

@@ -21,7 +21,7 @@ from minipaged.learn.checking import check
 from minipaged.learn.runner import load, run
 from minipaged.learn.solve import stubs
 from minipaged.memory.types import PoolBreakdown
-from minipaged.trace.records import Event
+from minipaged.trace.events import Event
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_A_PROCESS_OF_ITS_OWN = (12,)  # it asks Triton for the interpreter, which must not reach other tests

@@ -18,7 +18,7 @@ from minipaged.engine import Engine
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import choose_device, choose_dtype
 from minipaged.model.loading.tokenizer import ByteTokenizer
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvwz", "aeiou"
 

@@ -313,7 +313,7 @@ class MapModel(MapLayout):
         if self._index_of is None:
             tables = self.view.snapshot.host_tables if self.host else self.view.snapshot.tables
             self._index_of = {}
-            for (sequence, _), ids in tables.items():
+            for sequence, ids in tables.items():
                 for index, physical in enumerate(ids):
                     self._index_of.setdefault(physical, (sequence, index))
         return self._index_of.get(block, (-1, 0))
