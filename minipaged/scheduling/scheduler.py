@@ -334,7 +334,7 @@ class Scheduler:
     def check_setting(self, change: SettingChange) -> None:
         """InputError if this engine cannot change that setting."""
         if change.name == "watermark" and not hasattr(self.manager, "set_watermark"):
-            raise InputError("this engine's block manager has no watermark to turn")
+            raise InputError("this engine's block manager has no watermark to change")
 
     def apply(self, change: SettingChange) -> None:
         """Change a setting, from the next `schedule()` on."""
