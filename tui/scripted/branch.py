@@ -33,9 +33,6 @@ class Branch(Script):
         live = playback.live
         if live is None or not live.ready:
             return None
-        resting = (
-            live.outstanding == 0 and not live.idle
-        )  # asked before the steps are counted: more of them may arrive in between
         here = len(live)
         while self._prompts and self._prompts[0][0] <= here:
             self._submit(*self._prompts.popleft()[1])
