@@ -223,9 +223,9 @@ class Actions(App[int]):
         self.paint()
 
     def action_knobs(self) -> None:
-        """Turn the engine's knobs."""
+        """Change the engine's settings."""
         if self.session.live is None or self.session.live.ended:
-            self.session.message = "this is a recording: it has no knobs"
+            self.session.message = "this is a recording: its settings cannot be changed"
             self.paint()
             return
 

@@ -255,6 +255,6 @@ class Session:
     def knob(self, name: str, value: object) -> None:
         """Change a setting of the running engine."""
         if self.live is None or self.live.ended:
-            self.message = f"{RECORDING}: it has no knobs"
+            self.message = f"{RECORDING}: its settings cannot be changed"
         else:
             self.live.knob(name, value)

@@ -1,7 +1,6 @@
 """Records a lesson's own small block manager for the screen: after each operation it is given the tables and lengths, and writes a step.
 
-Knows tables and lengths, whoever keeps them; knows nothing of how they came about. Everything that the screen shows is computed
-from those two.
+Everything that the screen shows is computed from the tables and lengths, whichever class keeps them.
 """
 
 from __future__ import annotations

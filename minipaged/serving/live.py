@@ -1,8 +1,7 @@
 """A live engine as a source: the parent's end of the transport.
 
 The engine runs in a child process, started before any screen; it sends the record stream over one pipe and receives
-commands over another. It takes one step per permit, so pause and single step are exact. Knows bytes, processes and
-permits; knows nothing of models or screens.
+commands over another. It takes one step per permit, so pause and single step are exact.
 """
 
 from __future__ import annotations
@@ -141,7 +140,7 @@ class LiveSource(RecordSource):
             self._send(command("abort", request=request))
 
     def knob(self, name: str, value: object) -> None:
-        """Turn a knob of the engine, if it has it."""
+        """Change a setting of the engine, if it has it."""
         with self._lock:
             self._send(command("knob", name=name, value=value))
 

@@ -1,6 +1,6 @@
 """The child's end of the transport: builds an engine, steps it once a permit, and sends what happened as records.
 
-Knows the engine's public face (submit, abort, step, has_work, trace.subscribe); the heavy imports happen in the
+It calls the engine's public methods only (submit, abort, step, has_work, trace.subscribe); the heavy imports happen in the
 factory. It ends when the parent's pipe closes, however the parent went.
 """
 
@@ -192,7 +192,7 @@ class EngineLoop:
     def _turn(self, name: str, value: object) -> None:
         knob = getattr(self.engine, "knob", None)
         if knob is None:
-            raise InputError(f"this engine has no knob {name!r}")
+            raise InputError(f"this engine has no setting {name!r}")
         self.writer.write(
             note(kind="turned", name=name, value=value, text=f"from the next step on {knob(name, value)}")
         )

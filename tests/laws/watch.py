@@ -1,6 +1,6 @@
 """A manager under watch: every call is made through here, and after every call the laws that hold at all times are checked.
 
-Knows the model and the contract; which calls are made is up to the machine.
+The state machine decides which calls are made; here each is compared with the model and the contract.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ def test_knobs_of_an_engine_that_has_none() -> None:
             app.screen.query_one("#watermark", Input).value = "0.1"
             app.screen.query_one("#watermark", Input).focus()
             await pilot.press("enter")
-            await until(pilot, lambda: "no knob 'watermark'" in text(app))
+            await until(pilot, lambda: "no setting 'watermark'" in text(app))
 
         drive(app, (80, 24), script)
 

@@ -216,7 +216,11 @@ def test_focus_why_bookmark_maximise_help_panes(size: tuple[int, int]) -> None:
         assert "needs a live engine" in text(app)
         await pilot.press("x")
         assert "nothing can be aborted" in text(app)
-        for key, words in (("e", "it has no knobs"), ("B", "only a live run can branch"), ("R", "can be run again")):
+        for key, words in (
+            ("e", "its settings cannot be changed"),
+            ("B", "only a live run can branch"),
+            ("R", "can be run again"),
+        ):
             await pilot.press(key)
             assert words in text(app), key
         await pilot.press("q")

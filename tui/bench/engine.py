@@ -94,9 +94,9 @@ def timed_engine(
 
 
 class TimedEngine:
-    """What EngineLoop wants of an engine. The knob "quiet" serves all that was asked with nobody listening; "clock" starts a round.
+    """What EngineLoop wants of an engine. The setting "quiet" serves all that was asked with nobody listening; "clock" starts a round.
 
-    A round's figures come back as JSON, in the words of the knob "report".
+    A round's figures come back as JSON, in the words of the setting "report".
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -1,7 +1,6 @@
 """The block map without a screen: each row as segments.
 
-Rows are made of runs of equal looks, and a run's segment is cached by (look, length): what changes is a row, not a cell (SCREEN.md has the
-measurements).
+Rows are made of runs of equal looks, and a run's segment is cached by (look, length): what changes is a row, not a cell.
 """
 
 from __future__ import annotations
