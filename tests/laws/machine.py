@@ -231,13 +231,14 @@ class StepMachine(RuleBasedStateMachine):
         shared = writes_tail and counts[table[-1]] > 1
         read_here = {source for source, _ in watch.copies()}
         slots = line.reserved - (have - 1) * size
+        # Somebody may come back to slots that this one would write: a copy is allowed.
         disputed = writes_tail and any(
             other.copy is not None
             and other.copy[0] == table[-1]
             and other.copied_at is not None
             and other.copied_at - (have - 1) * size > slots
             for other in watch.pending()
-        )  # somebody may come back to slots that this one would write: a copy is allowed
+        )
         least_free, most_free = watch.available()
         got = watch.call("append", seq, n)
         said = f"append({seq}, {n}) with room for {line.reserved} in {table}"

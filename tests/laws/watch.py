@@ -57,9 +57,8 @@ class Watch:
         self.swap_outs: list[tuple[int, int]] = []
         self.swap_ins: list[tuple[int, int]] = []
         self.made_copies: list[tuple[int, int]] = []  # of this step, whose writer has written or left
-        self.given_up: set[int] = (
-            set()
-        )  # sources of copies given up, destinations of swaps in: handed out or not, as one likes
+        # Sources of copies given up, and destinations of swaps in: a manager may hand them out or not.
+        self.given_up: set[int] = set()
         self.records: list[StepRecord] = []
         self.step_events: list[BlockEvent] = []
         self.guarded_before: set[int] = set()
