@@ -63,7 +63,8 @@ class TorchRunner:
         self.model = model
         self.kv = kv
         self.device = kv.device
-        self._newest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)  # token of each batch index
+        # The token that each batch index drew last: the next step may be launched before the host has read it.
+        self._newest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
 
     def num_blocks(self) -> int:
         """Blocks in the device pool, the null block included."""
@@ -116,7 +117,6 @@ class TorchRunner:
                 sampler.penalize(logits, plan.penalty_tokens, penalties)
             sampler.ban(logits, plan.banned_tokens)
             drawn = sampler.sample(logits, plan.sampling)
-        # Kept on the device: the next step may be launched before the host has read these.
         self._newest[to_device(plan.draw_slots, self.device, torch.int64)] = drawn
         if plan.top_logprobs < 0:
             return TorchPending(drawn)
