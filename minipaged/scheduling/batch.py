@@ -1,14 +1,8 @@
 """The running sequences as columns, so that a step of plain decoding is a handful of array operations.
 
 A sequence keeps its slot (its row in these columns, and in a runner's persistent buffers) from admission to its end, preemption or swap.
-The tokens of a slot, as half-open ranges:
-
-    [0, num_published)                published: the block manager has been given these tokens, and others find their full blocks
-    [num_published, num_computed)     their KV is written, or a step that was scheduled writes it
-    [num_computed, num_tokens)        known and still to be computed
-    [num_tokens, num_with_pending)    drawn by steps in flight: the host does not know them yet
-
-Positions [0, num_reserved) have a place in the block table.
+What num_published, num_computed, num_tokens, num_with_pending and num_reserved mean, and who may touch which tokens between them:
+minipaged/README.md, "Who owns which tokens, and when".
 """
 
 from __future__ import annotations

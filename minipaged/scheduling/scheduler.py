@@ -74,8 +74,8 @@ class Scheduler:
             self._let_in(step)
         # Until here a promise to write could be taken back; from here on what this step fills stays published.
         self.manager.end_step()
-        # 3) The step is launched: its tokens count as computed, and what it draws as pending.
-        plan = step.launch(running_set.steps_launched, self.batch)
+        # 3) The plan is built: its tokens count as computed, and what it draws as pending. The engine launches it next.
+        plan = step.build(running_set.steps_launched, self.batch)
         if plan is None:
             return None
         running_set.steps_launched += 1

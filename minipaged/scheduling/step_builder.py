@@ -52,8 +52,8 @@ class StepBuilder:
         """Block copies that this sequence's writes need."""
         self.copies[seq_id] = self.copies.get(seq_id, ()) + copies
 
-    def launch(self, number: int, batch: Batch) -> StepPlan | None:
-        """The plan, or None for a step that does nothing. The batch's columns then stand as if it had been launched."""
+    def build(self, number: int, batch: Batch) -> StepPlan | None:
+        """The plan, or None for a step that does nothing. The batch's columns count it as launched; the engine launches it next."""
         if not (self.slots or self.swap_outs or self.swap_ins):
             return None
         slots = np.concatenate(self.slots) if self.slots else _NO_ROWS

@@ -197,17 +197,28 @@ def system_tables(rows: Rows) -> list[str]:
         if row["tokens"] and not too_few_steps(row.get("steps"), row["note"])
     ]
     text = (
-        "Every system runs on this engine, with its kernels and its scheduler; they differ in what memory a request holds and in who may "
-        "enter. All requests wait from the start. The pool is counted in slots. P99 is over the requests; those that the time limit "
-        "cut off count as later than it."
+        "Every system but those of transformers runs on this engine, with its kernels and its scheduler; they differ in what memory a "
+        "request holds and in who may enter. All requests wait from the start. The pool is counted in slots. P99 is over the requests."
     )
+    stopped = {row["system"]: f"{row['seconds']:.0f} s" for row in rows if row["note"].startswith("stopped after")}
+    if stopped:
+        limit = min(stopped.values(), key=lambda words: int(words.split()[0]))
+        later = [f"{name} after {time}: a batch that runs goes on" for name, time in stopped.items() if time != limit]
+        text += f" Runs stop after {limit}" + (f" ({'; '.join(later)})" if later else "")
+        text += f"; a request with no first token by then counts as > {limit}."
     head = ("system", "pool", "tok/s", "mean batch", "pool used", "finished", "first token P99", "next tokens P99")
     whole = [
         f"{row['system']}: {_first_sentence(row['note'])}."
         for row in rows
         if row["note"] and not row["note"].endswith(" s")
     ]
-    return [text, _table(head, lines), *whole]
+    preempted = [
+        f"{row['system']}: {row['preemptions']:,} preemptions. A preempted request waits, and its wait counts in its next tokens; "
+        f"their median over the requests is {seconds(row['per_token'][0])}."
+        for row in rows
+        if row.get("preemptions") and row["per_token"][0] is not None
+    ]
+    return [text, _table(head, lines), *([" ".join(notes)] if (notes := whole + preempted) else [])]
 
 
 def ablation_tables(rows: Rows) -> list[str]:
