@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from minipaged.config import DEFAULT_MODEL, CacheConfig, EngineConfig, SamplingParams, check_choice, check_int
@@ -87,16 +89,17 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer every prompt; the outputs stand in the prompts' order.
 
-        A request that cannot be served comes back with `error` set and the others go on; if none can be, RequestError is raised.
+        A request that cannot be served comes back with `error` set and the others go on; if none can be, RequestError is raised. Several
+        threads may call it at once, and it may be called while a stream is read: each gets all of its own.
         """
         outputs = self._submit_all(prompts, params)
         if all(output.error for output in outputs):
             raise RequestError(outputs[0].error or "no request can be served")
         try:
-            while self.engine.has_work:
-                self.engine.step()
+            for output in outputs:
+                self.engine.run_until(partial(_has_ended, output))
         except BaseException:
-            self._abandon(outputs)
+            self.engine.abandon(outputs)
             raise
         return outputs
 
@@ -105,15 +108,23 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Yield a request's output each time it has grown; it is a live view. Requests with `error` set come first."""
-        outputs = self._submit_all(prompts, params)
-        ours = {output.request_id for output in outputs}
+        """Yield a request's output each time it has grown, as it was then. Requests with `error` set come first.
+
+        Every change comes, also where others step: streams that are read by turns, a `generate` in between, other threads.
+        """
+        changes: deque[RequestOutput] = deque()
+        outputs = self._submit_all(prompts, params, changes)
+        growing = {output.request_id for output in outputs if not output.error}
         try:
             yield from (output for output in outputs if output.error)
-            while self.engine.has_work:
-                yield from (output for output in self.engine.step() if output.request_id in ours)
+            while growing:
+                self.engine.run_until(lambda: bool(changes))
+                output = changes.popleft()
+                if output.finished:
+                    growing.discard(output.request_id)
+                yield output
         finally:
-            self._abandon(outputs)
+            self.engine.abandon(outputs)
 
     def chat(
         self,
@@ -129,7 +140,10 @@ class LLM:
         return {"prompt_token_ids": self.tokenizer.encode(text, add_special=False), "prompt": text}
 
     def _submit_all(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        mailbox: deque[RequestOutput] | None = None,
     ) -> list[RequestOutput]:
         listed: list[Prompt] = (
             [prompts]
@@ -149,21 +163,16 @@ class LLM:
                 raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {prompt!r}")
             if not isinstance(p, SamplingParams):
                 raise RequestError(f"params must be SamplingParams, one or one a prompt, not {p!r}")
-        return [self._submit(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+        return [self._submit(prompt, p, mailbox) for prompt, p in zip(listed, each, strict=True)]
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    def _submit(self, prompt: Prompt, params: SamplingParams, mailbox: deque[RequestOutput] | None) -> RequestOutput:
         if isinstance(prompt, str):
-            return self.engine.ask(prompt, params)
-        return self.engine.ask(prompt["prompt_token_ids"], params, text=prompt.get("prompt"))
+            return self.engine.ask(prompt, params, mailbox=mailbox)
+        return self.engine.ask(prompt["prompt_token_ids"], params, text=prompt.get("prompt"), mailbox=mailbox)
 
-    def _abandon(self, outputs: list[RequestOutput]) -> None:
-        """End what is still running of these, and leave the engine empty of it."""
-        if all(output.finished or output.error for output in outputs):
-            return
-        for output in outputs:
-            self.engine.abort(output.request_id)
-        self.engine.drain()
-        self.engine.step()
+
+def _has_ended(output: RequestOutput) -> bool:
+    return output.finished
 
 
 def _conversations(messages: Any) -> list[Sequence[Message]]:

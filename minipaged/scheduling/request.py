@@ -242,8 +242,8 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence has ended."""
-        return all(s.finished for s in self.sequences)
+        """Whether every sequence has ended, or the request was refused. One that still waits to be queued has no sequence yet."""
+        return self.error is not None or (bool(self.sequences) and all(s.finished for s in self.sequences))
 
 
 class CompletionOutput(NamedTuple):
@@ -258,7 +258,9 @@ class CompletionOutput(NamedTuple):
 
 
 class RequestOutput:
-    """A live view of a request: reads what stands there when it is asked. For the engine's thread alone: reading text makes it."""
+    """A live view of a request: reads what stands there when it is asked. While the request grows it is for the thread that steps alone,
+    since reading text makes it; others read a snapshot.
+    """
 
     __slots__ = ("request",)
 
@@ -318,8 +320,37 @@ class RequestOutput:
             for i, s in enumerate(chosen)
         ]
 
+    def snapshot(self) -> RequestOutput:
+        """The output as it stands now: it never changes, and any thread may read it."""
+        return _Snapshot(self)
+
     def __repr__(self) -> str:
         return f"RequestOutput(request_id={self.request_id}, finished={self.finished}, outputs={self.outputs})"
+
+
+class _Snapshot(RequestOutput):
+    """What an output was at one time."""
+
+    __slots__ = ("_finished", "_outputs", "_prompt_logprobs")
+
+    def __init__(self, live: RequestOutput) -> None:
+        super().__init__(live.request)
+        self._finished, self._outputs, self._prompt_logprobs = live.finished, live.outputs, live.prompt_logprobs
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        return self._prompt_logprobs
+
+    @property
+    def finished(self) -> bool:
+        return self._finished
+
+    @property
+    def outputs(self) -> list[CompletionOutput]:
+        return self._outputs
+
+    def snapshot(self) -> RequestOutput:
+        return self
 
 
 def beam_score(sequence: Sequence) -> float:

@@ -287,8 +287,8 @@ class RunningSet:
             self.remove(sequence)
         if held:
             self.manager.free(sequence.seq_id)
+        sequence.finish_reason = reason  # first: who sees that it has ended may ask why
         sequence.status = Status.FINISHED
-        sequence.finish_reason = reason
         del self.sequences[sequence.seq_id]
         request.prefix = None
         if request.finished:
