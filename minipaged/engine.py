@@ -10,9 +10,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 
-from minipaged.config import SamplingParams
+from minipaged.config import NO_LIMIT, SamplingParams, plain_value
 from minipaged.config import describe as settings_of
 from minipaged.errors import InputError, RequestError
 from minipaged.execution.runner import Pending, Runner
@@ -86,13 +87,18 @@ class Engine:
         snapshot of its output there.
         """
         self.check_process()
-        request = Request(next(self._ids), (), params or SamplingParams(), self.eos_token_ids)
-        request.text_reader = self.detokenizer.read if self.detokenizer is not None else None
+        params = params or SamplingParams()
+        request = Request(next(self._ids), (), params, self.eos_token_ids)
+        if self.detokenizer is not None:
+            request.text_reader, request.token_text = self.detokenizer.read, self.detokenizer.token_text
         try:
             request.prompt = self._text_of(prompt, text)
             request.prompt_token_ids = tuple(self._encode(prompt))
-            self._check_vocabulary(request.params.stop_token_ids)
-            self._check_logprobs(request.params)
+            request.params = self._fit_context(params, request.num_prompt)
+            if params.stop and self.detokenizer is not None:
+                request.stop_texts = self.detokenizer.special_tokens(params.stop)
+            self._check_vocabulary(params.stop_token_ids)
+            self._check_logprobs(params)
             self.scheduler.check(request)
         except InputError as error:
             request.error = str(error)
@@ -108,7 +114,7 @@ class Engine:
                 raise RequestError("this engine has no tokenizer: give the prompt as token ids")
             return self.codec.encode(prompt)
         try:
-            tokens = list(prompt)
+            tokens = [plain_value(token) for token in plain_value(prompt)]
         except TypeError:
             raise RequestError(f"prompt_token_ids must be a sequence of token ids, not {prompt!r}") from None
         self._check_vocabulary(tokens)
@@ -121,6 +127,18 @@ class Engine:
         if text is not None and not isinstance(text, str):
             raise RequestError(f"the text of a prompt must be a string, not {text!r}")
         return text
+
+    def _fit_context(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
+        """Answers end where the context does; those without a limit also where the pool does, so that they are not refused for its size."""
+        most = self.scheduler.config.max_model_len
+        if params.max_tokens == NO_LIMIT:
+            size, width = self.scheduler.block_size, params.num_sequences
+            usable, shared = self.scheduler.manager.usage().total - 1, num_prompt // size
+            most = min(most, (shared + max(0, usable - shared) // width) * size)
+        if num_prompt + params.max_tokens <= most:
+            return params
+        room = max(1, most - num_prompt)
+        return replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
     def _check_vocabulary(self, tokens: Sequence[int]) -> None:
         size = 2**31 if self.vocab_size is None else self.vocab_size
@@ -152,6 +170,18 @@ class Engine:
         settings = {**settings_of(scheduler.config), "block_size": scheduler.block_size}
         settings["num_blocks"] = scheduler.manager.usage().total
         return {"model": about.pop("model", ""), "seed": scheduler.config.seed, "engine": {**settings, **about}}
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached content, between two steps. False, and nothing changed, while a request holds a block."""
+        forgot = False
+
+        def forget() -> list[RequestOutput]:
+            nonlocal forgot
+            forgot = self.scheduler.manager.reset_prefix_cache()
+            return []
+
+        self._in_turn(forget)
+        return forgot
 
     @property
     def has_work(self) -> bool:

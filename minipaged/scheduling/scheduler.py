@@ -298,6 +298,8 @@ class Scheduler:
         """A sequence starts behind so many tokens that the prefix cache has given it."""
         sequence.restart(num_tokens)
         sequence.num_cached = num_tokens
+        if sequence.request.num_cached_tokens is None:
+            sequence.request.num_cached_tokens = num_tokens
         if sequence.num_output:  # it ran before: what it finds are its own blocks
             self.counters.own_hit_tokens += num_tokens
         else:

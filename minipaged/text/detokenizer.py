@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 from minipaged.text.growing import TextStream
@@ -19,15 +20,15 @@ class TextCodec(Protocol):
         """The tokens of a prompt."""
         ...
 
-    def token_bytes(self, token: int) -> bytes:
-        """The exact bytes of one token; b"" for a special token."""
+    def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
+        """The exact bytes of one token; b"" for a special token, unless those are wanted."""
         ...
 
 
 class TextSource(Protocol):
     """What is read of a sequence to make its text."""
 
-    request: Any  # with `params.stop` and `params.min_tokens`
+    request: Any  # with `params`
     text_state: Any  # the stream is kept here
 
     @property
@@ -51,8 +52,12 @@ class Detokenizer:
         stream = sequence.text_state
         if not isinstance(stream, TextStream):
             params = sequence.request.params
+            token_bytes = self._codec.token_bytes
             stream = sequence.text_state = TextStream(
-                self._codec.token_bytes, params.stop, min_tokens=params.min_tokens
+                token_bytes if params.skip_special_tokens else partial(token_bytes, skip_special=False),
+                params.stop,
+                min_tokens=params.min_tokens,
+                keep_stop=params.include_stop_str_in_output,
             )
         tokens = sequence.text_token_ids(stream.consumed)
         if tokens:
@@ -60,6 +65,21 @@ class Detokenizer:
         if sequence.finished:
             stream.finish()
         return stream
+
+    def token_text(self, token: int) -> str:
+        """What one token reads by itself, special ones too; bytes that make no character become U+FFFD."""
+        return self._codec.token_bytes(token, skip_special=False).decode("utf-8", errors="replace")
+
+    def special_tokens(self, texts: tuple[str, ...]) -> dict[int, str]:
+        """Those of the texts that are a special token of the model, by its id: no text of an answer ever has them."""
+        found: dict[int, str] = {}
+        for text in texts:
+            for token in self._codec.encode(text):
+                if self._codec.token_bytes(token, skip_special=False) == text.encode() and not self._codec.token_bytes(
+                    token
+                ):
+                    found[token] = text
+        return found
 
     def stopped(self, sequence: TextSource) -> bool:
         """Whether a stop string stands in the text."""

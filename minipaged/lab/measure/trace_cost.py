@@ -60,7 +60,7 @@ class _NumberCodec:
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         return self._bytes[token]
 
 
