@@ -6,7 +6,7 @@ Knows numbers and names; knows nothing of torch, devices or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -248,6 +248,10 @@ class SamplingParams:
     or beyond the context is the end of the context, `top_k` -1 all tokens, `seed` -1 or None one of the engine's, `stop` None no string.
     `skip_special_tokens` False writes special tokens into the text; `include_stop_str_in_output` keeps the stop string, or the stop token's
     text, at its end.
+
+    What changes the logits of a draw, in this order: only `allowed_token_ids` can be drawn (None: all), `bad_words` cannot, `logit_bias`
+    {token: number} is added, `repetition_penalty` divides what the prompt or the answer has (Keskar et al. 2019), `presence_penalty` is
+    taken off what the answer has and `frequency_penalty` once for each time (OpenAI's). Log-probabilities are those before all of it.
     """
 
     n: int = 1
@@ -272,6 +276,11 @@ class SamplingParams:
     cache_salt: str | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._normalise_numbers()
@@ -287,7 +296,16 @@ class SamplingParams:
         check_real("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        self._normalise_stops()
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_real(name, getattr(self, name), -2.0, 2.0)
+        self._normalise_words("stop")
+        self._normalise_words("bad_words")
+        self._normalise_tokens("stop_token_ids")
+        self._normalise_logit_bias()
+        if self.allowed_token_ids is not None:
+            self._normalise_tokens("allowed_token_ids")
+            if not self.allowed_token_ids:
+                raise InputError("allowed_token_ids must name a token at least, or be None for all")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             check_bool(name, getattr(self, name))
         for name in ("logprobs", "prompt_logprobs"):
@@ -311,20 +329,40 @@ class SamplingParams:
             if getattr(self, name) == said:
                 object.__setattr__(self, name, meant)
 
-    def _normalise_stops(self) -> None:
-        for name in ("stop", "stop_token_ids"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, ())
-            if not isinstance(getattr(self, name), str | tuple | list):
-                raise InputError(f"{name} must be a list, not {getattr(self, name)!r}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise InputError(f"stop must be non-empty strings, not {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        ids = tuple(map(plain_value, self.stop_token_ids))
-        for token in ids:
-            check_int("stop_token_ids", token, 0)
-        object.__setattr__(self, "stop_token_ids", ids)
+    def _normalise_words(self, name: str) -> None:
+        """Texts become a tuple of them; one alone and None are taken too."""
+        given = getattr(self, name)
+        given = () if given is None else given
+        if not isinstance(given, str | tuple | list):
+            raise InputError(f"{name} must be a list, not {given!r}")
+        words = (given,) if isinstance(given, str) else tuple(given)
+        if any(not isinstance(word, str) or not word for word in words):
+            raise InputError(f"{name} must be non-empty strings, not {given!r}")
+        object.__setattr__(self, name, words)
+
+    def _normalise_tokens(self, name: str) -> None:
+        """Token ids become a tuple of them; None is taken too."""
+        given = getattr(self, name)
+        given = () if given is None else given
+        if not isinstance(given, tuple | list):
+            raise InputError(f"{name} must be a list, not {given!r}")
+        tokens = tuple(map(plain_value, given))
+        for token in tokens:
+            check_int(name, token, 0)
+        object.__setattr__(self, name, tokens)
+
+    def _normalise_logit_bias(self) -> None:
+        """A mapping, or pairs, become pairs in the order of their tokens. JSON writes the tokens as texts."""
+        given = self.logit_bias or ()
+        pairs = given.items() if isinstance(given, Mapping) else given
+        try:
+            biases = {int(token) if isinstance(token, str) else plain_value(token): bias for token, bias in pairs}
+        except (TypeError, ValueError):
+            raise InputError(f"logit_bias must be {{token id: number}}, not {given!r}") from None
+        for token, bias in biases.items():
+            check_int("logit_bias", token, 0)
+            biases[token] = check_real(f"logit_bias of token {token}", plain_value(bias), -100.0, 100.0)
+        object.__setattr__(self, "logit_bias", tuple(sorted(biases.items())))
 
     def _check_beams(self) -> None:
         width = check_int("beam_width", self.beam_width, 1, 1024)
@@ -346,6 +384,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the next token is the most likely one."""
         return self.temperature == 0.0
+
+
+LOGIT_CHANGES = (  # what SamplingParams does to logits beside temperature and truncation
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+)
 
 
 def describe(config: ModelConfig | CacheConfig | EngineConfig) -> dict[str, object]:

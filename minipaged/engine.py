@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -97,7 +97,12 @@ class Engine:
             request.params = self._fit_context(params, request.num_prompt)
             if params.stop and self.detokenizer is not None:
                 request.stop_texts = self.detokenizer.special_tokens(params.stop)
-            self._check_vocabulary(params.stop_token_ids)
+            if params.bad_words:
+                if self.detokenizer is None:
+                    raise RequestError("bad_words need a tokenizer, and this engine has none")
+                request.bad_words = self.detokenizer.word_tokens(params.bad_words)
+            for tokens in (params.stop_token_ids, params.allowed_token_ids or (), dict(params.logit_bias)):
+                self._check_vocabulary(tokens)
             self._check_logprobs(params)
             self.scheduler.check(request)
         except InputError as error:
@@ -140,7 +145,7 @@ class Engine:
         room = max(1, most - num_prompt)
         return replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
-    def _check_vocabulary(self, tokens: Sequence[int]) -> None:
+    def _check_vocabulary(self, tokens: Iterable[int]) -> None:
         size = 2**31 if self.vocab_size is None else self.vocab_size
         for token in tokens:
             if isinstance(token, int) and token >= size:

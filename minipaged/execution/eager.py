@@ -106,12 +106,8 @@ class TorchRunner:
         if plan.sampling is None:
             drawn = draw_tokens(logits)
         else:
-            if plan.penalty_tokens or plan.banned_tokens:
-                logits = logits.clone()
-            if plan.penalty_tokens:
-                penalties = to_device(plan.sampling.repetition_penalty, self.device)
-                sampler.penalize(logits, plan.penalty_tokens, penalties)
-            sampler.ban(logits, plan.banned_tokens)
+            if plan.adjustments:
+                logits = sampler.adjust(logits.clone(), plan.adjustments)
             drawn = sampler.sample(logits, plan.sampling)
         self._newest[to_device(plan.draw_slots, self.device, torch.int64)] = drawn
         if plan.top_logprobs < 0:

@@ -209,6 +209,7 @@ class Request:
     text_reader: Callable[[Sequence], TextState] | None = None  # brings a sequence's text up to its tokens
     token_text: Callable[[int], str] | None = None  # what one token reads
     stop_texts: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by their ids
+    bad_words: tuple[tuple[int, ...], ...] = ()  # as tokens
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache when it was first admitted
     output: RequestOutput = field(init=False, repr=False)
 

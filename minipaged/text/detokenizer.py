@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Protocol
 
+from minipaged.errors import RequestError
 from minipaged.text.growing import TextStream
 
 
@@ -16,8 +17,8 @@ class TextCodec(Protocol):
         """Tokens that exist."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt."""
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The tokens of a prompt, or of a bare text without what the model wants around it."""
         ...
 
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
@@ -74,12 +75,29 @@ class Detokenizer:
         """Those of the texts that are a special token of the model, by its id: no text of an answer ever has them."""
         found: dict[int, str] = {}
         for text in texts:
-            for token in self._codec.encode(text):
+            for token in self._encode(text):
                 if self._codec.token_bytes(token, skip_special=False) == text.encode() and not self._codec.token_bytes(
                     token
                 ):
                     found[token] = text
         return found
+
+    def word_tokens(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Each word as tokens, and as those that it has behind a space where they are as many, and others (vLLM's rule for bad words)."""
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            bare, spaced = (tuple(self._encode(space + word.lstrip())) for space in ("", " "))
+            found.append(bare)
+            if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
+                found.append(spaced)
+        return tuple(word for word in found if word)
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a bare text; none where there is no tokenizer but for ids."""
+        try:
+            return self._codec.encode(text, add_special=False)
+        except RequestError:
+            return []
 
     def stopped(self, sequence: TextSource) -> bool:
         """Whether a stop string stands in the text."""

@@ -228,3 +228,63 @@ def test_logprobs_name_their_tokens(llm: LLM, prompt: str) -> None:
         *("a", "b", "c", "<|im_end|>", "e", "f")
     ]
     assert all(value.decoded_token for entry in logprobs for value in entry.values())
+
+
+def test_a_bias_in_any_form_is_the_same() -> None:
+    """JSON writes token ids as texts."""
+    wanted = SamplingParams(logit_bias=((3, 1.0), (7, -2.0)))
+    for given in ({7: -2, 3: 1}, {"7": -2.0, "3": 1.0}, [(7, -2.0), (3, np.float32(1.0))], {np.int64(3): 1, 7: -2}):
+        assert SamplingParams(logit_bias=given) == wanted  # type: ignore[arg-type]
+    assert SamplingParams(logit_bias=None, bad_words=None) == SamplingParams()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_bad_word_is_never_finished(overlap: int) -> None:
+    """Its last token is forbidden behind the others in the answer; the prompt does not count, nor does a part of the word."""
+    llm = LLM("toy", num_blocks=64, block_size=4, overlap=overlap)
+    for text in map(str, range(500)):
+        free = answer(llm, text)
+        at = next((i for i in range(1, 6) if all(33 <= t < 127 for t in free[i - 1 : i + 1])), 0)
+        if at:
+            break
+    pair = chr(free[at - 1]) + chr(free[at])
+    (output,) = llm.generate(text, SamplingParams(max_tokens=40, bad_words=(pair, "zzz"), ignore_eos=True))
+    tokens = output.outputs[0].token_ids
+    assert tokens[:at] == free[:at]
+    assert tokens[at] != free[at]
+    assert bytes(map(ord, pair)) not in bytes(t if t < 256 else 0 for t in tokens)
+    alone = answer(llm, text + pair[0])[0]
+    behind = SamplingParams(max_tokens=1, bad_words=(pair[0] + chr(alone),) if 33 <= alone < 127 else (pair,))
+    assert answer(llm, text + pair[0], behind) == [alone], "half of it stands in the prompt"
+    one = SamplingParams(max_tokens=6, bad_words=pair[1], ignore_eos=True)  # type: ignore[arg-type]
+    assert free[at] not in answer(llm, text, one)
+
+
+@pytest.mark.parametrize("changed", [{"logit_bias": {10**6: 1.0}}, {"allowed_token_ids": (10**6,)}], ids=repr)
+def test_tokens_outside_the_vocabulary_are_refused(llm: LLM, changed: Any) -> None:
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        llm.generate("x", SamplingParams(**changed))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"logit_bias": {1: 1.0}},
+        {"allowed_token_ids": (1, 2)},
+        {"bad_words": ("x",)},
+    ],
+    ids=repr,
+)
+def test_a_beam_search_refuses_changed_logits(llm: LLM, changed: Any) -> None:
+    with pytest.raises(RequestError, match=f"{next(iter(changed))} must keep its default with beam_width"):
+        llm.generate("x", SamplingParams(beam_width=2, **changed))
+
+
+def test_samples_have_their_own_counts(llm: LLM) -> None:
+    """Each of n greedy samples is penalized for what it has drawn itself, as one that is alone."""
+    common: dict[str, Any] = {"max_tokens": 9, "allowed_token_ids": tuple(range(40)), "frequency_penalty": 2.0}
+    alone, many = llm.generate(["x", "x"], [SamplingParams(**common), SamplingParams(n=2, **common)])
+    assert [o.token_ids for o in many.outputs] == [alone.outputs[0].token_ids] * 2
+    assert all(token < 40 for token in alone.outputs[0].token_ids)
