@@ -153,9 +153,10 @@ class LLM:
         """
         changes: deque[RequestOutput] = deque()
         outputs = self._submit_all(prompts, _one_of(params, sampling_params), changes)
-        growing = {output.request_id for output in outputs if not output.error}
+        refused = [output for output in outputs if output.error]
+        growing = {output.request_id for output in outputs}.difference(output.request_id for output in refused)
         try:
-            yield from (output for output in outputs if output.error)
+            yield from refused
             while growing:
                 self.engine.run_until(lambda: bool(changes))
                 output = changes.popleft()

@@ -98,7 +98,7 @@ class PromptLogprobs(NamedTuple):
 class StepTokens:
     """What a launched step drew, on the host."""
 
-    token_ids: IntArray  # [draws]
+    token_ids: IntArray  # [draws]; -1 where nothing could be drawn: the logits are NaN, or all of them -inf
     logprobs: FloatArray | None = None  # [draws] log-softmax of the raw logits at the drawn token
     ranks: IntArray | None = None  # [draws]
     top_ids: IntArray | None = None  # [draws, k], most likely first

@@ -318,7 +318,7 @@ class RequestOutput:
 
     @property
     def error(self) -> str | None:
-        """Why this request was refused, or None."""
+        """Why this request was refused, or why no token could be drawn for it; None for any other."""
         return self.request.error
 
     @property
@@ -361,15 +361,20 @@ class RequestOutput:
 class _Snapshot(RequestOutput):
     """What an output was at one time."""
 
-    __slots__ = ("_finished", "_outputs", "_prompt_logprobs")
+    __slots__ = ("_error", "_finished", "_outputs", "_prompt_logprobs")
 
     def __init__(self, live: RequestOutput) -> None:
         super().__init__(live.request)
-        self._finished, self._outputs, self._prompt_logprobs = live.finished, live.outputs, live.prompt_logprobs
+        self._finished, self._error = live.finished, live.error
+        self._outputs, self._prompt_logprobs = live.outputs, live.prompt_logprobs
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         return self._prompt_logprobs
+
+    @property
+    def error(self) -> str | None:
+        return self._error
 
     @property
     def finished(self) -> bool:
