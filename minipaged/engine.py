@@ -308,7 +308,7 @@ class Engine:
             outputs = self.scheduler.commit(oldest, pending.tokens())
         elif plan is None:
             outputs = self.scheduler.take_ended()
-            if not outputs and self.scheduler.requests:
+            if not outputs and self.scheduler.requests and not self.scheduler.made_way:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
         self.trace.publish(plan, outputs)
         return outputs
