@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel is put onto the GPU while the one before it still drains, and waits there for its results.
 
-Saves most of the microsecond or two between two small kernels, which is what a small model's decode step consists of. A kernel launched
-so must call `wait_for_previous` before it touches anything that another kernel wrote or still reads; weights it may touch before.
+This saves most of the microsecond or two between two small kernels: a small model's decode step consists of those. A kernel that is
+launched so must call `wait_for_previous` before it touches anything that another kernel wrote or still reads; weights it may touch before.
 Source: CUDA programming guide, "Programmatic Dependent Launch and Synchronization" (Hopper and later).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

@@ -1,7 +1,7 @@
 """Which of the two implementations runs: the Triton kernel or its torch twin.
 
-CUDA tensors go to Triton, all others to torch. `MINIPAGED_KERNELS=torch|triton` overrides. Knows devices and the environment; knows
-nothing of what the kernels compute, and imports triton only to ask whether it is there.
+CUDA tensors go to Triton, all others to torch. `MINIPAGED_KERNELS=torch|triton` overrides.
+triton is imported only to ask whether it is there.
 """
 
 from __future__ import annotations

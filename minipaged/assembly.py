@@ -1,4 +1,4 @@
-"""Puts a model, a KV pool, a scheduler and an engine together. The one place that knows them all."""
+"""Puts a model, a KV pool, a scheduler and an engine together. No other module of the engine imports all of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What an engine is asked to be. Frozen, validated once, passed by hand, never written back.
+"""The settings of an engine, a cache, a model and a request. Each is checked when it is made, and frozen: to change one, make another.
 
-Knows numbers and names; knows nothing of torch, devices or files.
+Imports no torch, so that wrong settings are refused at once.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ class Actions(App[int]):
         self.session = Session(restart(self._next_run), speed=old.playback.speed)
         last = max((at for at, _ in script), default=0)
         self.session.repeat(script, last if then_run else until, then_run=then_run)
-        self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
+        self.view = replace(self.view, block=-1, watched=-1, only=-1)
 
     def _return_from_failed_run(self, before: Session) -> None:
         """The next run's engine could not start. Its settings are forgotten, and what the run before did is shown again."""
@@ -223,9 +223,9 @@ class Actions(App[int]):
         self.paint()
 
     def action_knobs(self) -> None:
-        """Turn the engine's knobs."""
+        """Change the engine's settings."""
         if self.session.live is None or self.session.live.ended:
-            self.session.message = "this is a recording: it has no knobs"
+            self.session.message = "this is a recording: its settings cannot be changed"
             self.paint()
             return
 
@@ -274,7 +274,7 @@ class Actions(App[int]):
         lesson = LESSONS[name]()
         self.session = Session.of_lesson(lesson, animated=self.animation_level != "none")
         self.screen_stack[0].query_one("#map", BlockMap).fit()
-        self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
+        self.view = replace(self.view, block=-1, watched=-1, only=-1)
         self.query_one("#caption").border_title = f"Lesson: {lesson.title}"
         self.paint()
 
@@ -284,7 +284,7 @@ class Actions(App[int]):
             self.action_maximise()
         elif self._outer is not None:
             self.session, self._outer = self._outer, None
-            self.view = replace(self.view, block=-1, watched=-1, only=-1, prompt_ends={})
+            self.view = replace(self.view, block=-1, watched=-1, only=-1)
             self.session.playback.refresh()
             self.paint()
 

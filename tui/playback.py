@@ -10,10 +10,13 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
+
 from minipaged.errors import TraceError
 from minipaged.serving.live import LiveSource
+from minipaged.trace.events import StepDelta
 from minipaged.trace.player import SPEEDS, Player
-from minipaged.trace.records import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 
@@ -124,6 +127,10 @@ class Playback:
     def delta(self) -> StepDelta | None:
         """The last delta before this position."""
         return self._player.delta if self._player is not None else None
+
+    def take_changed(self) -> npt.NDArray[np.int32]:
+        """The device blocks that have changed since this was last asked."""
+        return self._player.take_changed() if self._player is not None else np.zeros(0, np.int32)
 
     @property
     def at_edge(self) -> bool:

@@ -23,7 +23,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from minipaged.serving.live import LiveSource
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.actions import Actions
 from minipaged.tui.map.blockmap import BlockMap
@@ -96,7 +96,7 @@ class ScreenApp(Actions):
         Binding("0", "fit", "fit", id="zoom.fit"),
         Binding("B", "branch", "branch here", id="branch"),
         Binding("R", "again_all", "run all again", id="again"),
-        Binding("e", "knobs", "knobs", id="knobs"),
+        Binding("e", "knobs", "settings", id="knobs"),
         Binding("t", "journey", "a token's journey", id="journey"),
         Binding("c", "compare", "compare", id="compare"),
         Binding("L", "lessons", "lessons", id="lessons"),
@@ -250,7 +250,7 @@ class ScreenApp(Actions):
             length=len(session.source),
             occupied=session.source.occupied,
             marks=session.source.marks,
-            token_bytes=session.source.pieces,
+            token_bytes=session.snapshot.token_bytes,
             word=session.playback.word,
             branched=session.branched,
             speed=session.playback.speed_text,
@@ -269,9 +269,8 @@ class ScreenApp(Actions):
             view.watched = (
                 watched if watched >= 0 else view.watched if view.watched > 0 else most_shared(session.snapshot)
             )
-        still = (
-            view.block >= 0 or not session.playback.moving
-        )  # the past of a block that changes with each step is not read back
+        # The past of a block that changes with each step is not read back.
+        still = view.block >= 0 or not session.playback.moving
         view.past = ()
         if view.inspected >= 0 and still and self._inspecting():
             view.past = tuple(self._history.of(session.source, view.inspected, session.position))

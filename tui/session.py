@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from minipaged.config import SamplingParams
 from minipaged.serving.live import LiveSource
-from minipaged.trace.records import TIER_DEVICE, Event, ShadowDelta, StepDelta
+from minipaged.trace.events import Event, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 from minipaged.tui.playback import Mode, Playback
@@ -152,8 +152,7 @@ class Session:
             return Change(None, True)
         if not applied:
             return Change(NOTHING.ids, True) if moved else NOTHING
-        ids = [delta.blocks.ids[delta.blocks.tier == TIER_DEVICE] for delta in applied]
-        return Change(np.concatenate(ids).astype(np.int32), True)
+        return Change(self.playback.take_changed(), True)
 
     # What the engine sends.
 
@@ -256,6 +255,6 @@ class Session:
     def knob(self, name: str, value: object) -> None:
         """Change a setting of the running engine."""
         if self.live is None or self.live.ended:
-            self.message = f"{RECORDING}: it has no knobs"
+            self.message = f"{RECORDING}: its settings cannot be changed"
         else:
             self.live.knob(name, value)

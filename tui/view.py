@@ -17,9 +17,9 @@ from rich.style import Style
 from textual.strip import Strip
 
 from minipaged.text.safe import clean
-from minipaged.trace.records import ShadowDelta, StepDelta
-from minipaged.trace.snapshot import SequenceState, Snapshot
-from minipaged.trace.stream import Header
+from minipaged.trace.events import ShadowDelta, StepDelta
+from minipaged.trace.file import Header
+from minipaged.trace.snapshot import Snapshot
 from minipaged.tui import palette
 from minipaged.tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
 from minipaged.tui.reading.history import Past
@@ -41,7 +41,6 @@ class View:
     occupied: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     marks: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     token_bytes: Mapping[int, bytes] = field(default_factory=dict)
-    prompt_ends: dict[int, int] = field(default_factory=dict)  # by sequence; filled as they are asked for
     word: str = ""  # LIVE, PAUSED, REPLAY, IDLE, LOADING, ENDED
     branched: bool = False  # whether this run repeats another one's beginning
     speed: str = ""
@@ -84,16 +83,6 @@ class View:
         if self.only not in (-1, sequence):
             return "faint"
         return f"{'shared' if shared else 'hue'}{self.hue(sequence)}"
-
-    def prompt_bytes(self, state: SequenceState) -> int:
-        """How much of a sequence's text is its prompt. A first patch may hold the first drawn tokens too: their bytes tell."""
-        found = self.prompt_ends.get(state.sequence)
-        if found is None:
-            prompt = [self.token_bytes.get(token) for token in state.token_ids[: state.num_prompt]]
-            known = b"".join(text for text in prompt if text is not None)
-            exact = None not in prompt and bytes(state.text[: len(known)]) == known
-            found = self.prompt_ends[state.sequence] = len(known) if exact else state.prompt_bytes
-        return found
 
     def style(self, role: str) -> Style:
         """The look of a role in this mode."""

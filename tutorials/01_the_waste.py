@@ -349,7 +349,7 @@ if __name__ == "__main__":
 # - `minipaged/baselines/reservations.py`: `Reservations` counts these four kinds (and padding and idleness) for
 #   any system that reserves.
 # - `minipaged/baselines/buddy.py`: `BuddyAllocator`, what Orca's reservations were cut from.
-# - `minipaged/baselines/orca.py`, `batches.py`, `tgi.py`: each system as a few lines on top.
+# - `minipaged/baselines/orca.py`: Orca as a few lines on top; the other systems stand beside it.
 #
 # Check your work with `minipaged learn check 1`, and look at a pool of blocks at work with
 # `minipaged learn show 1`.

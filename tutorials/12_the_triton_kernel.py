@@ -412,7 +412,7 @@ def large_batch(sequences: int, context: int, heads: int, kv_heads: int) -> Batc
 
 
 def on_the_gpu() -> None:
-    from kernels import paged_decode as of_minipaged
+    from minipaged.kernels.attention import paged_decode as of_minipaged
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16")
     rate = copy_rate()

@@ -614,7 +614,7 @@ def in_the_engine(kind: type[BlockManager], record_to: Path | None = None) -> tu
     from minipaged.execution.paged_kv import PagedKV
     from minipaged.model.loading import zoo
     from minipaged.scheduling.scheduler import Scheduler
-    from minipaged.trace.stream import open_recorder
+    from minipaged.trace.file import open_recorder
 
     num_blocks, block_size, toy = 52, 4, zoo.load("toy", device="cpu", dtype="float32")
     kv = PagedKV(toy.config, num_blocks, block_size, dtype=torch.float32, device=torch.device("cpu"))

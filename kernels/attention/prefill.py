@@ -1,7 +1,6 @@
 """Causal attention of prompt chunks over their paged prefix and themselves.
 
-The kernels are in prefill_triton.py and, for what Hopper's own
-way is faster at, prefill_hopper.py.
+The kernels are in prefill_triton.py and, where it is faster on a Hopper GPU, in prefill_hopper.py.
 Source: FlashAttention-2 (Dao, 2023) for the kernel's loop; chunked prefill: Sarathi-Serve (Agrawal et al., 2024).
 """
 

@@ -94,7 +94,7 @@ def _hopper_prefill_kernel(
     values = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], shared)
     buffers = (queries, keys, values)
     barriers = (
-        allocate_barriers(SLOTS, THREADS),  # full ones are told by the loading warpgroup's threads,
+        allocate_barriers(SLOTS, THREADS),  # full ones are signalled by the loading warpgroup's threads,
         allocate_barriers(SLOTS, 2),  # empty ones by the two computing warpgroups
         allocate_barriers(STAGES, THREADS),
         allocate_barriers(STAGES, 2),

@@ -71,7 +71,7 @@ def wait_until_empty(barriers, number):
 
 @gluon.jit
 def copy_tile(buffers, full, number, ptr, offset, layout: gl.constexpr):
-    """Begin the copy of the tokens at `offset` into the buffer of round `number`; its barrier is told when they have come."""
+    """Begin the copy of the tokens at `offset` into the buffer of round `number`; its barrier is signalled when they have come."""
     STAGES: gl.constexpr = buffers.shape[0]
     dim = gl.arange(0, buffers.shape[2], layout=gl.SliceLayout(0, layout))
     copy_to_shared(buffers.index(number % STAGES), ptr + (offset[:, None] + dim[None, :]))

@@ -1,4 +1,4 @@
-"""The matrix products of a layer, with the norm before and the residual sum or the gate after on board."""
+"""The matrix products of a layer, each in one kernel with the norm before it and the residual sum or the gate after it."""
 
 from minipaged.kernels.linear.matmul import gated_linear, linear
 

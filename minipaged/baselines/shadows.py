@@ -18,11 +18,10 @@ from minipaged.baselines.systems import RESERVING, reservations
 from minipaged.config import check_int
 from minipaged.errors import InputError
 from minipaged.memory.types import PoolBreakdown
-from minipaged.trace.records import SequencePatch, ShadowDelta, StepDelta
+from minipaged.trace.events import ENDED, SequencePatch, ShadowDelta, StepDelta
+from minipaged.trace.file import StreamWriter
 from minipaged.trace.sources import FileSource
-from minipaged.trace.stream import StreamWriter, pieces_record
 
-ENDED = frozenset({"finished", "aborted", "refused"})
 DEFAULT_SYSTEMS = ("static", "fastertransformer", "orca-max", "orca-pow2", "orca-oracle", "tgi-early", "tgi-paged")
 
 
@@ -131,6 +130,12 @@ class ShadowListener:
             self.shadows = tuple(Shadow(s, pool, max_len=self.max_len, block_size=block_size) for s in self.systems)
         for patch in delta.sequences:
             self._note(patch)
+        for sequence, computed in zip(
+            delta.progress.sequence.tolist(), delta.progress.num_computed.tolist(), strict=True
+        ):
+            line = self._lines.get(sequence)
+            if line is not None:
+                line.written = max(line.written, computed)
         for shadow in self.shadows:
             shadow.admit(self._lines)
             shadow.follow(self._lines)
@@ -148,10 +153,9 @@ class ShadowListener:
             rest = max(1, self.max_len - patch.num_prompt)
             limit = min(rest, self._limit_of(patch.sequence)) if self._limit_of is not None else rest
             output = self._outputs.get(patch.sequence, limit)
-            line = self._lines[patch.sequence] = _Line(patch.num_prompt, max(1, output), max(1, limit))
+            self._lines[patch.sequence] = _Line(patch.num_prompt, max(1, output), max(1, limit))
             for shadow in self.shadows:
                 shadow.arrive(patch.sequence)
-        line.written = max(line.written, patch.num_computed)
 
 
 def answer_lengths(deltas: Iterable[StepDelta]) -> dict[int, int]:
@@ -162,8 +166,9 @@ def answer_lengths(deltas: Iterable[StepDelta]) -> dict[int, int]:
     prompts: dict[int, int] = {}
     for delta in deltas:
         for patch in delta.sequences:
-            tokens[patch.sequence] = tokens.get(patch.sequence, 0) + len(patch.token_ids)
             prompts[patch.sequence] = patch.num_prompt
+        for sequence, new in zip(delta.progress.sequence.tolist(), delta.progress.num_new.tolist(), strict=True):
+            tokens[sequence] = tokens.get(sequence, 0) + new
     return {sequence: max(1, count - prompts[sequence]) for sequence, count in tokens.items()}
 
 
@@ -240,8 +245,6 @@ def write_with_shadows(path: Path, out: Path, systems: Sequence[str], *, max_len
             raise InputError(f"cannot write {out}: {error.strerror}") from None
         with file:
             writer = StreamWriter(file, source.header)
-            if source.pieces:
-                writer.write(pieces_record(0, source.pieces))
             for delta, shadows in shadow_deltas(deltas, systems, max_len=max_len, runs=True):
                 writer.delta(delta)
                 for shadow in shadows:

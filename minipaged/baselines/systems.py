@@ -1,4 +1,4 @@
-"""The names of the systems, and the memory that stands behind each. README.md tells what each name means and where it is."""
+"""The names of the systems, and the memory that stands behind each. README.md says what each name means and which file has it."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def control_plane(json_file: JsonFile = None) -> None:
 @app.command()
 def soak(
     requests: Annotated[int, typer.Option(help="Simulated requests.")] = 100_000,
-    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Serve simulated requests with forks, aborts, swaps and priorities in a pool that is too small, and check the invariants."""
@@ -65,7 +65,9 @@ def soak(
 
 @app.command()
 def kernels(
-    against: Annotated[str, typer.Option(help="Peers beside ours, with commas: fa3, flashinfer, sdpa.")] = "sdpa",
+    against: Annotated[
+        str, typer.Option(help="Peers to measure too, with commas between them: fa3, flashinfer, sdpa.")
+    ] = "sdpa",
     json_file: JsonFile = None,
 ) -> None:
     """Time every kernel beside the machine's measured ceilings and its peers. Needs a GPU."""
@@ -92,13 +94,17 @@ def engine(
     workload: Annotated[
         str, typer.Option(help="nano, sharegpt and batch:N, with commas between them.")
     ] = "batch:1,batch:8,batch:32,sharegpt",
-    against: Annotated[str, typer.Option(help="Peers beside ours, with commas: vllm, transformers.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Peers to measure too, with commas between them: vllm, transformers.")
+    ] = "",
     repeats: Annotated[int, typer.Option(help="Timed passes of batch:N after the warm one. The median counts.")] = 3,
-    long_repeats: Annotated[int, typer.Option(help="The same for nano and sharegpt.")] = 3,
+    long_repeats: Annotated[int, typer.Option(help="Timed passes of nano and sharegpt after the warm one.")] = 3,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that every engine may run at once.")] = 256,
     limit: Annotated[float, typer.Option(help="Seconds that each engine may take, with loading.")] = 900.0,
-    plain: Annotated[bool, typer.Option("--plain", help="Ours without graphs, fusions and overlap as well.")] = False,
-    device: Annotated[str, typer.Option(help="Of minipaged and transformers: auto, cpu or cuda.")] = "auto",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Also run minipaged without graphs, fusions and overlap.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Measure output tokens per second of whole engines on this device, each in a process of its own."""
@@ -152,10 +158,10 @@ def host(
 @app.command()
 def screen(
     model: Annotated[str, typer.Option(help="Any model; one drawn at random speaks in made-up words.")] = DEFAULT_MODEL,
-    requests: Annotated[int, typer.Option(help="At once; every fourth draws four samples.")] = 8,
-    max_tokens: Annotated[int, typer.Option(help="Of the longest answer.")] = 96,
+    requests: Annotated[int, typer.Option(help="Requests at the same time; every fourth asks for four samples.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 96,
     num_blocks: Annotated[
-        int, typer.Option(help="Blocks of the pool, 16 tokens each; too few let some make way.")
+        int, typer.Option(help="Blocks of the pool, 16 tokens each. With few blocks requests are preempted.")
     ] = 160,
     pairs: Annotated[
         int, typer.Option(help="Rounds with the screen, and as many without; the median pair counts.")

@@ -21,7 +21,7 @@ ENDS = ("", "/quit", "/exit", "/bye")
 HOW_IT_ENDS = "An empty line, /quit or ctrl+d ends the conversation; ctrl+c stops an answer; /help lists the commands."
 HELP = """\
 /reset          Forget the conversation; the system prompt stays.
-/system [TEXT]  Show what the model is told first, or replace it.
+/system [TEXT]  Show the system prompt, or replace it.
 /stats          Show how full the context is, and what the last answer cost.
 /help           Show this list.
 /quit           End the conversation, as /exit, /bye, ctrl+d and an empty line do."""

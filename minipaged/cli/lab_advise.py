@@ -22,9 +22,11 @@ def plan(
     gpu: GPUName = "a100-40",
     tp: TensorParallel = 1,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of activations and weights: bfloat16, float16, float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of activations and weights: bfloat16, float16, float32.")
+    ] = "bfloat16",
     kv_dtype: Annotated[
-        str, typer.Option(help="Of the cache: bfloat16, float16, float32, int8, float8_e4m3fn.")
+        str, typer.Option(help="Precision of the cache: bfloat16, float16, float32, int8, float8_e4m3fn.")
     ] = "bfloat16",
     weight_bits: Annotated[float, typer.Option(help="Bits a weight: 16, or 4.5 for 4-bit blocks with scales.")] = 16.0,
     prompt: Annotated[int, typer.Option(help="Mean prompt tokens.")] = 161,
@@ -77,9 +79,11 @@ def advise(
         str | None,
         typer.Option(help="chat, instructions, long-chat, translation, documents, code or agents: gives the lengths."),
     ] = None,
-    prompt: Annotated[int | None, typer.Option(help="Mean prompt tokens, if not the use's.")] = None,
-    output: Annotated[int | None, typer.Option(help="Mean answer tokens, if not the use's.")] = None,
-    users: Annotated[int | None, typer.Option(help="Requests at any time; asked for if left out.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Mean prompt tokens; those of the use if left out.")] = None,
+    output: Annotated[int | None, typer.Option(help="Mean answer tokens; those of the use if left out.")] = None,
+    users: Annotated[
+        int | None, typer.Option(help="Requests that run at the same time; asked for if left out.")
+    ] = None,
     shared: Annotated[int | None, typer.Option(help="Leading prompt tokens that requests share.")] = None,
     samples: Annotated[int, typer.Option(help="Samples or beams a request.")] = 1,
     latency_ms: Annotated[float | None, typer.Option(help="Goal between two tokens, milliseconds.")] = None,

@@ -94,7 +94,9 @@ def ablate(
 
 def beams(
     model: Annotated[str, typer.Option(help="A zoo name.")] = "smollm2-135m",
-    widths: Annotated[str, typer.Option(help="Beams, or samples, a request; with commas.")] = "2,4,6",
+    widths: Annotated[
+        str, typer.Option(help="Beams or samples of each request: numbers with commas between them.")
+    ] = "2,4,6",
     requests: Annotated[int, typer.Option(help="How many of the 24 instructions.")] = 24,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_file: JsonFile = None,

@@ -28,7 +28,7 @@ Rate = Annotated[float, typer.Option(help="Requests a second (Poisson arrivals);
 Requests = Annotated[int, typer.Option(help="How many requests.")]
 Seed = Annotated[int, typer.Option(help="Another seed draws other requests of the same kind.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
-TensorParallel = Annotated[int, typer.Option("--tp", help="GPUs that share every layer.")]
+TensorParallel = Annotated[int, typer.Option("--tp", help="GPUs that share every layer (tensor parallel).")]
 Slots = Annotated[
     int | None, typer.Option(help="KV slots of the pool, one a token. Computed from the GPU's memory if left out.")
 ]

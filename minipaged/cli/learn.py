@@ -24,7 +24,9 @@ console = Console(highlight=False)
 NOTE_LINES, PRINTED_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
 
 Number = Annotated[int, typer.Argument(metavar="N", help="The lesson's number.")]
-Folder = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Your lessons, if they are not here.")]
+Folder = Annotated[
+    Path | None, typer.Option("--dir", metavar="DIR", help="The folder of your lessons, if it is not this one.")
+]
 TaskNumber = Annotated[int | None, typer.Option("--task", help="The task; the first unsolved one if left out.")]
 
 
@@ -119,7 +121,7 @@ def hint(number: Number, task: TaskNumber = None, folder: Folder = None) -> None
 def solution(
     number: Number,
     task: TaskNumber = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Show it without asking.")] = False,
     whole: Annotated[bool, typer.Option("--whole", help="The whole lesson, solved, as a file.")] = False,
     folder: Folder = None,
 ) -> None:
@@ -143,7 +145,7 @@ def solution(
 def show(
     number: Number,
     folder: Folder = None,
-    headless: Annotated[bool, typer.Option("--headless", help="No terminal: end at once.")] = False,
+    headless: Annotated[bool, typer.Option("--headless", help="Run without a terminal and end at once.")] = False,
     screenshot: Annotated[Path | None, typer.Option(help="Write the screen as SVG to this file.")] = None,
 ) -> None:
     """Open the screen on the lesson's replay: record a small run that shows its idea, then play it."""
@@ -162,7 +164,7 @@ def show(
 @app.command()
 def reset(
     number: Number,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Reset it without asking.")] = False,
     folder: Folder = None,
 ) -> None:
     """Begin a lesson again. What you wrote is kept beside it under another name."""

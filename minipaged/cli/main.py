@@ -162,12 +162,14 @@ def tui(
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
     record: Annotated[Path | None, typer.Option(help="Write the trace to this file.")] = None,
     replay: Annotated[Path | None, typer.Option(help="Show a recorded trace instead of running a model.")] = None,
-    headless: Annotated[bool, typer.Option("--headless", help="No terminal: run, take the screenshot, end.")] = False,
+    headless: Annotated[
+        bool, typer.Option("--headless", help="Run without a terminal, take the screenshot, end.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     screenshot: Annotated[Path | None, typer.Option(help="Write the screen as SVG to this file at the end.")] = None,
-    size: Annotated[str | None, typer.Option(help="Columns x rows without a terminal, such as 120x40.")] = None,
-    ascii_only: Annotated[bool, typer.Option("--ascii", help="Letters and signs of ASCII alone.")] = False,
-    light: Annotated[bool, typer.Option("--light", help="For terminals with a light background.")] = False,
+    size: Annotated[str | None, typer.Option(help="Size without a terminal, columns x rows, such as 120x40.")] = None,
+    ascii_only: Annotated[bool, typer.Option("--ascii", help="Draw with ASCII characters only.")] = False,
+    light: Annotated[bool, typer.Option("--light", help="Colours for a light background.")] = False,
     scenario: Annotated[
         str | None,
         typer.Option(
@@ -175,7 +177,9 @@ def tui(
             autocompletion=complete.scenarios,
         ),
     ] = None,
-    web: Annotated[bool, typer.Option("--web", help="In a browser on this machine (extra `web`).")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Show the screen in a browser on this machine (extra `web`).")
+    ] = False,
     device: Device = "auto",
     dtype: DTypeName = "auto",
     block_size: BlockSize = 16,

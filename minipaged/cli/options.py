@@ -25,6 +25,8 @@ Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 keeps all.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest one.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1, tokens that are there already become less likely.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1, tokens that the text holds already become less likely.")
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-System = Annotated[str | None, typer.Option(help="What the model is told first.")]
+System = Annotated[str | None, typer.Option(help="The system prompt: it comes before everything else.")]

@@ -11,7 +11,7 @@ from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.scheduling.request import RequestOutput
 from minipaged.text.safe import printable
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 
 TOLD = frozenset({"fork", "copy", "cache_hit", "preempt", "evict", "swap_out", "swap_in", "finish"})
 EVERY = 16  # steps between two lines of gauges
@@ -49,35 +49,16 @@ class Recording:
     """A run's trace on its way to a file. Where the file cannot be written any more it ends with a word, and the run goes on."""
 
     def __init__(self, engine: Engine, path: Path) -> None:
-        from minipaged.trace.stream import open_recorder
+        from minipaged.trace.file import open_recorder
 
-        self._path = path
         self.failed = False
-        try:
-            self._recorder = open_recorder(path, engine)
-        except OSError as error:  # a disk that is full already; a path that cannot be opened is refused before the run
-            self._fail(error)
-        else:
-            engine.trace.subscribe(self._write)
+        recorder = open_recorder(path, engine, report=self._fail)
+        engine.trace.subscribe(recorder.write)
+        self.close = recorder.close
 
-    def _write(self, delta: StepDelta) -> None:
-        if not self.failed:
-            try:
-                self._recorder.write(delta)
-            except OSError as error:
-                self._fail(error)
-
-    def close(self) -> None:
-        """Write the end of the file, unless it has failed before."""
-        if not self.failed:
-            try:
-                self._recorder.close()
-            except OSError as error:
-                self._fail(error)
-
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, sentence: str) -> None:
         self.failed = True
-        complain(f"{self._path}: {error.strerror}; the recording ends here, and the run goes on")
+        complain(sentence)
 
 
 def _say(delta: StepDelta) -> None:

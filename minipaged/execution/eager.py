@@ -1,5 +1,6 @@
-"""Runs plans on a real model, operation by operation: inputs, KV writes and attention over pages, draws. What runs on a CPU, and the oracle
-of the graphs (graphs.py).
+"""Runs plans on a real model, operation by operation: inputs, KV writes and attention over pages, draws.
+
+CPUs run this. On a GPU it is the reference that the graphs (graphs.py) must agree with, and what they fall back to.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class TorchRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Run the step: swap-outs, swap-ins, copies, then KV writes, attention and draws."""
+        # Before any write: the holder of a copied block may write on in it in this very step.
         self._move_blocks(plan)
         if not plan.num_tokens:
             return TorchPending(torch.zeros(0, dtype=torch.int64))
@@ -91,6 +93,7 @@ class TorchRunner:
         """Hidden states after the last norm, [tokens, hidden_size]; writes the step's keys and values on the way."""
 
         def attention(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            # Of all tokens of the step, before any of them attends: a sequence may read a block that another one fills in this step.
             self.kv.write(layer, key, value, inputs)
             return self.kv.attend(layer, query, inputs)
 
@@ -110,6 +113,7 @@ class TorchRunner:
                 logits = sampler.adjust(logits.clone(), plan.adjustments)
             drawn = sampler.sample(logits, plan.sampling)
         known = drawn.clamp(min=0)  # -1: nothing could be drawn
+        # Kept on the device: the next step may be launched before the host has read these.
         self._newest[to_device(plan.draw_slots, self.device, torch.int64)] = known
         if plan.top_logprobs < 0:
             return TorchPending(drawn)

@@ -2,7 +2,7 @@
 
 A graph is captured once for each shape (step_inputs.py) and replayed from then on, so everything that changes between steps lies in
 buffers on the device. Sampled ids stay on the device, where the next step reads them, and are copied to the host behind the launch. Large
-prompt chunks, and prompts whose log-probabilities are wanted, are launched kernel by kernel as TorchRunner does, which is also the oracle.
+prompt chunks, and prompts whose log-probabilities are wanted, are launched kernel by kernel, as TorchRunner does.
 """
 
 from __future__ import annotations

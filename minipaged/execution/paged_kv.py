@@ -1,4 +1,4 @@
-"""The tensors that hold keys and values, who writes and reads them, and the three ways blocks move among them.
+"""The tensors that hold keys and values: written and read by attention, and moved block by block (copy, swap out, swap in).
 
 The store is a named list of per-block tensors. Copies and swaps act on all of them alike; `write`, `rope_write` and `attend` are the only
 ones that say which tensor is what. So the scales of a quantized KV are one more name here and one more argument of the kernels.
@@ -20,8 +20,9 @@ from minipaged.scheduling.plan import Pairs
 class PagedKV:
     """Keys and values of every layer, on the device and, for swapping, on the host.
 
-    Each tensor is [num_blocks, block_size, num_kv_heads, head_dim]. A step's keys and values are written before anyone attends, layer by
-    layer, so a sequence may attend to blocks that another sequence of the same step fills.
+    Each tensor is [num_blocks, block_size, num_kv_heads, head_dim]; a token's slot is block * block_size + offset. A step's keys and
+    values are written before anyone attends, layer by layer, so a sequence may attend to blocks that another sequence of the same step
+    fills.
     """
 
     def __init__(
@@ -81,17 +82,17 @@ class PagedKV:
         return paged_prefill(query, keys, values, *chunks, out=out)
 
     def copy(self, pairs: Pairs) -> None:
-        """Copy blocks on the device, (source, destination)."""
+        """Copy blocks on the device, in every tensor. pairs: (source, destination); no destination is another pair's source."""
         if pairs:
             copy_blocks(list(self.tensors.values()), torch.tensor(pairs, dtype=torch.int64))
 
     def swap_out(self, pairs: Pairs) -> None:
-        """Copy blocks to the host, (device, host)."""
+        """Copy blocks to the host, in every tensor. pairs: (device, host)."""
         if pairs:
             self._move(self.tensors, self.host, pairs)
 
     def swap_in(self, pairs: Pairs) -> None:
-        """Copy blocks to the device, (host, device)."""
+        """Copy blocks to the device, in every tensor. pairs: (host, device)."""
         if pairs:
             self._move(self.host, self.tensors, pairs)
 
@@ -99,5 +100,6 @@ class PagedKV:
     def _move(sources: dict[str, Tensor], targets: dict[str, Tensor], pairs: Pairs) -> None:
         for name, source in sources.items():
             target = targets[name]
+            # One after the other on the same stream, so in the order in which the runner asks, and before its kernels.
             for i, j in pairs:
                 target[j].copy_(source[i], non_blocking=True)

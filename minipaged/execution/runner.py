@@ -1,9 +1,9 @@
-"""What an engine asks of whatever runs its steps.
+"""What runs an engine's steps: the interface that eager.py, graphs.py and the simulated runner have in common.
 
-This is where work is spread over devices: a StepPlan is integers and arrays only, so a runner may send it to other processes instead of
-running it. A tensor-parallel runner sends every plan to all ranks, each of which has its heads of the KV pool under the same block ids,
-and reads one rank's tokens. A pipeline-parallel runner sends it to the first stage and reads the last one's tokens; the engine then keeps
-as many steps in flight as there are stages.
+This is also where work can be spread over devices: a StepPlan is integers and arrays only, so a runner may send it to other processes
+instead of running it. A tensor-parallel runner sends every plan to all ranks, each of which has its heads of the KV pool under the same
+block ids, and reads one rank's tokens. A pipeline-parallel runner sends it to the first stage and reads the last one's tokens; the engine
+then keeps as many steps in flight as there are stages.
 """
 
 from __future__ import annotations

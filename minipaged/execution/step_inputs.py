@@ -17,9 +17,8 @@ import torch
 from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import StepPlan
 
-ALIGNED = (
-    4  # integers: each view begins at a multiple of 16 bytes, so that Triton compiles a kernel once, whatever the shape
-)
+# Integers: each view begins at a multiple of 16 bytes, so that Triton compiles a kernel once, whatever the shape.
+ALIGNED = 4
 
 
 class Shape(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which lessons there are: files, titles, tasks and hints, read from the tutorials folder. Knows files; runs nothing."""
+"""Which lessons there are: files, titles, tasks and hints, read from the tutorials folder."""
 
 from __future__ import annotations
 

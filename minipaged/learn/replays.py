@@ -132,7 +132,7 @@ def replay(one: Lesson, folder: Path | None, scratch: Path) -> tuple[Path, str]:
 def record(scene: Scene, target: Path) -> None:
     """Run a scene to its end and write its trace."""
     from minipaged.api import LLM
-    from minipaged.trace.stream import open_recorder
+    from minipaged.trace.file import open_recorder
 
     llm = LLM("toy", device="cpu", **scene.settings)
     recorder = open_recorder(target, llm.engine)

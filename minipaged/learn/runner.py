@@ -5,7 +5,7 @@ fails ends the run, since what follows builds on it. A test that takes longer th
 the process PARENT.
 
 Each test writes two lines of JSON to standard output, both behind MARK: which test begins, and how it ended. What the test prints
-stands between the two. Knows files and functions; knows nothing of progress or hints.
+stands between the two.
 """
 
 from __future__ import annotations

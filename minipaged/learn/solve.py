@@ -13,7 +13,7 @@ The file of solutions has the same function with the same signature; its docstri
         return -(-tokens // block_size)
 
 The solved lesson is the exercise, with the lines below that docstring in the stub's place. Everything else of it comes from the
-exercise. Knows text; knows nothing of running it.
+exercise.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class _Adapted:
         return getattr(self._manager, name)
 
     def end_step(self) -> None:
-        """Such a manager is not told: what was marked stays published."""
+        """Such a manager has no end_step: what was marked stays published."""
 
     def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> _Question:
         """The question itself."""

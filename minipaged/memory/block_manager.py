@@ -1,6 +1,6 @@
 """Block tables: which physical block holds which tokens of which sequence. Allocate, append, fork, copy-on-write, free, swap, prefix cache.
 
-Knows integers: sequences, token ids, blocks. Knows nothing of text, tensors, requests or time.
+It handles integers only: numbers of sequences, token ids, numbers of blocks. No text, no tensors, no requests, no time.
 
 Who owns which tokens of a sequence (half-open ranges, 0 <= cached <= computed <= reserved <= len(table) * block_size):
 

@@ -1,6 +1,6 @@
-"""Block tables: what is known of each sequence, every change of a table with its event, and what the step being planned can take back.
+"""Block tables: the state of each sequence, every change of a table with its event, and what the step being planned can take back.
 
-The editor decides nothing: whoever calls it has seen that there is room.
+The editor decides nothing: its callers check first that there are enough blocks.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ class SequenceBlocks:
         self.computed = 0
         self.reserved = 0
         self.pending: PendingCopy | None = None
-        self.promised_from: int | None = (
-            None  # the step being planned is to write [promised_from, computed); None: nothing
-        )
+        # The step being planned is to write [promised_from, computed); None: nothing.
+        self.promised_from: int | None = None
         self.publishes = True  # False for good once an entry was released: what is computed then may differ
 
     def child(self, seq_id: int) -> SequenceBlocks:
@@ -152,7 +151,7 @@ class PendingCopies:
         self._kept_slots: dict[int, int] = {}  # source -> slots of it that its former holder may come back to
 
     def settle(self) -> None:
-        """All copies told so far are made, and stay."""
+        """All copies returned so far are made, and stay."""
         if self._writers:
             for sequence in self._writers.values():
                 sequence.pending = None

@@ -1,7 +1,7 @@
 """Linear layers, each with a weight format of its own: how its weight lies in memory, and how it is multiplied.
 
 Nobody else touches a weight. A format is a module with the three methods of Format; its tensors are its parameters, so that the model
-counts, moves and draws them like any other. Today there are the plain matrix and the layout of a CPU's oneDNN.
+counts, moves and draws them like any other. There are two: the plain matrix, and the layout of oneDNN on a CPU.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """A tensor of x's shape, [..., size]."""
         return rms_norm_torch(x, self.weight, self.eps)
 
 
@@ -42,12 +43,12 @@ class Format(Protocol):
         ...
 
     def rows(self, first: int, count: int) -> Tensor:
-        """The view that a checkpoint's matrix of `count` rows is copied into; some formats cannot be written so."""
+        """The view [count, in_features] that a checkpoint's matrix is copied into. RuntimeError where the format cannot be written so."""
         ...
 
 
 class Dense(nn.Module):
-    """The matrix as it is."""
+    """The matrix as it is, [out_features, in_features], in the model's dtype."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class OneDNN(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with what stands before and behind it in a layer."""
+    """y = x W^T + b, with the norm before it and the sum or gate behind it in a layer. W is [out_features, in_features]."""
 
     format: Format
 
@@ -120,7 +121,7 @@ class Linear(nn.Module):
         return slots
 
     def pack(self) -> None:
-        """Change a plain float32 matrix on a CPU into oneDNN's layout."""
+        """Change a plain float32 matrix on a CPU into oneDNN's layout. Nothing can be copied into it afterwards."""
         self.format = OneDNN(self.format.rows(0, self.out_features))
 
 

@@ -3,7 +3,7 @@
 A sequence keeps its slot (its row in these columns, and in a runner's persistent buffers) from admission to its end, preemption or swap.
 The tokens of a slot, as half-open ranges:
 
-    [0, num_published)                the block manager was told of them: their full blocks can be found by others
+    [0, num_published)                published: the block manager has been given these tokens, and others find their full blocks
     [num_published, num_computed)     their KV is written, or a step that was scheduled writes it
     [num_computed, num_tokens)        known and still to be computed
     [num_tokens, num_with_pending)    drawn by steps in flight: the host does not know them yet
@@ -47,9 +47,8 @@ class Batch:
         self.awaiting_result = np.zeros(n, bool)
         # Several stop tokens, stop strings, log-probabilities, several sequences: what it draws is looked at one by one.
         self.needs_slow_path = np.zeros(n, bool)
-        self.last_token = np.zeros(
-            n, np.int32
-        )  # the one at num_with_pending - 1; IN_FLIGHT if the host does not know it
+        # The one at num_with_pending - 1; IN_FLIGHT if the host does not know it.
+        self.last_token = np.zeros(n, np.int32)
         self.temperature = np.zeros(n, np.float32)
         self.top_p = np.ones(n, np.float32)
         self.top_k = np.zeros(n, np.int32)

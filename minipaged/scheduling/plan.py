@@ -17,9 +17,8 @@ LongArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Pairs = tuple[tuple[int, int], ...]
 
-IN_FLIGHT = (
-    -1
-)  # a token id that the host does not know yet: the one that this row's slot drew in the newest launched step
+# A token id that the host does not know yet: the one that this row's slot drew in the newest launched step.
+IN_FLIGHT = -1
 
 
 class SamplingColumns(NamedTuple):

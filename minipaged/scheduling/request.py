@@ -113,7 +113,7 @@ class Sequence:
 
     @property
     def num_published(self) -> int:
-        """Leading tokens that the block manager was told of."""
+        """Leading tokens that were published: the block manager has them."""
         return self._num_published if self._columns is None else int(self._columns.num_published[self.slot])
 
     def restart(self, num_computed: int) -> None:
@@ -197,9 +197,8 @@ class Request:
     prompt: str | None = None
     arrival: int = -1  # set by the scheduler: the order in which requests were added
     sequences: list[Sequence] = field(default_factory=list)  # alive or finished, in the order they were born
-    forked: bool = (
-        False  # whether it has several sequences yet: its prompt is computed and its n samples or beams go their ways
-    )
+    # Whether it has several sequences yet: once its prompt is computed, each of its n samples or beams has its own.
+    forked: bool = False
     reserved_slots: list[int] = field(default_factory=list)  # for sequences that are still to be forked
     prefix: PrefixHit | None = None  # the keys of the tokens that it is admitted with, while it waits
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """The requests that have not ended: those that run, with the memory and the slots that they hold, and those that wait.
 
-The scheduler owns one and decides; here it is carried out: memory is reserved, requests enter the batch, fork, leave it and end.
+The scheduler owns one and decides. The running set does what was decided: it reserves memory, and lets requests enter the batch, fork,
+leave it and end.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class RunningSet:
             if allocation is None:
                 break
             allocations.append(allocation)
+        # [num_computed, num_reserved) of these is theirs alone now, also the part that this step does not write yet.
         served = slots[: len(allocations)]
         batch.num_reserved[served] = goals[: len(allocations)]
         self._note_allocations(step, served, allocations)
@@ -134,7 +136,7 @@ class RunningSet:
                 batch.extend_table(slot, new_blocks)
 
     def publish(self, sequence: Sequence, upto: int) -> None:
-        """Tell the manager that the KV of token_ids[:upto] is written, in the step that is planned at the latest."""
+        """Give the manager token_ids[:upto]: their KV is written, or the step being planned writes it."""
         published = sequence.num_published
         if upto > published:
             self.manager.mark_computed(sequence.seq_id, sequence.token_ids[published:upto])
@@ -144,7 +146,8 @@ class RunningSet:
         """Publish the blocks of these running sequences that are full of known tokens below `ends`."""
         batch, size, mark = self.batch, self.block_size, self.manager.mark_computed
         ends, starts = np.minimum(ends, batch.num_tokens[slots]), batch.num_published[slots]
-        # Those that were sent away meanwhile have no number any more.
+        # Tokens that a step in flight draws are not known, so they end no block yet: published up to num_tokens at most. Those that were
+        # sent away while the step was planned have no number any more.
         rows = ((ends // size > starts // size) & (batch.seq_id[slots] >= 0)).nonzero()[0]
         if len(rows):
             slots, starts, ends = slots[rows], starts[rows], ends[rows]
@@ -206,9 +209,8 @@ class RunningSet:
         """Let `sequence` run again, sharing with `parent` what both agree on, and with the cache what that still has of it."""
         manager, params, size = self.manager, sequence.request.params, self.block_size
         shared = sequence.forks_at
-        if (
-            parent.num_computed > shared
-        ):  # the cache has given it more: a block that holds other tokens at its end is not shared
+        # Where the parent has computed more, its block at the end holds other tokens: only the full blocks before it are shared.
+        if parent.num_computed > shared:
             shared = shared // size * size
         hit = manager.lookup(sequence.token_ids, salt=params.cache_salt)
         if params.prompt_logprobs is None and hit.num_tokens > shared:
@@ -226,6 +228,7 @@ class RunningSet:
 
     def _share_blocks(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
         """Let `child`, which holds nothing, run with the parent's blocks of its first `num_tokens` tokens."""
+        # The manager forks a sequence whose reserved places are all computed, so: publish what is, give the rest back, fork.
         computed = parent.num_computed
         self.publish(parent, computed)
         self.manager.truncate(parent.seq_id, computed)
@@ -253,8 +256,9 @@ class RunningSet:
         """
         self.counters.preemptions += 1
         present = [s for s in request.alive if s.slot >= 0]
+        # What this step reserved for it goes first: only computed tokens are worth a swap.
         for sequence in present:
-            self.manager.truncate(sequence.seq_id, sequence.num_computed)  # what was reserved for this step as well
+            self.manager.truncate(sequence.seq_id, sequence.num_computed)
         num_blocks = len({block for s in present for block in self.manager.table(s.seq_id)})
         num_tokens = sum(s.num_computed for s in present)
         for sequence in present:
@@ -285,6 +289,7 @@ class RunningSet:
         held = sequence.status in (Status.RUNNING, Status.SWAPPED)
         if sequence.slot >= 0:
             self.remove(sequence)
+        # A step in flight may still write into these blocks. That is safe: whoever gets them next writes in a later launch.
         if held:
             self.manager.free(sequence.seq_id)
         sequence.finish_reason = reason  # first: who sees that it has ended may ask why

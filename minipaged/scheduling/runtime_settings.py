@@ -1,4 +1,4 @@
-"""Settings that can be changed while an engine runs: what each accepts, and how a change is told. `Scheduler.apply` carries it out.
+"""Settings that can be changed while an engine runs: what each accepts, and how a change is written in a trace. `Scheduler.apply` makes it.
 
 A change is an event of the trace: which setting (`other`) and its new value (`amount`, a whole number), so that a replay can say it.
 """
@@ -62,7 +62,7 @@ class SettingChange(NamedTuple):
 
     @property
     def words(self) -> str:
-        """`watermark is 0.1`. An event of a later version is told as well as it can be."""
+        """`watermark is 0.1`. For an event of a later version: its number and value."""
         if not 0 <= self.setting < len(SETTINGS):
             return "a setting that this version does not know was turned"
         options = SETTINGS[self.setting].options
@@ -75,4 +75,4 @@ def change_of(name: str, value: object) -> SettingChange:
     for place, setting in enumerate(SETTINGS):
         if setting.name == name:
             return SettingChange(place, setting.amount(value))
-    raise InputError(f"there is no knob {name!r}: there are {', '.join(setting.name for setting in SETTINGS)}")
+    raise InputError(f"there is no setting {name!r}: there are {', '.join(setting.name for setting in SETTINGS)}")

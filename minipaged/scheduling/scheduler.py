@@ -44,7 +44,8 @@ class Scheduler:
         self, config: EngineConfig, manager: BlockManager, block_size: int, cost: PreemptionCost | None = None
     ) -> None:
         manager = self.manager = adapted(manager)
-        manager.end_step()  # from now on it is told when a plan is final
+        # Called once before the first step: from now on the manager expects end_step in each.
+        manager.end_step()
         running_set = self.running_set = RunningSet(config, manager, block_size, cost)
         self.block_size = block_size
         self.text_stops: TextStops | None = None
@@ -61,6 +62,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be done before a step in flight is committed (or at all)."""
         running_set = self.running_set
+        # Before the plan opens: a fork publishes what its parent has computed, and that is written, no promise of this step.
         for request in list(running_set.regrouping):
             running_set.fork_again(request)
         self.manager.begin_step()
@@ -75,6 +77,7 @@ class Scheduler:
         #    somebody away lets nobody in.
         if len(self.requests) > len(self.running) and not step.preempted:
             self._let_in(step)
+        # Until here a promise to write could be taken back; from here on what this step fills stays published.
         self.manager.end_step()
         # 4) The step is launched: its tokens count as computed, and what it draws as pending.
         plan = step.launch(running_set.steps_launched, self.batch)
@@ -98,6 +101,7 @@ class Scheduler:
         ids = drawn_ids(plan, tokens)
         self._in_flight.popleft()
         running_set = self.running_set
+        # Whoever left the batch before this step may be admitted again: no step in flight has it any more (_fits_batch).
         running_set.steps_committed = plan.step + 1
         # 1) What it computed besides.
         if tokens.prompt_logprobs:
@@ -171,9 +175,8 @@ class Scheduler:
             return
         computed, pending = batch.num_computed[slots], batch.num_with_pending[slots]
         need = pending - computed
-        need[(pending >= batch.max_length[slots]) | batch.awaiting_result[slots]] = (
-            0  # only a step in flight is missing
-        )
+        # Those that draw their last token in a step in flight, or go on by what it draws, wait for its commit.
+        need[(pending >= batch.max_length[slots]) | batch.awaiting_result[slots]] = 0
         take = self._share_budget(step.budget, need)
         ends = computed + take
         short = (ends > batch.num_reserved[slots]).nonzero()[0]
@@ -217,6 +220,7 @@ class Scheduler:
     def _preempt(self, step: StepBuilder, request: Request) -> None:
         """Send a running request away, and take what it was given out of the step."""
         step.preempted = True
+        # Its copies of this step go with it: their destinations are free again, and may be somebody else's before the step runs.
         for sequence in request.alive:
             step.copies.pop(sequence.seq_id, None)
         step.swap_outs.extend(self.running_set.preempt(request) or ())
@@ -326,6 +330,7 @@ class Scheduler:
         )
         if allocation is None:
             return False
+        # From here on it runs. [0, cached_tokens) is computed by others, [cached_tokens, end) is reserved for it.
         self.waiting.pop()
         request.prefix = None
         self._note_hits(first, allocation.cached_tokens)
@@ -385,7 +390,7 @@ class Scheduler:
     def check_setting(self, change: SettingChange) -> None:
         """InputError if this engine cannot change that setting."""
         if change.name == "watermark" and not hasattr(self.manager, "set_watermark"):
-            raise InputError("this engine's block manager has no watermark to turn")
+            raise InputError("this engine's block manager has no watermark to change")
 
     def apply(self, change: SettingChange) -> None:
         """Change a setting, from the next `schedule()` on."""

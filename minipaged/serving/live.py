@@ -1,8 +1,7 @@
 """A live engine as a source: the parent's end of the transport.
 
-The engine runs in a child process, started before any screen; it says the record stream over one pipe and hears
-commands over another. It takes one step per permit, so pause and single step are exact. Knows bytes, processes and
-permits; knows nothing of models or screens.
+The engine runs in a child process, started before any screen; it sends the record stream over one pipe and receives
+commands over another. It takes one step per permit, so pause and single step are exact.
 """
 
 from __future__ import annotations
@@ -23,20 +22,22 @@ from typing import Any, BinaryIO
 
 from minipaged.config import SamplingParams
 from minipaged.errors import TraceError
+from minipaged.text.safe import printable
 from minipaged.trace import codec, packing
-from minipaged.trace.records import StepDelta
-from minipaged.trace.snapshot import Snapshot
-from minipaged.trace.sources import RecordSource
-from minipaged.trace.stream import (
+from minipaged.trace.events import StepDelta
+from minipaged.trace.file import (
     KEYFRAME_EVERY,
     Header,
     Kind,
     Record,
-    StreamWriter,
+    Recorder,
     command,
     read_header,
     read_record,
+    record_to,
 )
+from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.sources import RecordSource
 
 WINDOW = 32  # permits ahead of the newest step while the engine runs; a pause takes them back
 PIPE_BYTES = 1 << 20  # of records under way: the engine does not wait while the reader is busy with a frame
@@ -72,8 +73,7 @@ class LiveSource(RecordSource):
         self._submitted = 0
         self._outstanding = 0  # permits sent and not yet answered by a delta
         self._recording = Path(recording) if recording is not None else None
-        self._writer: StreamWriter | None = None
-        self._recording_file: BinaryIO | None = None
+        self._recorder: Recorder | None = None
         self._thread = threading.Thread(target=self._read, name="trace-reader", daemon=True)
         self._thread.start()
 
@@ -87,7 +87,7 @@ class LiveSource(RecordSource):
                     with self._lock:
                         self._outstanding = max(0, self._outstanding - 1)
                         self._top_up()
-                if record.kind in (Kind.DELTA, Kind.PIECES):
+                if record.kind == Kind.DELTA:
                     record = record._replace(body=packing.recompress(record.body))
                 self._arrived.append(record)
                 self._arrival.set()
@@ -140,7 +140,7 @@ class LiveSource(RecordSource):
             self._send(command("abort", request=request))
 
     def knob(self, name: str, value: object) -> None:
-        """Turn a knob of the engine, if it has it."""
+        """Change a setting of the engine, if it has it."""
         with self._lock:
             self._send(command("knob", name=name, value=value))
 
@@ -210,43 +210,45 @@ class LiveSource(RecordSource):
             self.idle = False
             occupied, marks = int(self.occupied[-1]), int(self.marks[-1])
             self._folded.apply(delta)
+            self._folded.misfit = ""  # whoever shows it says so
             self._fresh[len(self) - 1] = delta
             self._fresh.pop(len(self) - 1 - AT_HAND, None)
-        if self._writer is not None:
-            self._writer.write(record, occupied, marks)
+        if self._recorder is not None:
+            self._recorder.record(record, occupied, marks)
 
-    def delta(self, position: int, *, events: bool = True) -> StepDelta:
+    def delta(self, position: int) -> StepDelta:
         """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there."""
         fresh = self._fresh.get(position)
-        return fresh if fresh is not None else super().delta(position, events=events)
+        return fresh if fresh is not None else super().delta(position)
+
+    def end_at(self, position: int, reason: str) -> None:
+        """A live source goes on: what does not fit becomes a note."""
+        self._problem(f"step {position} does not fit the steps before it: {reason}")
+
+    def _problem(self, text: str) -> None:
+        self.notes.append({"kind": "problem", "text": text})
 
     def _take_note(self, note: Note) -> None:
-        if "idle" in note:  # true once the engine has heard all that was asked of it
+        if "idle" in note:  # true once the engine has received all that was asked of it
             self.idle = note["idle"] == self._submitted
         else:
-            self.notes.append(note)
+            self.notes.append({name: printable(v) if isinstance(v, str) else v for name, v in note.items()})
 
     def _open_recording(self) -> None:
-        if self._recording is not None and self._writer is None:
+        if self._recording is not None and self._recorder is None:
             try:
-                self._recording_file = self._recording.open("wb")
-            except OSError as error:
-                self.notes.append(
-                    {"kind": "problem", "text": f"cannot record to {str(self._recording)!r}: {error.strerror}"}
-                )
-                self._recording = None
-                return
-            self._writer = StreamWriter(self._recording_file, self.header)
+                self._recorder = record_to(self._recording, self.header, report=self._problem)
+            except TraceError as error:
+                self._problem(str(error))
 
     def close_recording(self) -> None:
         """End the recording with its index."""
-        if self._writer is not None and self._recording_file is not None:
-            self._writer.finish()
-            self._recording_file.close()
-        self._writer = self._recording_file = None
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = self._recording = None
 
     def close(self) -> None:
-        """Hang up: the engine's process ends when it hears it."""
+        """Hang up: the engine's process ends when it receives it."""
         with self._lock:
             self._send(command("quit"))
             with contextlib.suppress(OSError):
@@ -352,9 +354,9 @@ import os, pickle, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl+c is the parent's to answer
 commands = os.fdopen(int(sys.argv[1]), "rb")
 size = int.from_bytes(commands.read(8), "little")
-told = pickle.loads(commands.read(size)) if size else sys.exit(0)
-sys.path[:] = told["sys_path"]
-os.chdir(told["cwd"])
-from minipaged.serving.engine_process import main
-main(told["call"], commands, os.fdopen(int(sys.argv[2]), "wb"))
+call = pickle.loads(commands.read(size)) if size else sys.exit(0)
+sys.path[:] = call["sys_path"]
+os.chdir(call["cwd"])
+from minipaged.serving.loop import main
+main(call["call"], commands, os.fdopen(int(sys.argv[2]), "wb"))
 """

@@ -43,6 +43,11 @@ def printable(text: str) -> str:
     return "".join(map(_flowing, text))
 
 
+def one_line(text: str) -> str:
+    """As `printable`, and on one line: a name, not a text."""
+    return " ".join(printable(text).split("\n"))
+
+
 @lru_cache(maxsize=4096)
 def _in_cells(char: str) -> str:
     if char in _DROPPED:

@@ -1,13 +1,17 @@
 """Turns what an engine did in one step into a StepDelta for whoever listens. With nobody listening a step costs one test.
 
-It reads the scheduler's events, the block tables of the sequences they name and the batch's columns; it changes nothing.
+It reads the scheduler's events, its plan and the batch's columns; it changes nothing. Block tables it reads only once, when the first
+listener comes: from then on it folds its own deltas, as every reader of the trace does, and takes the gauges from there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from heapq import nsmallest
+
+import numpy as np
 
 from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import StepPlan
@@ -16,14 +20,22 @@ from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import TextCodec
-from minipaged.trace.plain_decodes import PlainDecodes, Told
-from minipaged.trace.pool_view import PoolView
-from minipaged.trace.records import Event, Queues, SequencePatch, Stats, StepDelta
-from minipaged.trace.rows import EventRows, SequenceRows
+from minipaged.trace.events import (
+    FLAG_CACHED,
+    Event,
+    Progress,
+    Queues,
+    SequencePatch,
+    Stats,
+    StepDelta,
+    StepEvents,
+)
+from minipaged.trace.observed import events_between, pool_stats, progress_of, tables_of
+from minipaged.trace.snapshot import Snapshot, as_longs
 
 Listener = Callable[[StepDelta], None]
+RawEvent = SchedulerEvent | BlockEvent
 MAX_WAITING_SHOWN = 64  # sequences of the waiting queue that a delta names; Stats counts them all
-_TABLE_KEPT = frozenset({"publish", "evict", "submit"})  # events that change the table of no sequence
 _ENDS = frozenset({"finish", "abort", "prune", "preempt"})
 
 
@@ -35,22 +47,41 @@ class TraceBuilder:
         self._codec = codec
         self._clock = clock
         self._listeners: list[Listener] = []
+        self._state = Snapshot()  # what the listeners were sent, folded
         self._began = 0
         self._step = 0
         self._next_event = 0
         self._changes: list[SettingChange] = []
-        self._pool = PoolView(scheduler)
-        self._plain = PlainDecodes(scheduler, codec)
-        self._shown: dict[int, Told] = {}  # already told, of the sequences that `_plain` does not know
-        self._ended: set[int] = set()  # ended and told, of requests that have not ended
+        self._settled: set[Request] = set()  # sent, and from now on their sequences only grow, until an event names one
+        self._ended: set[int] = set()  # sequences that were sent as ended, of requests that have not ended
         self._causes: dict[tuple[str, int], int] = {}  # (kind, sequence or block) -> newest event of that kind
-        self._newcomer = False
+        num_slots = len(scheduler.batch.seq_id)
+        # By slot, after the last step: whose it was, and how many tokens were known of it.
+        self._seq_id, self._known = np.full(num_slots, -1, np.int64), np.zeros(num_slots, np.int64)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with the delta of every step from the next on; its first delta tells all there is. Returns the way out."""
+        """Call `listener` with the delta of every step from the next on. Returns the way out.
+
+        Where the engine already holds something, one delta more goes to it at once, whose events lead to what there is.
+        """
+        if not self._listeners:
+            self._scheduler.take_events()  # nobody listened when they happened
+            self._state = Snapshot()
+            self._settled.clear()
+            self._ended.clear()
+            self._seq_id[:] = -1
+            self._state.apply(self._engine_as_delta())
+            self._state.gauge()
+        catch_up = _as_delta(self._state, self._next_event)
+        if catch_up.events or catch_up.sequences:
+            self._next_event += len(catch_up.events)
+            listener(catch_up)
         self._listeners.append(listener)
-        self._newcomer = True
         return lambda: self._listeners.remove(listener)
+
+    def state(self) -> Snapshot:
+        """The state after the last step, where somebody listens. It changes in place."""
+        return self._state
 
     def begin(self) -> None:
         """A step begins."""
@@ -62,7 +93,7 @@ class TraceBuilder:
         self._changes.append(change)
 
     def publish(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
-        """A step is done: tell the listeners."""
+        """A step is done: send it to the listeners."""
         raw = self._scheduler.take_events()
         if not self._listeners:
             self._changes.clear()
@@ -71,128 +102,126 @@ class TraceBuilder:
         for listener in list(self._listeners):
             listener(delta)
 
-    def _delta(
-        self, plan: StepPlan | None, outputs: list[RequestOutput], raw: list[SchedulerEvent | BlockEvent]
-    ) -> StepDelta:
-        scheduler = self._scheduler
-        if self._newcomer:
-            self._shown.clear()
-            self._plain.clear()
-            self._pool.forget()
-        sequences = self._singled_out(plan, outputs, raw)
-        named = {event.seq_id for event in raw if event.seq_id >= 0 and event.kind not in _TABLE_KEPT}
-        if self._newcomer:
-            self._newcomer = False
-            named |= {s.seq_id for r in scheduler.requests.values() for s in r.alive}
-        for sequence in sequences.values():
-            self._single_out(sequence)
-        plain, others = self._plain.take(plan)
-        for sequence in others:
-            self._single_out(sequence)
-            sequences[sequence.seq_id] = sequence
-        tables, dirty = self._pool.update_tables(named)
-        blocks = self._pool.patch(plan, raw, dirty)
-        patches = SequenceRows(tuple(self._sequence_patch(s) for s in sequences.values()), plain)
-        events = self._events(raw, plan)
+    def _delta(self, plan: StepPlan | None, outputs: list[RequestOutput], raw: list[RawEvent]) -> StepDelta:
+        changed = self._changed(outputs, raw)
+        progress = self._progress(plan, changed)
         now = self._clock()
         delta = StepDelta(
             step=self._step,
             t_ns=now,
-            events=events,
-            blocks=blocks,
-            tables=tables,
-            sequences=patches,
+            events=self._events(raw, plan),
+            sequences=tuple(self._patch(sequence) for sequence in changed),
+            progress=progress,
+            token_bytes=self._new_token_bytes(progress),
             queues=self._queues(),
             stats=self._stats(plan, now - self._began),
         )
         self._step += 1
-        self._forget_ended(sequences.values())
-        return delta
-
-    def _forget_ended(self, told: Iterable[Sequence]) -> None:
-        """What has ended is told once; it is remembered as long as a sibling of it may be told of."""
-        for sequence in told:
-            if sequence.finished:
-                self._shown.pop(sequence.seq_id, None)
-                self._ended.add(sequence.seq_id)
-                if sequence.request.finished:
-                    self._ended.difference_update(s.seq_id for s in sequence.request.sequences)
+        self._state.apply(delta)
+        return replace(delta, stats=self._state.gauge())
 
     # ---- sequences
 
-    def _singled_out(
-        self, plan: StepPlan | None, outputs: list[RequestOutput], raw: Iterable[SchedulerEvent | BlockEvent]
-    ) -> dict[int, Sequence]:
-        """The sequences that changed, or may have, otherwise than plain decodes do."""
-        scheduler, batch, plain = self._scheduler, self._scheduler.batch, self._plain.requests
-        changed: dict[int, Sequence] = {}
-        requests: dict[int, Request] = {
-            output.request_id: output.request for output in outputs if output.request not in plain
-        }
-        if self._newcomer:
-            requests.update(scheduler.requests)
-            self._ended.clear()
-        for event in raw:
-            if isinstance(event, SchedulerEvent) and event.sequence is not None:
-                changed[event.seq_id] = event.sequence
-        for request in requests.values():
-            changed.update((s.seq_id, s) for s in request.sequences if s.seq_id not in self._ended)
-        if plan is not None:
-            for slot in plan.slots[~self._plain.is_known(plan.slots)].tolist():
-                sequence = batch.sequences[slot]
-                if sequence is not None:
-                    changed.setdefault(sequence.seq_id, sequence)
+    def _changed(self, outputs: list[RequestOutput], raw: Iterable[RawEvent]) -> list[Sequence]:
+        """The sequences that did something else than grow: of requests that events name, and of those that are not settled."""
+        requests = dict.fromkeys(output.request for output in outputs if output.request not in self._settled)
+        requests.update(
+            (e.sequence.request, None) for e in raw if isinstance(e, SchedulerEvent) and e.sequence is not None
+        )
+        changed: list[Sequence] = []
+        for request in requests:
+            changed += [sequence for sequence in request.sequences if sequence.seq_id not in self._ended]
+            ended = {sequence.seq_id for sequence in request.sequences if sequence.finished}
+            if len(ended) == len(request.sequences):
+                self._settled.discard(request)
+                self._ended -= ended
+            else:
+                self._ended |= ended
+                if _only_grows(request):
+                    self._settled.add(request)
         return changed
 
-    def _single_out(self, sequence: Sequence) -> None:
-        """This step tells of it as `_sequence_patch` does."""
-        told = self._plain.forget(sequence)
-        if told is not None:
-            self._shown[sequence.seq_id] = told
-
-    def _sequence_patch(self, sequence: Sequence) -> SequencePatch:
-        request = sequence.request
-        told = self._shown.get(sequence.seq_id)
-        text = sequence.text
-        state = sequence.text_state  # read with the text
-        end = len(text) if state is None or sequence.finished else state.stable
-        if told is None:
-            tokens, added = tuple(sequence.token_ids), self._prompt_bytes(request) + text[:end].encode()
-        else:
-            tokens, added = tuple(sequence.token_ids[told[0] :]), text[told[1] : end].encode()
-        now = len(sequence.token_ids), end
-        if self._plain.learn(sequence, now):
-            self._shown.pop(sequence.seq_id, None)
-        else:
-            self._shown[sequence.seq_id] = now
-        reason, status = sequence.finish_reason, sequence.status.value
-        if reason == "abort":
-            status = "aborted"
-        tracked = sequence.cumulative_logprob != 0.0
+    def _patch(self, sequence: Sequence) -> SequencePatch:
+        request, reason = sequence.request, sequence.finish_reason
         return SequencePatch(
             sequence=sequence.seq_id,
             request=request.request_id,
             parent=sequence.parent,
-            status=status,
-            num_computed=sequence.num_computed,
+            status="aborted" if reason == "abort" else sequence.status.value,
             num_cached=sequence.num_cached,
             num_prompt=request.num_prompt,
-            token_ids=tokens,
-            text=added,
-            score=sequence.cumulative_logprob if tracked else math.nan,
+            score=sequence.cumulative_logprob or math.nan,
             finish_reason=reason,
         )
 
-    def _prompt_bytes(self, request: Request) -> bytes:
-        if request.prompt is not None:
-            return request.prompt.encode("utf-8", "replace")
+    def _progress(self, plan: StepPlan | None, changed: list[Sequence]) -> Progress:
+        """The plan's rows in its order; then the sequences that gained tokens without it, or of which `changed` tells.
+
+        Seated sequences go by columns: hundreds of them gain one token each in a step.
+        """
+        batch = self._scheduler.batch
+        same = self._seq_id == batch.seq_id
+        gained = np.where(same, batch.num_tokens - self._known, -1)  # -1: unknown, the state says how many were sent
+        gained[batch.seq_id < 0] = 0
+        in_plan = np.zeros(len(same), bool)
+        if plan is None:
+            slots = np.flatnonzero(gained)
+            num_planned = 0
+        else:
+            in_plan[plan.slots] = True
+            slots = np.concatenate([plan.slots, np.flatnonzero((gained != 0) & ~in_plan)])
+            num_planned = len(plan.slots)
+        sequences: list[int] = batch.seq_id[slots].tolist()
+        computed: list[int] = batch.num_computed[slots].tolist()
+        new: list[int] = gained[slots].tolist()
+        if plan is not None:
+            sequences[:num_planned] = plan.seq_ids.tolist()
+        self._seq_id[:], self._known[:] = batch.seq_id, batch.num_tokens
+        tokens: list[int] = []
+        left: set[int] = set()  # rows of the plan whose sequences have left their slot meanwhile
+        holders = batch.sequences
+        for row, (slot, count) in enumerate(zip(slots.tolist(), new, strict=True)):
+            sequence = holders[slot]
+            if sequence is None or sequence.seq_id != sequences[row]:
+                left.add(row)
+                new[row] = 0
+            elif count == 1:
+                tokens.append(sequence.token_ids[-1])
+            elif count:
+                start = len(sequence.token_ids) - count if count > 0 else self._num_sent(sequence.seq_id)
+                tokens += sequence.token_ids[start:]
+                new[row] = len(sequence.token_ids) - start
+        scheduled = plan.lengths.tolist() if plan is not None else []
+        scheduled += [0] * (len(sequences) - num_planned)
+        in_rows = set(sequences)
+        for sequence in changed:
+            if sequence.seq_id in in_rows and sequence.slot >= 0:
+                continue
+            start = self._num_sent(sequence.seq_id)
+            tokens += sequence.token_ids[start:]
+            sequences.append(sequence.seq_id)
+            computed.append(sequence.num_computed)
+            new.append(len(sequence.token_ids) - start)
+            scheduled.append(0)
+        for row in left:  # what was computed for a sequence that is gone is sent with its end
+            state = self._state.sequences.get(sequences[row])
+            computed[row] = state.num_computed if state is not None else 0
+        return Progress(as_longs(sequences), as_longs(computed), as_longs(scheduled), as_longs(new), as_longs(tokens))
+
+    def _num_sent(self, seq_id: int) -> int:
+        state = self._state.sequences.get(seq_id)
+        return len(state.token_ids) if state is not None else 0
+
+    def _new_token_bytes(self, progress: Progress) -> dict[int, bytes]:
         if self._codec is None:
-            return b""
-        return b"".join(self._codec.token_bytes(token) for token in request.prompt_token_ids)
+            return {}
+        read = self._codec.token_bytes
+        new = set(progress.token_ids.tolist()).difference(self._state.token_bytes)
+        return {token: read(token) for token in sorted(new) if token >= 0}
 
     # ---- events and gauges
 
-    def _events(self, raw: list[SchedulerEvent | BlockEvent], plan: StepPlan | None) -> tuple[Event, ...] | EventRows:
+    def _events(self, raw: list[RawEvent], plan: StepPlan | None) -> tuple[Event, ...] | StepEvents:
         events: list[Event] = []
         for change in self._changes:
             events.append(Event(self._next_event, "knob", -1, -1, -1, change.setting, change.amount))
@@ -212,11 +241,11 @@ class TraceBuilder:
             self._causes = dict(list(self._causes.items())[-50_000:])
         if plan is None:
             return tuple(events)
-        rows = EventRows(tuple(events), self._next_event, plan.seq_ids, plan.lengths)
+        rows = StepEvents(tuple(events), self._next_event, plan.seq_ids, plan.lengths.astype(np.int64))
         self._next_event += len(plan.seq_ids)
         return rows
 
-    def _cause_of(self, item: SchedulerEvent | BlockEvent) -> int:
+    def _cause_of(self, item: RawEvent) -> int:
         """The newest event that explains this one: a copy its fork, a hit its publication, a free its sequence's end."""
         causes, sequence = self._causes, item.seq_id
         if item.kind in ("copy", "fork"):
@@ -240,20 +269,12 @@ class TraceBuilder:
         return Queues(running, waiting, swapped)
 
     def _stats(self, plan: StepPlan | None, elapsed: int) -> Stats:
+        """Without the gauges that the fold finds."""
         scheduler = self._scheduler
-        usage, counters = scheduler.manager.usage(), scheduler.counters
-        return Stats(
+        counters = scheduler.counters
+        return pool_stats(scheduler.manager.usage(), scheduler.block_size)._replace(
             num_tokens=plan.num_tokens if plan is not None else 0,
             num_drawn=len(plan.draw_rows) if plan is not None else 0,
-            total_blocks=usage.total,
-            free_blocks=usage.free,
-            cached_blocks=usage.cached,
-            host_total=usage.host_total,
-            host_free=usage.host_free,
-            block_size=scheduler.block_size,
-            token_slots=self._pool.token_slots,
-            tail_slots=usage.referenced * scheduler.block_size - self._pool.token_slots,
-            shared_saved_blocks=self._pool.shared_saved,
             copies=counters.copies,
             hit_tokens=counters.hit_tokens,
             queried_tokens=counters.queried_tokens,
@@ -263,3 +284,51 @@ class TraceBuilder:
             elapsed_ns=elapsed,
             num_waiting=len(scheduler.waiting),
         )
+
+    # ---- what there was before
+
+    def _engine_as_delta(self) -> StepDelta:
+        """A delta that leads from nothing to what the engine holds. What its cache could find is not known before it is published anew."""
+        scheduler = self._scheduler
+        alive = [sequence for request in scheduler.requests.values() for sequence in request.alive]
+        tables, host_tables = tables_of(scheduler.manager, (sequence.seq_id for sequence in alive))
+        found = events_between(Snapshot(), tables, host_tables)
+        rows = [(s.seq_id, s.num_computed, 0, len(s.token_ids)) for s in alive]
+        progress = progress_of(rows, [token for s in alive for token in s.token_ids])
+        return StepDelta(
+            step=self._step - 1,
+            t_ns=self._clock(),
+            events=tuple(Event(-1, kind, -1, *rest) for kind, *rest in found),
+            sequences=tuple(map(self._patch, alive)),
+            progress=progress,
+            token_bytes=self._new_token_bytes(progress),
+            queues=self._queues(),
+            stats=self._stats(None, 0),
+        )
+
+
+def _only_grows(request: Request) -> bool:
+    """Whether its sequences change by a token at a time and nothing else, from now on to their ends."""
+    params = request.params
+    if params.logprobs is not None or params.best_of is not None or params.beam_width is not None:
+        return False
+    return request.forked or params.num_sequences == 1
+
+
+def _as_delta(state: Snapshot, next_event: int) -> StepDelta:
+    """A delta that leads from nothing to a state: for a listener that comes later."""
+    found = events_between(Snapshot(), state.tables, state.host_tables)
+    cached = np.flatnonzero(state.device.flags & FLAG_CACHED).tolist()
+    found += [("publish", -1, block, -1, -1) for block in cached]
+    alive = [s for s in state.sequences.values() if s.alive]
+    rows = [(s.sequence, s.num_computed, 0, len(s.token_ids)) for s in alive]
+    return StepDelta(
+        step=state.step,
+        t_ns=state.t_ns,
+        events=tuple(Event(next_event + i, kind, -1, *rest) for i, (kind, *rest) in enumerate(found)),
+        sequences=tuple(s.patch() for s in alive),
+        progress=progress_of(rows, [token for s in alive for token in s.token_ids]),
+        token_bytes=dict(state.token_bytes),
+        queues=state.queues,
+        stats=state.stats,
+    )

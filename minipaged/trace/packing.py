@@ -21,7 +21,8 @@ Array = npt.NDArray[Any]
 Columns = dict[str, Array]
 Head = dict[str, Any]
 
-MAX_BODY_BYTES = 1 << 28  # uncompressed; a larger one is damage or malice
+MAX_BODY_BYTES = 1 << 26  # uncompressed; a larger one is damage or malice
+MAX_HEAD_BYTES = 1 << 22
 _U32 = struct.Struct("<I")
 _write_json = json.JSONEncoder(separators=(",", ":")).encode
 _DTYPES = frozenset({"<i8", "<i4", "<f8", "|u1", "<u2", "<u4", "<u8"})
@@ -40,12 +41,14 @@ def unpack(body: bytes) -> tuple[Head, Columns]:
     try:
         raw = _inflate(body)
         (size,) = _U32.unpack_from(raw)
-        head = json.loads(raw[4 : 4 + size])
+        head = read_json(raw[4 : 4 + size]) if size <= MAX_HEAD_BYTES else {}
         columns: Columns = {}
         offset = 4 + size
         for name, dtype, length in head.pop("columns"):
             if dtype not in _DTYPES:
-                raise TraceError(f"a trace column of type {dtype!r} cannot be read")
+                raise TraceError(f"a trace column of type {dtype!r:.20} cannot be read")
+            if type(name) is not str or type(length) is not int or length < 0:
+                raise TraceError("a trace record does not name its columns")
             column = np.frombuffer(raw, dtype, length, offset)
             columns[name] = column
             offset += column.nbytes
@@ -54,6 +57,15 @@ def unpack(body: bytes) -> tuple[Head, Columns]:
         raise
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TraceError(f"a trace record cannot be read: {error}") from None
+
+
+def read_json(text: bytes) -> Any:
+    """What a JSON text says. ValueError or RecursionError if it is none; Infinity and NaN are no JSON."""
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def recompress(body: bytes) -> bytes:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 from minipaged.errors import TraceError
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 
@@ -29,6 +32,7 @@ class Player:
         self.speed = speed
         self.position, self.snapshot = source.keyframe(0)
         self.delta: StepDelta | None = None
+        self._changed: set[int] = set()
         self._kept: dict[int, Snapshot] = {}
         self._due = 0.0
         self._last_tick: float | None = None
@@ -40,21 +44,42 @@ class Player:
         """Deltas between here and the newest."""
         return len(self.source) - self.position
 
-    def advance(self, count: int = 1, *, events: bool = True) -> list[StepDelta]:
-        """Go up to `count` deltas forward; returns those applied, fewer at the end or at damage. events: as Source.delta."""
+    def advance(self, count: int = 1) -> list[StepDelta]:
+        """Go up to `count` deltas forward; returns those applied, fewer at the end or at damage."""
         applied: list[StepDelta] = []
         while len(applied) < count and self.position < len(self.source):
             try:
-                delta, shadows = self.source.delta(self.position, events=events), self.source.shadows(self.position)
+                delta, shadows = self.source.delta(self.position), self.source.shadows(self.position)
             except TraceError:
                 break  # the source has ended itself there, and says why
             self.snapshot.apply(delta)
+            if self.snapshot.misfit and not self._accepts_misfit():
+                break
             for shadow in shadows:
                 self.snapshot.apply_shadow(shadow)
             self.delta = delta
             self.position += 1
             applied.append(delta)
+            self._changed.update(self.snapshot.changed)
         return applied
+
+    def take_changed(self) -> npt.NDArray[np.int32]:
+        """The device blocks that have changed since this was last asked, in order."""
+        found = np.array(sorted(self._changed), np.int32)
+        self._changed.clear()
+        return found
+
+    def _accepts_misfit(self) -> bool:
+        """The delta that was just folded does not fit the state. A live source goes on nevertheless; another ends before that delta."""
+        here, reason = self.position, self.snapshot.misfit
+        self.snapshot.misfit = ""
+        self.source.end_at(here, reason)
+        if len(self.source) > here:
+            return True
+        self._kept = {position: kept for position, kept in self._kept.items() if position <= here}
+        self.position, self.snapshot = self.source.keyframe(here)
+        self.advance(here - self.position)
+        return False
 
     def tick(self, now: float) -> list[StepDelta]:
         """Go forward as far as the speed allows at time `now` (seconds, any origin)."""
@@ -81,22 +106,13 @@ class Player:
         while self.position < target:
             here = self.position
             stride = min(target - here, STRIDE - here % STRIDE)
-            last = here + stride == target  # the last delta is wanted whole
-            self.advance(stride - last, events=False)
-            self.advance(int(last and self.position == here + stride - 1))
-            if self.position < here + stride:
-                self._stop_at_damage()
+            self.advance(stride)
+            if self.position < here + stride:  # at the damage
                 break
             if self.position % STRIDE == 0 and self.position < target:
                 self._keep()
         if self.position == 0:
             self.delta = None
-
-    def _stop_at_damage(self) -> None:
-        """Stay where the good part ends, and know its last delta whole."""
-        end = self.position
-        self._load_before(end)
-        self.advance(end - self.position)
 
     def _load_before(self, target: int) -> None:
         """Put the latest known state strictly before `target` in place (strictly: so that the last delta is known too)."""

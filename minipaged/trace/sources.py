@@ -1,7 +1,7 @@
-"""Where deltas come from: a list, a file, and (live.py) an engine. All answer the same questions.
+"""Where deltas come from: a list, a file, and (serving/live.py) an engine. All answer the same questions.
 
 A position is a number of deltas: position p is the state after the first p, so delta(p) leads from p to p + 1. A
-source grows while it is live and shrinks where damage is found; it never changes what it has told.
+source grows while it is live and shrinks where damage is found; it never changes what it has given.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,22 +20,19 @@ import numpy.typing as npt
 
 from minipaged.errors import TraceError
 from minipaged.trace import codec
-from minipaged.trace.records import ShadowDelta, StepDelta
-from minipaged.trace.snapshot import Snapshot
-from minipaged.trace.stream import (
+from minipaged.trace.events import ShadowDelta, StepDelta, marks_of, occupancy
+from minipaged.trace.file import (
     FRAME_BYTES,
     KEYFRAME_EVERY,
     Header,
     Index,
     Kind,
     Record,
-    decode_pieces,
-    marks_of,
-    occupancy,
     read_header,
     read_record,
     read_trailer,
 )
+from minipaged.trace.snapshot import Snapshot
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _FRAME = struct.Struct("<IBqI")
@@ -48,11 +45,6 @@ class Source(Protocol):
     @property
     def header(self) -> Header:
         """What the trace is of."""
-        ...
-
-    @property
-    def pieces(self) -> Mapping[int, bytes]:
-        """Token id -> bytes, as far as told."""
         ...
 
     @property
@@ -77,19 +69,26 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def delta(self, position: int, *, events: bool = True) -> StepDelta:
-        """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there.
-
-        events: False may leave them out, where only the state after it is wanted."""
+    def delta(self, position: int) -> StepDelta:
+        """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there."""
         ...
 
     def shadows(self, position: int) -> list[ShadowDelta]:
-        """What other systems would hold after that delta."""
+        """What other systems would hold after that delta. Raises TraceError where that is damaged, and ends the source there."""
+        ...
+
+    def end_at(self, position: int, reason: str) -> None:
+        """What comes after `position` does not fit what came before: the source ends there, unless it is live."""
         ...
 
     def keyframe(self, position: int) -> tuple[int, Snapshot]:
         """The latest whole state at or before `position`, and its position."""
         ...
+
+
+def damaged(position: int, reason: str) -> str:
+    """A sentence on a trace that is only good up to a position."""
+    return f"the trace is damaged after {position} steps ({reason}); what comes before is shown"
 
 
 class Growing:
@@ -125,7 +124,6 @@ class Growing:
 class ListSource:
     """Deltas in memory: tests, lessons and failing properties."""
 
-    damage = ""
     live = False
 
     def __init__(
@@ -134,10 +132,9 @@ class ListSource:
         *,
         header: Header | None = None,
         shadows: Iterable[ShadowDelta] = (),
-        pieces: Mapping[int, bytes] | None = None,
     ) -> None:
         self.header = header if header is not None else Header(model="list")
-        self.pieces: Mapping[int, bytes] = dict(pieces or {})
+        self.damage = ""
         self._deltas = list(deltas)
         self._keyframes = [Snapshot()]
         self._shadows: dict[int, list[ShadowDelta]] = {}
@@ -149,9 +146,15 @@ class ListSource:
     def __len__(self) -> int:
         return len(self._deltas)
 
-    def delta(self, position: int, *, events: bool = True) -> StepDelta:
+    def delta(self, position: int) -> StepDelta:
         """The delta that leads from `position` to the next."""
         return self._deltas[position]
+
+    def end_at(self, position: int, reason: str) -> None:
+        """End the list there."""
+        self._deltas = self._deltas[:position]
+        self.occupied, self.marks = self.occupied[:position], self.marks[:position]
+        self.damage = damaged(position, reason)
 
     def shadows(self, position: int) -> list[ShadowDelta]:
         """What other systems would hold after that delta."""
@@ -176,7 +179,6 @@ class RecordSource:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self.pieces: dict[int, bytes] = {}
         self.damage = ""
         self._delta_numbers = Growing(np.zeros(0, np.int64))
         self._keyframe_positions: list[int] = []
@@ -201,8 +203,6 @@ class RecordSource:
             self._keyframe_numbers.append(number)
         elif record.kind == Kind.SHADOW:
             self._shadow_numbers.append(number)
-        elif record.kind == Kind.PIECES:
-            self.pieces.update(decode_pieces(record.body))
         return None
 
     @property
@@ -223,31 +223,41 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self._delta_numbers)
 
-    def _cut(self, position: int, reason: str) -> None:
+    def end_at(self, position: int, reason: str) -> None:
         """The trace is only good up to `position`."""
         for column in (self._delta_numbers, self._occupied, self._marks):
             column.cut(position)
-        self.damage = f"the trace is damaged after {position} steps ({reason}); what comes before is shown"
+        self.damage = damaged(position, reason)
 
-    def delta(self, position: int, *, events: bool = True) -> StepDelta:
+    def _record_of(self, number: int, kind: Kind) -> Record:
+        record = self._record(number)
+        if record.kind != kind:
+            raise TraceError(f"record {number} is not what the index says")
+        return record
+
+    def delta(self, position: int) -> StepDelta:
         """The delta that leads from `position` to the next. Raises TraceError where it is damaged, and ends the source there."""
         try:
-            record = self._record(int(self._delta_numbers.view[position]))
-            return codec.decode_delta(record.step, record.body, events=events)
+            record = self._record_of(int(self._delta_numbers.view[position]), Kind.DELTA)
+            return codec.decode_delta(record.step, record.body)
         except TraceError as error:
-            self._cut(position, str(error))
+            self.end_at(position, str(error))
             raise
 
     def shadows(self, position: int) -> list[ShadowDelta]:
-        """What other systems would hold after that delta."""
+        """What other systems would hold after that delta. Raises TraceError where that is damaged, and ends the source there."""
         numbers = self._shadow_numbers.view
         if not len(numbers):
             return []
         deltas = self._delta_numbers.view
         first = np.searchsorted(numbers, deltas[position])
         last = np.searchsorted(numbers, deltas[position + 1]) if position + 1 < len(deltas) else len(numbers)
-        records = [self._record(int(number)) for number in numbers[first:last]]
-        return [codec.decode_shadow(record.step, record.body) for record in records]
+        try:
+            records = [self._record_of(int(number), Kind.SHADOW) for number in numbers[first:last]]
+            return [codec.decode_shadow(record.step, record.body) for record in records]
+        except TraceError as error:
+            self.end_at(position, str(error))
+            raise
 
     def keyframe(self, position: int) -> tuple[int, Snapshot]:
         """The latest whole state at or before `position`, and its position. A damaged one is passed over for the one before."""
@@ -255,7 +265,7 @@ class RecordSource:
         while at > 0:
             at -= 1
             try:
-                record = self._record(self._keyframe_numbers[at])
+                record = self._record_of(self._keyframe_numbers[at], Kind.KEYFRAME)
                 return self._keyframe_positions[at], codec.decode_keyframe(record.step, record.body)
             except TraceError:
                 continue
@@ -313,11 +323,6 @@ class FileSource(RecordSource):
         self._shadow_numbers = Growing(np.flatnonzero(index.kind == Kind.SHADOW))
         self._keyframe_numbers = keyframes.tolist()
         self._keyframe_positions = np.searchsorted(deltas, keyframes).tolist()
-        for number in np.flatnonzero(index.kind == Kind.PIECES).tolist():
-            try:
-                self.pieces.update(decode_pieces(self._record(number).body))
-            except TraceError as error:
-                self.damage = f"some token texts are damaged ({error}); token ids are shown in their place"
 
     def _scan(self, size: int, progress: Progress | None) -> None:
         """Rebuild the index by reading everything, up to the end or the first damage."""
@@ -337,7 +342,7 @@ class FileSource(RecordSource):
                     break
                 self._index_record(number, record)
             except TraceError as error:
-                self._cut(len(self), str(error))
+                self.end_at(len(self), str(error))
                 break
             self._offsets.append(offset)
             number += 1

@@ -24,9 +24,9 @@ from minipaged.lab.simulation.simulated_runner import SimulatedRunner
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading.shapes import shape
 from minipaged.scheduling.scheduler import Scheduler
-from minipaged.trace.records import ShadowDelta, StepDelta
+from minipaged.trace.events import ShadowDelta, StepDelta
+from minipaged.trace.file import open_recorder
 from minipaged.trace.sources import FileSource
-from minipaged.trace.stream import open_recorder
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LEN = 33, 8, 64  # 256 slots: four contexts
 

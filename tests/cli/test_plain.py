@@ -14,7 +14,7 @@ import pytest
 from minipaged.cli.plain import end_of, run_plain
 from minipaged.cli.show import build_engine
 from minipaged.config import SamplingParams
-from minipaged.trace import stream
+from minipaged.trace import file
 from minipaged.trace.sources import FileSource
 
 
@@ -55,12 +55,12 @@ class FullAfter(io.RawIOBase):
         return len(data)
 
 
-@pytest.mark.parametrize("room", [0, 3000, 20_000])
+@pytest.mark.parametrize("room", [0, 3000, 12_000])
 def test_a_full_disk_ends_the_recording_and_not_the_run(
     room: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = FullAfter(room)
-    monkeypatch.setattr(stream, "open", lambda *args: disk, raising=False)
+    monkeypatch.setattr(file, "open", lambda *args: disk, raising=False)
     factory = partial(build_engine, "toy", {"num_blocks": 64, "device": "cpu"})
     asked = (("one prompt", SamplingParams(max_tokens=60, ignore_eos=True)),)
     assert run_plain(factory, asked, steps=None, record=tmp_path / "run.mpt") == 1

@@ -178,8 +178,9 @@ def test_a_signal_ends_it_promptly_and_leaves_the_terminal_whole(asked: signal.S
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise AssertionError(f"it did not end: {shown.decode()}")
-    with contextlib.suppress(OSError):
-        shown += os.read(screen, 65536)
+    with contextlib.suppress(OSError):  # until the terminal has no more of what was written before the end
+        while rest := os.read(screen, 65536):
+            shown += rest
     assert os.waitstatus_to_exitcode(status) in (128 + asked, -asked)  # the latter before Python itself has started
     assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h"), "the cursor is shown again"
     assert b"Traceback" not in shown

@@ -5,14 +5,13 @@ A manager does the same each time (L54), so nothing but the calls is kept while 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from minipaged.memory.types import Allocation, BlockEvent
+from minipaged.memory.types import BlockEvent
 from tests.laws.model import Line, look
 from tests.laws.records import StepRecord
 from tests.laws.replay import write_replay
@@ -97,18 +96,11 @@ class _Follower:
     def __init__(self, manager: Any, block_size: int) -> None:
         self._manager, self._block_size = manager, block_size
         self._lines: dict[int, Line] = {}
-        self._pins: Counter[int] = Counter()
-        self._found: set[int] = set()
-        self._copied: set[int] = set()
 
     def follow(self, call: Call, answer: Any) -> None:
         """A call that returned `answer`."""
         lines, args = self._lines, call.args
-        if isinstance(answer, Allocation):
-            self._copied.update(destination for _, destination in answer.copies)
         match call.name:
-            case "begin_step":
-                self._copied.clear()
             case "allocate" if answer is not None:
                 cached = answer.cached_tokens
                 lines[args[0]] = Line(args[0], None, list(args[1]), 0, cached, cached)
@@ -128,16 +120,9 @@ class _Follower:
             case "swap_out" | "swap_in" if answer is not None:
                 for seq_id in args[0]:
                     lines[seq_id].swapped = call.name == "swap_out"
-            case "pin" | "unpin":
-                self._pins[args[0]] += 1 if call.name == "pin" else -1
 
     def record(self) -> StepRecord:
         """How things stand, and what was told since the last record."""
         events: tuple[BlockEvent, ...] = self._manager.take_events()
-        for event in events:
-            if event.kind in ("publish", "evict"):
-                (self._found.add if event.kind == "publish" else self._found.discard)(event.block)
         view = look(self._manager, self._lines, self._manager.usage().total)
-        return StepRecord.of(
-            view, self._lines, self._block_size, events, cached=self._found, pinned=+self._pins, copied=self._copied
-        )
+        return StepRecord.of(view, self._lines, self._block_size, events)

@@ -37,7 +37,7 @@ LAWS: tuple[Law, ...] = (
     Law("L11", _POOL, "A new block is taken exactly when need exceeds have."),
     Law("L12", _FORK, "A fork allocates nothing and adds one holder to each of the parent's blocks."),
     Law("L13", _FORK, "A write copies its block when it is shared and partly filled, and only then."),
-    Law("L14", _FORK, "A copy is told as (source, destination), moves one count, and no destination is a source."),
+    Law("L14", _FORK, "A copy is returned as (source, destination), moves one count, and no destination is a source."),
     Law("L15", _FORK, "The last sharer writes in place."),
     Law(
         "L16",

@@ -1,4 +1,4 @@
-"""Tiny dense tensors in plain Python: what each slot of each block holds, and how a step moves it. Knows blocks; knows no manager.
+"""Tiny dense tensors in plain Python: what each slot of each block holds, and how a step moves it.
 
 The "KV" of a position is one number made from all tokens up to it, as a real model's is: the same token behind another prefix has another
 value, so a wrong block, a stale copy or a lost swap is seen when a table is read back.

@@ -182,7 +182,8 @@ def equal_content_is_remembered_twice(make: Make) -> None:
         left = list(order)
         for gone in leaving:
             hit = manager.allocate(8, [*prompt, 2], num_tokens=len(prompt))
-            assert hit.cached_tokens == len(prompt), f"of {order} {left} are left, and hold it"
+            found = -1 if hit is None else hit.cached_tokens
+            assert found == len(prompt), f"of {order} {left} are left, and hold it"
             assert manager.table(8) == held[left[0]], f"published in the order {order}, of which {left} are left"
             manager.free(8)
             manager.free(gone)

@@ -30,9 +30,6 @@ class StepRecord:
     events: tuple[BlockEvent, ...]
     lines: tuple[LineRecord, ...]
     counts: tuple[int, ...]
-    cached: frozenset[int]
-    pinned: frozenset[int]
-    copied: frozenset[int]
     usage: PoolUsage
 
     @classmethod
@@ -42,12 +39,8 @@ class StepRecord:
         lines: Mapping[int, Line],
         block_size: int,
         events: Iterable[BlockEvent],
-        *,
-        cached: Iterable[int],
-        pinned: Iterable[int],
-        copied: Iterable[int],
     ) -> StepRecord:
-        """A step as it stands: what is seen of the manager, the sequences, and the blocks that are found, pinned and copied to."""
+        """A step as it stands: what is seen of the manager, the sequences, and what the events said."""
         told = tuple(
             LineRecord(
                 seq,
@@ -60,5 +53,4 @@ class StepRecord:
             )
             for seq, line in lines.items()
         )
-        marks = (frozenset(cached), frozenset(pinned), frozenset(copied))
-        return cls(block_size, tuple(events), told, view.counts, *marks, view.usage)
+        return cls(block_size, tuple(events), told, view.counts, view.usage)

@@ -1,6 +1,6 @@
 """A manager under watch: every call is made through here, and after every call the laws that hold at all times are checked.
 
-Knows the model and the contract; which calls are made is up to the machine.
+The state machine decides which calls are made; here each is compared with the model and the contract.
 """
 
 from __future__ import annotations
@@ -340,7 +340,6 @@ class Watch:
 
     def record(self) -> None:
         """Close the step's record."""
-        copied = [destination for _, destination in self.copies()]
         seen = (self.view, self.lines, self.block_size, self.step_events)
-        self.records.append(StepRecord.of(*seen, cached=self.found.key_of, pinned=self.pins, copied=copied))
+        self.records.append(StepRecord.of(*seen))
         self.step_events = []

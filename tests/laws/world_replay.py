@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from minipaged.trace.stream import Header, open_recorder
+from minipaged.trace.file import Header, open_recorder
 from tests.laws.token_world import World
 
 

@@ -52,7 +52,7 @@ def test_the_last_state_is_the_one_after_the_fault(tmp_path: Path) -> None:
     taken = [(event.sequence, event.amount, event.block) for event in session.snapshot.events if event.kind == "alloc"]
     assert taken
     for sequence, index, block in taken:
-        assert session.snapshot.tables[sequence, 0][index] == block
+        assert session.snapshot.tables[sequence][index] == block
 
 
 def test_a_law_of_the_memory_by_itself_leaves_a_replay(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_law_of_the_memory_by_itself_leaves_a_replay(tmp_path: Path) -> None:
     assert session.message.startswith("L30")
     assert session.delta is not None
     [taken] = [event for event in session.delta.events if event.kind == "alloc"]
-    assert taken.block in session.snapshot.tables[taken.sequence, 0], "a cached block was handed out, and is found"
+    assert taken.block in session.snapshot.tables[taken.sequence], "a cached block was handed out, and is found"
 
 
 @pytest.mark.parametrize(

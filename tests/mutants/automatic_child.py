@@ -1,6 +1,6 @@
 """One run of the tests in a forked child: with a module's code replaced in memory, or watching which lines each test runs.
 
-Knows pytest and processes; knows nothing of how mutants are chosen or counted. A child tells its parent through a pipe, one line a message:
+automatic.py chooses the mutants and counts them. A child tells its parent through a pipe, one line a message:
 `start ITEM`, `failed ITEM`, `left out N` (no time for the rest) and `done`.
 """
 

@@ -1,6 +1,6 @@
 """Every small change that the automatic run can make to a module: found in its syntax tree, applied to a fresh copy of it.
 
-Knows Python's syntax; knows nothing of tests. A mutant is named by its module and its number in a fixed order, so a seed gives the same
+A mutant is named by its module and its number in a fixed order, so a seed gives the same
 sample everywhere. Left alone: strings, type hints, error messages, `__repr__`, `__all__`, decorators, imports.
 """
 

@@ -10,7 +10,7 @@ from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.scheduling.runtime_settings import SETTINGS, SettingChange
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 
 
 def toy(**settings: Any) -> LLM:
@@ -28,7 +28,7 @@ def run(llm: LLM, most: int = 400) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("temprature", 1.0, "there is no knob 'temprature': there are temperature, watermark, batching, policy"),
+        ("temprature", 1.0, "there is no setting 'temprature': there are temperature, watermark, batching, policy"),
         ("temperature", -1, "temperature must be at least 0 and at most 10, not -1"),
         ("temperature", float("nan"), "finite"),
         ("watermark", 0.9, "at most 0.5"),

@@ -1,8 +1,8 @@
 """A tiny paged memory that is written by hand and tells what it does as deltas: for tests of the trace and the
 screen.
 
-It keeps its state in plain Python lists and finds each delta by comparing with the step before, so it can judge the
-fold. It decides nothing by itself: a script says what happens.
+It keeps its state in plain Python lists and tells events beside, so it can judge the fold, which knows the events alone. It decides
+nothing by itself: a script says what happens.
 """
 
 from __future__ import annotations
@@ -10,24 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
-from minipaged.trace.records import (
-    FLAG_CACHED,
-    FLAG_COPIED,
-    FLAG_NULL,
-    TIER_DEVICE,
-    TIER_HOST,
-    BlockPatch,
+from minipaged.trace.events import (
     Event,
+    Progress,
     Queues,
     SequencePatch,
     Stats,
     StepDelta,
-    TablePatch,
 )
+from minipaged.trace.observed import progress_of
 
 BLOCK_SIZE = 4
 
@@ -45,7 +38,7 @@ class Line:
         self.reason = ""
         self.told = 0  # characters (one token each) already in a delta
         self.table: list[int] = []
-        self.tier = TIER_DEVICE
+        self.on_host = False
 
 
 class Scene:
@@ -65,9 +58,9 @@ class Scene:
         self.deltas: list[StepDelta] = []
         self._events: list[Event] = []
         self._event_ids = 0
-        self._rows_before: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._tables_before: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._lines_before: dict[int, tuple[object, ...]] = {}
+        self._patches_before: dict[int, str] = {}
+        self._computed_before: dict[int, int] = {}
+        self._letters: set[int] = set()
 
     # What a script says.
 
@@ -108,7 +101,7 @@ class Scene:
         )
         for block in line.table:
             self.owners[block].append(seq)
-        self._event("fork", seq, other=parent)
+        self._event("fork", seq, other=parent, amount=len(line.table))
         return seq
 
     def finish(self, seq: int, *, cache: bool = False, status: str = "finished") -> None:
@@ -131,36 +124,39 @@ class Scene:
         line = self.lines[seq]
         cause = self._event("preempt", seq)
         there = []
-        for block in line.table:
+        for index, block in enumerate(line.table):
             spot = next(i for i, owners in enumerate(self.host_owners) if not owners)
             self.host_owners[spot], self.host_fill[spot] = [seq], self.fill[block]
-            self._event("swap_out", seq, block, spot, cause=cause)
+            self._event("swap_out", seq, block, spot, cause=cause, amount=index)
             there.append(spot)
         self._release(line, cause, quiet=True)
-        line.status, line.table, line.tier = "swapped", there, TIER_HOST
+        line.status, line.table, line.on_host = "swapped", there, True
         self.swaps += 1
 
     def swap_in(self, seq: int) -> None:
         """And back."""
         line = self.lines[seq]
         back = []
-        for spot in line.table:
+        for index, spot in enumerate(line.table):
             block = self._free_block()
             self.owners[block], self.fill[block] = [seq], self.host_fill[spot]
             self.host_owners[spot], self.host_fill[spot] = [], 0
-            self._event("swap_in", seq, block, spot)
+            self._event("swap_in", seq, block, spot, amount=index)
             back.append(block)
-        line.status, line.table, line.tier = "running", back, TIER_DEVICE
+        line.status, line.table, line.on_host = "running", back, False
 
     def step(self) -> StepDelta:
         """What changed since the last step, as a delta; it joins `deltas`."""
+        progress = self._progress()
+        new = {token: chr(token).encode() for token in progress.token_ids.tolist() if token not in self._letters}
+        self._letters.update(new)
         delta = StepDelta(
             step=self.step_number,
             t_ns=self.step_number * 50_000_000,
             events=tuple(self._events),
-            blocks=self._block_patch(),
-            tables=self._table_patches(),
-            sequences=tuple(self._sequence_patches()),
+            sequences=self._sequence_patches(),
+            progress=progress,
+            token_bytes=new,
             queues=Queues(
                 *(
                     tuple(s for s, line in self.lines.items() if line.status == st)
@@ -178,7 +174,7 @@ class Scene:
     def stats(self) -> Stats:
         """The counters, from the lists."""
         held = [block for block in range(1, self.num_blocks) if self.owners[block]]
-        entries = sum(len(line.table) for line in self.lines.values() if line.tier == TIER_DEVICE)
+        entries = sum(len(line.table) for line in self.lines.values() if not line.on_host)
         return Stats(
             total_blocks=self.num_blocks,
             free_blocks=self.num_blocks - 1 - len(held),
@@ -206,6 +202,8 @@ class Scene:
     def _free_block(self) -> int:
         plain = [b for b in range(1, self.num_blocks) if not self.owners[b] and not self.cached[b]]
         block = plain[0] if plain else next(b for b in range(1, self.num_blocks) if not self.owners[b])
+        if self.cached[block]:
+            self._event("evict", -1, block, amount=-1)
         self.cached[block], self.fill[block] = False, 0
         return block
 
@@ -215,7 +213,7 @@ class Scene:
             block = self._free_block()
             self.owners[block] = [line.seq]
             line.table.append(block)
-            self._event("alloc", line.seq, block, cause=cause)
+            self._event("alloc", line.seq, block, cause=cause, amount=len(line.table) - 1)
         last = (length - 1) // BLOCK_SIZE
         if len(self.owners[line.table[last]]) > 1 and line.computed % BLOCK_SIZE:
             old, new = line.table[last], self._free_block()
@@ -225,83 +223,50 @@ class Scene:
             self.fill[new] = self.fill[old]
             self.copied.add(new)
             self.copies += 1
-            self._event("copy", line.seq, old, new, cause=cause)
+            self._event("copy", line.seq, old, new, cause=cause, amount=last)
         for index in range(len(line.table)):
             self.fill[line.table[index]] = max(
                 self.fill[line.table[index]], min(BLOCK_SIZE, length - index * BLOCK_SIZE)
             )
 
     def _release(self, line: Line, cause: int, *, cache: bool = False, quiet: bool = False) -> None:
-        for block in reversed(line.table):
-            owners = self.owners if line.tier == TIER_DEVICE else self.host_owners
+        for index in reversed(range(len(line.table))):
+            block = line.table[index]
+            owners = self.owners if not line.on_host else self.host_owners
             owners[block].remove(line.seq)
-            if not owners[block] and line.tier == TIER_DEVICE:
+            if not owners[block] and not line.on_host:
                 self.cached[block] = cache and self.fill[block] == BLOCK_SIZE
                 self.fill[block] = BLOCK_SIZE if self.cached[block] else 0
+                if self.cached[block]:
+                    self._event("publish", line.seq, block, amount=index)
+            elif not owners[block]:
+                self.host_fill[block] = 0
             if not quiet:
-                self._event("free", line.seq, block, cause=cause)
-        line.table, line.tier = [], TIER_DEVICE
+                self._event("free", line.seq, block, cause=cause, amount=index)
+        line.table, line.on_host = [], False
 
-    def _rows(self) -> dict[tuple[int, int], tuple[int, ...]]:
-        rows = {}
-        for block in range(self.num_blocks):
-            flags = FLAG_CACHED * self.cached[block] | FLAG_COPIED * (block in self.copied) | FLAG_NULL * (block == 0)
-            owners = self.owners[block]
-            rows[(TIER_DEVICE, block)] = (min(owners, default=-1), len(owners), self.fill[block], flags)
-        for block in range(self.num_host):
-            owners = self.host_owners[block]
-            rows[(TIER_HOST, block)] = (min(owners, default=-1), len(owners), self.host_fill[block], 0)
-        return rows
-
-    def _block_patch(self) -> BlockPatch:
-        rows = self._rows()
-        changed = [(key, row) for key, row in rows.items() if self._rows_before.get(key, (-1, 0, 0, 0)) != row]
-        self._rows_before = rows
-        table = np.array([(*key, *row) for key, row in changed], np.int32).reshape(-1, 6)
-        tier, ids, owner, refs, fill, flags = table.T
-        return BlockPatch(
-            ids, owner, refs, fill, flags.astype(np.uint8), tier.astype(np.uint8), np.zeros(len(ids), np.int32)
-        )
-
-    def _table_patches(self) -> tuple[TablePatch, ...]:
+    def _sequence_patches(self) -> tuple[SequencePatch, ...]:
         patches = []
         for seq, line in self.lines.items():
-            for tier in (TIER_DEVICE, TIER_HOST):
-                new = tuple(line.table) if line.tier == tier else ()
-                old = self._tables_before.get((seq, tier), ())
-                if new != old:
-                    same = 0
-                    while same < min(len(old), len(new)) and old[same] == new[same]:
-                        same += 1
-                    patches.append(TablePatch(seq, 0, same, new[same:], tier))
-                    self._tables_before[(seq, tier)] = new
+            reason = line.reason
+            patch = SequencePatch(
+                seq, line.request, line.parent, line.status, line.cached, line.num_prompt, math.nan, reason
+            )
+            if repr(patch) != self._patches_before.get(seq):  # repr: nan equals itself here
+                self._patches_before[seq] = repr(patch)
+                patches.append(patch)
         return tuple(patches)
 
-    def _sequence_patches(self) -> list[SequencePatch]:
-        patches = []
+    def _progress(self) -> Progress:
+        rows, tokens = [], []
         for seq, line in self.lines.items():
-            plain = (line.status, line.computed, line.cached, line.reason)
             fresh = line.text[line.told :]
-            if not fresh and self._lines_before.get(seq) == plain:
-                continue
-            self._lines_before[seq] = plain
-            line.told = len(line.text)
-            patches.append(
-                SequencePatch(
-                    seq,
-                    line.request,
-                    line.parent,
-                    line.status,
-                    line.computed,
-                    line.cached,
-                    line.num_prompt,
-                    tuple(ord(letter) for letter in fresh),
-                    fresh.encode(),
-                    math.nan,
-                    line.reason,
-                )
-            )
-        return patches
+            if fresh or self._computed_before.get(seq, 0) != line.computed:
+                rows.append((seq, line.computed, 0, len(fresh)))
+                tokens += map(ord, fresh)
+                self._computed_before[seq] = line.computed
+                line.told = len(line.text)
+        return progress_of(rows, tokens)
 
 
 def sharing_scene() -> Scene:

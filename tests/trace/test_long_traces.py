@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
@@ -11,28 +12,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minipaged.trace.events import Event, Queues, SequencePatch, Stats, StepDelta
+from minipaged.trace.file import Header, StreamWriter
+from minipaged.trace.observed import progress_of
 from minipaged.trace.player import Player
-from minipaged.trace.records import BlockPatch, Event, Queues, Stats, StepDelta
 from minipaged.trace.sources import FileSource
-from minipaged.trace.stream import Header, StreamWriter
 
-NUM_BLOCKS, CHANGES = 10_000, 32
+NUM_BLOCKS, CHANGES, MOST = 10_000, 32, 400  # MOST: entries of a table
 RUNNING = tuple(range(16))
 
 
 def write_long(path: Path, steps: int) -> None:
-    """A trace of 10,000 blocks in which 32 change a step."""
+    """A trace of 10,000 blocks in which 32 change a step: 16 are taken and, once the tables are long, 16 given back; 16 sequences write."""
     rng = np.random.default_rng(0)
     stats = Stats(total_blocks=NUM_BLOCKS, free_blocks=5000, block_size=16, num_tokens=16, num_drawn=16)
-    zeros = np.zeros(CHANGES, np.int32)
+    free = list(range(1, NUM_BLOCKS))
+    tables: list[list[int]] = [[] for _ in RUNNING]
+    patches = tuple(SequencePatch(seq, seq, -1, "running", 0, 0, math.nan, "") for seq in RUNNING)
     with path.open("wb") as out:
         writer = StreamWriter(out, Header("long"))
+        number = 0
         for step in range(steps):
-            ids = rng.integers(1, NUM_BLOCKS, CHANGES).astype(np.int32)
-            owner, refs, fill = rng.integers(0, 16, (3, CHANGES)).astype(np.int32)
-            patch = BlockPatch(ids, owner, refs, fill, zeros.astype(np.uint8), zeros.astype(np.uint8), zeros)
-            events = (Event(step, "alloc", -1, step % 16, int(ids[0]), -1, 0),)
-            writer.delta(StepDelta(step, step, events, patch, (), (), Queues(RUNNING), stats))
+            events = []
+            for seq in rng.integers(0, 16, CHANGES // 2).tolist():
+                table = tables[seq]
+                if len(table) == MOST:
+                    events += [("free", seq, table[i], -1, i) for i in range(MOST - 1, MOST - 1 - CHANGES, -1)]
+                    free += table[-CHANGES:]
+                    del table[-CHANGES:]
+                table.append(free.pop(int(rng.integers(0, len(free)))))
+                events.append(("alloc", seq, table[-1], -1, len(table) - 1))
+            rows = [(seq, min(step, 16 * len(tables[seq])), 1, 0) for seq in RUNNING]
+            told = tuple(Event(number + i, kind, -1, *rest) for i, (kind, *rest) in enumerate(events))
+            number += len(told)
+            first = patches if step == 0 else ()
+            writer.delta(StepDelta(step, step, told, first, progress_of(rows, ()), queues=Queues(RUNNING), stats=stats))
         writer.finish()
 
 
@@ -48,6 +62,7 @@ def measure(path: Path, steps: int) -> tuple[float, list[float]]:
         player.seek(position)
         seeks.append(time.perf_counter() - started)
         assert player.position == position
+        assert not source.damage
     return opened, seeks
 
 

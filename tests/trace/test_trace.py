@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import zlib
@@ -18,11 +19,11 @@ from scripted import Scene, sharing_scene
 from minipaged.errors import TraceError
 from minipaged.memory.types import PoolBreakdown, Run
 from minipaged.trace import codec, packing
+from minipaged.trace.events import FLAG_CACHED, NO_PROGRESS, ShadowDelta, StepDelta
+from minipaged.trace.file import Header, Kind, Record, Recorder, StreamWriter, note, read_header, read_record
 from minipaged.trace.player import Player
-from minipaged.trace.records import FLAG_CACHED, ShadowDelta, StepDelta
 from minipaged.trace.snapshot import KEPT_DEAD, Snapshot, fold
 from minipaged.trace.sources import FileSource, ListSource
-from minipaged.trace.stream import Header, Kind, Record, StreamWriter, note, read_header, read_record
 
 
 def check_against(scene: Scene, snapshot: Snapshot) -> None:
@@ -31,16 +32,18 @@ def check_against(scene: Scene, snapshot: Snapshot) -> None:
     assert snapshot.device.owner.tolist() == [min(owners, default=-1) for owners in scene.owners]
     assert snapshot.device.fill.tolist() == scene.fill
     assert [bool(flag & FLAG_CACHED) for flag in snapshot.device.flags] == scene.cached
+    assert snapshot.host.fill.tolist() == scene.host_fill
     assert snapshot.host.refs.tolist() == [len(owners) for owners in scene.host_owners]
-    tables = {seq: tuple(line.table) for seq, line in scene.lines.items() if line.table and line.tier == 0}
-    assert {seq: ids for (seq, _), ids in snapshot.tables.items()} == tables
-    host = {seq: tuple(line.table) for seq, line in scene.lines.items() if line.table and line.tier == 1}
-    assert {seq: ids for (seq, _), ids in snapshot.host_tables.items()} == host
+    tables = {seq: tuple(line.table) for seq, line in scene.lines.items() if line.table and not line.on_host}
+    assert snapshot.tables == tables
+    host = {seq: tuple(line.table) for seq, line in scene.lines.items() if line.table and line.on_host}
+    assert snapshot.host_tables == host
     for seq, state in snapshot.sequences.items():
         line = scene.lines[seq]
         assert (bytes(state.text).decode(), state.status, state.num_computed) == (line.text, line.status, line.computed)
         assert state.token_ids == [ord(letter) for letter in line.text]
-    assert snapshot.stats == scene.stats()
+    assert snapshot.stats == snapshot.gauge() == scene.stats()
+    assert not snapshot.misfit
 
 
 @st.composite
@@ -232,7 +235,7 @@ def test_garbage_is_refused_or_cut(tmp_path_factory: pytest.TempPathFactory, gar
 
 @pytest.mark.parametrize(
     ("schema", "word"),
-    [({"major": 2, "minor": 0}, "update minipaged"), ({"major": 0, "minor": 9}, "older"), ("x", "header")],
+    [({"major": 3, "minor": 0}, "update minipaged"), ({"major": 1, "minor": 0}, "record it again"), ("x", "header")],
 )
 def test_another_major_version_is_refused(tmp_path: Path, schema: object, word: str) -> None:
     text = zlib.compress(b"")  # any bytes after the header
@@ -258,7 +261,7 @@ def test_a_newer_minor_version_opens_and_unknown_things_are_kept(tmp_path: Path)
     for delta in scene.deltas:
         head, columns = packing.unpack(codec.encode_delta(delta))
         head["stats"]["moon_phase"] = 3
-        columns["b.temperature"] = np.ones(3, np.float64)
+        columns["p.temperature"] = np.ones(3, np.float64)
         writer.write(Record(Kind.DELTA, delta.step, packing.pack(head, columns)))
         writer.write(Record(77, delta.step, packing.pack({"what": "a kind of tomorrow"}, {})))
     source = FileSource(saved(tmp_path, out.getvalue()))
@@ -281,15 +284,227 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         FileSource(tmp_path / "nowhere.mpt")
 
 
-def test_a_hostile_record_does_not_allocate() -> None:
-    """Sizes beyond any pool are refused before memory is taken."""
+def some_delta() -> tuple[packing.Head, packing.Columns]:
+    """A record that has something in every table."""
+    deltas = sharing_scene().deltas
+    whole = replace(deltas[0], events=tuple(event for delta in deltas for event in delta.events))
+    return packing.unpack(codec.encode_delta(whole))
+
+
+def changed(columns: packing.Columns, name: str, change: str) -> packing.Columns:
+    """The columns with one of them spoiled."""
+    column = columns[name]
+    to = {
+        "short": column[1:],
+        "long": np.concatenate([column, column]),
+        "float": column.astype(np.float64) + 0.5,
+        "huge": column.astype(np.int64) + (1 << 62),
+        "unsigned": column.astype(np.uint64) + np.uint64((1 << 64) - 2),
+        "negative": column.astype(np.int64) - (1 << 40),
+    }[change]
+    return {**columns, name: to}
+
+
+INT_COLUMNS = [
+    *("e.id", "e.kind", "e.cause", "e.sequence", "e.block", "e.other", "e.amount"),
+    *("s.sequence", "s.request", "s.parent", "s.status", "s.num_cached", "s.num_prompt"),
+    *("p.sequence", "p.num_computed", "p.num_scheduled", "p.num_new", "p.token_ids", "w.ids", "w.lengths", "w.bytes"),
+]
+
+
+@pytest.mark.parametrize("change", ["short", "long", "float", "negative"])
+@pytest.mark.parametrize("name", INT_COLUMNS)
+def test_a_column_that_does_not_fit_is_refused(name: str, change: str) -> None:
+    """Whoever wrote it made the check sum right: its values are looked at nevertheless."""
+    head, columns = some_delta()
+    codec.decode_delta(1, packing.pack(head, columns))
+    with pytest.raises(TraceError):
+        codec.decode_delta(1, packing.pack(head, changed(columns, name, change)))
+
+
+@pytest.mark.parametrize(
+    "name", ["e.sequence", "e.block", "e.kind", "p.sequence", "p.num_new", "s.sequence", "s.status"]
+)
+@pytest.mark.parametrize("change", ["huge", "unsigned"])
+def test_a_number_that_nothing_can_have_is_refused(name: str, change: str) -> None:
+    head, columns = some_delta()
+    with pytest.raises(TraceError, match=r"outside|not as many"):
+        codec.decode_delta(1, packing.pack(head, changed(columns, name, change)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"t_ns": float("inf")},
+        {"t_ns": float("nan")},
+        {"t_ns": 1.5},
+        {"t_ns": "soon"},
+        {"t_ns": True},
+        {"t_ns": -1},
+        {"t_ns": 1 << 80},
+        {"kinds": [[], {}]},
+        {"kinds": "alloc"},
+        {"kinds": ["x" * 1000]},
+        {"statuses": None},
+        {"reasons": ["stop"] * 50},
+        {"next_id": 0.5},
+        {"stats": []},
+        {"stats": {"total_blocks": 1 << 40}},
+        {"stats": {"total_blocks": "many"}},
+        {"stats": {"block_size": 1 << 40}},
+        {"stats": {"host_total": float("inf")}},
+        {"columns": 7},
+        {"columns": [["e.id", "<i8", -1]]},
+        {"columns": [["e.id", "O", 1]]},
+        {"columns": [[["e.id"], "<i8", 1]]},
+        {"columns": [["e.id", "<i8", 1 << 40]]},
+        {"columns": [["e.id", "<i8", 0.5]]},
+    ],
+)
+def test_a_hostile_head_is_refused(change: dict[str, object]) -> None:
+    """Infinity as a time, lists as words, sizes beyond any pool: a sentence, before memory is taken."""
+    head, columns = some_delta()
+    whole = {**head, "columns": [[n, c.dtype.str, len(c)] for n, c in columns.items()], **change}
+    text = json.dumps(whole).encode()
+    body = zlib.compress(len(text).to_bytes(4, "little") + text + b"".join(c.tobytes() for c in columns.values()))
+    with pytest.raises(TraceError) as caught:
+        codec.decode_delta(1, body)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": float("inf")},
+        {"seed": "7"},
+        {"model": ["m"]},
+        {"engine": ["block_size"]},
+        {"engine": {"block_size": float("nan")}},
+        {"finding": 3},
+        {"schema": {"major": 2.0, "minor": 0}},
+        {"schema": {"major": True, "minor": 0}},
+        {"schema": None},
+    ],
+)
+def test_a_hostile_header_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    text = json.dumps({**Header("m").to_json(), **change}).encode()
+    with pytest.raises(TraceError, match="header"):
+        FileSource(saved(tmp_path, b"mpgtrace" + len(text).to_bytes(4, "little") + text))
+
+
+def test_events_that_do_not_fit_end_a_replay_with_a_word() -> None:
+    """Each value may be there, but not after what came before: a block is freed that nobody holds."""
+    deltas = sharing_scene().deltas
+    number, event = next((i, e) for i, d in enumerate(deltas) for e in d.events if e.kind == "free")
+    spoiled = [
+        *deltas[:number],
+        replace(deltas[number], events=(event._replace(block=20), *deltas[number].events)),
+        *deltas[number + 1 :],
+    ]
+    for change in (spoiled, [*deltas[:5], deltas[7], *deltas[8:]]):
+        source = ListSource(change)
+        player = Player(source, len(source))
+        assert player.position == len(source) < len(change)
+        assert "does not fit" in source.damage
+        assert player.snapshot == fold(change[: len(source)])
+
+
+def test_a_flipped_byte_in_another_systems_record_ends_a_replay_with_a_word(tmp_path: Path) -> None:
+    scene = sharing_scene()
+    bands = PoolBreakdown(10, 20, 0, 98, 0, 0)
+    out = io.BytesIO()
+    writer = StreamWriter(out, Header("scripted"))
+    places = []
+    for delta in scene.deltas:
+        writer.delta(delta)
+        places.append(out.tell())
+        writer.shadow(ShadowDelta(delta.step, "orca-pow2", (Run(0, 32, "token", 0),), bands))
+    writer.finish()
+    data = bytearray(out.getvalue())
+    data[places[6] + 40] ^= 1
+    source = FileSource(saved(tmp_path, bytes(data)))
+    player = Player(source, len(source))
+    assert player.position == len(source) == 6
+    assert "damaged after 6 steps" in source.damage
+
+
+def test_a_strangers_words_are_safe_to_print(tmp_path: Path) -> None:
+    """A title for the terminal's window, in every place of a trace that holds a word."""
+    evil = "\x1b]2;owned\x07\u202e"
     delta = sharing_scene().deltas[1]
-    head, columns = packing.unpack(codec.encode_delta(delta))
-    huge = packing.pack({**head, "stats": {**head["stats"], "total_blocks": 1 << 40}}, columns)
-    with pytest.raises(TraceError, match="cannot be shown"):
-        codec.decode_delta(1, huge)
-    with pytest.raises(TraceError, match="no pool has"):
-        codec.decode_delta(1, packing.pack(head, {**columns, "b.ids": columns["b.ids"] - 100}))
+    patches = tuple(patch._replace(status=evil, finish_reason=evil) for patch in delta.sequences)
+    events = (*delta.events, delta.events[0]._replace(kind=evil))
+    out = io.BytesIO()
+    header = Header(evil, 0, {evil: evil, "list": [evil]}, extra={"about": {evil: evil}}, finding=evil)
+    writer = StreamWriter(out, header, keyframe_every=1)
+    writer.delta(replace(delta, events=events, sequences=patches))
+    writer.shadow(ShadowDelta(delta.step, evil, (Run(0, 32, evil, 0),), PoolBreakdown(1, 2, 3, 4, 5, 6)))
+    writer.delta(replace(delta, step=2, events=(), sequences=(), progress=NO_PROGRESS))
+    writer.finish()
+    source = FileSource(saved(tmp_path, out.getvalue()))
+    player = Player(source, len(source))
+    shown = [
+        repr(source.header),
+        repr(source.delta(0)),
+        repr(player.snapshot.shadows),
+        repr(source.keyframe(1)[1].events),
+    ]
+    shown += [repr(state) for state in player.snapshot.sequences.values()]
+    assert "\ufffd]2;owned" in "".join(shown)
+    for text in shown:
+        assert "x1b" not in text
+        assert "x07" not in text
+        assert "u202e" not in text
+
+
+class Disk(io.BytesIO):
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.kept = b""
+
+    def write(self, data: object) -> int:
+        if self.tell() + len(bytes(data)) > self.room:  # type: ignore[call-overload]
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.kept = self.getvalue()
+        super().close()
+
+
+@pytest.mark.parametrize("room", [0, 100, 2000, 3000])
+def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path: Path, room: int) -> None:
+    """One sentence; what was written until then opens."""
+    scene, disk, words = sharing_scene(), Disk(room), list[str]()
+    recorder = Recorder(disk, Header("m"), "run.mpt", words.append)
+    for delta in scene.deltas:
+        recorder.write(delta)
+    recorder.close()
+    recorder.close()
+    assert words == ["run.mpt: No space left on device; the recording ends here, and the run goes on"]
+    assert len(disk.kept) <= room
+    if room >= 2000:
+        source = FileSource(saved(tmp_path, disk.kept))
+        assert 0 < len(source) < len(scene.deltas)
+        assert Player(source, len(source)).snapshot == fold(scene.deltas[: len(source)])
+
+
+def test_a_recording_takes_the_state_of_whoever_folds_already(tmp_path: Path) -> None:
+    """The keyframes are the same; where that state knows more than the recording was sent, the recording folds by itself."""
+    scene = sharing_scene()
+    for others in (Snapshot(), fold(scene.deltas[:3])):
+        out = io.BytesIO()
+        writer = StreamWriter(out, Header("m"), keyframe_every=3, state=lambda others=others: others)
+        for delta in scene.deltas:
+            others.apply(delta)
+            writer.delta(delta)
+        writer.finish()
+        source = FileSource(saved(tmp_path, out.getvalue()))
+        for position in range(0, len(scene.deltas), 3):
+            assert source.keyframe(position) == (position, fold(scene.deltas[:position]))
 
 
 def test_records_read_back_one_by_one() -> None:

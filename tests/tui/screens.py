@@ -9,7 +9,7 @@ from typing import TypeVar
 from scripted import sharing_scene
 from textual.pilot import Pilot
 
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.trace.sources import ListSource, Source
 from minipaged.tui.screen import ScreenApp
 from minipaged.tui.session import Session
@@ -22,8 +22,7 @@ def replay(
     deltas: Iterable[StepDelta] | None = None, *, at: int = 0, ascii: bool = False, source: Source | None = None
 ) -> ScreenApp:
     """An app over a recorded list."""
-    pieces = {code: bytes([code]) for code in range(128)}
-    session = Session(source or ListSource(sharing_scene().deltas if deltas is None else deltas, pieces=pieces))
+    session = Session(source or ListSource(sharing_scene().deltas if deltas is None else deltas))
     session.playback.seek(at)
     return ScreenApp(session, ascii=ascii)
 

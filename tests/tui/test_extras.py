@@ -16,10 +16,10 @@ from minipaged.cli.show import show
 from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.errors import InputError, RequestError
 from minipaged.memory.types import PoolBreakdown, Run
+from minipaged.trace.events import ShadowDelta
+from minipaged.trace.file import Header
 from minipaged.trace.player import Player
-from minipaged.trace.records import ShadowDelta
 from minipaged.trace.sources import FileSource, ListSource
-from minipaged.trace.stream import Header
 from minipaged.tui.app import run_screen
 from minipaged.tui.gallery import SCENARIOS, scenario_path
 from minipaged.tui.keys import load_keys
@@ -293,7 +293,7 @@ def test_knobs_of_an_engine_that_has_none() -> None:
             app.screen.query_one("#watermark", Input).value = "0.1"
             app.screen.query_one("#watermark", Input).focus()
             await pilot.press("enter")
-            await until(pilot, lambda: "no knob 'watermark'" in text(app))
+            await until(pilot, lambda: "no setting 'watermark'" in text(app))
 
         drive(app, (80, 24), script)
 

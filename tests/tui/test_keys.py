@@ -216,7 +216,11 @@ def test_focus_why_bookmark_maximise_help_panes(size: tuple[int, int]) -> None:
         assert "needs a live engine" in text(app)
         await pilot.press("x")
         assert "nothing can be aborted" in text(app)
-        for key, words in (("e", "it has no knobs"), ("B", "only a live run can branch"), ("R", "can be run again")):
+        for key, words in (
+            ("e", "its settings cannot be changed"),
+            ("B", "only a live run can branch"),
+            ("R", "can be run again"),
+        ):
             await pilot.press(key)
             assert words in text(app), key
         await pilot.press("q")
@@ -436,7 +440,7 @@ def test_one_trace_three_sources_one_screen(tmp_path: object) -> None:
             live.submit(prompt, SamplingParams(max_tokens=30))
         live.run()
         assert live.wait(lambda: live.idle)
-    sources = (live, FileSource(path), ListSource([live.delta(at) for at in range(len(live))], pieces=live.pieces))
+    sources = (live, FileSource(path), ListSource([live.delta(at) for at in range(len(live))]))
 
     for position in (0, 4, 9, len(live)):
         shots = []

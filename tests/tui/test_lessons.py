@@ -9,8 +9,8 @@ from screens import drive, replay, text
 from textual.pilot import Pilot
 from textual.widgets import OptionList
 
+from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.player import Player
-from minipaged.trace.records import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.scripted.lessons import LESSONS, Lesson
 from minipaged.tui.scripted.walk import FLASH_SECONDS, LessonWalk
@@ -26,11 +26,11 @@ def states(lesson: Lesson) -> list[Snapshot]:
 def test_the_five_beats_of_copy_on_write() -> None:
     lesson = LESSONS["copy-on-write"]()
     one, fork, still, ask, copied, end = states(lesson)
-    assert one.tables == {(0, 0): (1, 2, 3)}
-    assert fork.tables == {(0, 0): (1, 2, 3), (1, 0): (1, 2, 3)}
+    assert one.tables == {0: (1, 2, 3)}
+    assert fork.tables == {0: (1, 2, 3), 1: (1, 2, 3)}
     assert fork.stats.free_blocks == one.stats.free_blocks, "no memory copied"
     assert still.tables == ask.tables == fork.tables
-    assert copied.tables == {(0, 0): (1, 2, 3), (1, 0): (1, 2, 4)}
+    assert copied.tables == {0: (1, 2, 3), 1: (1, 2, 4)}
     assert copied.device.refs[1:5].tolist() == [2, 2, 1, 1]
     assert end.stats.copies == 1
     assert "3→4" in lesson.beats[4].caption
@@ -80,18 +80,18 @@ def test_an_app_without_animations_shows_the_words() -> None:
 
 def test_the_other_lessons_show_what_they_name() -> None:
     found = {name: states(make()) for name, make in LESSONS.items()}
-    assert found["prefix hit"][-1].tables[(1, 0)][:2] == (1, 2)
+    assert found["prefix hit"][-1].tables[1][:2] == (1, 2)
     assert [s.stats.free_blocks for s in found["preemption"]][1:3] == [0, 0]
     assert found["preemption"][3].sequences[1].status == "waiting"
     assert len(found["preemption"][3].sequences[1].token_ids) == 12, "its words are kept"
-    assert found["swap"][1].host_tables[(1, 0)]
-    assert found["swap"][3].tables[(1, 0)] != found["swap"][0].tables[(1, 0)]
+    assert found["swap"][1].host_tables[1]
+    assert found["swap"][3].tables[1] != found["swap"][0].tables[1]
     assert found["beam step"][-1].sequences[0].status == "finished"
     assert found["beam step"][-1].stats.copies == 2
     evicted = found["eviction"]
     assert evicted[1].stats.free_blocks == evicted[1].stats.cached_blocks == 2
     assert evicted[3].device.flags[1] & FLAG_CACHED
-    assert evicted[-1].tables[(2, 0)][0] == 1
+    assert evicted[-1].tables[2][0] == 1
 
 
 @pytest.mark.parametrize("name", list(LESSONS))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Scene, sharing_scene
 
-from minipaged.trace.records import FLAG_CACHED
+from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.tui.map.cells import STYLE_BITS, STYLES
 from minipaged.tui.map.layout import Zoom
@@ -99,7 +99,7 @@ def test_tiles_show_how_full_a_block_is_where_there_is_room() -> None:
 def test_slots_widen_to_words_where_there_is_room() -> None:
     lesson = LESSONS["copy-on-write"]()
     snapshot = fold(lesson.source.delta(at) for at in range(lesson.beats[-2].position))
-    model = MapModel(View(snapshot, token_bytes=lesson.source.pieces))
+    model = MapModel(View(snapshot, token_bytes=snapshot.token_bytes))
     model.resize(44, 8)
     model.set_zoom(Zoom.SLOTS)
     assert model.slot_width == 9
@@ -247,7 +247,7 @@ def test_no_two_living_answers_to_one_prompt_look_alike() -> None:
     model = MapModel(view)
     model.resize(80, 10)
     for sequence in (beam, *others):
-        table = snapshot.tables[sequence, 0]
+        table = snapshot.tables[sequence]
         own = [block for block in table if snapshot.device.refs[block] == 1]
         codes = model.looks.codes(snapshot.device, slice(own[0], own[0] + 1), model._labels, 4)
         assert STYLES[int(codes[0]) % STYLE_BITS] == f"hue{view.hue(sequence)}"

@@ -14,8 +14,8 @@ from scripted import Scene, sharing_scene
 
 from minipaged.memory.types import PoolBreakdown
 from minipaged.text.safe import clean, clean_bytes
+from minipaged.trace.events import ShadowDelta, StepDelta
 from minipaged.trace.player import Player
-from minipaged.trace.records import ShadowDelta, StepDelta
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import ListSource
 from minipaged.tui.map.layout import Zoom
@@ -98,7 +98,7 @@ def test_sentences(position: int, said: str) -> None:
 
 
 def test_every_kind_of_event_has_words() -> None:
-    from minipaged.trace.records import Event
+    from minipaged.trace.events import Event
 
     view = view_at(8)
     assert view.delta is not None
@@ -118,7 +118,7 @@ def test_every_kind_of_event_has_words() -> None:
         "swap_in",
     ):
         one = Event(0, kind, -1, 0, 3, 4, 1)
-        view.delta = StepDelta(1, 0, (one,), view.delta.blocks, (), (), view.delta.queues, view.delta.stats)
+        view.delta = StepDelta(1, 0, (one,), queues=view.delta.queues, stats=view.delta.stats)
         assert sentences(view)[0].strip(), kind
         assert "{" not in sentences(view)[0]
 
@@ -296,7 +296,7 @@ def test_inspector_tells_owners_text_and_past() -> None:
 def test_history_goes_back_and_forth() -> None:
     source, history = ListSource(sharing_scene().deltas), History()
     late = history.of(source, 3, 10)
-    assert [past.event.kind for past in late] == ["alloc", "fork", "copy", "free"]
+    assert [past.event.kind for past in late] == ["alloc", "fork", "copy", "publish", "free"]
     assert [past.event.kind for past in history.of(source, 3, 4)] == ["alloc", "fork", "copy"]
     assert history.of(source, 3, 10) == late
 

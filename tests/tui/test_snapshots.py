@@ -12,7 +12,7 @@ from screens import replay
 from scripted import Scene
 from textual.pilot import Pilot
 
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.tui.screen import ScreenApp
 
 Compare = Callable[..., bool]

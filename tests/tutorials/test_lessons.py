@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import importlib.util
 import os
@@ -10,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,9 +19,9 @@ from minipaged.learn.checking import check
 from minipaged.learn.runner import load, run
 from minipaged.learn.solve import stubs
 from minipaged.memory.types import PoolBreakdown
-from minipaged.trace.records import Event
+from minipaged.trace.events import Event
+from tests.names_in_text import FILE, ROOT, wrong_names
 
-ROOT = Path(__file__).resolve().parents[2]
 IN_A_PROCESS_OF_ITS_OWN = (12,)  # it asks Triton for the interpreter, which must not reach other tests
 each_lesson = pytest.mark.parametrize("lesson", lessons(), ids=lambda one: one.path.stem)
 
@@ -158,47 +156,6 @@ def test_prose_tells_the_whole_story(lesson: Lesson) -> None:
     assert "```" in prose(lesson.path)
     assert re.search(r"^\*\d+ minutes\. ", prose(lesson.path), flags=re.MULTILINE), "the time it takes"
     assert f"*{lesson.minutes} minutes." in prose(lesson.path)
-
-
-FILE = r"(?:minipaged|kernels|tui|tests|tutorials)/[\w/.]*"
-
-
-def wrong_names(text: str) -> list[str]:
-    """What a text names and this repository lacks: files, and the names that stand behind a file and should be defined in it.
-
-    A name is a function, class or constant of the file, or Class.attribute, or an attribute of a class that was named before it.
-    """
-    wrong: list[str] = []
-    path, classes = None, list[str]()
-    for word in re.findall(r"`([^`\n]+)`", text):
-        if re.fullmatch(FILE, word):
-            path, classes = word, []
-            if not (ROOT / path).exists():
-                wrong.append(path)
-        elif re.fullmatch(r"[A-Za-z_][\w.]*", word) and path is not None and (ROOT / path).is_file():
-            names = defined_in(ROOT / path)
-            if word not in names and not any(f"{owner}.{word}" in names for owner in classes):
-                wrong.append(f"{path}: {word}")
-            classes.append(word.partition(".")[0])
-    return wrong
-
-
-@cache
-def defined_in(path: Path) -> set[str]:
-    """The names that a module defines at its top, and its classes' methods and fields as Class.name."""
-    names: set[str] = set()
-
-    def collect(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                names.add(prefix + node.name)
-            if isinstance(node, ast.ClassDef) and not prefix:
-                collect(node.body, f"{node.name}.")
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
-
-    collect(ast.parse(path.read_text(encoding="utf-8")).body, "")
-    return names
 
 
 def test_readme_names_only_what_exists() -> None:

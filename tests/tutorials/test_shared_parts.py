@@ -15,7 +15,7 @@ from minipaged.learn.runner import find_tests, load, run
 from minipaged.learn.solve import solve, source_of, stubs
 from minipaged.learn.tape import Tape
 from minipaged.learn.workspace import PROGRESS
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot, fold
 from minipaged.trace.sources import FileSource
 
@@ -37,13 +37,13 @@ def test_a_tape_shows_what_was_recorded(tmp_path: Path) -> None:
     tape.write(tmp_path / "x.trace")
     source = FileSource(tmp_path / "x.trace")
     states = [fold([source.delta(i) for i in range(n)]) for n in range(1, 4)]
-    assert states[1].tables == {(0, 0): (2, 4), (1, 0): (5,)}
+    assert states[1].tables == {0: (2, 4), 1: (5,)}
     assert states[1].device.fill.tolist() == [0, 0, 4, 0, 2, 1]
     assert states[1].stats.free_blocks == 2
     assert [len(s.token_ids) for s in states[1].sequences.values()] == [6, 1], "the map draws a slot for each of them"
-    assert states[2].tables == {(1, 0): (5,)}
+    assert states[2].tables == {1: (5,)}
     assert states[2].sequences[0].status == "finished"
-    assert [(e.kind, e.block) for e in source.delta(2).events] == [("free", 2), ("free", 4)]
+    assert [(e.kind, e.block) for e in source.delta(2).events] == [("free", 4), ("free", 2)]
 
 
 def test_a_tape_is_kept_only_in_a_learners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from minipaged.engine import Engine
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import choose_device, choose_dtype
 from minipaged.model.loading.tokenizer import ByteTokenizer
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvwz", "aeiou"
 
@@ -94,9 +94,9 @@ def timed_engine(
 
 
 class TimedEngine:
-    """What EngineLoop wants of an engine. The knob "quiet" serves all that was asked with nobody listening; "clock" starts a round.
+    """What EngineLoop wants of an engine. The setting "quiet" serves all that was asked with nobody listening; "clock" starts a round.
 
-    A round's figures come back as JSON, in the words of the knob "report".
+    A round's figures come back as JSON, in the words of the setting "report".
     """
 
     def __init__(self, engine: Engine) -> None:

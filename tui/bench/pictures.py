@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from textual.pilot import Pilot
 
+from minipaged.trace.events import MARKS
 from minipaged.trace.sources import Source
-from minipaged.trace.stream import MARKS
 from minipaged.tui.screen import ScreenApp
 from minipaged.tui.session import Session
 

@@ -12,7 +12,7 @@ from minipaged.api import LLM
 from minipaged.baselines.shadows import write_with_shadows
 from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.engine import Engine
-from minipaged.trace.stream import Header, open_recorder
+from minipaged.trace.file import Header, open_recorder
 from minipaged.tui.gallery import SCENARIOS, scenario_path
 
 SEED = 11

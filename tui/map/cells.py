@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL
+from minipaged.trace.events import FLAG_CACHED, FLAG_COPIED, FLAG_NULL
 from minipaged.trace.snapshot import Pool, Snapshot
 from minipaged.tui.palette import LETTERS, NUM_HUES, Glyphs
 

@@ -1,7 +1,6 @@
 """The block map without a screen: each row as segments.
 
-Rows are made of runs of equal looks, and a run's segment is cached by (look, length): what changes is a row, not a cell (SCREEN.md has the
-measurements).
+Rows are made of runs of equal looks, and a run's segment is cached by (look, length): what changes is a row, not a cell.
 """
 
 from __future__ import annotations
@@ -313,7 +312,7 @@ class MapModel(MapLayout):
         if self._index_of is None:
             tables = self.view.snapshot.host_tables if self.host else self.view.snapshot.tables
             self._index_of = {}
-            for (sequence, _), ids in tables.items():
+            for sequence, ids in tables.items():
                 for index, physical in enumerate(ids):
                     self._index_of.setdefault(physical, (sequence, index))
         return self._index_of.get(block, (-1, 0))

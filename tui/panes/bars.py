@@ -40,7 +40,7 @@ MORE_KEYS: tuple[tuple[str, str], ...] = (
     ("f", "focus one"),
     ("< >", "speed"),
     ("G", "newest"),
-    ("e", "knobs"),
+    ("e", "settings"),
     ("L", "lesson"),
 )
 

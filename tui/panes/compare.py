@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minipaged.memory.types import PoolBreakdown
-from minipaged.trace.records import ShadowDelta
+from minipaged.trace.events import ShadowDelta
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, Run, View, width_of
 from minipaged.tui.words.cells import fit

@@ -129,7 +129,7 @@ class Knobs(Window):
         self._settings = {**current, "num_blocks": settings.get("num_blocks", "")}
 
     def compose(self) -> ComposeResult:
-        """A line a knob."""
+        """A line for each setting."""
         with Vertical(classes="window", id="knobs"):
             yield Label("Knobs: they act from the next step on", classes="title")
             with Grid(classes="knobs"):

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 
 from minipaged.text.safe import clean_bytes
-from minipaged.trace.records import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
+from minipaged.trace.events import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.reading.history import Past
 from minipaged.tui.view import Line, View
@@ -162,7 +162,7 @@ def journey_lines(view: View, sequence: int, position: int, width: int) -> list[
         return [[("no such token here", "dim")]]
     size = max(1, view.snapshot.stats.block_size)
     logical, slot = divmod(position, size)
-    table = view.snapshot.tables.get((sequence, 0), ())
+    table = view.snapshot.tables.get(sequence, ())
     token = state.token_ids[position]
     text = clean_bytes(view.token_bytes.get(token, b""))
     name = view.letter(sequence)

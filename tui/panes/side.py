@@ -89,9 +89,7 @@ def tree_lines(view: View, width: int, height: int) -> list[Line]:
         score = f" {state.score:.2f}" if state.score == state.score else ""
         head = f"{lead}{joint}"
         name = f"{view.letter(state.sequence)}{mark}{score} "
-        words = tail(
-            clean_bytes(state.text[view.prompt_bytes(state) :][-4 * width :]), max(0, width - len(head) - len(name))
-        )
+        words = tail(clean_bytes(state.text[state.prompt_bytes :][-4 * width :]), max(0, width - len(head) - len(name)))
         lines.append([(head, "faint"), (name, view.role(state.sequence)), (words, "dim")])
         below = sorted(children.get(state.sequence, []), key=lambda child: child.sequence)
         for at, child in enumerate(below):

@@ -51,9 +51,9 @@ def sequence_lines(view: View, state: SequenceState, width: int, most: int) -> l
     name: Run = (f"{view.letter(state.sequence)} ", view.role(state.sequence))
     snapshot = view.snapshot
     if state.status == "swapped":
-        count = len(snapshot.host_tables.get((state.sequence, 0), ()))
+        count = len(snapshot.host_tables.get(state.sequence, ()))
         return [[name, (f"{view.glyphs.swapped} on CPU: {plural(count, 'block')}", "dim")]]
-    table = snapshot.tables.get((state.sequence, 0), ())
+    table = snapshot.tables.get(state.sequence, ())
     numbered = len(table) <= 6
     entries = [_entry(view, state, index, block, numbered=numbered) for index, block in enumerate(table)]
     was = _copied_from(view, state.sequence)

@@ -54,7 +54,7 @@ def text_lines(view: View, state: SequenceState, width: int, most: int) -> list[
     end = ENDS.get(state.status, " ")
     head = f"{view.letter(state.sequence)}{end}│"
     room = max(4, width - cell_len(head))
-    end_of_prompt = view.prompt_bytes(state)
+    end_of_prompt = state.prompt_bytes
     rows = wrap_tail(clean_bytes(state.text[:end_of_prompt]), clean_bytes(state.text[end_of_prompt:]), room, most)
     if view.only not in (-1, state.sequence):
         rows = [[(text, "faint") for text, _ in row] for row in rows]

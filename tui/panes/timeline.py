@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from textual import events
 from textual.message import Message
 
-from minipaged.trace.stream import MARKS
+from minipaged.trace.events import MARKS
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View
 from minipaged.tui.words.cells import fit

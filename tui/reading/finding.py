@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.errors import TraceError
-from minipaged.trace.records import Event
+from minipaged.trace.events import MARKS, Event
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
-from minipaged.trace.stream import MARKS
 from minipaged.tui.palette import letter
 
 MOST_READ = 20_000  # deltas that one search reads

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from minipaged.trace.records import StepDelta
-from minipaged.trace.rows import beside_appends
+from minipaged.trace.events import StepDelta, beside_appends
 
 MOVES = frozenset({"preempt", "swap_out", "swap_in", "admit"})
 MOVE_SECONDS = 0.7  # that a letter which went to another queue stays marked

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from minipaged.baselines.shadows import ShadowListener, answer_lengths
 from minipaged.errors import TraceError
-from minipaged.trace.records import ShadowDelta, StepDelta
+from minipaged.trace.events import ShadowDelta, StepDelta
 from minipaged.trace.sources import Source
 
 SYSTEMS = ("orca-max", "orca-pow2", "orca-oracle")
@@ -44,7 +44,7 @@ class ShadowFeed:
             self._computed.append(self._listener(delta))
 
     def _make(self) -> ShadowListener:
-        max_len = int(self.source.header.engine.get("max_model_len", MAX_LEN))
+        max_len = self.source.header.setting("max_model_len", MAX_LEN)
         if self.hindsight:
             known = answer_lengths(self.source.delta(at) for at in range(min(len(self.source), MOST_STEPS)))
             return ShadowListener(SYSTEMS, max_len=max_len, outputs=known)

@@ -26,6 +26,7 @@ class Branch(Script):
     ) -> None:
         self._prompts = deque(prompts)
         self._until, self._submit, self._then_run = until, submit, then_run
+        self._permitted = 0  # the position that the permits so far lead to
 
     def tick(self, playback: Playback, now: float) -> str | None:
         """Ask what is due, and permit the steps up to the next prompt."""
@@ -36,8 +37,11 @@ class Branch(Script):
         while self._prompts and self._prompts[0][0] <= here:
             self._submit(*self._prompts.popleft()[1])
         if here < self._until:
-            if live.outstanding == 0 and not live.idle:
-                live.permit(min([self._until, *(at for at, _ in self._prompts)]) - here)
+            # Counted from what was permitted, not from what has arrived: a step may be on its way here.
+            target = min([self._until, *(at for at, _ in self._prompts)])
+            if target > self._permitted:
+                live.permit(target - self._permitted)
+                self._permitted = target
             return None
         playback.end_script()
         playback.seek(here)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from minipaged.trace.records import Event, StepDelta
-from minipaged.trace.rows import beside_appends
+from minipaged.trace.events import Event, StepDelta, beside_appends
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.palette import letter
 from minipaged.tui.words.sentences import listing, plural

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minipaged.memory.block_manager import BlockManager
-from minipaged.trace.manager_trace import Actor, ManagerTrace
+from minipaged.trace.file import Header
+from minipaged.trace.observed import Actor, ManagerTrace
 from minipaged.trace.sources import ListSource
-from minipaged.trace.stream import Header
 
 BLOCK_SIZE = 4
 
@@ -40,17 +40,20 @@ class Stage:
         self.manager = BlockManager(
             num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks, prefix_caching=prefix_caching, watermark=0.0
         )
-        self.trace = ManagerTrace(self.manager, BLOCK_SIZE)
         self.beats: list[Beat] = []
         self._ids: dict[str, int] = {}
+        self._token_bytes: dict[int, bytes] = {}
+        self.trace = ManagerTrace(self.manager, BLOCK_SIZE, self._token_bytes)
 
     def _tokens(self, text: str) -> list[int]:
-        return [self._ids.setdefault(word, len(self._ids)) for word in text.split()]
+        tokens = [self._ids.setdefault(word, len(self._ids)) for word in text.split()]
+        self._token_bytes.update((token, f" {word}".encode()) for token, word in zip(tokens, text.split(), strict=True))
+        return tokens
 
     def wait(self, seq: int, text: str) -> None:
         """A sequence queues."""
         tokens = self._tokens(text)
-        self.trace.actors[seq] = Actor(status="waiting", token_ids=tokens, text=text.encode(), num_prompt=len(tokens))
+        self.trace.actors[seq] = Actor(status="waiting", token_ids=tokens, num_prompt=len(tokens))
 
     def admit(self, seq: int, text: str = "") -> int:
         """A sequence reads its text (or, waiting, what it has). Returns the tokens found in the cache."""
@@ -72,7 +75,6 @@ class Stage:
             return False
         self.manager.mark_computed(seq, tokens)
         actor.token_ids += tokens
-        actor.text += b" " + text.encode()
         actor.num_computed = len(actor.token_ids)
         return True
 
@@ -81,7 +83,7 @@ class Stage:
         self.manager.fork(parent, child)
         old = self.trace.actors[parent]
         words = list(old.token_ids)
-        self.trace.actors[child] = Actor(parent, "running", words, old.text, old.num_prompt, old.num_computed)
+        self.trace.actors[child] = Actor(parent, "running", words, old.num_prompt, old.num_computed)
 
     def end(self, seq: int, status: str = "finished") -> None:
         """Its blocks go back."""
@@ -113,10 +115,7 @@ class Stage:
 
     def lesson(self, title: str) -> Lesson:
         """All of it."""
-        token_bytes = {token: f" {word}".encode() for word, token in self._ids.items()}
-        return Lesson(
-            title, ListSource(self.trace.deltas, header=Header(model="lesson"), pieces=token_bytes), tuple(self.beats)
-        )
+        return Lesson(title, ListSource(self.trace.deltas, header=Header(model="lesson")), tuple(self.beats))
 
 
 PROMPT = "The best thing about the sea is that it never"  # ten words: two full blocks and a half

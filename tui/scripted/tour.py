@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.playback import Mode, Playback, Script
 from minipaged.tui.scripted.guide import Guide

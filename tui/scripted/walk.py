@@ -58,7 +58,7 @@ class LessonWalk(Script):
         playback.seek(self.lesson.beats[self.beat].position)
         after, new = playback.snapshot.tables, playback.snapshot.device
         self._changed_tables = "; ".join(
-            f"{_letter(playback.snapshot, key[0])} {_row(before.get(key, ()))} → {_row(after.get(key, ()))}"
+            f"{_letter(playback.snapshot, key)} {_row(before.get(key, ()))} → {_row(after.get(key, ()))}"
             for key in sorted({*before, *after})
             if before.get(key, ()) != after.get(key, ())
         )

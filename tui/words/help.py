@@ -29,7 +29,7 @@ f         dim all but one         z         one pane alone (escape: back)
 1 … 7     go to a pane            a         add a prompt
 b         bookmark here           x         abort the request under the cursor
 t         a token's journey       c         compare with other systems
-e         knobs, pool size        L         lessons
+e         settings, pool size     L         lessons
 B         branch: run again to here, then otherwise
 R         run all again, with the pool size that was set
 ctrl+p    all commands            ctrl+z    suspend (fg goes on)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from minipaged.scheduling.runtime_settings import SettingChange
-from minipaged.trace.records import Event, Stats
+from minipaged.trace.events import Event, Stats
 from minipaged.tui.view import View
 
 Grouped = dict[str, list[Event]]
@@ -127,7 +127,7 @@ def _names(view: View, events: list[Event]) -> str:
 
 def _copy(view: View, grouped: Grouped) -> str:
     event = grouped["copy"][0]
-    table = view.snapshot.tables.get((event.sequence, 0), ())
+    table = view.snapshot.tables.get(event.sequence, ())
     shared = [
         str(block)
         for block in table
@@ -150,7 +150,7 @@ def _fork(view: View, grouped: Grouped) -> str:
     parent = next(
         (view.snapshot.sequences[c].parent for c in children if c in view.snapshot.sequences), events[0].other
     )
-    table = view.snapshot.tables.get((children[0], 0), ())
+    table = view.snapshot.tables.get(children[0], ())
     verb = "fork" if len(children) > 1 else "forks"
     names = listing([view.letter(child) for child in children])
     return f"{names} {verb} from {view.letter(parent)}: the same {plural(len(table), 'block')}, no memory copied"
@@ -163,7 +163,7 @@ def _admit(view: View, grouped: Grouped) -> str:
         return ""
     sequence = admitted[0].sequence
     state = view.snapshot.sequences.get(sequence)
-    table = view.snapshot.tables.get((sequence, 0), ())
+    table = view.snapshot.tables.get(sequence, ())
     hits = [event for event in grouped.get("cache_hit", []) if event.sequence == sequence]
     names = _names(view, admitted)
     if len(admitted) > 1:

@@ -16,7 +16,7 @@ from minipaged.config import CacheConfig, EngineConfig, Progress, SamplingParams
 from minipaged.errors import InputError
 from minipaged.lab.measure.results import read_results
 from minipaged.lab.simulation.workloads import ALPACA
-from minipaged.trace.records import StepDelta
+from minipaged.trace.events import StepDelta
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu_beams_smollm2-135m.json"
 BLOCK = 16  # the paper's

@@ -28,7 +28,7 @@ from minipaged.lab.simulation.workloads import Draw, engine_draws
 OURS = "minipaged"
 PEERS = ("vllm", "transformers")
 CONTENDERS = (OURS, "minipaged-plain", *PEERS)
-CONTEXT = 2048  # tokens: the longest request of all workloads, and what every contender is told to expect
+CONTEXT = 2048  # tokens: the longest request of all workloads, and what every contender has to expect
 LAST_LINES = 3  # of the log of a contender that failed, for the note
 
 
@@ -97,7 +97,7 @@ class Pass:
 
 @dataclass
 class Outcome:
-    """What a contender's process told. note: "" if it did all that was asked."""
+    """What a contender's process reported. note: "" if it did all that was asked."""
 
     contender: str
     device: str | None = None

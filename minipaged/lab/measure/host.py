@@ -22,8 +22,8 @@ from minipaged.errors import InputError
 from minipaged.execution.runner import Pending
 from minipaged.lab.simulation.workloads import engine_draws
 from minipaged.scheduling.plan import StepPlan, StepTokens
-from minipaged.trace.records import StepDelta
-from minipaged.trace.stream import StreamWriter, header_of
+from minipaged.trace.events import StepDelta
+from minipaged.trace.file import StreamWriter, header_of
 
 REPLAYS = 20
 STEPS, PHASES = 60, 3  # decode steps of a phase, and phases of a measurement: medians over the phases
@@ -240,7 +240,7 @@ def listener_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
     def recorder() -> Callable[[StepDelta], None]:
         stream: Any = _Counter()
         out: BinaryIO = stream
-        return StreamWriter(out, header_of(engine)).delta
+        return StreamWriter(out, header_of(engine), state=engine.trace.state).delta
 
     yield HostRow("trace: a listener that records", _listener_percent(engine, batch, recorder), "%")
 

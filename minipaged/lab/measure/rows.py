@@ -21,9 +21,8 @@ SECTIONS = {  # of `lab ablate`, in their order, and their titles
 }
 PAST_CACHE_BYTES = 256 * 2**20  # buffers that rotate are together at least this large
 ENOUGH_STEPS = 20  # of a run that a time limit stopped: fewer are mostly prompts and first times, and rank nobody
-GRAPH_MICROSECONDS = (
-    1500  # a graph's work takes at least this long, so that what lies between two replays does not count
-)
+# A graph's work takes at least this long, so that the time between two replays does not count.
+GRAPH_MICROSECONDS = 1500
 
 
 def too_few_steps(steps: int | None, note: str) -> bool:

@@ -17,9 +17,9 @@ from minipaged.engine import Engine
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.scheduler import Scheduler
-from minipaged.serving.engine_process import teller
-from minipaged.trace.records import StepDelta
-from minipaged.trace.stream import RecordPipe, StreamWriter, header_of
+from minipaged.serving.loop import sender as send_to
+from minipaged.trace.events import StepDelta
+from minipaged.trace.file import RecordPipe, StreamWriter, header_of
 
 PROMPT, BLOCK, VOCABULARY = 128, 16, 10_000
 STEPS, STRETCHES = 64, 6  # a stretch of one kind follows one of another; the quietest of each counts
@@ -119,10 +119,10 @@ def measure_trace(num_seqs: int = 256) -> TraceCost:
     sink: Any = _Sink()
 
     def recorder() -> Callable[[StepDelta], None]:
-        return StreamWriter(sink, header_of(engine)).delta
+        return StreamWriter(sink, header_of(engine), state=engine.trace.state).delta
 
     def sender() -> Callable[[StepDelta], None]:
-        return teller(engine, RecordPipe(sink, header_of(engine)))
+        return send_to(RecordPipe(sink, header_of(engine)))
 
     found = [
         (

@@ -30,7 +30,7 @@ GROUPS = ("engine", "kernels", "host", "systems", "ablation", "screen")
 
 
 def report(folder: Path, only: Sequence[str] = ()) -> str:
-    """The tables of every results file in `folder`, and what was left out; or, of the groups in `only`, the tables alone.
+    """The tables of every results file in `folder`, with commands and what was left out; or, of the groups in `only`, the tables alone.
 
     InputError if there is no file, or one that cannot be read, or an unknown group.
     """
@@ -48,13 +48,17 @@ def report(folder: Path, only: Sequence[str] = ()) -> str:
             continue
         found = [document for document in documents if document["rows"] and key in document["rows"][0]]
         if found:
-            parts += [origin(title, found), *tables([row for document in found for row in document["rows"]])]
+            first, *rest = tables([row for document in found for row in document["rows"]])
+            parts += [
+                origin(title, found, commands=not only) + ("\n\n" if first.startswith("|") else " ") + first,
+                *rest,
+            ]
             parts += [f"Left out: {text}." for text in _notes(found) if not only]
     return "\n\n".join(parts) + "\n"
 
 
-def origin(title: str, documents: Sequence[dict[str, Any]]) -> str:
-    """Where figures come from: device, versions, date, command; one sentence for all files that agree."""
+def origin(title: str, documents: Sequence[dict[str, Any]], *, commands: bool) -> str:
+    """Where figures come from: device, versions, date and, if wanted, commands; one sentence for all files that agree."""
     heads: dict[str, list[str]] = {}
     for document in documents:
         versions = ", ".join(
@@ -64,8 +68,10 @@ def origin(title: str, documents: Sequence[dict[str, Any]]) -> str:
         )
         heads.setdefault(f"{document['device']}, {versions}, {document['date']}", []).append(document["command"])
     return " ".join(
-        f"**{title.capitalize()}**, one {head}: " + "; ".join(f"`{command}`" for command in commands) + "."
-        for head, commands in heads.items()
+        f"**{title.capitalize()}**, one {head}"
+        + (": " + "; ".join(f"`{each}`" for each in found) if commands else "")
+        + "."
+        for head, found in heads.items()
     )
 
 

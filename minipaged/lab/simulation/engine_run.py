@@ -25,7 +25,7 @@ from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.types import PoolBreakdown
 from minipaged.scheduling.request import RequestOutput
 from minipaged.scheduling.scheduler import Scheduler
-from minipaged.trace.records import Stats, StepDelta
+from minipaged.trace.events import Stats, StepDelta
 
 
 def run_engine(

@@ -14,8 +14,8 @@ request share blocks, saved blocks must agree within two percent and the makespa
 and not held: a prefix that all requests share is there from the start, and the beams of beam search live and die by a
 random tree (beams.py).
 
-It knows requests, a memory (simulated_memory.py) and step times (roofline.py), but not what the systems are called.
-Time is in whole femtoseconds.
+It is given requests, a memory (simulated_memory.py) and step times (roofline.py); simulate.py chooses them by a system's name. Time is in
+whole femtoseconds.
 
 One step is: room for one more token in every decoding row (where there is none, the latest arrival leaves, to be
 computed anew); admissions in order of arrival, whose head blocks the line; one forward pass over decoding rows and

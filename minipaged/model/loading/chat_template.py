@@ -1,7 +1,7 @@
 """Chat messages -> the text that a model was trained to continue.
 
-Knows Jinja2's sandbox and the few extras that published templates use (those of transformers). Does not know token ids.
-A template comes with a model from somewhere else, so it runs in the sandbox and every failure is one line.
+A template comes with a model from somewhere else, so it runs in Jinja2's sandbox, with the few extras that published templates use
+(those of transformers), and every failure is one line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ChatTemplate:
             raise ModelError(f"the model's chat template does not compile: {_one_line(error)}") from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text for `messages`, each with a role and a content; with the opening of the answer unless told otherwise."""
+        """The text for `messages`, each with a role and a content; with the opening of the answer unless that is switched off."""
         check_messages(messages)
         try:
             return self._template.render(

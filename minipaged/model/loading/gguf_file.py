@@ -1,8 +1,7 @@
 """The GGUF container: metadata and named tensors in one file.
 
-Knows the byte layout (GGUF specification, versions 2 and 3) and how to turn a stored tensor into float32. Knows nothing of
-models: which names there should be is weights.py's business. Every length is checked against the file before it is
-believed, so a damaged file ends in one ModelError and nothing else.
+Reads versions 2 and 3 of the GGUF specification, and turns a stored tensor into float32. weights.py checks which tensors a model needs.
+Every length is checked against the file before it is used, so a damaged file ends in one ModelError and nothing else.
 """
 
 from __future__ import annotations

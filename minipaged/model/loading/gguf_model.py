@@ -1,7 +1,7 @@
 """A model kept in a GGUF file: its config from the metadata, its tensors under Hugging Face's names.
 
-Knows llama.cpp's names for Llama-style networks and how its converter reorders rows. Does not know the file's bytes
-(gguf_file.py) or the network's parameters.
+It translates llama.cpp's names for Llama-style networks, and undoes the reordering of rows by llama.cpp's converter. gguf_file.py reads
+the bytes, weights.py fills the network.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A tokenizer from GGUF metadata.
 
-Knows the two kinds that Llama-style models use: byte-level BPE (`gpt2`), whose pre-tokenizer GGUF only names, and
+There are the two kinds that Llama-style models use: byte-level BPE (`gpt2`), whose pre-tokenizer GGUF only names, and
 SentencePiece BPE (`llama`), whose merges follow from the scores. Everything else is refused by name.
 """
 

@@ -1,6 +1,6 @@
 """config.json of a Hugging Face folder -> ModelConfig.
 
-Knows what each field means for the families that llama.py can run, in the spellings of transformers 4 and 5. A field that
+Reads each field as the model families of llama.py mean it, in the spellings of transformers 4 and 5. A field that
 would change the arithmetic and is not supported is refused, never skipped. Imports no torch.
 """
 

@@ -1,7 +1,7 @@
 """A model kept as Hugging Face keeps it: a folder with config.json and safetensors, in one file or in shards.
 
-Knows the safetensors files and their index. Does not know what config.json means (hf_config.py) or the network's
-parameters. Pickle checkpoints are refused: opening one can run code.
+Reads the safetensors files and their index; hf_config.py reads config.json, weights.py fills the network. Pickle checkpoints are refused:
+opening one can run code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where a model goes and in what precision, from the words a user gives; whether there is room; how a step's numbers get there.
-
-Knows torch's names of devices and dtypes. Does not know models.
-"""
+"""Chooses device and dtype from the words a user gives, checks that there is enough memory, and copies a step's numbers to the device."""
 
 from __future__ import annotations
 

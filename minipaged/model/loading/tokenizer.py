@@ -1,8 +1,7 @@
 """Text <-> token ids, for any model.
 
-Knows tokenizer.json (by the `tokenizers` package), the tokenizer inside a GGUF file, and plain bytes for models without one.
-Does not know requests or streams: `token_bytes` gives each token's exact bytes, so that whoever streams text can wait for a
-character to be whole.
+Three kinds: tokenizer.json (by the `tokenizers` package), the tokenizer inside a GGUF file, and plain bytes for models without one.
+`token_bytes` gives each token's exact bytes, so that a text stream can wait until a character is whole.
 """
 
 from __future__ import annotations

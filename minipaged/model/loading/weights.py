@@ -1,6 +1,6 @@
 """From a checkpoint on disk to the parameters of the network.
 
-Knows two forms, GGUF files and Hugging Face folders, and one rule: every slot of the model is filled by exactly one tensor
+A checkpoint is a GGUF file or a Hugging Face folder. One rule holds for both: every slot of the model is filled by exactly one tensor
 of the right shape, and every tensor has a slot. All names and shapes are checked before the first value is copied, and
 values go straight into the parameters, so that no more than one tensor is held besides them.
 """

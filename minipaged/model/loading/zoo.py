@@ -1,6 +1,6 @@
 """Names -> models that are ready to run.
 
-Knows every form of a model's name and where each comes from. Does not know engines, caches of keys and values, or prompts.
+It takes every form of a model's name, and loads the model from where that form says.
 """
 
 from __future__ import annotations

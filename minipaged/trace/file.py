@@ -1,19 +1,21 @@
-"""The record stream: what is written to a file, and what a live engine says over a pipe.
+"""The record stream: what is written to a file, and what a live engine sends over a pipe.
 
     magic (8 bytes) · u32 length, JSON header · records: u32 body length, u8 kind, i64 step, u32 CRC32 of (kind, step, body), body
 
-A keyframe comes first and then before every 256th delta, made by whoever keeps the stream: over the pipe from a live
+A keyframe comes first and then before every 128th delta, made by whoever keeps the stream: over the pipe from a live
 engine none comes, and nothing is compressed, so that no token waits for it. A file ends in an index record and a trailer that says
 where it is; without them the index is rebuilt by scanning. Knows bytes; knows nothing of who reads them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
+import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, BinaryIO, NamedTuple
@@ -22,14 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.errors import TraceError
+from minipaged.text.safe import one_line
 from minipaged.trace import codec, packing
-from minipaged.trace.records import SCHEMA_MAJOR, SCHEMA_MINOR, Event, ShadowDelta, Stats, StepDelta
-from minipaged.trace.rows import SequenceRows, beside_appends
+from minipaged.trace.events import SCHEMA_MAJOR, SCHEMA_MINOR, ShadowDelta, StepDelta, marks_of, occupancy
 from minipaged.trace.snapshot import Snapshot
 
 MAGIC = b"mpgtrace"
 TRAILER_MAGIC = b"mpgindex"
-KEYFRAME_EVERY = 256
+KEYFRAME_EVERY = 128
 MAX_HEADER_BYTES = 1 << 20
 _LENGTH = struct.Struct("<I")
 _FRAME = struct.Struct("<IBqI")
@@ -44,10 +46,9 @@ class Kind(IntEnum):
     KEYFRAME = 1  # a whole Snapshot: the state before the next delta
     DELTA = 2
     SHADOW = 3  # what another system would hold after the delta before it
-    PIECES = 4  # token id -> bytes, for ids not told before
     INDEX = 5
     NOTE = 6  # live only: a word from the engine's process
-    COMMAND = 7  # live only: a word to it
+    COMMAND = 7  # live only: a word to that process
     HEADER = 8  # live only: the header, once the engine is there to be described
 
 
@@ -82,8 +83,8 @@ class Header:
     def to_json(self) -> dict[str, Any]:
         """The header as it is written."""
         schema = {"major": self.major, "minor": self.minor}
-        told = {**self.extra, "schema": schema, "model": self.model, "seed": self.seed, "engine": dict(self.engine)}
-        return {**told, "finding": self.finding} if self.finding else told
+        values = {**self.extra, "schema": schema, "model": self.model, "seed": self.seed, "engine": dict(self.engine)}
+        return {**values, "finding": self.finding} if self.finding else values
 
     def to_bytes(self) -> bytes:
         """Magic, length and JSON: the start of a stream."""
@@ -91,23 +92,46 @@ class Header:
         return MAGIC + _LENGTH.pack(len(text)) + text
 
     @classmethod
-    def from_json(cls, told: object) -> Header:
-        """Read a header. Raises TraceError if it is none or of a newer major version."""
-        try:
-            rest = dict(told)  # type: ignore[call-overload]
-            schema = rest.pop("schema")
-            major, minor = int(schema["major"]), int(schema["minor"])
-            model, seed, engine = rest.pop("model", ""), rest.pop("seed", 0), rest.pop("engine", {})
-            finding = str(rest.pop("finding", ""))
-            header = cls(str(model), int(seed), dict(engine), major, minor, rest, finding)
-        except (KeyError, TypeError, ValueError) as error:
-            raise TraceError(f"the trace's header cannot be read: {error!r}") from None
+    def from_json(cls, values: object) -> Header:
+        """Read a header, its texts made safe to print. Raises TraceError if it is none or of another major version."""
+        rest = _safe(values)
+        schema = rest.pop("schema", None) if isinstance(rest, dict) else None
+        if not isinstance(rest, dict) or not isinstance(schema, dict):
+            raise TraceError("the trace's header cannot be read: it names no schema")
+        major, minor = schema.get("major"), schema.get("minor")
+        if type(major) is not int or type(minor) is not int:
+            raise TraceError("the trace's header cannot be read: its schema has no version")
         if major != SCHEMA_MAJOR:
             raise TraceError(
                 f"this trace has schema {major}.{minor}; this reader knows {SCHEMA_MAJOR}.x: "
-                + ("update minipaged to open it" if major > SCHEMA_MAJOR else "open it with an older minipaged")
+                + (
+                    "update minipaged to open it"
+                    if major > SCHEMA_MAJOR
+                    else "record it again, or open it with an older minipaged"
+                )
             )
-        return header
+        model, seed, engine = rest.pop("model", ""), rest.pop("seed", 0), rest.pop("engine", {})
+        finding = rest.pop("finding", "")
+        fits = type(model) is str and type(seed) is int and isinstance(engine, dict) and type(finding) is str
+        if not fits:
+            raise TraceError("the trace's header cannot be read: its model, seed, settings or finding are none")
+        return cls(model, seed, engine, major, minor, rest, finding)
+
+    def setting(self, name: str, default: int) -> int:
+        """A whole number above 0 among the engine's settings; `default` where it says none."""
+        value = self.engine.get(name)
+        return value if type(value) is int and value > 0 else default
+
+
+def _safe(values: object) -> Any:
+    """A JSON value with its texts made safe to print: a stranger may have written them."""
+    if isinstance(values, str):
+        return one_line(values)
+    if isinstance(values, list):
+        return [_safe(item) for item in values]
+    if isinstance(values, dict):
+        return {one_line(str(name)): _safe(item) for name, item in values.items()}
+    return values
 
 
 def read_header(stream: BinaryIO, name: str = "the stream") -> Header:
@@ -120,7 +144,7 @@ def read_header(stream: BinaryIO, name: str = "the stream") -> Header:
     if text is None:
         raise TraceError(f"{name} ends inside its header")
     try:
-        return Header.from_json(json.loads(text))
+        return Header.from_json(packing.read_json(text))
     except (ValueError, RecursionError) as error:
         raise error if isinstance(error, TraceError) else TraceError(f"{name} has a header that is not JSON") from None
 
@@ -164,76 +188,24 @@ def command(do: str, **words: Any) -> Record:
     return Record(Kind.COMMAND, 0, packing.pack({"do": do, **words}, {}))
 
 
-def pieces_record(step: int, pieces: Mapping[int, bytes], *, level: int = 1) -> Record:
-    """Token ids and the bytes that they stand for. level: zlib's."""
-    ids = np.fromiter(pieces, np.int64)
-    lengths = np.fromiter((len(piece) for piece in pieces.values()), np.int64)
-    text = np.frombuffer(b"".join(pieces.values()), np.uint8)
-    columns: packing.Columns = {"p.ids": ids, "p.lengths": lengths, "p.bytes": text}
-    return Record(Kind.PIECES, step, packing.pack({}, columns, level=level))
-
-
-def decode_pieces(body: bytes) -> dict[int, bytes]:
-    """The pieces of a body."""
-    _, columns = packing.unpack(body)
-    if "p.ids" not in columns:
-        return {}
-    text = columns["p.bytes"].tobytes() if "p.bytes" in columns else b""
-    ends = np.cumsum(columns["p.lengths"]).tolist()
-    starts = [0, *ends[:-1]]
-    return {token: text[a:b] for token, a, b in zip(columns["p.ids"].tolist(), starts, ends, strict=True)}
-
-
-# What a timeline shows of each step without reading it: one bit an event kind, and the occupied share of the pool in 1/10000.
-MARKS: dict[str, int] = {
-    kind: 1 << bit
-    for bit, kind in enumerate(
-        (
-            "admit",
-            "copy",
-            "cache_hit",
-            "preempt",
-            "swap_out",
-            "swap_in",
-            "finish",
-            "evict",
-            "fork",
-            "abort",
-            "refuse",
-            "prune",
-            "release",
-            "knob",
-        )
-    )
-}
-
-
-def marks_of(events: Sequence[Event]) -> int:
-    """The bits of the kinds that happened."""
-    bits = 0
-    for event in beside_appends(events):  # appends have no mark
-        bits |= MARKS.get(event.kind, 0)
-    return bits
-
-
-def occupancy(stats: Stats) -> int:
-    """Blocks in use (held by a sequence) out of those that can be, in 1/10000."""
-    usable = stats.total_blocks - 1
-    return 0 if usable <= 0 else max(0, min(10000, round(10000 * (usable - stats.free_blocks) / usable)))
-
-
 class StreamWriter:
     """Writes a stream: deltas in, keyframes added, the index kept and written at the end.
 
-    Folds the deltas to know the keyframes, or takes them from another stream through `write`.
+    Folds the deltas to know the keyframes, unless somebody else does already. state: gives the state after the delta that was just written.
     """
 
     def __init__(
-        self, out: BinaryIO, header: Header, *, start: Snapshot | None = None, keyframe_every: int = KEYFRAME_EVERY
+        self,
+        out: BinaryIO,
+        header: Header,
+        *,
+        keyframe_every: int = KEYFRAME_EVERY,
+        state: Callable[[], Snapshot] | None = None,
     ) -> None:
         self._out = out
         self._every = keyframe_every
-        self._snapshot = start.copy() if start is not None else Snapshot()
+        self._snapshot = Snapshot()
+        self._state = state
         self._num_deltas = 0
         self._rows: list[tuple[int, int, int, int, int]] = []  # kind, step, bytes, occupancy, marks
         first = header.to_bytes()
@@ -247,7 +219,12 @@ class StreamWriter:
         self.write(
             Record(Kind.DELTA, delta.step, codec.encode_delta(delta)), occupancy(delta.stats), marks_of(delta.events)
         )
-        self._snapshot.apply(delta)
+        if self._state is None or self._num_deltas == 1:
+            self._snapshot.apply(delta)
+        elif self._num_deltas % self._every == 0:  # the next delta's keyframe
+            self._snapshot = self._state().copy()
+        if self._state is not None and self._num_deltas == 1 and self._snapshot != self._state():
+            self._state = None  # others listened before, and saw sequences that have ended
 
     def shadow(self, shadow: ShadowDelta) -> None:
         """Write what another system would hold after the last delta."""
@@ -286,64 +263,102 @@ class RecordPipe:
 
 
 class Recorder:
-    """Records an engine's steps to a file: a listener of its trace."""
+    """Records an engine's steps to a file: a listener of its trace.
 
-    def __init__(self, path: str | os.PathLike[str], engine: object, header: Header) -> None:
+    A file that can no longer be written (a full disk) ends the recording, not the run: `report` gets one sentence, once, and what
+    was written until then can be opened.
+    """
+
+    def __init__(
+        self,
+        out: BinaryIO,
+        header: Header,
+        name: str,
+        report: Callable[[str], object],
+        state: Callable[[], Snapshot] | None = None,
+    ) -> None:
+        self._out: BinaryIO | None = out
+        self._state = state
+        self._name = name
+        self._report = report
+        self._writer: StreamWriter | None = None
+        self._header = header
+
+    def _stream(self) -> StreamWriter | None:
+        if self._writer is None and self._out is not None:
+            self._writer = StreamWriter(self._out, self._header, state=self._state)
+        return self._writer
+
+    def _try(self, do: Callable[[StreamWriter], None]) -> None:
+        if self._out is None:
+            return
         try:
-            self._file = open(path, "wb")  # noqa: SIM115  closed by close()
+            writer = self._stream()
+            if writer is not None:
+                do(writer)
         except OSError as error:
-            raise TraceError(f"cannot record to {str(path)!r}: {error.strerror}") from None
-        self._writer = StreamWriter(self._file, header)
-        self._pieces = Pieces(engine)
+            self._let_go()
+            self._report(f"{self._name}: {error.strerror}; the recording ends here, and the run goes on")
 
     def write(self, delta: StepDelta) -> None:
         """Record one step."""
-        fresh = self._pieces.fresh(delta)
-        if fresh:
-            self._writer.write(pieces_record(delta.step, fresh))
-        self._writer.delta(delta)
+        self._try(lambda writer: writer.delta(delta))
 
-    def shadow(self, shadow: ShadowDelta) -> None:
-        """Record what another system would hold after the last step."""
-        self._writer.shadow(shadow)
+    def record(self, record: Record, occupied: int = 0, marks: int = 0) -> None:
+        """Keep a record of another stream as it is."""
+        self._try(lambda writer: writer.write(record, occupied, marks))
 
     def close(self) -> None:
         """Write the index and let the file go. Does nothing the second time."""
-        if not self._file.closed:
-            self._writer.finish()
-            self._file.close()
+        self._try(lambda writer: writer.finish())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        out, self._out = self._out, None
+        if out is not None:
+            with contextlib.suppress(OSError):  # what was buffered does not fit either
+                out.close()
 
 
-def open_recorder(path: str | os.PathLike[str], engine: object, header: Header | None = None) -> Recorder:
-    """A recorder of that engine; subscribe its `write`. TraceError if the file cannot be written."""
-    return Recorder(path, engine, header if header is not None else header_of(engine))
+def open_recorder(
+    path: str | os.PathLike[str],
+    engine: object,
+    header: Header | None = None,
+    *,
+    report: Callable[[str], object] | None = None,
+) -> Recorder:
+    """A recorder of that engine; subscribe its `write`. TraceError if the file cannot be written.
+
+    report: who gets the sentence if it cannot be written any more; without, it is said on the standard error stream.
+    """
+    state = getattr(getattr(engine, "trace", None), "state", None)
+    return record_to(path, header if header is not None else header_of(engine), report=report or _say, state=state)
 
 
-class Pieces:
-    """Which token ids the stream has told the bytes of."""
+def record_to(
+    path: str | os.PathLike[str],
+    header: Header,
+    *,
+    report: Callable[[str], object],
+    state: Callable[[], Snapshot] | None = None,
+) -> Recorder:
+    """A recorder to a new file; report and state as Recorder and StreamWriter have them. TraceError if it cannot be written."""
+    try:
+        out = open(path, "wb")  # noqa: SIM115  closed by the recorder
+    except OSError as error:
+        raise TraceError(f"cannot record to {str(path)!r}: {error.strerror}") from None
+    return Recorder(out, header, str(path), report, state)
 
-    def __init__(self, engine: object) -> None:
-        self._known: set[int] = set()
-        self._token_bytes: Callable[[int], bytes] | None = getattr(getattr(engine, "codec", None), "token_bytes", None)
 
-    def fresh(self, delta: StepDelta) -> dict[int, bytes]:
-        """The bytes of the ids that a delta names for the first time."""
-        if self._token_bytes is None:
-            return {}
-        rows, known = delta.sequences, self._known
-        first = rows.first if isinstance(rows, SequenceRows) else rows
-        new = {token for patch in first for token in patch.token_ids if token not in known and token >= 0}
-        if isinstance(rows, SequenceRows):
-            new.update([token for token in rows.plain.token_ids if token not in known and token >= 0])
-        known |= new
-        return {token: self._token_bytes(token) for token in sorted(new)}
+def _say(sentence: str) -> None:
+    print(f"minipaged: {sentence}", file=sys.stderr)
 
 
 def header_of(engine: object) -> Header:
     """What the trace of this engine is of: what it says of itself in `describe()`."""
     describe = getattr(engine, "describe", None)
-    told = describe() if callable(describe) else {}
-    return Header(str(told.get("model", "")), int(told.get("seed", 0)), dict(told.get("engine", {})))
+    values = describe() if callable(describe) else {}
+    return Header(str(values.get("model", "")), int(values.get("seed", 0)), dict(values.get("engine", {})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,15 +393,18 @@ class Index:
     @classmethod
     def decode(cls, body: bytes) -> Index:
         """Raises TraceError."""
-        _, columns = packing.unpack(body)
-        try:
-            found = [columns[f"i.{name}"] for name in ("kind", "step", "size", "occupied", "marks")]
-        except KeyError as error:
-            raise TraceError(f"the trace's index lacks {error}") from None
-        if len({len(column) for column in found}) != 1:
-            raise TraceError("the trace's index is damaged")
-        kind, step, size, occupied, marks = found
-        return cls(kind, np.cumsum(step), size, occupied, marks)
+        values = codec.Body(body)
+        kind = values.ints("i.kind", least=0, most=255)
+        most = {"size": packing.MAX_BODY_BYTES + FRAME_BYTES, "occupied": 10_000, "marks": (1 << 16) - 1}
+        found = {name: values.ints(f"i.{name}", least=0, most=limit, length=len(kind)) for name, limit in most.items()}
+        step = values.ints("i.step", least=-codec.MAX_NUMBER, length=len(kind))
+        return cls(
+            kind.astype(np.uint8),
+            np.cumsum(step),
+            found["size"].astype(np.uint32),
+            found["occupied"].astype(np.uint16),
+            found["marks"].astype(np.uint16),
+        )
 
 
 def read_trailer(stream: BinaryIO, size: int) -> int | None:

@@ -1,6 +1,6 @@
-"""The child's end of the transport: builds an engine, steps it once a permit, and says what happened as records.
+"""The child's end of the transport: builds an engine, steps it once a permit, and sends what happened as records.
 
-Knows the engine's public face (submit, abort, step, has_work, trace.subscribe); the heavy imports happen in the
+It calls the engine's public methods only (submit, abort, step, has_work, trace.subscribe); the heavy imports happen in the
 factory. It ends when the parent's pipe closes, however the parent went.
 """
 
@@ -18,16 +18,14 @@ from typing import Any, BinaryIO, Protocol
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError, TraceError
 from minipaged.trace import codec, packing
-from minipaged.trace.records import StepDelta
-from minipaged.trace.stream import (
+from minipaged.trace.events import StepDelta
+from minipaged.trace.file import (
     Header,
     Kind,
-    Pieces,
     Record,
     RecordPipe,
     header_of,
     note,
-    pieces_record,
     read_record,
 )
 
@@ -97,29 +95,29 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
 def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
     try:
         while (record := read_record(commands)) is not None:
-            told, _ = packing.unpack(record.body)
-            if told.get("do") == "quit":
+            received, _ = packing.unpack(record.body)
+            if received.get("do") == "quit":
                 break
-            inbox.put(told)
+            inbox.put(received)
     except (TraceError, OSError, ValueError):
         pass  # a broken pipe says the same as a closed one
     os._exit(0)  # the parent has hung up or died: whatever the engine is doing, nobody waits for it
 
 
 class Progress:
-    """What a factory reports while it loads: a stage, and how much of it is done. Told at most ten times a second."""
+    """What a factory reports while it loads: a stage, and how much of it is done. Sent at most ten times a second."""
 
     def __init__(self, writer: RecordPipe) -> None:
         self._writer = writer
         self._stage = ""
-        self._told = 0.0
+        self._sent = 0.0
 
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
         """`stage` is at `done` of `total`; without a total it is only named."""
         now = time.monotonic()
-        if stage == self._stage and now - self._told < 0.1 and done < total:
+        if stage == self._stage and now - self._sent < 0.1 and done < total:
             return
-        self._stage, self._told = stage, now
+        self._stage, self._sent = stage, now
         share = f" {100 * done // total} %" if total else ""
         self._writer.write(note(kind="status", text=f"{stage}…{share}"))
 
@@ -132,9 +130,9 @@ class EngineLoop:
         self.writer = writer
         self.inbox = inbox
         self.permits = 0
-        self._told_idle = False
-        self._submitted = 0  # prompts heard, refused ones included
-        engine.trace.subscribe(teller(engine, writer))
+        self._sent_idle = False
+        self._submitted = 0  # prompts received, refused ones included
+        engine.trace.subscribe(sender(writer))
 
     def run(self) -> None:
         """Until the process ends."""
@@ -143,16 +141,16 @@ class EngineLoop:
         while True:
             may_step = self.permits > 0 and self.engine.has_work
             if not may_step:
-                self._tell_idle()
+                self._send_idle()
             self._drain(wait=not may_step)
             if self.permits > 0 and self.engine.has_work:
-                self._told_idle = False
+                self._sent_idle = False
                 self.permits -= 1
                 self.engine.step()
 
-    def _tell_idle(self) -> None:
-        if not self.engine.has_work and not self._told_idle:
-            self._told_idle = True
+    def _send_idle(self) -> None:
+        if not self.engine.has_work and not self._sent_idle:
+            self._sent_idle = True
             self.writer.write(note(idle=self._submitted))
 
     def _drain(self, *, wait: bool) -> None:
@@ -164,52 +162,46 @@ class EngineLoop:
         except queue.Empty:
             return
 
-    def _obey(self, told: Command) -> None:
-        do = told.get("do")
+    def _obey(self, received: Command) -> None:
+        do = received.get("do")
         try:
             if do == "permit":
-                self.permits += int(told["steps"])
+                self.permits += int(received["steps"])
             elif do == "pause":
                 self.permits = 0
             elif do == "submit":
-                self._submit(told)
+                self._submit(received)
             elif do == "abort":
-                self.engine.abort(int(told["request"]))
+                self.engine.abort(int(received["request"]))
             elif do == "knob":
-                self._turn(str(told["name"]), told["value"])
+                self._turn(str(received["name"]), received["value"])
         except InputError as error:
             self.writer.write(note(kind="refused", text=str(error)))
 
-    def _submit(self, told: Command) -> None:
+    def _submit(self, received: Command) -> None:
         self._submitted += 1
-        self._told_idle = False
-        params = told["params"]
+        self._sent_idle = False
+        params = received["params"]
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in params.items()
         }
         asked = SamplingParams(**given)
-        request = self.engine.submit(str(told["prompt"]), asked)
+        request = self.engine.submit(str(received["prompt"]), asked)
         self.writer.write(note(kind="submitted", request=request, max_tokens=asked.max_tokens, text=""))
 
     def _turn(self, name: str, value: object) -> None:
         knob = getattr(self.engine, "knob", None)
         if knob is None:
-            raise InputError(f"this engine has no knob {name!r}")
+            raise InputError(f"this engine has no setting {name!r}")
         self.writer.write(
             note(kind="turned", name=name, value=value, text=f"from the next step on {knob(name, value)}")
         )
 
 
-def teller(engine: object, pipe: RecordPipe) -> Callable[[StepDelta], None]:
-    """A listener that says each step's delta over the pipe, with the texts of tokens that it names for the first time."""
-    pieces = Pieces(engine)
+def sender(pipe: RecordPipe) -> Callable[[StepDelta], None]:
+    """A listener that sends each step's delta over the pipe."""
 
-    def tell(delta: StepDelta) -> None:
-        fresh = pieces.fresh(delta)
-        told = Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL))
-        if fresh:
-            pipe.write(pieces_record(delta.step, fresh, level=PIPE_LEVEL), told)
-        else:
-            pipe.write(told)
+    def send(delta: StepDelta) -> None:
+        pipe.write(Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL)))
 
-    return tell
+    return send
