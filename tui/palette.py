@@ -16,6 +16,7 @@ from rich.style import Style
 Mode = Literal["dark", "light", "plain"]
 
 HUES_DARK = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+# The same hues, darkened for white.
 HUES_LIGHT = (
     "#8F6200",
     "#1C6EA4",
@@ -24,7 +25,7 @@ HUES_LIGHT = (
     "#004C78",
     "#A34800",
     "#8F3F6C",
-)  # the same hues, darkened for white
+)
 NUM_HUES = len(HUES_DARK)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"
 

@@ -123,9 +123,8 @@ def gather_pages(
     blocks = torch.where(present, tables.gather(2, page), 0).transpose(1, 2)[..., None]
     slot = torch.arange(block_size, device=page.device)
     head = torch.arange(kv_heads, device=page.device)[:, None]
-    k, v = (
-        cache[blocks, slot, head] for cache in (key_cache, value_cache)
-    )  # [rows, pages, kv_heads, block_size, head_dim]
+    # [rows, pages, kv_heads, block_size, head_dim] each
+    k, v = (cache[blocks, slot, head] for cache in (key_cache, value_cache))
     return k.transpose(2, 3).flatten(1, 2).contiguous(), v.transpose(2, 3).flatten(1, 2).contiguous()
 
 

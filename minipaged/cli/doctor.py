@@ -1,4 +1,4 @@
-"""`minipaged doctor`: what this machine has, and for each missing thing the one command that mends it."""
+"""`minipaged doctor`: what this machine has, and for each missing thing the one command that installs it."""
 
 from __future__ import annotations
 

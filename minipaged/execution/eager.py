@@ -63,7 +63,8 @@ class TorchRunner:
         self.model = model
         self.kv = kv
         self.device = kv.device
-        self._newest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)  # token of each batch index
+        # The token that each batch index drew last: the next step may be launched before the host has read it.
+        self._newest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
 
     def num_blocks(self) -> int:
         """Blocks in the device pool, the null block included."""
@@ -113,7 +114,6 @@ class TorchRunner:
                 logits = sampler.adjust(logits.clone(), plan.adjustments)
             drawn = sampler.sample(logits, plan.sampling)
         known = drawn.clamp(min=0)  # -1: nothing could be drawn
-        # Kept on the device: the next step may be launched before the host has read these.
         self._newest[to_device(plan.draw_slots, self.device, torch.int64)] = known
         if plan.top_logprobs < 0:
             return TorchPending(drawn)

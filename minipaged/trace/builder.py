@@ -157,7 +157,7 @@ class TraceBuilder:
     def _progress(self, plan: StepPlan | None, changed: list[Sequence]) -> Progress:
         """The plan's rows in its order; then the sequences that gained tokens without it, or of which `changed` tells.
 
-        Seated sequences go by columns: hundreds of them gain one token each in a step.
+        Sequences in the batch go by columns: hundreds of them gain one token each in a step.
         """
         batch = self._scheduler.batch
         same = self._seq_id == batch.seq_id

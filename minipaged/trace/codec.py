@@ -1,6 +1,6 @@
-"""The trace's values as columns, and back. Knows what each column means; packing.py knows how columns are bytes.
+"""The trace's values as columns, and back. packing.py turns columns into bytes.
 
-Whoever wrote the bytes is not trusted: what is decoded here is checked here, once, and nobody behind needs to. `Body` is the only way to
+The bytes may come from anybody: every value is checked here, once, so that no reader has to. `Body` is the only way to
 a value of a record, and each of its methods names the values that it lets through; anything else is a TraceError.
 """
 

@@ -1,7 +1,6 @@
 """The trace's vocabulary: what one step did, as plain values that screen, recorder, tests, lessons and lab all read.
 
 A delta is events and token columns. Block tables, owners and reference counts are not in it: snapshot.py folds them from the events.
-Knows nothing of engines, files or screens.
 """
 
 from __future__ import annotations

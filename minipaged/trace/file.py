@@ -4,7 +4,7 @@
 
 A keyframe comes first and then before every 128th delta, made by whoever keeps the stream: over the pipe from a live
 engine none comes, and nothing is compressed, so that no token waits for it. A file ends in an index record and a trailer that says
-where it is; without them the index is rebuilt by scanning. Knows bytes; knows nothing of who reads them.
+where it is; without them the index is rebuilt by scanning.
 """
 
 from __future__ import annotations

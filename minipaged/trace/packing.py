@@ -2,7 +2,7 @@
 
 A body is zlib(u32 length of head, head, columns one after another); the head's "columns" lists [name, dtype,
 length]. Empty columns are left out. A reader takes the columns it knows by name and keeps the rest with the record.
-No pickle: a trace may come from anywhere. Knows nothing of what the columns mean.
+No pickle: a trace may come from anywhere. codec.py says what the columns mean.
 """
 
 from __future__ import annotations

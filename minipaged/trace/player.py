@@ -1,7 +1,6 @@
 """A place in a trace, and the state there: play, step, seek.
 
-Knows sources and snapshots; knows nothing of screens. Time is passed in, so that a player is as deterministic as its
-source.
+Time is passed in, so that a player is as deterministic as its source.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The state of an engine's memory at one step, and the one fold that makes it: tables, owners and counts follow from the events.
 
 `Snapshot.apply` is the only way in which state changes. So the live screen, a file, a list of deltas, a recorder's keyframes and the
-engine's own gauges all say the same of the same steps. Knows the trace's vocabulary and numpy; knows nothing of engines, files or screens.
+engine's own gauges all say the same of the same steps.
 """
 
 from __future__ import annotations

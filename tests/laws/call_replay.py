@@ -122,7 +122,7 @@ class _Follower:
                     lines[seq_id].swapped = call.name == "swap_out"
 
     def record(self) -> StepRecord:
-        """How things stand, and what was told since the last record."""
+        """How things stand, and what was given since the last record."""
         events: tuple[BlockEvent, ...] = self._manager.take_events()
         view = look(self._manager, self._lines, self._manager.usage().total)
         return StepRecord.of(view, self._lines, self._block_size, events)

@@ -33,7 +33,7 @@ LAWS: tuple[Law, ...] = (
     Law("L07", _POOL, "A failed call changes nothing: no touch, no eviction, no leak."),
     Law("L08", _POOL, "The capacity check counts found blocks that could be evicted exactly once."),
     Law("L09", _POOL, "Two logical blocks that are not shared never lie in one physical block."),
-    Law("L10", _POOL, "A table has as many entries as its tokens and promised room need, no more, no fewer."),
+    Law("L10", _POOL, "A table has as many entries as its tokens and reserved places need, no more, no fewer."),
     Law("L11", _POOL, "A new block is taken exactly when need exceeds have."),
     Law("L12", _FORK, "A fork allocates nothing and adds one holder to each of the parent's blocks."),
     Law("L13", _FORK, "A write copies its block when it is shared and partly filled, and only then."),

@@ -154,10 +154,12 @@ class StepMachine(RuleBasedStateMachine):
         table = watch.view.tables[seq]
         watch.hold("L11", len(got.new_blocks) == need, f"{said} took {got.new_blocks}; {need} are needed")
         watch.hold("L31 L33", list(table[: len(hits)]) == hits, f"{said} has table {table}; the cache held {hits}")
-        watch.hold("L10", table[len(hits) :] == got.new_blocks, f"{said} told {got.new_blocks}, its table is {table}")
+        watch.hold(
+            "L10", table[len(hits) :] == got.new_blocks, f"{said} returned {got.new_blocks}, its table is {table}"
+        )
 
     def _check_match(self, tokens: list[int], salt: str | None) -> list[int]:
-        """match_prefix against what the events told. Returns the blocks to be found."""
+        """match_prefix against what the events say. Returns the blocks to be found."""
         watch, size = self.watch, self.watch.block_size
         most = (len(tokens) - 1) // size
         hits = watch.found.hits(tokens, salt, most)
@@ -215,7 +217,7 @@ class StepMachine(RuleBasedStateMachine):
     def append_all(self, ahead: int, run: bool) -> None:
         """A decode step: one more token for each, or room for several."""
         for line in list(self.watch.lines.values()):
-            if not line.swapped and line.room == line.written:
+            if not line.swapped and line.reserved == line.written:
                 self._append(line, ahead)
         if run:
             self._execute([11], True)
@@ -224,21 +226,22 @@ class StepMachine(RuleBasedStateMachine):
         self._plan()
         watch, size, seq = self.watch, self.watch.block_size, line.seq_id
         table, counts = watch.view.tables[seq], watch.view.counts
-        have, need = len(table), self._blocks_for(line.room + n)
-        writes_tail = n > 0 and line.room < have * size
+        have, need = len(table), self._blocks_for(line.reserved + n)
+        writes_tail = n > 0 and line.reserved < have * size
         shared = writes_tail and counts[table[-1]] > 1
         read_here = {source for source, _ in watch.copies()}
-        slots = line.room - (have - 1) * size
+        slots = line.reserved - (have - 1) * size
+        # Somebody may come back to slots that this one would write: a copy is allowed.
         disputed = writes_tail and any(
             other.copy is not None
             and other.copy[0] == table[-1]
             and other.copied_at is not None
             and other.copied_at - (have - 1) * size > slots
             for other in watch.pending()
-        )  # somebody may come back to slots that this one would write: a copy is allowed
+        )
         least_free, most_free = watch.available()
         got = watch.call("append", seq, n)
-        said = f"append({seq}, {n}) with room for {line.room} in {table}"
+        said = f"append({seq}, {n}) with room for {line.reserved} in {table}"
         if got is None:
             short = need - have + (shared or disputed) > least_free
             watch.hold("L04 L11", short, f"{said} found no room: {least_free} free")
@@ -250,18 +253,18 @@ class StepMachine(RuleBasedStateMachine):
             law = "L13 L15" if writes_tail else "L13 L17"
             watch.hold(law, False, f"{said} copied {got.copies}; counts {counts}")
         watch.hold("L11", len(got.new_blocks) == max(0, need - have), f"{said} took {got.new_blocks}")
-        line.room += n
+        line.reserved += n
         destinations = [destination for _, destination in got.copies]
         if got.copies:
             if line.copy is None:
-                line.copied_at = line.room - n
+                line.copied_at = line.reserved - n
             else:
                 watch.made_copies.append(line.copy)
             line.copy = got.copies[0]
         before = watch.settle(said, [*destinations, *got.new_blocks])
         now = watch.view.tables[seq]
         expected = (*table[: have - 1], *destinations, *got.new_blocks) if got.copies else (*table, *got.new_blocks)
-        watch.hold("L14 L10", now == expected, f"{said} told {got}, its table is {now}")
+        watch.hold("L14 L10", now == expected, f"{said} returned {got}, its table is {now}")
         if not got.copies:
             return
         (source, destination), tail = got.copies[0], table[-1]
@@ -297,7 +300,7 @@ class StepMachine(RuleBasedStateMachine):
         for i, line in enumerate(watch.lines.values()):
             if not line.swapped:
                 choice = choices[i % len(choices)]
-                most, least = line.room - line.written, line.counted - line.written
+                most, least = line.reserved - line.written, line.counted - line.written
                 self._write(line, most if choice > 3 else max(least, choice % (most + 1)), choice)
         watch.executed = True
         watch.promised.clear()
@@ -305,8 +308,8 @@ class StepMachine(RuleBasedStateMachine):
             line.promised = None
         watch.check_contents("a step", "L02 L09 L13 L15 L16 L20 L22 L29 L31 L32 L33 L36 L47 L52 L65 L66")
         for line in list(watch.lines.values()) if mark else []:
-            if not line.swapped and line.marked < line.written:
-                self._mark(line, line.written - line.marked)
+            if not line.swapped and line.computed < line.written:
+                self._mark(line, line.written - line.computed)
 
     def _end_plan(self) -> None:
         """Nobody leaves the step any more."""
@@ -354,13 +357,13 @@ class StepMachine(RuleBasedStateMachine):
         watch.guarded_before = set()
         watch.settle("begin_step")
 
-    @precondition(lambda self: any(line.marked < line.written for line in self.watch.lines.values()))
+    @precondition(lambda self: any(line.computed < line.written for line in self.watch.lines.values()))
     @rule(pick=PICK, count=st.sampled_from([1, 2, 5, 99, 99]))
     def mark(self, pick: int, count: int) -> None:
         """Report tokens as computed, now or late."""
         line = self._line(pick)
         if line is not None and (self.watch.executed or self.watch.ends_steps or line.copy is None):
-            self._mark(line, max(0, min(count, line.written - line.marked)))
+            self._mark(line, max(0, min(count, line.written - line.computed)))
 
     @precondition(lambda self: self.watch.ends_steps and self._any())
     @rule(pick=PICK, count=st.sampled_from([1, 3, 99, 99]), choice=st.integers(0, 1), more=RUN)
@@ -370,26 +373,26 @@ class StepMachine(RuleBasedStateMachine):
         line = self._line(pick)
         if line is None:
             return
-        if more and line.room == line.counted:
+        if more and line.reserved == line.counted:
             self._append(line, count % 7)
-        end = line.marked + min(count, line.room - line.marked)
+        end = line.computed + min(count, line.reserved - line.computed)
         self._know(line, end, choice)
-        self._mark(line, end - line.marked)
+        self._mark(line, end - line.computed)
 
     def _mark(self, line: Line, count: int) -> None:
         watch, size = self.watch, self.watch.block_size
-        first = line.marked // size
-        watch.call("mark_computed", line.seq_id, line.tokens[line.marked : line.marked + count])
+        first = line.computed // size
+        watch.call("mark_computed", line.seq_id, line.tokens[line.computed : line.computed + count])
         if count and watch.planning and line.promised is None:
-            line.promised = line.marked
-        line.marked += count
+            line.promised = line.computed
+        line.computed += count
         if count and line.copy is not None and not watch.planning:
             watch.made_copies.append(line.copy)
             line.copy = line.copied_at = None
         watch.settle(f"mark_computed({line.seq_id}, {count} tokens)", forgets=())
         if watch.prefix_caching and not line.released:
             table = watch.view.tables[line.seq_id]
-            for end in range((first + 1) * size, line.marked + 1, size):
+            for end in range((first + 1) * size, line.computed + 1, size):
                 found = watch.found.blocks_of.get((line.salt, tuple(line.tokens[:end])), [])
                 said = f"full block {end // size - 1} of {line.seq_id} cannot be found"
                 watch.hold("L21 L27 L65", bool(found), said)

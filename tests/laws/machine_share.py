@@ -38,16 +38,18 @@ class SharingMachine(StepMachine):
         watch, parent = self.watch, self._line(pick)
         if parent is None:
             return
-        if parent.room > parent.marked or parent.promised is not None:
+        if parent.reserved > parent.computed or parent.promised is not None:
             watch.refused("L12 L09 L29", ValueError, "fork", parent.seq_id, self.next_id)
-        if watch.planning and parent.marked != parent.written:
+        if watch.planning and parent.computed != parent.written:
             return  # what is marked now is written by this step, and a copy of it would come too early
         self._truncate(parent, parent.written)  # in the planning of a step this gives up its copy
-        self._mark(parent, parent.written - parent.marked)
+        self._mark(parent, parent.written - parent.computed)
         child = self.next_id
         self.next_id += 1
         watch.call("fork", parent.seq_id, child)
-        line = Line(child, parent.salt, list(parent.tokens), parent.room, parent.marked, parent.written, parent.seq_id)
+        line = Line(
+            child, parent.salt, list(parent.tokens), parent.reserved, parent.computed, parent.written, parent.seq_id
+        )
         line.before_release = parent.before_release
         watch.lines[child] = line
         before = watch.settle(f"fork({parent.seq_id}, {child})", forgets=())
@@ -113,7 +115,7 @@ class SharingMachine(StepMachine):
         if line is None:
             return
         least = 0 if below else line.counted
-        self._truncate(line, least + keep % (line.room - least + 1))
+        self._truncate(line, least + keep % (line.reserved - least + 1))
 
     def _truncate(self, line: Line, n: int) -> bool:
         """Whether it could be done."""
@@ -124,7 +126,7 @@ class SharingMachine(StepMachine):
             return False
         withdrawn = watch.promised_by(line, n)
         writer = watch.promised.get(table[n // size], line.seq_id) if n % size else line.seq_id
-        found = writer != line.seq_id and line.room >= (n // size + 1) * size
+        found = writer != line.seq_id and line.reserved >= (n // size + 1) * size
         if found or any(watch.view.counts[block] > 1 for block in withdrawn):
             watch.refused("L29", ValueError, "truncate", line.seq_id, n)
             return False
@@ -144,7 +146,7 @@ class SharingMachine(StepMachine):
         watch, line = self.watch, self._line(pick)
         if line is None:
             return
-        full = (line.marked if line.promised is None else line.promised) // watch.block_size
+        full = (line.computed if line.promised is None else line.promised) // watch.block_size
         table = watch.view.tables[line.seq_id]
         if full < len(table):
             watch.refused("L56", ValueError, "release", line.seq_id, [full])
@@ -152,7 +154,7 @@ class SharingMachine(StepMachine):
         watch.call("release", line.seq_id, chosen)
         gone = {table[i] for i in chosen} - {0}
         if gone and not line.released:
-            line.before_release = line.marked
+            line.before_release = line.computed
         before = watch.settle(f"release({line.seq_id}, {chosen})")
         now = watch.view.tables[line.seq_id]
         expected = tuple(0 if i in chosen else b for i, b in enumerate(table))

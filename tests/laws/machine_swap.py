@@ -128,7 +128,7 @@ class FullMachine(SharingMachine):
             )
             watch.hold("L47", kept, f"{said} moves {pairs}; {seq} has {there} -> {table}")
             line = watch.lines[seq]
-            full = table[: line.marked // watch.block_size] if watch.prefix_caching and not line.released else ()
+            full = table[: line.computed // watch.block_size] if watch.prefix_caching and not line.released else ()
             lost = [block for block in full if block not in watch.found.key_of]
             watch.hold("L66", not lost, f"{said}: {lost} hold full blocks of {seq}, and cannot be found")
 
@@ -136,8 +136,8 @@ class FullMachine(SharingMachine):
         """(blocks, copies) that one more token for each sequence takes."""
         size = self.watch.block_size
         entries = Counter(b for table in tables.values() for b in table)
-        tails = Counter(tables[line.seq_id][-1] for line in group if line.room < len(tables[line.seq_id]) * size)
-        grown = sum(line.room >= len(tables[line.seq_id]) * size for line in group)
+        tails = Counter(tables[line.seq_id][-1] for line in group if line.reserved < len(tables[line.seq_id]) * size)
+        grown = sum(line.reserved >= len(tables[line.seq_id]) * size for line in group)
         return grown, sum(n - (n == entries[b]) for b, n in tails.items())
 
     # ---- one step
@@ -161,12 +161,12 @@ class FullMachine(SharingMachine):
             if seq not in watch.lines:
                 return
             pair.append(watch.lines[seq])
-            self._mark(pair[-1], pair[-1].room - pair[-1].marked)
+            self._mark(pair[-1], pair[-1].reserved - pair[-1].computed)
         line = pair[who]
         if way == "free":
             self._free(line.seq_id)
         elif way == "truncate":
-            self._truncate(line, keep % (line.room + 1))
+            self._truncate(line, keep % (line.reserved + 1))
         elif way != "stay":
             self._swap_out([line], way == "swap_out as it is")
 
@@ -235,7 +235,7 @@ class FullMachine(SharingMachine):
                 (ValueError, "fork", seq, UNKNOWN),
             ]
         if line is not None:
-            seq, over = line.seq_id, line.room - line.marked + 1
+            seq, over = line.seq_id, line.reserved - line.computed + 1
             calls += [
                 (ValueError, "allocate", seq, [1]),
                 (ValueError, "fork", seq, seq),
@@ -245,13 +245,13 @@ class FullMachine(SharingMachine):
                 (ValueError, "append", seq, True),
                 (ValueError, "mark_computed", seq, [1] * over),
                 (ValueError, "mark_computed", seq, [2**70]),
-                (ValueError, "truncate", seq, line.room + 1),
+                (ValueError, "truncate", seq, line.reserved + 1),
                 (ValueError, "truncate", seq, -1),
                 (ValueError, "release", seq, [-1]),
                 (ValueError, "swap_in", [seq]),
                 (ValueError, "swap_out", [seq, seq]),
             ]
-            if line.room > line.marked:
+            if line.reserved > line.computed:
                 calls.append((ValueError, "fork", seq, UNKNOWN))
         errors, name, *args = calls[which % len(calls)]
         watch.refused("L03 L07", errors, name, *args)

@@ -26,21 +26,21 @@ class BrokenLawError(AssertionError):
 
 @dataclass
 class Line:
-    """A sequence. [0, marked) reported, [marked, written) in the slots, [written, room) reserved.
+    """A sequence. [0, computed) given to mark_computed, [computed, written) in the slots as well, [written, reserved) only reserved.
 
-    While a step is planned it may report more than is written: [promised, marked) is what this step is to write.
+    While a step is planned more may be marked than is written: [promised, computed) is what this step is to write.
     """
 
     seq_id: int
     salt: str | None
     tokens: list[int]
-    room: int
-    marked: int
+    reserved: int
+    computed: int
     written: int
     parent: int = -1
     swapped: bool = False
     before_release: int | None = None  # tokens that were computed when an entry was first released; None: none was
-    copied_at: int | None = None  # a copy of this step that can be given up: the room before it
+    copied_at: int | None = None  # a copy of this step that can be given up: what was reserved before it
     copy: tuple[int, int] | None = None
     promised: int | None = None  # where its promises of the open plan begin; None: it made none
     kv: list[int] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Line:
     @property
     def counted(self) -> int:
         """Tokens that are written, or will be when the step that is planned has run."""
-        return max(self.written, self.marked)
+        return max(self.written, self.computed)
 
     def values(self) -> list[int]:
         """The KV of every known token."""
@@ -62,15 +62,15 @@ class Line:
         return self.kv
 
     def cut(self, num_tokens: int) -> None:
-        """Tokens from num_tokens on are rejected, or only their room is given back."""
+        """Tokens from num_tokens on are rejected, or only the places reserved for them are given back."""
         if num_tokens < self.counted:
             del self.tokens[num_tokens:]
             self.kv = []
         if self.promised is not None and num_tokens <= self.promised:
             self.promised = None
         self.written = min(self.written, num_tokens)
-        self.marked = min(self.marked, num_tokens)
-        self.room = num_tokens
+        self.computed = min(self.computed, num_tokens)
+        self.reserved = num_tokens
         if self.before_release is not None:
             self.before_release = min(self.before_release, num_tokens)
 
@@ -139,7 +139,7 @@ class FoundContent:
         self.blocks_of[self.key_of.pop(block)].remove(block)
 
 
-class ToldTables:
+class FoldedTables:
     """Tables rebuilt from the events alone, by the meanings that minipaged.memory.types.BlockEvent gives."""
 
     def __init__(self) -> None:
@@ -170,15 +170,15 @@ class ToldTables:
             self._put(table, index, block, 0)
 
     def differ(self, tables: dict[int, tuple[int, ...]]) -> str:
-        """How a table as told differs from the real one; "" if none does. Null entries at the end are not told."""
+        """How a table by the events differs from the real one; "" if none does. Null entries at the end have no event."""
         for seq, table in tables.items():
-            told, real = self.tables.get(seq, []), list(table)
-            while told and not told[-1]:
-                told.pop()
+            folded, real = self.tables.get(seq, []), list(table)
+            while folded and not folded[-1]:
+                folded.pop()
             while real and not real[-1]:
                 real.pop()
-            if told != real:
-                return f"by the events sequence {seq} has {told}, its table is {real}"
+            if folded != real:
+                return f"by the events sequence {seq} has {folded}, its table is {real}"
         return ""
 
     @staticmethod

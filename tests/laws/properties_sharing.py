@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minipaged.memory import blocks, tables
@@ -199,6 +199,7 @@ def what_can_be_held_is_admitted(make: Make) -> None:
     """L68: samples of one prompt are refused exactly if their shared blocks and their own tails exceed an empty pool; what is not
     refused can be held."""
 
+    @example(5, 4, 3, 4, 7)  # each sample has a tail of its own: they need 7 blocks and not 5
     @given(st.integers(1, 14), st.integers(1, 6), st.integers(1, 4), SIZE, st.integers(2, 24))
     def check(prompt: int, new: int, samples: int, size: int, num_blocks: int) -> None:
         manager = make(num_blocks, size, watermark=0.0)

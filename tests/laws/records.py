@@ -41,7 +41,7 @@ class StepRecord:
         events: Iterable[BlockEvent],
     ) -> StepRecord:
         """A step as it stands: what is seen of the manager, the sequences, and what the events said."""
-        told = tuple(
+        given = tuple(
             LineRecord(
                 seq,
                 line.parent,
@@ -53,4 +53,4 @@ class StepRecord:
             )
             for seq, line in lines.items()
         )
-        return cls(block_size, tuple(events), told, view.counts, view.usage)
+        return cls(block_size, tuple(events), given, view.counts, view.usage)

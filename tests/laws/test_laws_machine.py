@@ -74,7 +74,7 @@ def test_L13_copy_when_shared_and_partly_filled(obeys: Obeys) -> None:
 
 
 def test_L14_after_a_copy(obeys: Obeys) -> None:
-    """After a copy the new block has count 1, the old one lost 1, the pair is told, and no destination is a source."""
+    """After a copy the new block has count 1, the old one lost 1, the pair is returned, and no destination is a source."""
     obeys("L14")
 
 

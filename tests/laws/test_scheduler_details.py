@@ -69,7 +69,7 @@ def test_counters_are_sums_over_the_steps(
 
 
 @given(workload=workloads(), arrangement=tight)
-def test_ends_are_told_with_what_was_drawn(
+def test_ends_are_reported_with_what_was_drawn(
     block_manager_class: type, scheduler_class: type, workload: list[Asked], arrangement: dict[str, Any]
 ) -> None:
     """Submissions and ends: each sequence once, with its tokens and its reason."""

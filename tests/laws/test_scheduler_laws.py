@@ -414,7 +414,7 @@ def test_L53_abort_in_any_state_returns_everything(
     assert not world.control.requests
     assert not world.control.sequences
     ends = Counter(request_id for step in world.steps for request_id in step.finished)
-    assert ends == Counter(output.request_id for output in world.outputs), "an end is told once"
+    assert ends == Counter(output.request_id for output in world.outputs), "an end is reported once"
     for asked, ended, whole in zip(marked, world.outputs, calm.outputs, strict=True):
         reasons = {s.finish_reason for s in ended.request.sequences}
         if "abort" not in reasons:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from minipaged.memory.types import BlockEvent
 from tests.laws.dense import DenseMemory
-from tests.laws.model import NEVER_ENDS, BrokenLawError, FoundContent, FreedAt, Line, ToldTables, View, look
+from tests.laws.model import NEVER_ENDS, BrokenLawError, FoldedTables, FoundContent, FreedAt, Line, View, look
 from tests.laws.records import StepRecord
 
 
@@ -49,7 +49,7 @@ class Watch:
         self.lines: dict[int, Line] = {}
         self.pins: Counter[int] = Counter()
         self.found = FoundContent(block_size)
-        self.told = ToldTables()
+        self.folded = FoldedTables()
         self.dense = DenseMemory(num_blocks, num_host_blocks, block_size)
         self.freed: dict[int, FreedAt] = {}  # cached blocks that nobody holds
         self.calls = 0
@@ -57,9 +57,8 @@ class Watch:
         self.swap_outs: list[tuple[int, int]] = []
         self.swap_ins: list[tuple[int, int]] = []
         self.made_copies: list[tuple[int, int]] = []  # of this step, whose writer has written or left
-        self.given_up: set[int] = (
-            set()
-        )  # sources of copies given up, destinations of swaps in: handed out or not, as one likes
+        # Sources of copies given up, and destinations of swaps in: a manager may hand them out or not.
+        self.given_up: set[int] = set()
         self.records: list[StepRecord] = []
         self.step_events: list[BlockEvent] = []
         self.guarded_before: set[int] = set()
@@ -158,7 +157,7 @@ class Watch:
         if line.promised is None:
             return []
         table = self.view.tables[line.seq_id]
-        entries = range(max(line.promised, n) // self.block_size, line.marked // self.block_size)
+        entries = range(max(line.promised, n) // self.block_size, line.computed // self.block_size)
         return [table[i] for i in entries if self.promised.get(table[i]) == line.seq_id]
 
     def settle(self, what: str, handed: Iterable[int] = (), *, forgets: Iterable[int] | None = None) -> View:
@@ -201,10 +200,10 @@ class Watch:
         events = self.manager.take_events()
         if self.twin is not None:
             same = self.twin.take_events()
-            self.hold("L54", same == events, f"{what} told {events}, and {same} the second time")
+            self.hold("L54", same == events, f"{what} gave {events}, and {same} the second time")
         self.step_events.extend(events)
         for event in events:
-            self.told.apply(event)
+            self.folded.apply(event)
             if event.kind == "publish":
                 self._publish(event)
             elif event.kind == "evict":
@@ -226,7 +225,9 @@ class Watch:
             self.hold("L29 L21", end <= line.written, f"{event}: published with {line.written} of {end} tokens written")
             if line.promised is not None and end > line.promised:
                 self.promised[block] = line.seq_id
-        self.hold("L28 L21", end <= line.marked, f"{event}: published with {line.marked} of its {end} tokens accepted")
+        self.hold(
+            "L28 L21", end <= line.computed, f"{event}: published with {line.computed} of its {end} tokens accepted"
+        )
         early = line.before_release is None or end <= line.before_release
         self.hold("L58", early, f"{event}: published, and computed after an eviction")
         self.hold("L32", block not in self.found.key_of, f"{event}: the block has a key already")
@@ -275,12 +276,12 @@ class Watch:
         for seq, line in self.lines.items():
             self._check_table(what, line, view.tables[seq], view.host_tables[seq])
         self.hold("L09", not self._overlap(), f"after {what}: {self._overlap()}")
-        self.hold("EVENTS", not self.told.differ(view.tables), f"after {what}: {self.told.differ(view.tables)}")
+        self.hold("EVENTS", not self.folded.differ(view.tables), f"after {what}: {self.folded.differ(view.tables)}")
 
     def _check_table(self, what: str, line: Line, table: tuple[int, ...], host: tuple[int, ...]) -> None:
-        need = -(-line.room // self.block_size)
+        need = -(-line.reserved // self.block_size)
         here, there = (0, need) if line.swapped else (need, 0)
-        said = f"after {what}: sequence {line.seq_id} with room for {line.room} tokens has"
+        said = f"after {what}: sequence {line.seq_id} with room for {line.reserved} tokens has"
         self.hold("L10", len(table) == here and len(host) == there, f"{said} {table} and on the host {host}")
         if not line.released:
             self.hold("L06", 0 not in table, f"{said} the null block in {table}")
@@ -304,7 +305,7 @@ class Watch:
                 if line.values()[start:both] != other.values()[start:both]:
                     return f"block {block} holds different tokens of {other.seq_id} and {line.seq_id}"
                 for writer, reader in ((line, other), (other, line)):
-                    if min(writer.room, end) > writer.counted and writer.counted < min(reader.counted, end):
+                    if min(writer.reserved, end) > writer.counted and writer.counted < min(reader.counted, end):
                         return f"{writer.seq_id} is to write slots of block {block} that {reader.seq_id} has written"
         return ""
 

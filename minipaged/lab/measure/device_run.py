@@ -140,9 +140,8 @@ def run_systems(
     bench.warm_up(draws, systems, progress)
     results: list[DeviceResult] = []
     references: dict[int | None, list[list[int]]] = {}
-    runs = [
-        (pool, s) for pool in pools for s in systems if s != "webui" or pool == pools[0]
-    ]  # webui: one row in any pool
+    # webui has one row in any pool, so it runs once.
+    runs = [(pool, s) for pool in pools for s in systems if s != "webui" or pool == pools[0]]
     for i, (pool, system) in enumerate(runs):
 
         def tell(share: float, i: int = i, system: str = system) -> None:

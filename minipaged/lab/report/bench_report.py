@@ -197,8 +197,9 @@ def system_tables(rows: Rows) -> list[str]:
         if row["tokens"] and not too_few_steps(row.get("steps"), row["note"])
     ]
     text = (
-        "Every system on this engine, its kernels and its scheduler; only what is held and who may enter differs, and all requests wait "
-        "from the start. The pool is in slots; P99 over the requests, those that a time limit cut off counted as later than it."
+        "Every system runs on this engine, with its kernels and its scheduler; they differ in what memory a request holds and in who may "
+        "enter. All requests wait from the start. The pool is counted in slots. P99 is over the requests; those that the time limit "
+        "cut off count as later than it."
     )
     head = ("system", "pool", "tok/s", "mean batch", "pool used", "finished", "first token P99", "next tokens P99")
     whole = [

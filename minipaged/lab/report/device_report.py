@@ -72,7 +72,8 @@ def device_dict(result: DeviceResult) -> dict[str, Any]:
 def device_notes(results: Sequence[DeviceResult]) -> list[str]:
     """What a reader must know beside the table."""
     notes = [
-        "One model, pool, scheduler and set of kernels; only what is held and who may enter differs. All requests wait from the start.",
+        "One model, pool, scheduler and set of kernels; systems differ in what memory a request holds and in who may enter. "
+        "All requests wait from the start.",
         "pool: slots for keys and values. rows, used %: means over time. gap: mean time between a request's tokens.",
     ]
     if any(r.too_few_steps for r in results):

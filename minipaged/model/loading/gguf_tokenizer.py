@@ -29,12 +29,13 @@ TEKKEN = (
 )
 SPLITS = {"llama-bpe": LLAMA_3, "llama3": LLAMA_3, "llama-v3": LLAMA_3, "qwen2": QWEN_2, "tekken": TEKKEN}
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r")  # one digit at a time, then GPT-2's own split
+# llama.cpp's `default`: each pattern cuts what the one before left.
 DEFAULT_SPLITS = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
-)  # llama.cpp's `default`: each cuts what the one before left
+)
 BOS_IMPLIED = ("llama-bpe", "llama3", "llama-v3", "tekken")  # llama.cpp begins texts with the BOS and ignores merges
 SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 END_KINDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")

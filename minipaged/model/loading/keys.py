@@ -193,6 +193,7 @@ GENERAL_KEYS: dict[str, Key] = {
         ),
     ),
 }
+# general.*, or the beginning of one: notes that no computation uses.
 GENERAL_NOTES = (
     *(
         "author",
@@ -206,7 +207,7 @@ GENERAL_NOTES = (
         "license",
     ),
     *("url", "doi", "uuid", "repo_url", "source", "base_model", "dataset", "tags", "languages"),
-)  # general.*, or the beginning of one: notes that nobody computes with
+)
 
 # GGUF: keys behind the architecture's name
 ARCHITECTURE_KEYS: dict[str, Key] = {

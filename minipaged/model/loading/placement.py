@@ -47,9 +47,8 @@ ROOM_SHARE = 0.95  # of the free memory that weights or a pool may take; the res
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be had on the device. On a CPU: what the system could free, and no more than a container's limit leaves."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # torch's own, for anyone's next tensor
+        # What torch holds without using it: the next tensors come from there.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
