@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
-from minipaged.config import DEFAULT_MODEL, CacheConfig, EngineConfig, SamplingParams, check_choice, check_int
+from minipaged.config import (
+    DEFAULT_MODEL,
+    CacheConfig,
+    EngineConfig,
+    SamplingParams,
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+    plain_value,
+)
 from minipaged.engine import Engine
-from minipaged.errors import RequestError
+from minipaged.errors import InputError, RequestError
 from minipaged.scheduling.request import RequestOutput
 
-Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]} with the text beside it or not
+# Text, token ids, or a mapping: {"prompt": text}, or {"prompt_token_ids": [...]} with the text beside it or not.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Prompts = Prompt | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams]
 Message = Mapping[str, str]
 
 
@@ -19,9 +35,13 @@ class LLM:
 
     model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
     float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
-    `num_host_blocks` blocks of host memory); policy: fcfs or priority; overlap: steps in flight beside the one being committed, auto is
-    1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that
-    does not work.
+    `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
+    running requests make way for a more urgent one that waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU
+    and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that does not work.
+
+    Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
+    that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;
+    trust_remote_code, which is ignored with a warning, since no code of a model is ever run.
     """
 
     def __init__(
@@ -44,6 +64,10 @@ class LLM:
         graphs: bool = True,
         seed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        tensor_parallel_size: int = 1,
+        trust_remote_code: bool = False,
     ) -> None:
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
         if overlap != "auto":
@@ -52,6 +76,14 @@ class LLM:
             check_int("num_blocks", num_blocks, 2)
         if max_model_len is not None:
             check_int("max_model_len", max_model_len, 2)
+        check_real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_low=True)
+        check_bool("enforce_eager", enforce_eager)
+        if check_int("tensor_parallel_size", tensor_parallel_size, 1) != 1:
+            raise InputError(
+                f"tensor_parallel_size must be 1, not {tensor_parallel_size}: a model runs on one device here"
+            )
+        if trust_remote_code:
+            warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         # every number is checked before the model is fetched
         cache = CacheConfig(block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark)
         config = EngineConfig(
@@ -74,7 +106,8 @@ class LLM:
             max_model_len=max_model_len,
             progress=progress,
             overlap=None if overlap == "auto" else overlap,
-            graphs=graphs,
+            graphs=graphs and not enforce_eager,
+            gpu_share=gpu_memory_utilization,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer
@@ -82,46 +115,72 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        params: Params | None = None,
+        use_tqdm: object = False,
+        *,
+        sampling_params: Params | None = None,
     ) -> list[RequestOutput]:
         """Answer every prompt; the outputs stand in the prompts' order.
 
-        A request that cannot be served comes back with `error` set and the others go on; if none can be, RequestError is raised.
+        prompts: one or a list; a list of whole numbers is one prompt of token ids, and so is an array of them. params, or sampling_params:
+        one for all, or one a prompt. use_tqdm is taken and ignored: nothing is drawn.
+
+        A request that cannot be served comes back with `error` set and the others go on; if none can be, RequestError is raised. Several
+        threads may call it at once, and it may be called while a stream is read: each gets all of its own.
         """
-        outputs = self._submit_all(prompts, params)
+        outputs = self._submit_all(prompts, _one_of(params, sampling_params))
         if all(output.error for output in outputs):
             raise RequestError(outputs[0].error or "no request can be served")
         try:
-            while self.engine.has_work:
-                self.engine.step()
+            for output in outputs:
+                self.engine.run_until(partial(_has_ended, output))
         except BaseException:
-            self._abandon(outputs)
+            self.engine.abandon(outputs)
             raise
         return outputs
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        params: Params | None = None,
+        *,
+        sampling_params: Params | None = None,
     ) -> Iterator[RequestOutput]:
-        """Yield a request's output each time it has grown; it is a live view. Requests with `error` set come first."""
-        outputs = self._submit_all(prompts, params)
-        ours = {output.request_id for output in outputs}
+        """Yield a request's output each time it has grown, as it was then. Requests with `error` set come first.
+
+        Every change comes, also where others step: streams that are read by turns, a `generate` in between, other threads.
+        """
+        changes: deque[RequestOutput] = deque()
+        outputs = self._submit_all(prompts, _one_of(params, sampling_params), changes)
+        refused = [output for output in outputs if output.error]
+        growing = {output.request_id for output in outputs}.difference(output.request_id for output in refused)
         try:
-            yield from (output for output in outputs if output.error)
-            while self.engine.has_work:
-                yield from (output for output in self.engine.step() if output.request_id in ours)
+            yield from refused
+            while growing:
+                self.engine.run_until(lambda: bool(changes))
+                output = changes.popleft()
+                if output.finished:
+                    growing.discard(output.request_id)
+                yield output
         finally:
-            self._abandon(outputs)
+            self.engine.abandon(outputs)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params | None = None,
+        use_tqdm: object = False,
+        *,
+        sampling_params: Params | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, written out by the model's chat template."""
-        return self.generate([self.chat_prompt(c) for c in _conversations(messages)], params)
+        """Answer one conversation, or several, written out by the model's chat template. The rest is as for `generate`."""
+        prompts = [self.chat_prompt(c) for c in _conversations(messages)]
+        return self.generate(prompts, params, use_tqdm, sampling_params=sampling_params)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. False, and nothing changed, while a request holds a block."""
+        return self.engine.reset_prefix_cache()
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """The prompt that the model's chat template makes of a conversation. The template writes the special tokens itself."""
@@ -129,13 +188,12 @@ class LLM:
         return {"prompt_token_ids": self.tokenizer.encode(text, add_special=False), "prompt": text}
 
     def _submit_all(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompts,
+        params: Params | None,
+        mailbox: deque[RequestOutput] | None = None,
     ) -> list[RequestOutput]:
-        listed: list[Prompt] = (
-            [prompts]
-            if isinstance(prompts, str | Mapping)
-            else _list_of(prompts, "prompts must be one or a list of them")
-        )
+        listed = _prompts_of(prompts)
         if not listed:
             raise RequestError("there is no prompt: give at least one")
         if params is None or isinstance(params, SamplingParams):
@@ -145,25 +203,44 @@ class LLM:
         if len(each) != len(listed):
             raise RequestError(f"{len(listed)} prompts need one SamplingParams or {len(listed)}, not {len(each)}")
         for prompt, p in zip(listed, each, strict=True):  # all of them, before one is queued
-            if not isinstance(prompt, str) and not (isinstance(prompt, Mapping) and "prompt_token_ids" in prompt):
-                raise RequestError(f"a prompt is text or {{'prompt_token_ids': [...]}}, not {prompt!r}")
+            if not (isinstance(prompt, str) or _is_token_ids(prompt)) and not (
+                isinstance(prompt, Mapping) and ("prompt_token_ids" in prompt or "prompt" in prompt)
+            ):
+                raise RequestError(f"a prompt is text, token ids or {{'prompt_token_ids': [...]}}, not {prompt!r}")
             if not isinstance(p, SamplingParams):
                 raise RequestError(f"params must be SamplingParams, one or one a prompt, not {p!r}")
-        return [self._submit(prompt, p) for prompt, p in zip(listed, each, strict=True)]
+        return [self._submit(prompt, p, mailbox) for prompt, p in zip(listed, each, strict=True)]
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-        if isinstance(prompt, str):
-            return self.engine.ask(prompt, params)
-        return self.engine.ask(prompt["prompt_token_ids"], params, text=prompt.get("prompt"))
+    def _submit(self, prompt: Prompt, params: SamplingParams, mailbox: deque[RequestOutput] | None) -> RequestOutput:
+        if not isinstance(prompt, Mapping):
+            return self.engine.ask(prompt, params, mailbox=mailbox)
+        text = prompt.get("prompt")
+        return self.engine.ask(prompt.get("prompt_token_ids", text), params, text=text, mailbox=mailbox)
 
-    def _abandon(self, outputs: list[RequestOutput]) -> None:
-        """End what is still running of these, and leave the engine empty of it."""
-        if all(output.finished or output.error for output in outputs):
-            return
-        for output in outputs:
-            self.engine.abort(output.request_id)
-        self.engine.drain()
-        self.engine.step()
+
+def _one_of(params: Params | None, sampling_params: Params | None) -> Params | None:
+    """What was given under either name."""
+    if params is not None and sampling_params is not None:
+        raise RequestError("params and sampling_params are the same: give one of them")
+    return sampling_params if params is None else params
+
+
+def _prompts_of(prompts: Any) -> list[Any]:
+    """One prompt, or several, as a list. A sequence of whole numbers is one prompt; rows of an array of them are one each."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    listed = _list_of(plain_value(prompts), "prompts must be one or a list of them")
+    return [listed] if listed and _is_token_ids(listed) else listed
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    """Whether this is a sequence of whole numbers, numpy's and tensors included."""
+    tokens = plain_value(prompt)
+    return isinstance(tokens, list | tuple | range) and all(type(plain_value(token)) is int for token in tokens)
+
+
+def _has_ended(output: RequestOutput) -> bool:
+    return output.finished
 
 
 def _conversations(messages: Any) -> list[Sequence[Message]]:

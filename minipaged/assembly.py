@@ -38,15 +38,20 @@ class Parts:
 
 
 def choose_num_blocks(
-    config: ModelConfig, block_size: int, dtype: str, device: torch.device, step_bytes: int = 0
+    config: ModelConfig,
+    block_size: int,
+    dtype: str,
+    device: torch.device,
+    step_bytes: int = 0,
+    gpu_share: float = GPU_POOL_SHARE,
 ) -> int:
-    """How many blocks fit: nine tenths of a GPU's free memory less `step_bytes`, which the largest step takes, or a fixed share of a
+    """How many blocks fit: `gpu_share` of a GPU's free memory less `step_bytes`, which the largest step takes, or a fixed share of a
     host's. Null block included. InputError if not even two fit."""
     block_bytes = config.kv_bytes_per_token(dtype) * block_size
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        budget = int(free * GPU_POOL_SHARE) - step_bytes
+        budget = int(free * gpu_share) - step_bytes
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         budget = min(CPU_POOL_BYTES, memory // 4, int(ROOM_SHARE * free_bytes(device)))
@@ -98,6 +103,7 @@ def assemble(
     progress: Progress | None = None,
     overlap: int | None = None,
     graphs: bool = True,
+    gpu_share: float = GPU_POOL_SHARE,
 ) -> Parts:
     """Load the model and build an engine around it.
 
@@ -121,7 +127,7 @@ def assemble(
     config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
     if num_blocks is None:
         step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
-        num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step)
+        num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step, gpu_share)
     cache = replace(cache, num_blocks=num_blocks)
     check_pool(shape, cache, kind, chosen)
     engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)

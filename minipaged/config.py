@@ -6,9 +6,9 @@ Imports no torch, so that wrong settings are refused at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from minipaged.errors import InputError
 
@@ -22,8 +22,14 @@ PREEMPTION: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 MAX_BLOCK_SIZE = 256
+NO_LIMIT = 2**31 - 1  # what max_tokens=None is kept as: an engine ends every answer at the end of its context
 DEFAULT_MODEL = "smollm2-135m"
 Progress = Callable[[str, int, int], None]  # progress(what is going on, how much is done, how much there is)
+
+
+def plain_value(value: Any) -> Any:
+    """A number, or a sequence of them, as plain Python where it comes from numpy or is a tensor; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -237,6 +243,15 @@ class SamplingParams:
 
     `temperature` 0 is greedy. Sample i of a request draws from the stream (seed, i, position), so a rerun is equal and the
     n samples differ. Raises InputError naming the value and the allowed range.
+
+    Numbers may be numpy's or a tensor's, lists any sequence. What other engines say otherwise is taken as they mean it: `max_tokens` None
+    or beyond the context is the end of the context, `top_k` -1 all tokens, `seed` -1 or None one of the engine's, `stop` None no string.
+    `skip_special_tokens` False writes special tokens into the text; `include_stop_str_in_output` keeps the stop string, or the stop token's
+    text, at its end.
+
+    What changes the logits of a draw, in this order: only `allowed_token_ids` can be drawn (None: all), `bad_words` cannot, `logit_bias`
+    {token: number} is added, `repetition_penalty` divides what the prompt or the answer has (Keskar et al. 2019), `presence_penalty` is
+    taken off what the answer has and `frequency_penalty` once for each time (OpenAI's). Log-probabilities are those before all of it.
     """
 
     n: int = 1
@@ -259,8 +274,16 @@ class SamplingParams:
     early_stopping: bool = False
     priority: int = 0
     cache_salt: str | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._normalise_numbers()
         check_int("n", self.n, 1, 1024)
         if self.best_of is not None:
             check_int("best_of", self.best_of, self.n, 1024)
@@ -273,9 +296,21 @@ class SamplingParams:
         check_real("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        self._normalise_stops()
-        check_bool("ignore_eos", self.ignore_eos)
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_real(name, getattr(self, name), -2.0, 2.0)
+        self._normalise_words("stop")
+        self._normalise_words("bad_words")
+        self._normalise_tokens("stop_token_ids")
+        self._normalise_logit_bias()
+        if self.allowed_token_ids is not None:
+            self._normalise_tokens("allowed_token_ids")
+            if not self.allowed_token_ids:
+                raise InputError("allowed_token_ids must name a token at least, or be None for all")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            check_bool(name, getattr(self, name))
         for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) == -1:
+                raise InputError(f"{name}=-1, the whole vocabulary, is not offered: ask for 0 to 100")
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 0, 100)
         check_real("length_penalty", self.length_penalty, -100.0, 100.0)
@@ -286,18 +321,48 @@ class SamplingParams:
         if self.beam_width is not None:
             self._check_beams()
 
-    def _normalise_stops(self) -> None:
-        for name in ("stop", "stop_token_ids"):
-            if not isinstance(getattr(self, name), str | tuple | list):
-                raise InputError(f"{name} must be a list, not {getattr(self, name)!r}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise InputError(f"stop must be non-empty strings, not {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        ids = tuple(self.stop_token_ids)
-        for token in ids:
-            check_int("stop_token_ids", token, 0)
-        object.__setattr__(self, "stop_token_ids", ids)
+    def _normalise_numbers(self) -> None:
+        """Numbers of numpy and of tensors become Python's, other engines' ways to say "no limit" become ours."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain_value(getattr(self, field.name)))
+        for name, said, meant in (("max_tokens", None, NO_LIMIT), ("top_k", -1, 0), ("seed", -1, None)):
+            if getattr(self, name) == said:
+                object.__setattr__(self, name, meant)
+
+    def _normalise_words(self, name: str) -> None:
+        """Texts become a tuple of them; one alone and None are taken too."""
+        given = getattr(self, name)
+        given = () if given is None else given
+        if not isinstance(given, str | tuple | list):
+            raise InputError(f"{name} must be a list, not {given!r}")
+        words = (given,) if isinstance(given, str) else tuple(given)
+        if any(not isinstance(word, str) or not word for word in words):
+            raise InputError(f"{name} must be non-empty strings, not {given!r}")
+        object.__setattr__(self, name, words)
+
+    def _normalise_tokens(self, name: str) -> None:
+        """Token ids become a tuple of them; None is taken too."""
+        given = getattr(self, name)
+        given = () if given is None else given
+        if not isinstance(given, tuple | list):
+            raise InputError(f"{name} must be a list, not {given!r}")
+        tokens = tuple(map(plain_value, given))
+        for token in tokens:
+            check_int(name, token, 0)
+        object.__setattr__(self, name, tokens)
+
+    def _normalise_logit_bias(self) -> None:
+        """A mapping, or pairs, become pairs in the order of their tokens. JSON writes the tokens as texts."""
+        given = self.logit_bias or ()
+        pairs = given.items() if isinstance(given, Mapping) else given
+        try:
+            biases = {int(token) if isinstance(token, str) else plain_value(token): bias for token, bias in pairs}
+        except (TypeError, ValueError):
+            raise InputError(f"logit_bias must be {{token id: number}}, not {given!r}") from None
+        for token, bias in biases.items():
+            check_int("logit_bias", token, 0)
+            biases[token] = check_real(f"logit_bias of token {token}", plain_value(bias), -100.0, 100.0)
+        object.__setattr__(self, "logit_bias", tuple(sorted(biases.items())))
 
     def _check_beams(self) -> None:
         width = check_int("beam_width", self.beam_width, 1, 1024)
@@ -319,6 +384,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the next token is the most likely one."""
         return self.temperature == 0.0
+
+
+LOGIT_CHANGES = (  # what SamplingParams does to logits beside temperature and truncation
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+)
 
 
 def describe(config: ModelConfig | CacheConfig | EngineConfig) -> dict[str, object]:

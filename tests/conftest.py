@@ -14,6 +14,7 @@ os.environ.setdefault(
 
 import pytest
 from hypothesis import HealthCheck, Verbosity, settings
+from hypothesis.internal.conjecture import providers
 
 from tests.laws_options import pytest_addoption, pytest_configure
 
@@ -30,3 +31,7 @@ settings.register_profile(
     "long", max_examples=3000, stateful_step_count=60, print_blob=True, verbosity=Verbosity.normal, **_COMMON
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Hypothesis also draws the constants that it finds in the modules loaded so far, so fixed examples would depend on which tests ran before.
+if settings.get_current_profile_name() != "long" and hasattr(providers, "_get_local_constants"):
+    providers._get_local_constants = lambda: providers._local_constants

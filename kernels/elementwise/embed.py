@@ -15,6 +15,7 @@ from minipaged.kernels.dispatch import use_triton
 def embed_tokens(table: Tensor, token_ids: Tensor, newest: Tensor, batch_indices: Tensor) -> Tensor:
     """table[token_ids[t]], or table[newest[batch_indices[t]]] where token_ids[t] is negative: a new tensor [T, size].
 
+    Where that is negative too, since nothing could be drawn, it is table[0]: its sequence ends once the host knows.
     table: [vocab, size], contiguous. token_ids, batch_indices: int32 or int64 [T]. newest: int64 [any]. Moves T * size elements in and out.
     Raises ValueError on shapes, dtypes or devices that do not fit.
     """
@@ -36,4 +37,4 @@ def embed_tokens(table: Tensor, token_ids: Tensor, newest: Tensor, batch_indices
 def embed_tokens_torch(table: Tensor, token_ids: Tensor, newest: Tensor, batch_indices: Tensor) -> Tensor:
     """The twin of embed_tokens_triton."""
     known = token_ids >= 0
-    return table.index_select(0, torch.where(known, token_ids, newest.index_select(0, batch_indices)))
+    return table.index_select(0, torch.where(known, token_ids, newest.index_select(0, batch_indices).clamp(min=0)))

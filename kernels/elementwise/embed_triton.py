@@ -19,7 +19,7 @@ def _embed_kernel(
     wait_for_previous(DEPENDENT)
     token = tl.load(token_ids_ptr + row).to(tl.int64)
     if token < 0:
-        token = tl.load(newest_ptr + tl.load(batch_indices_ptr + row))
+        token = tl.maximum(tl.load(newest_ptr + tl.load(batch_indices_ptr + row)), 0)
     values = tl.load(table_ptr + token * size + column, mask=column < size)
     tl.store(out_ptr + row.to(tl.int64) * size + column, values, mask=column < size)
 

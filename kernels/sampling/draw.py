@@ -20,8 +20,8 @@ def draw_tokens(
 
     logits: [rows, vocab], its last dimension contiguous. temperature: float32 or float64 [rows]. uniform: float64
     [rows], each in [0, 1). threshold: float32 [rows]: logits below it weigh nothing (see truncation_threshold); nothing is cut without. A
-    row's draw depends on that row alone. Reads the logits once, and one part of them again. Raises ValueError on shapes, dtypes or devices
-    that do not fit.
+    row's draw depends on that row alone; -1 where nothing can be drawn: all its logits are NaN or -inf, or the largest is inf. Reads the
+    logits once, and one part of them again. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     check_logits(logits)
     if (temperature is None) != (uniform is None):
@@ -47,11 +47,12 @@ def draw_tokens_torch(
     if threshold is not None:
         logits = logits.masked_fill(logits < threshold[:, None], float("-inf"))
     best = logits.argmax(dim=-1)
+    drawable = logits.gather(1, best[:, None]).squeeze(1).isfinite()
     if temperature is None or uniform is None:
-        return best
+        return best.where(drawable, -1)
     warm = temperature.float() >= COLDEST
     scaled = logits.float() / temperature.where(warm, 1.0).float()[:, None]
     cumulative = scaled.softmax(dim=-1).double().cumsum(dim=-1)
     threshold = uniform[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return torch.where(warm, drawn, best)
+    return torch.where(warm, drawn, best).where(drawable, -1)

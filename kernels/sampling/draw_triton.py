@@ -107,6 +107,7 @@ def _token_kernel(
         weight = tl.load(weight_ptr + at, mask=there, other=0.0)
     top = tl.max(best, 0)
     token = tl.min(tl.where(best == top, place, vocab - 1), 0)
+    drawable = (top > float("-inf")) & (top < float("inf"))  # neither where it is NaN
     if WARM:  # noqa: SIM102 - the inside is compiled only if so
         if temperature >= COLDEST:
             share = weight.to(tl.float64) * tl.exp2((best - top) * base_2(temperature)).to(tl.float64)
@@ -124,7 +125,7 @@ def _token_kernel(
             # Sums of float32 and of float64 differ in their last digits: never past the last token that has any weight.
             last_column = tl.max(tl.where(each > 0.0, column, 0), 0)
             token = tl.minimum(chosen * PART + position, last_column)
-    tl.store(out_ptr + row, token.to(tl.int64))
+    tl.store(out_ptr + row, tl.where(drawable, token, -1).to(tl.int64))
 
 
 class Parts(NamedTuple):

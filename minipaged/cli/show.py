@@ -137,8 +137,10 @@ class ChatCodec:
         self.token_bytes = tokenizer.token_bytes
         self._tokenizer = tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of the conversation, up to where the answer begins."""
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The tokens of the conversation, up to where the answer begins; of the text alone without `add_special`."""
+        if not add_special:
+            return self._tokenizer.encode(text, add_special=False)
         if not text.strip():
             raise RequestError("the prompt is empty: give some text")
         conversation = self._tokenizer.chat([{"role": "user", "content": text}])

@@ -110,18 +110,15 @@ class TorchRunner:
         if plan.sampling is None:
             drawn = draw_tokens(logits)
         else:
-            if plan.penalty_tokens or plan.banned_tokens:
-                logits = logits.clone()
-            if plan.penalty_tokens:
-                penalties = to_device(plan.sampling.repetition_penalty, self.device)
-                sampler.penalize(logits, plan.penalty_tokens, penalties)
-            sampler.ban(logits, plan.banned_tokens)
+            if plan.adjustments:
+                logits = sampler.adjust(logits.clone(), plan.adjustments)
             drawn = sampler.sample(logits, plan.sampling)
-        self._newest[to_device(plan.draw_slots, self.device, torch.int64)] = drawn
+        known = drawn.clamp(min=0)  # -1: nothing could be drawn
+        self._newest[to_device(plan.draw_slots, self.device, torch.int64)] = known
         if plan.top_logprobs < 0:
             return TorchPending(drawn)
         logprobs = raw.log_softmax(dim=-1)
-        chosen = logprobs.gather(1, drawn[:, None])
+        chosen = logprobs.gather(1, known[:, None])
         best, tokens = logprobs.topk(min(plan.top_logprobs, logprobs.shape[-1]), dim=-1)
         ranks = (logprobs > chosen).sum(dim=-1) + 1
         return TorchPending(drawn, logprobs=chosen.squeeze(1), ranks=ranks, top_ids=tokens, top_logprobs=best)

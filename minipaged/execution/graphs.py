@@ -82,7 +82,7 @@ class Draws(Enum):
     GREEDY = "the most likely token of each row"
     WARM = "a token of each row, drawn at its temperature"
     TRUNCATED = "a token of each row, drawn at its temperature from what top-k, top-p and min-p leave"
-    NONE = "logits: penalties, log-probabilities and groups are seen to outside"
+    NONE = "logits: adjustments, log-probabilities and groups are seen to outside"
 
 
 @dataclass(slots=True)
@@ -268,7 +268,7 @@ def draws_of(plan: StepPlan, shape: Shape) -> Draws:
         len(plan.draw_rows) == len(plan.seq_ids) and np.array_equal(plan.draw_slots, plan.slots)
     ):
         return Draws.NONE
-    if plan.top_logprobs >= 0 or plan.penalty_tokens or plan.banned_tokens:
+    if plan.top_logprobs >= 0 or plan.adjustments:
         return Draws.NONE
     if plan.sampling is None:
         return Draws.GREEDY

@@ -26,7 +26,6 @@ def largest_step(config: EngineConfig) -> StepPlan:
         top_p=np.full(rows, 0.9, np.float32),
         top_k=np.zeros(rows, np.int32),
         min_p=np.zeros(rows, np.float32),
-        repetition_penalty=np.ones(rows, np.float32),
         uniform=np.full(rows, 0.5),
     )
     return StepPlan(

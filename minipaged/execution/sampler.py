@@ -4,31 +4,51 @@ its stream and its logits alone, never on its neighbours in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
 from minipaged.model.loading.placement import to_device
-from minipaged.scheduling.plan import SamplingColumns
+from minipaged.scheduling.plan import LogitAdjustments, SamplingColumns
 
 
-def penalize(logits: torch.Tensor, tokens: tuple[tuple[int, ...], ...], penalties: torch.Tensor) -> None:
-    """Repetition penalty in place (Keskar et al. 2019): a seen token's logit is divided by the penalty if positive, else multiplied.
+def adjust(logits: torch.Tensor, adjustments: Iterable[LogitAdjustments | None]) -> torch.Tensor:
+    """Do to the logits of each draw what was asked, in place, and return them. logits: float32 [draws, vocab]; one adjustment a draw.
 
-    logits [draws, vocab]; tokens: per draw, the tokens seen; penalties [draws].
+    The order and the formulas are vLLM's (and, each by itself, those of transformers' processors).
     """
-    for row, seen in enumerate(tokens):
-        if seen:
-            index = to_device(np.array(seen, np.int64), logits.device)
-            values = logits[row, index]
-            logits[row, index] = torch.where(values > 0, values / penalties[row], values * penalties[row])
+    asked = [(row, each) for row, each in enumerate(adjustments) if each is not None]
 
+    def places(tokens: Callable[[LogitAdjustments], Iterable[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, tokens) of all that are named, [named] each."""
+        pairs = [(row, token) for row, each in asked for token in tokens(each)]
+        index = to_device(np.array(pairs, np.int64).reshape(-1, 2).T.copy(), logits.device)
+        return index[0], index[1]
 
-def ban(logits: torch.Tensor, tokens: tuple[tuple[int, ...], ...]) -> None:
-    """Make tokens impossible, in place. logits [draws, vocab]; tokens: per draw."""
-    for row, banned in enumerate(tokens):
-        if banned:
-            logits[row, to_device(np.array(banned, np.int64), logits.device)] = float("-inf")
+    def values(numbers: Callable[[LogitAdjustments], Iterable[float]]) -> torch.Tensor:
+        return to_device(np.array([x for _, each in asked for x in numbers(each)], np.float32), logits.device)
+
+    limited = [row for row, each in asked if each.allowed is not None]
+    if limited:
+        allowed = places(lambda each: each.allowed or ())
+        kept = logits[allowed]
+        logits[to_device(np.array(limited, np.int64), logits.device)] = float("-inf")
+        logits[allowed] = kept
+    if any(each.banned for _, each in asked):
+        logits[places(lambda each: each.banned)] = float("-inf")
+    if any(each.bias for _, each in asked):
+        biased = places(lambda each: (token for token, _ in each.bias))
+        logits[biased] += values(lambda each: (bias for _, bias in each.bias))
+    if any(each.seen for _, each in asked):
+        seen = places(lambda each: each.seen)
+        before, penalty = logits[seen], values(lambda each: [each.repetition] * len(each.seen))
+        logits[seen] = torch.where(before > 0, before / penalty, before * penalty)
+    if any(each.drawn for _, each in asked):
+        drawn = places(lambda each: (token for token, _ in each.drawn))
+        logits[drawn] -= values(lambda each: (each.presence + each.frequency * count for _, count in each.drawn))
+    return logits
 
 
 def sample(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:

@@ -129,8 +129,8 @@ class SequenceDirectory:
         return group
 
     def hold_device_blocks(self) -> bool:
-        """Whether any sequence holds a block of the device."""
-        return any(any(sequence.table) for sequence in self._sequences.values())
+        """Whether any sequence holds a block of the device. Any thread may ask: it looks at a copy of the directory."""
+        return any(any(sequence.table) for sequence in tuple(self._sequences.values()))
 
 
 # ---- what the step being planned can take back

@@ -47,7 +47,8 @@ class Batch:
         self.top_p = np.ones(n, np.float32)
         self.top_k = np.zeros(n, np.int32)
         self.min_p = np.zeros(n, np.float32)
-        self.repetition_penalty = np.ones(n, np.float32)
+        self.adjusts_logits = np.zeros(n, bool)  # penalties, biases, forbidden tokens
+        self.reads_answer = np.zeros(n, bool)  # its next draw depends on the tokens that were drawn
         self.seed = np.zeros(n, np.int64)
         self.sample_index = np.zeros(n, np.int64)
         self.only_greedy = np.ones(n, bool)  # greedy, with nothing else asked
@@ -89,7 +90,11 @@ class Batch:
         self.top_p[slot] = params.top_p
         self.top_k[slot] = min(params.top_k, 2**31 - 1)
         self.min_p[slot] = params.min_p
-        self.repetition_penalty[slot] = min(max(params.repetition_penalty, 1 / MOST), MOST)
+        penalized = params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
+        words = request.bad_words
+        limited = params.allowed_token_ids is not None or bool(params.logit_bias or words)
+        self.adjusts_logits[slot] = penalized or limited
+        self.reads_answer[slot] = penalized or any(len(word) > 1 for word in words)
         self.seed[slot] = seed
         self.sample_index[slot] = sequence.index
         self.set_sampling(sequence)
@@ -102,7 +107,7 @@ class Batch:
         self.temperature[slot] = min(params.temperature, MOST) if params.temperature >= COLDEST else 0.0
         self.only_greedy[slot] = (
             params.greedy
-            and params.repetition_penalty == 1.0
+            and not self.adjusts_logits[slot]
             and params.min_tokens == 0
             and params.logprobs is None
             and params.num_sequences == 1

@@ -45,7 +45,7 @@ def commit_draws(
     batch = running_set.batch
     rows = plan.draw_rows
     slots, drawers = plan.slots[rows].astype(np.int64), plan.seq_ids[rows]
-    if not np.count_nonzero((batch.seq_id[slots] != drawers) | batch.needs_slow_path[slots]):
+    if not np.count_nonzero((batch.seq_id[slots] != drawers) | batch.needs_slow_path[slots] | (ids < 0)):
         outputs: list[RequestOutput] = batch.outputs[slots].tolist()
         _append_to_all(running_set, slots, ids)
         return outputs
@@ -56,9 +56,19 @@ def commit_draws(
     for request, drawn in groupby(alive, key=lambda draw: draw[1].request):
         draws = list(drawn)
         changed.append(request)
+        if any(ids[draw] < 0 for draw, _ in draws):
+            _fail(running_set, request)
+            continue
         running_set.counters.generated_tokens += len(draws)
         _carry_out(running_set, request, decide(request, draws, tokens), text_stops)
     return [request.output for request in changed]
+
+
+def _fail(running_set: RunningSet, request: Request) -> None:
+    """Nothing could be drawn for a request: it ends and says why, as others do not."""
+    for sequence in request.alive:
+        running_set.end(sequence, "error")
+    request.error = "no token can be drawn: the logits are not numbers (NaN), or every token is forbidden"
 
 
 def _append_to_all(running_set: RunningSet, slots: Slots, ids: IntArray) -> None:

@@ -16,7 +16,6 @@ IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Pairs = tuple[tuple[int, int], ...]
-TokenLists = tuple[tuple[int, ...], ...]
 
 # A token id that the host does not know yet: the one that this row's slot drew in the newest launched step.
 IN_FLIGHT = -1
@@ -29,8 +28,24 @@ class SamplingColumns(NamedTuple):
     top_p: FloatArray
     top_k: IntArray  # 0: all
     min_p: FloatArray
-    repetition_penalty: FloatArray
     uniform: npt.NDArray[np.float64]  # one number in [0, 1) from the stream (seed, sample index, position)
+
+
+class LogitAdjustments(NamedTuple):
+    """What is done to the logits of one draw before it samples, in this order."""
+
+    allowed: tuple[int, ...] | None = None  # nothing else can be drawn
+    banned: tuple[int, ...] = ()  # cannot be drawn: stop tokens before min_tokens, the last tokens of bad words
+    bias: tuple[tuple[int, float], ...] = ()  # (token, what is added)
+    seen: tuple[
+        int, ...
+    ] = ()  # what the prompt and the answer have: divided by `repetition` if positive, else multiplied
+    repetition: float = 1.0
+    drawn: tuple[
+        tuple[int, int], ...
+    ] = ()  # (token, how often the answer has it): less `presence`, and `frequency` each time
+    presence: float = 0.0
+    frequency: float = 0.0
 
 
 class PromptQuery(NamedTuple):
@@ -60,8 +75,7 @@ class StepPlan:
     sampling: SamplingColumns | None
     top_logprobs: int = -1  # -1: none; 0: the drawn token's; k: the k best too (beams: 2 * width)
     prompt_queries: tuple[PromptQuery, ...] = ()  # rows whose prompt log-probabilities are wanted
-    penalty_tokens: TokenLists = ()  # per draw, the tokens that a repetition penalty acts on; () if none
-    banned_tokens: TokenLists = ()  # per draw, what may not be drawn (stop tokens before min_tokens)
+    adjustments: tuple[LogitAdjustments | None, ...] = ()  # one a draw; () if none has any
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +97,7 @@ class PromptLogprobs(NamedTuple):
 class StepTokens:
     """What a launched step drew, on the host."""
 
-    token_ids: IntArray  # [draws]
+    token_ids: IntArray  # [draws]; -1 where nothing could be drawn: the logits are NaN, or all of them -inf
     logprobs: FloatArray | None = None  # [draws] log-softmax of the raw logits at the drawn token
     ranks: IntArray | None = None  # [draws]
     top_ids: IntArray | None = None  # [draws, k], most likely first

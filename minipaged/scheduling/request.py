@@ -28,10 +28,11 @@ class Status(Enum):
 
 
 class Logprob(NamedTuple):
-    """The log-softmax of the raw logits at one token, and the token's rank (1 is the most likely)."""
+    """The log-softmax of the raw logits at one token, the token's rank (1 is the most likely) and its text (None without a tokenizer)."""
 
     logprob: float
     rank: int
+    decoded_token: str | None = None
 
 
 TokenLogprobs = dict[int, Logprob]  # token id -> its log-probability
@@ -42,6 +43,7 @@ class TextState(Protocol):
 
     text: str
     stable: int  # characters of it that no stop string can take back
+    stopped_by: str | None  # the stop string that ended it
 
 
 class Progress(Protocol):
@@ -150,7 +152,18 @@ class Sequence:
         """The drawn tokens from number `start` on that are text: a stop token that ended the sequence is none."""
         tokens = self.token_ids[self.request.num_prompt + start :]
         stopped = self.finished and self.finish_reason == "stop" and tokens and tokens[-1] in self.request.stop_ids
-        return tokens[:-1] if stopped else tokens
+        return tokens[:-1] if stopped and not self.request.params.include_stop_str_in_output else tokens
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """What ended it, where its request names it: the stop string, or the token of stop_token_ids. None for the model's own end."""
+        if not self.finished or self.finish_reason != "stop":
+            return None
+        request, last = self.request, self.token_ids[-1]
+        if last in request.stop_ids:
+            return request.stop_texts.get(last, last if last in request.params.stop_token_ids else None)
+        state = self._read_text()
+        return None if state is None else state.stopped_by
 
     # ---- what was drawn
 
@@ -193,6 +206,10 @@ class Request:
     hypotheses: list[Sequence] = field(default_factory=list)  # beams that ended, by their number
     error: str | None = None
     text_reader: Callable[[Sequence], TextState] | None = None  # brings a sequence's text up to its tokens
+    token_text: Callable[[int], str] | None = None  # what one token reads
+    stop_texts: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by their ids
+    bad_words: tuple[tuple[int, ...], ...] = ()  # as tokens
+    num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache when it was first admitted
     output: RequestOutput = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -227,7 +244,11 @@ class Request:
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
         eos = () if self.params.ignore_eos else self.eos_token_ids
-        return frozenset(eos) | frozenset(self.params.stop_token_ids)
+        return frozenset(eos) | frozenset(self.params.stop_token_ids) | self.stop_texts.keys()
+
+    def logprob(self, token: int, value: float, rank: int) -> Logprob:
+        """An entry of TokenLogprobs."""
+        return Logprob(float(value), int(rank), None if self.token_text is None else self.token_text(token))
 
     @property
     def alive(self) -> list[Sequence]:
@@ -241,12 +262,14 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence has ended."""
-        return all(s.finished for s in self.sequences)
+        """Whether every sequence has ended, or the request was refused. One that still waits to be queued has no sequence yet."""
+        return self.error is not None or (bool(self.sequences) and all(s.finished for s in self.sequences))
 
 
 class CompletionOutput(NamedTuple):
-    """One answer as it was when it was asked for; it never changes. finish_reason: stop, length, abort, error, or "" while it grows."""
+    """One answer as it was when it was asked for; it never changes. finish_reason: stop, length, abort, error, or "" while it grows.
+    stop_reason: the stop string or the token of stop_token_ids that ended it; None for any other end.
+    """
 
     index: int  # type: ignore[assignment]  # the field's usual name, though tuples have a method of it
     text: str
@@ -254,10 +277,13 @@ class CompletionOutput(NamedTuple):
     cumulative_logprob: float | None  # None where no log-probabilities were asked for
     logprobs: list[TokenLogprobs] | None
     finish_reason: str
+    stop_reason: int | str | None = None
 
 
 class RequestOutput:
-    """A live view of a request: reads what stands there when it is asked. For the engine's thread alone: reading text makes it."""
+    """A live view of a request: reads what stands there when it is asked. While the request grows it is for the thread that steps alone,
+    since reading text makes it; others read a snapshot.
+    """
 
     __slots__ = ("request",)
 
@@ -285,8 +311,13 @@ class RequestOutput:
         return None if self.request.params.prompt_logprobs is None else list(self.request.prompt_logprobs)
 
     @property
+    def num_cached_tokens(self) -> int | None:
+        """Tokens of the prompt that the prefix cache had when it was first admitted; None while it waits."""
+        return self.request.num_cached_tokens
+
+    @property
     def error(self) -> str | None:
-        """Why this request was refused, or None."""
+        """Why this request was refused, or why no token could be drawn for it; None for any other."""
         return self.request.error
 
     @property
@@ -313,12 +344,47 @@ class RequestOutput:
                 cumulative_logprob=s.cumulative_logprob if scored else None,
                 logprobs=list(s.logprobs) if logged else None,
                 finish_reason=s.finish_reason,
+                stop_reason=s.stop_reason,
             )
             for i, s in enumerate(chosen)
         ]
 
+    def snapshot(self) -> RequestOutput:
+        """The output as it stands now: it never changes, and any thread may read it."""
+        return _Snapshot(self)
+
     def __repr__(self) -> str:
         return f"RequestOutput(request_id={self.request_id}, finished={self.finished}, outputs={self.outputs})"
+
+
+class _Snapshot(RequestOutput):
+    """What an output was at one time."""
+
+    __slots__ = ("_error", "_finished", "_outputs", "_prompt_logprobs")
+
+    def __init__(self, live: RequestOutput) -> None:
+        super().__init__(live.request)
+        self._finished, self._error = live.finished, live.error
+        self._outputs, self._prompt_logprobs = live.outputs, live.prompt_logprobs
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        return self._prompt_logprobs
+
+    @property
+    def error(self) -> str | None:
+        return self._error
+
+    @property
+    def finished(self) -> bool:
+        return self._finished
+
+    @property
+    def outputs(self) -> list[CompletionOutput]:
+        return self._outputs
+
+    def snapshot(self) -> RequestOutput:
+        return self
 
 
 def beam_score(sequence: Sequence) -> float:

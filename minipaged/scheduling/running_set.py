@@ -292,8 +292,8 @@ class RunningSet:
         # A step in flight may still write into these blocks. That is safe: whoever gets them next writes in a later launch.
         if held:
             self.manager.free(sequence.seq_id)
+        sequence.finish_reason = reason  # first: who sees that it has ended may ask why
         sequence.status = Status.FINISHED
-        sequence.finish_reason = reason
         del self.sequences[sequence.seq_id]
         request.prefix = None
         if request.finished:

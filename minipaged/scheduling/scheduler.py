@@ -16,6 +16,7 @@ from minipaged.config import EngineConfig, check_int
 from minipaged.errors import InputError
 from minipaged.memory.adapter import adapted
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.blocks import PrefixHit
 from minipaged.memory.types import Admission, BlockEvent
 from minipaged.scheduling import sequence_groups
 from minipaged.scheduling.beam import BeamSearch
@@ -52,6 +53,7 @@ class Scheduler:
         self.batch, self.counters = running_set.batch, running_set.counters
         self.requests, self.sequences = running_set.requests, running_set.sequences
         self.running, self.waiting, self.swapped = running_set.running, running_set.waiting, running_set.swapped
+        self.made_way = False  # the newest step sent somebody away: it may have had nothing else to do
         self._in_flight: deque[StepPlan] = deque()  # launched and not committed, oldest first
         self._ended: list[Request] = []  # ended outside a step's draws: reported by the next commit
 
@@ -65,17 +67,21 @@ class Scheduler:
             running_set.fork_again(request)
         self.manager.begin_step()
         step = StepBuilder(budget=running_set.config.max_num_batched_tokens)
-        # 1) Running requests come first, by rank. Where the pool runs dry, the last of them make way. After that nobody leaves the step,
+        # 1) Under the priority policy, less urgent ones make way for a request that waits. It comes in with the next step.
+        if running_set.config.policy == "priority":
+            self._make_way(step)
+        # 2) Running requests come first, by rank. Where the pool runs dry, the last of them make way. After that nobody leaves the step,
         #    so the blocks that it fills are published.
         self._schedule_running(step)
-        # 2) Those on the host return, then new ones start: they share what the step writes for those before them. A step that sent
+        # 3) Those on the host return, then new ones start: they share what the step writes for those before them. A step that sent
         #    somebody away lets nobody in.
         if len(self.requests) > len(self.running) and not step.preempted:
             self._let_in(step)
         # Until here a promise to write could be taken back; from here on what this step fills stays published.
         self.manager.end_step()
-        # 3) The plan is built: its tokens count as computed, and what it draws as pending. The engine launches it next.
+        # 4) The plan is built: its tokens count as computed, and what it draws as pending. The engine launches it next.
         plan = step.build(running_set.steps_launched, self.batch)
+        self.made_way = step.preempted
         if plan is None:
             return None
         running_set.steps_launched += 1
@@ -219,6 +225,48 @@ class Scheduler:
             step.copies.pop(sequence.seq_id, None)
         step.swap_outs.extend(self.running_set.preempt(request) or ())
 
+    def _make_way(self, step: StepBuilder) -> None:
+        """Send the least urgent of the running requests away, as many as it takes, if the first of those that wait is more urgent, finds no
+        room, and would find some then. Arrival does not count: equals wait for each other.
+        """
+        first, swapped, awaiting = self.waiting.peek(), self.swapped.peek(), self.batch.awaiting_result
+        if first is None or self.config.batching != "continuous":
+            return
+        if swapped is not None and self.rank(swapped) < self.rank(first):
+            return
+        victims = [
+            r for r in self.running if r.params.priority > first.params.priority and not awaiting[r.alive[0].slot]
+        ]
+        if not victims or self._can_start(step, first) or not self._would_help(first, victims):
+            return
+        while victims and not self._can_start(step, first):
+            self._preempt(step, victims.pop())
+            if step.swap_outs:  # their blocks are handed out from the next step on
+                return
+
+    def _can_start(self, step: StepBuilder, request: Request) -> bool:
+        """Whether a waiting request would find slots, budget and blocks now."""
+        if not self._fits_batch(step, request):
+            return False
+        _, end, hit = self._first_tokens(step, request)
+        return self.manager.can_admit(end, hit=hit) is Admission.OK
+
+    def _would_help(self, request: Request, victims: list[Request]) -> bool:
+        """Whether the request could start if all of these left: they may share their blocks with others that stay."""
+        running_set, table = self.running_set, self.manager.table
+        if any(s.left_at > running_set.steps_committed for s in request.alive):
+            return False
+        leaving = {id(victim) for victim in victims}
+        held: dict[bool, set[int]] = {True: set(), False: set()}
+        for other in self.running:
+            for sequence in other.alive:
+                if sequence.slot >= 0:
+                    held[id(other) in leaving].update(table(sequence.seq_id))
+        blocks = self.manager.usage().free + len(held[True] - held[False])
+        slots = self.batch.num_free + sum(running_set.width(victim) for victim in victims)
+        need = -(-len(request.alive[0].token_ids) // self.block_size)
+        return need <= blocks and running_set.width(request) <= slots
+
     # ---- those who come in
 
     def _let_in(self, step: StepBuilder) -> None:
@@ -267,15 +315,7 @@ class Scheduler:
         if not self._fits_batch(step, request) or not may_join(self.config.batching, request, self.running):
             return False
         first, params, manager = request.alive[0], request.params, self.manager
-        reads_cache = params.prompt_logprobs is None
-        if request.prefix is None:  # once, however long it waits
-            request.prefix = manager.lookup(first.token_ids, salt=params.cache_salt)
-            sequence_groups.plan_forks(request)
-        found = request.prefix.num_tokens if reads_cache else 0
-        # Its first tokens are those up to where the next sequence is forked from it, or all of them.
-        goal = min((s.forks_at for s in request.to_fork if s.forks_at > found), default=len(first.token_ids))
-        end = min(goal, found + step.budget)
-        hit = request.prefix if reads_cache else None
+        found, end, hit = self._first_tokens(step, request)
         if manager.can_admit(end, hit=hit) is not Admission.OK:
             return False
         if request.to_fork:
@@ -285,7 +325,7 @@ class Scheduler:
             first.token_ids,
             num_tokens=end,
             salt=params.cache_salt,
-            read_cache=reads_cache,
+            read_cache=hit is not None,
             hit=request.prefix,
         )
         if allocation is None:
@@ -299,10 +339,26 @@ class Scheduler:
         self._take_tokens(step, request)
         return True
 
+    def _first_tokens(self, step: StepBuilder, request: Request) -> tuple[int, int, PrefixHit | None]:
+        """Of a waiting request: tokens that it would find in the cache, where its first chunk would end, and what it finds; None where it
+        may not read the cache.
+        """
+        first, params = request.alive[0], request.params
+        if request.prefix is None:  # once, however long it waits
+            request.prefix = self.manager.lookup(first.token_ids, salt=params.cache_salt)
+            sequence_groups.plan_forks(request)
+        hit = request.prefix if params.prompt_logprobs is None else None
+        found = hit.num_tokens if hit is not None else 0
+        # Its first tokens are those up to where the next sequence is forked from it, or all of them.
+        goal = min((s.forks_at for s in request.to_fork if s.forks_at > found), default=len(first.token_ids))
+        return found, min(goal, found + step.budget), hit
+
     def _note_hits(self, sequence: Sequence, num_tokens: int) -> None:
         """A sequence starts behind so many tokens that the prefix cache has given it."""
         sequence.restart(num_tokens)
         sequence.num_cached = num_tokens
+        if sequence.request.num_cached_tokens is None:
+            sequence.request.num_cached_tokens = num_tokens
         if sequence.num_output:  # it ran before: what it finds are its own blocks
             self.counters.own_hit_tokens += num_tokens
         else:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from minipaged.scheduling.beam import BeamSearch, Candidate
 from minipaged.scheduling.plan import PromptLogprobs, StepTokens
-from minipaged.scheduling.request import Logprob, Request, Sequence, TokenLogprobs
+from minipaged.scheduling.request import Request, Sequence, TokenLogprobs
 
 Counts = npt.NDArray[np.int64]
 
@@ -123,11 +123,13 @@ def _logprobs_of(sequence: Sequence, draw: int, tokens: StepTokens) -> TokenLogp
     params = sequence.request.params
     if tokens.logprobs is None or tokens.ranks is None or (params.logprobs is None and params.best_of is None):
         return None
-    found = {int(tokens.token_ids[draw]): Logprob(float(tokens.logprobs[draw]), int(tokens.ranks[draw]))}
+    drawn, logprob = int(tokens.token_ids[draw]), sequence.request.logprob
+    found = {drawn: logprob(drawn, tokens.logprobs[draw], tokens.ranks[draw])}
     if params.logprobs and tokens.top_ids is not None and tokens.top_logprobs is not None:
         for rank in range(params.logprobs):
-            top = Logprob(float(tokens.top_logprobs[draw, rank]), rank + 1)
-            found.setdefault(int(tokens.top_ids[draw, rank]), top)
+            top = int(tokens.top_ids[draw, rank])
+            if top not in found:
+                found[top] = logprob(top, tokens.top_logprobs[draw, rank], rank + 1)
     return found
 
 
@@ -150,9 +152,9 @@ def _decide_beams(
     def branch(candidate: Candidate) -> Branch:
         ids, values = top_ids[candidate.parent], top_logprobs[candidate.parent]
         rank = int(np.flatnonzero(ids == candidate.token)[0])
-        found = {candidate.token: Logprob(float(values[rank]), rank + 1)}
+        found = {candidate.token: request.logprob(candidate.token, values[rank], rank + 1)}
         for other in range(request.params.logprobs or 0):
-            found.setdefault(int(ids[other]), Logprob(float(values[other]), other + 1))
+            found.setdefault(int(ids[other]), request.logprob(int(ids[other]), values[other], other + 1))
         return Branch(beams[candidate.parent], candidate.token, found)
 
     def reason(candidate: Candidate) -> str:
@@ -176,8 +178,9 @@ def prompt_entries(request: Request, found: PromptLogprobs) -> list[TokenLogprob
     first = len(request.prompt_logprobs)
     for position in range(first, min(len(prompt), found.start + len(found.chosen) + 1)):
         i = position - found.start - 1  # entry i is about the token after position start + i
-        entry = {prompt[position]: Logprob(float(found.chosen[i]), int(found.ranks[i]))}
+        entry = {prompt[position]: request.logprob(prompt[position], found.chosen[i], int(found.ranks[i]))}
         for rank in range(request.params.prompt_logprobs or 0):
-            entry.setdefault(int(found.top_ids[i, rank]), Logprob(float(found.top_values[i, rank]), rank + 1))
+            top = int(found.top_ids[i, rank])
+            entry.setdefault(top, request.logprob(top, found.top_values[i, rank], rank + 1))
         entries.append(entry)
     return entries

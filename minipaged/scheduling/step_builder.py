@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from minipaged.scheduling.batch import Batch
-from minipaged.scheduling.plan import IntArray, PromptQuery, SamplingColumns, StepPlan
+from minipaged.scheduling.batch import MOST, Batch
+from minipaged.scheduling.plan import IntArray, LogitAdjustments, PromptQuery, SamplingColumns, StepPlan
+from minipaged.scheduling.request import Sequence
 from minipaged.scheduling.streams import uniform
 
 Index = npt.NDArray[np.int64]
@@ -78,8 +80,7 @@ class StepBuilder:
             sampling=None if greedy else _sampling(batch, owners, draws.samples),
             top_logprobs=_top_logprobs(batch, owners) if looked_at else -1,
             prompt_queries=_prompt_queries(batch, slots, takes) if looked_at else (),
-            penalty_tokens=() if greedy else _penalty_tokens(batch, owners),
-            banned_tokens=() if greedy else _banned_tokens(batch, owners),
+            adjustments=() if greedy else _adjustments(batch, owners),
         )
         batch.num_computed[slots] += takes
         drawing = owners[draws.first]
@@ -93,8 +94,7 @@ def _draws_of(batch: Batch, slots: Index, takes: Index) -> Draws:
     rows = (batch.num_computed[slots] + takes == batch.num_with_pending[slots]).nonzero()[0]
     owners = slots[rows]
     if not np.count_nonzero(batch.needs_slow_path[owners]):
-        awaits_result = batch.repetition_penalty[owners] != 1.0
-        return Draws(rows, np.arange(len(rows)), owners, batch.sample_index[owners], awaits_result)
+        return Draws(rows, np.arange(len(rows)), owners, batch.sample_index[owners], batch.reads_answer[owners])
     awaits_result = np.zeros(len(rows), np.bool_)
     all_rows: list[int] = []
     first: list[int] = []
@@ -110,7 +110,7 @@ def _draws_of(batch: Batch, slots: Index, takes: Index) -> Draws:
         all_rows.extend([row] * (1 + len(children)))
         targets.extend([slot, *children])
         samples.extend([sequence.index, *range(1, 1 + len(children))])
-        awaits_result[i] = bool(children) or request.beams is not None or request.params.repetition_penalty != 1.0
+        awaits_result[i] = bool(children) or request.beams is not None or bool(batch.reads_answer[slot])
     as_index = [np.array(column, np.int64) for column in (all_rows, first, targets, samples)]
     return Draws(as_index[0], as_index[1], as_index[2], as_index[3], awaits_result)
 
@@ -135,7 +135,6 @@ def _sampling(batch: Batch, owners: Index, samples: Index) -> SamplingColumns:
         top_p=batch.top_p[owners],
         top_k=batch.top_k[owners],
         min_p=batch.min_p[owners],
-        repetition_penalty=batch.repetition_penalty[owners],
         uniform=uniform(batch.seed[owners], samples, batch.num_with_pending[owners].astype(np.int64)),
     )
 
@@ -170,23 +169,36 @@ def _prompt_queries(batch: Batch, slots: Index, takes: Index) -> tuple[PromptQue
     return tuple(queries)
 
 
-def _penalty_tokens(batch: Batch, owners: Index) -> tuple[tuple[int, ...], ...]:
-    if not (batch.repetition_penalty[owners] != 1.0).any():
-        return ()
-    penalized = []
-    for slot in owners.tolist():
-        sequence = batch.sequences[slot]
-        wanted = sequence is not None and batch.repetition_penalty[slot] != 1.0
-        penalized.append(tuple(dict.fromkeys(sequence.token_ids)) if wanted and sequence is not None else ())
-    return tuple(penalized)
-
-
-def _banned_tokens(batch: Batch, owners: Index) -> tuple[tuple[int, ...], ...]:
+def _adjustments(batch: Batch, owners: Index) -> tuple[LogitAdjustments | None, ...]:
     early = batch.num_with_pending[owners] + 1 < batch.stop_from[owners]
-    if not early.any():
+    asked = batch.adjusts_logits[owners] | early
+    if not asked.any():
         return ()
-    banned = []
-    for slot, is_early in zip(owners.tolist(), early.tolist(), strict=True):
+    found: list[LogitAdjustments | None] = []
+    for slot, wanted, is_early in zip(owners.tolist(), asked.tolist(), early.tolist(), strict=True):
         sequence = batch.sequences[slot]
-        banned.append(tuple(sorted(sequence.request.stop_ids)) if is_early and sequence is not None else ())
-    return tuple(banned)
+        found.append(_adjustments_of(sequence, is_early) if wanted and sequence is not None else None)
+    return tuple(found)
+
+
+def _adjustments_of(sequence: Sequence, early: bool) -> LogitAdjustments:
+    """What is done to the logits of a sequence's next draw. early: it may not stop yet. The tokens it has drawn are all known where they
+    matter: it waits for them then (Batch.reads_answer).
+    """
+    request, params = sequence.request, sequence.request.params
+    penalized = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    banned = set(request.stop_ids) if early else set()
+    for word in request.bad_words:
+        start = len(sequence.token_ids) - (len(word) - 1)
+        if start >= request.num_prompt and tuple(sequence.token_ids[start:]) == word[:-1]:
+            banned.add(word[-1])
+    return LogitAdjustments(
+        allowed=params.allowed_token_ids,
+        banned=tuple(sorted(banned)),
+        bias=tuple(params.logit_bias),  # type: ignore[arg-type]  # pairs, once they are checked
+        seen=tuple(dict.fromkeys(sequence.token_ids)) if params.repetition_penalty != 1.0 else (),
+        repetition=min(max(params.repetition_penalty, 1 / MOST), MOST),
+        drawn=tuple(Counter(sequence.output_token_ids).items()) if penalized else (),
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from minipaged.config import EngineConfig
+from minipaged.config import LOGIT_CHANGES, EngineConfig, SamplingParams
 from minipaged.errors import RequestError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.types import Admission
@@ -20,8 +20,9 @@ def check_request(
     request.check()
     params = request.params
     if params.beam_width is not None:
-        for name, without in (("stop", ()), ("min_tokens", 0), ("repetition_penalty", 1.0)):
-            if getattr(params, name) != without:
+        plain = SamplingParams()
+        for name in ("stop", "min_tokens", *LOGIT_CHANGES):
+            if getattr(params, name) != getattr(plain, name):
                 raise RequestError(
                     f"{name} must keep its default with beam_width: beams are chosen by their scores alone"
                 )

@@ -9,18 +9,32 @@ class TextStream:
     """The text of one sequence.
 
     token_bytes: the exact bytes of one token; stop: strings that end the text; min_tokens: a stop string counts once it ends in the text of
-    a later token than that. While a stop string may still be arriving, the part of it that has arrived is held back from `stable`.
+    a later token than that; keep_stop: the text ends behind the stop string, not before it. While a stop string may still be arriving, the
+    part of it that has arrived is held back from `stable`.
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...] = (), *, min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        stop: tuple[str, ...] = (),
+        *,
+        min_tokens: int = 0,
+        keep_stop: bool = False,
+    ) -> None:
         self._token_bytes = token_bytes
         self._stop = stop
         self._min_tokens = min_tokens
+        self._keep_stop = keep_stop
         self._pending = b""
         self.text = ""
         self.stable = 0  # characters of `text` that no stop string can take back
-        self.stopped = False
+        self.stopped_by: str | None = None  # the stop string that has ended the text
         self.consumed = 0  # tokens read
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stopped_by is not None
 
     @property
     def whole(self) -> bool:
@@ -62,14 +76,16 @@ class TextStream:
 
     def _find_stop(self, searched: int) -> None:
         """End the text before the first stop string that ends past its first `searched` characters."""
-        places = [self.text.find(stop, max(0, searched - len(stop) + 1)) for stop in self._stop]
-        found = min((place for place in places if place >= 0), default=-1)
+        places = [(self.text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in self._stop]
+        found, stop = min((place for place in places if place[0] >= 0), key=lambda place: place[0], default=(-1, ""))
         if found >= 0:
-            self.text = self.text[:found]
-            self.stopped = True
+            self.text = self.text[: found + len(stop) if self._keep_stop else found]
+            self.stopped_by = stop
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that could begin a stop string."""
+        """Length of the longest end of the text that could begin a stop string, and would be taken back with it."""
+        if self._keep_stop:
+            return 0
         longest = 0
         for stop in self._stop:
             for n in range(min(len(stop) - 1, len(self.text)), longest, -1):

@@ -7,6 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from minipaged.config import SamplingParams
 from minipaged.model.loading.zoo import LoadedModel
@@ -109,3 +115,62 @@ def test_min_tokens_and_stop_ids(tiny: tuple[Any, LoadedModel]) -> None:
     later = run(engine_on(loaded), [PROMPT], SamplingParams(max_tokens=10, min_tokens=8, stop_token_ids=(stop,)))[0]
     assert stop not in later.outputs[0].token_ids[:8]
     assert len(later.outputs[0].token_ids) >= 8
+
+
+def transformers_says(model: Any, *processors: Any, count: int = 30) -> list[int]:
+    """Greedy tokens under these processors of transformers."""
+    done = model.generate(
+        torch.tensor([PROMPT]),
+        do_sample=False,
+        max_new_tokens=count,
+        logits_processor=LogitsProcessorList(processors),
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    tokens: list[int] = done[0, len(PROMPT) :].tolist()
+    return tokens
+
+
+def openai_penalties(presence: float, frequency: float) -> Any:
+    """The formula of the OpenAI API: logit - count * frequency - (count > 0) * presence, counts over the answer alone."""
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.bincount(ids[0, len(PROMPT) :], minlength=scores.shape[-1])
+        return scores - counts * frequency - (counts > 0) * presence
+
+    return process
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_changed_logits_equal_transformers(tiny: tuple[Any, LoadedModel], depth: int) -> None:
+    """Penalties, a bias and allowed tokens, alone and side by side in one batch."""
+    model, loaded = tiny
+    free = transformers_says(model)
+    allowed = sorted({*free[:2], 3, 5, 8, 13, 21})
+    bias = {free[0]: -5.0, free[1]: 2.5, 7: 1.0}
+    wanted = [
+        free,
+        transformers_says(model, openai_penalties(1.5, 0.0)),
+        transformers_says(model, openai_penalties(0.0, -0.5)),
+        transformers_says(model, SequenceBiasLogitsProcessor({(t,): b for t, b in bias.items()})),
+        transformers_says(model, PrefixConstrainedLogitsProcessor(lambda row, ids: allowed, 1)),
+        transformers_says(model, RepetitionPenaltyLogitsProcessor(1.3), openai_penalties(0.7, 0.4)),
+    ]
+    asked = [
+        SamplingParams(max_tokens=30, ignore_eos=True, **changed)
+        for changed in (
+            {},
+            {"presence_penalty": 1.5},
+            {"frequency_penalty": -0.5},
+            {"logit_bias": bias},
+            {"allowed_token_ids": allowed},
+            {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+        )
+    ]
+    engine = engine_on(loaded, depth=depth)
+    outputs = [engine.ask(PROMPT, params) for params in asked]
+    while engine.has_work:
+        engine.step()
+    for output, tokens in zip(outputs, wanted, strict=True):
+        assert output.outputs[0].token_ids == tokens
+    assert len({tuple(tokens) for tokens in wanted}) == len(wanted), "each changes something"

@@ -38,6 +38,8 @@ def prompts(count: int) -> list[list[int]]:
 
 def params(i: int) -> SamplingParams:
     common: dict[str, Any] = {"max_tokens": 12 + 5 * (i % 7), "ignore_eos": i % 3 > 0}
+    if i % 10 == 5:
+        return SamplingParams(presence_penalty=0.5, frequency_penalty=0.2, logit_bias={7: 1.0, 9: -1.0}, **common)
     if i % 5 == 1:
         return SamplingParams(temperature=0.7, seed=i, **common)
     if i % 5 == 2:

@@ -100,3 +100,21 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         draw_tokens(logits, uniform, uniform.float())
     with pytest.raises(ValueError, match=r"temperature is torch\.float64 \[2\]"):
         draw_tokens(logits, uniform[:2], uniform)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("vocab", [300, 5000, 70_000])
+def test_L64_nothing_is_drawn_from_logits_that_are_no_numbers(vocab: int) -> None:
+    """-1 for a row of NaN, of -inf alone, and with an infinite one; its neighbours draw as ever."""
+    from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
+
+    logits = drawn_logits(5, vocab, torch.float32, 3)
+    logits[1], logits[2], logits[3, vocab // 3] = float("nan"), float("-inf"), float("inf")
+    uniform = torch.full((5,), 0.5, dtype=torch.float64)
+    for draw in (draw_tokens_torch, draw_tokens_triton):
+        for asked in ((), (torch.full((5,), 0.8), uniform), (torch.zeros(5), uniform)):
+            drawn = draw(logits, *asked)
+            assert drawn[1:4].tolist() == [-1, -1, -1]
+            assert drawn[[0, 4]].tolist() == draw(logits[[0, 4]], *(column[:2] for column in asked)).tolist()
+            assert (drawn[[0, 4]] >= 0).all()

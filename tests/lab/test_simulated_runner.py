@@ -14,7 +14,7 @@ from minipaged.errors import InputError
 from minipaged.lab.simulation.hardware import GPUS, find_gpu
 from minipaged.lab.simulation.roofline import FEMTO, roofline
 from minipaged.lab.simulation.simulated_runner import SimulatedRunner
-from minipaged.scheduling.plan import PromptQuery, StepPlan
+from minipaged.scheduling.plan import LogitAdjustments, PromptQuery, StepPlan
 
 SHAPE = ModelConfig("llama-7b", 32000, 4096, 11008, 32, 32, 32, 128, 4096)
 
@@ -104,8 +104,8 @@ def test_prompt_logprobs_answer_every_query() -> None:
 def test_banned_tokens_are_not_drawn() -> None:
     plan = plan_of([5] * 8, [1] * 8)
     free = runner().launch(plan).tokens().token_ids
-    bans = tuple((int(t), (int(t) + 1) % SHAPE.vocab_size) for t in free)
-    kept = runner().launch(dataclasses.replace(plan, banned_tokens=bans)).tokens().token_ids
+    bans = tuple(LogitAdjustments(banned=(int(t), (int(t) + 1) % SHAPE.vocab_size)) for t in free)
+    kept = runner().launch(dataclasses.replace(plan, adjustments=bans)).tokens().token_ids
     assert kept.tolist() == [(int(t) + 2) % SHAPE.vocab_size for t in free]
 
 

@@ -18,7 +18,7 @@ from minipaged.errors import InputError
 from minipaged.lab.measure.contender import compete
 from minipaged.lab.measure.engine import Job
 from minipaged.model.llama import Llama
-from minipaged.model.loading import placement, zoo
+from minipaged.model.loading import placement, weights, zoo
 from minipaged.model.loading.shapes import SHAPES
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "free_bytes", lambda device: 16 * GIB)
     monkeypatch.setattr(zoo, "free_bytes", lambda device: 16 * GIB)
     monkeypatch.setattr(Llama, "random", allocate)
-    monkeypatch.setattr(zoo, "load_model", allocate)
+    monkeypatch.setattr(weights, "load_model", allocate)
 
 
 @pytest.mark.usefixtures("no_drawing")

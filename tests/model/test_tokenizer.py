@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from minipaged.errors import ModelError, RequestError
 from minipaged.model.loading.gguf_tokenizer import build_tokenizer
-from minipaged.model.loading.tokenizer import ByteTokenizer, Tokenizer, folder_tokenizer, gguf_tokenizer
+from minipaged.model.loading.subword_tokenizer import folder_tokenizer, gguf_tokenizer
+from minipaged.model.loading.tokenizer import ByteTokenizer, Tokenizer
 from tests.model.tiny import CONFIGS, make_model
 from tests.model.tiny_gguf import byte_letters, write_gguf
 

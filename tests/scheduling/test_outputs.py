@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
+from minipaged.execution.eager import TorchRunner
+from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request
 from tests.scheduling.drawer import Drawer, run, scheduler_of
 
@@ -78,3 +81,56 @@ def test_prompt_logprobs_of_a_step_that_is_committed_after_its_request_was_sent_
     assert [entry and list(entry) for entry in request.prompt_logprobs] == [None, *([n] for n in range(1, 9))]
     run(scheduler, drawer)
     assert len(request.prompt_logprobs) == 9
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"logprobs": 1},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 5},
+        {"n": 2, "temperature": 1.0},
+        {"beam_width": 2},
+        {"repetition_penalty": 1.1},
+    ],
+    ids=repr,
+)
+def test_logits_that_are_no_numbers_end_their_request_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], overlap: int
+) -> None:
+    """From its fourth token on one request's logits are NaN: it ends, says why and holds nothing; its neighbour does not notice."""
+    llm = toy(overlap=overlap)
+    wanted = llm.generate("neighbour", SamplingParams(max_tokens=9, ignore_eos=True))[0].outputs[0].token_ids
+    runner = cast("TorchRunner", llm.engine.runner)
+    draw, rows = runner._draw, []
+
+    def spoilt(plan: StepPlan, logits: torch.Tensor) -> Any:
+        position = plan.starts[plan.draw_rows] + plan.lengths[plan.draw_rows]
+        bad = torch.from_numpy((plan.seq_ids[plan.draw_rows] != neighbour[0]) & (position >= 8))
+        rows.append(int(bad.sum()))
+        return draw(plan, logits.masked_fill(bad[:, None], float("nan")))
+
+    monkeypatch.setattr(runner, "_draw", spoilt)
+    stream = llm.stream(
+        ["neighbour", "12345"],
+        [SamplingParams(max_tokens=9, ignore_eos=True), SamplingParams(max_tokens=9, ignore_eos=True, **asked)],
+    )
+    neighbour = [1]  # the first sequence after the one that was alone
+    last = {output.request_id: output for output in stream}
+    good, bad = (last[key] for key in sorted(last))
+    assert any(rows)
+    assert good.error is None
+    assert good.outputs[0].token_ids == wanted
+    assert bad.finished
+    assert "no token can be drawn: the logits are not numbers" in (bad.error or "")
+    assert {o.finish_reason for o in bad.outputs} == {"error"}
+    assert {len(o.token_ids) for o in bad.outputs} == {3}
+    assert llm.engine.scheduler.manager.usage().referenced == 0
+    assert not llm.engine.has_work
+
+
+def test_a_request_whose_every_token_is_forbidden_ends_with_a_word() -> None:
+    output = toy().generate("x", SamplingParams(allowed_token_ids=(5,), stop_token_ids=(5,), min_tokens=2))[0]
+    assert "every token is forbidden" in (output.error or "")

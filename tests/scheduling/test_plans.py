@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.config import SamplingParams
-from minipaged.scheduling.plan import IN_FLIGHT, StepPlan
+from minipaged.scheduling.plan import IN_FLIGHT, LogitAdjustments, StepPlan
 from minipaged.scheduling.request import Request
 from tests.scheduling.drawer import VOCAB, Drawer, run, scheduler_of, stream
 
@@ -66,17 +66,22 @@ def test_plans_say_what_was_asked(chosen: list[int], budget: int, seed: int, pro
             return
         for d, line in enumerate(lines):
             request, asked = line.request, line.request.params
-            told = [float(column[d]) for column in plan.sampling[:5]]
-            wanted = [asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.repetition_penalty]
+            told = [float(column[d]) for column in plan.sampling[:4]]
+            wanted = [asked.temperature, asked.top_p, asked.top_k, asked.min_p]
             assert told == pytest.approx(wanted, rel=1e-6)
             first = next(e for e, row in enumerate(plan.draw_rows.tolist()) if row == plan.draw_rows[d])
             own = asked.seed if asked.seed is not None else (seed * 0x9E3779B1 + request.arrival * 0x85EBCA77) % 2**63
             sample = line.index if request.forked else d - first
             assert float(plan.sampling.uniform[d]) == stream(own, sample, len(line.token_ids))
             early = line.num_output < asked.min_tokens
-            assert (plan.banned_tokens[d] if plan.banned_tokens else ()) == ((2, 5, 8) if early else ())
-            penalized = tuple(dict.fromkeys(line.token_ids)) if asked.repetition_penalty != 1 else ()
-            assert (plan.penalty_tokens[d] if plan.penalty_tokens else ()) == penalized
+            adjusted = plan.adjustments[d] if plan.adjustments else None
+            if not early and asked.repetition_penalty == 1:
+                assert adjusted is None
+            else:
+                penalized = tuple(dict.fromkeys(line.token_ids)) if asked.repetition_penalty != 1 else ()
+                assert adjusted == LogitAdjustments(
+                    banned=(2, 5, 8) if early else (), seen=penalized, repetition=asked.repetition_penalty
+                )
             assert batch.seed[line.slot] == own
 
     run(scheduler, Drawer(seed), look)
@@ -101,6 +106,9 @@ def test_plans_say_what_was_asked(chosen: list[int], budget: int, seed: int, pro
         (SamplingParams(max_tokens=5, logprobs=1), True),
         (SamplingParams(max_tokens=5, repetition_penalty=1.2), False),
         (SamplingParams(max_tokens=5, repetition_penalty=1.2, logprobs=0), False),
+        (SamplingParams(max_tokens=5, presence_penalty=0.1), False),
+        (SamplingParams(max_tokens=5, frequency_penalty=0.1, temperature=1.0), False),
+        (SamplingParams(max_tokens=5, logit_bias={3: 1.0}, allowed_token_ids=(3, 4)), True),
         (SamplingParams(max_tokens=5, n=2, temperature=1.0), False),
         (SamplingParams(max_tokens=5, beam_width=2), False),
         (SamplingParams(max_tokens=1), False),
@@ -155,12 +163,12 @@ def test_penalized_tokens_are_named_and_nobody_elses(penalty: float) -> None:
     scheduler.add(Request(0, (3, 1, 3), SamplingParams(max_tokens=2, repetition_penalty=penalty)))
     plan = scheduler.schedule()
     assert plan is not None
-    assert plan.penalty_tokens == ((3, 1),)
+    assert plan.adjustments == (LogitAdjustments(seen=(3, 1), repetition=penalty),)
     scheduler.add(Request(1, (7,), SamplingParams(max_tokens=2, temperature=1.0)))
     scheduler.commit(plan, drawer.answer(plan))
     run(scheduler, drawer)
-    assert drawer.plans[1].penalty_tokens[1] == ()
-    assert drawer.plans[-1].penalty_tokens == ()
+    assert drawer.plans[1].adjustments[1] is None
+    assert drawer.plans[-1].adjustments == ()
 
 
 def test_samples_wait_for_each_other_from_the_first_group_on() -> None:

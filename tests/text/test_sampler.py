@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from minipaged.execution.sampler import ban, penalize, sample
-from minipaged.scheduling.plan import SamplingColumns
+from minipaged.execution.sampler import adjust, sample
+from minipaged.scheduling.plan import LogitAdjustments, SamplingColumns
 from minipaged.scheduling.streams import uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5])
@@ -22,7 +24,6 @@ def columns(n: int, **asked: Any) -> SamplingColumns:
         top_p=np.full(n, asked.get("top_p", 1.0), np.float32),
         top_k=np.full(n, asked.get("top_k", 0), np.int32),
         min_p=np.full(n, asked.get("min_p", 0.0), np.float32),
-        repetition_penalty=np.ones(n, np.float32),
         uniform=uniform(np.full(n, 7, np.int64), np.zeros(n, np.int64), rows),
     )
 
@@ -80,10 +81,56 @@ def test_temperature_zero_is_greedy_beside_others() -> None:
 
 def test_a_seen_token_is_penalized_and_a_banned_one_impossible() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5]])
-    penalize(logits, ((0, 1),), torch.tensor([2.0]))
+    adjust(logits, [LogitAdjustments(seen=(0, 1), repetition=2.0)])
     assert logits.tolist() == [[1.0, -2.0, 0.5]]
-    ban(logits, ((0, 2),))
+    adjust(logits, [LogitAdjustments(banned=(0, 2))])
     assert int(logits.argmax()) == 1
+
+
+def reference(logits: torch.Tensor, asked: LogitAdjustments | None) -> torch.Tensor:
+    """One row, token by token, in the words of the OpenAI API and of Keskar et al."""
+    row = logits.clone()
+    if asked is None:
+        return row
+    seen, drawn, bias = set(asked.seen), dict(asked.drawn), dict(asked.bias)
+    for token in range(len(row)):
+        value = float(row[token])
+        if (asked.allowed is not None and token not in asked.allowed) or token in asked.banned:
+            value = float("-inf")
+        value += bias.get(token, 0.0)
+        if token in seen:
+            value = value / asked.repetition if value > 0 else value * asked.repetition
+        count = drawn.get(token, 0)
+        row[token] = value - asked.frequency * count - asked.presence * (count > 0)
+    return row
+
+
+@given(seed=st.integers(0, 999), draws=st.integers(1, 5))
+def test_adjustments_of_many_draws_equal_a_plain_reference(seed: int, draws: int) -> None:
+    """Each row gets its own, whatever its neighbours ask, and the others nothing."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(0, 3, (draws, 12)).astype(np.float32))
+
+    def some(most: int = 6) -> tuple[int, ...]:
+        return tuple(rng.permutation(12)[: rng.integers(0, most)].tolist())
+
+    asked: list[LogitAdjustments | None] = [
+        LogitAdjustments(
+            allowed=(*some(), 3) if rng.random() < 0.4 else None,
+            banned=some(3),
+            bias=tuple((token, float(rng.normal())) for token in some()),
+            seen=some(),
+            repetition=float(rng.uniform(0.5, 2.0)),
+            drawn=tuple((token, int(rng.integers(1, 4))) for token in some()),
+            presence=float(rng.uniform(-2, 2)),
+            frequency=float(rng.uniform(-2, 2)),
+        )
+        if rng.random() < 0.8
+        else None
+        for _ in range(draws)
+    ]
+    wanted = torch.stack([reference(row, each) for row, each in zip(logits, asked, strict=True)])
+    assert torch.allclose(adjust(logits.clone(), asked), wanted, atol=1e-5)
 
 
 def test_streams_are_uniform_and_differ() -> None:

@@ -322,7 +322,7 @@ class ScriptedEngine:
         """For the header."""
         return {"model": "scripted", "seed": 7, "engine": {"block_size": BLOCK_SIZE}}
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """One character a token."""
         return chr(token).encode()
 

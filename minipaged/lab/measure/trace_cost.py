@@ -57,10 +57,10 @@ class _NumberCodec:
     def __init__(self) -> None:
         self._bytes = [f" {token}".encode() for token in range(VOCABULARY)]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         return self._bytes[token]
 
 

@@ -78,8 +78,8 @@ class SimulatedRunner:
         elapsed = self.plan_fs(plan)
         self.now_fs += elapsed
         drawn = self._draw(plan.step, plan.draw_slots)
-        for d, banned in enumerate(plan.banned_tokens):
-            while int(drawn[d]) in banned:
+        for d, adjustments in enumerate(plan.adjustments):
+            while adjustments is not None and int(drawn[d]) in adjustments.banned:
                 drawn[d] = (drawn[d] + 1) % self._vocab_size
         if plan.top_logprobs < 0 and not plan.prompt_queries:
             return Done(StepTokens(drawn), elapsed)

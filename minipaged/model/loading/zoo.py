@@ -1,6 +1,7 @@
 """Names -> models that are ready to run.
 
-It takes every form of a model's name, and loads the model from where that form says.
+It takes every form of a model's name, and loads the model from where that form says. The readers of files are imported when a
+file is named: `toy` and `random:SHAPE` need none of them.
 """
 
 from __future__ import annotations
@@ -9,25 +10,20 @@ import errno
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress
 from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
-from minipaged.model.loading.gguf_model import GGUFCheckpoint
-from minipaged.model.loading.hf_config import read_config
 from minipaged.model.loading.placement import ROOM_SHARE, check_room, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.pull import SOURCES, cached_path, is_cached, pull
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
-from minipaged.model.loading.tokenizer import (
-    ByteTokenizer,
-    IdTokenizer,
-    Tokenizer,
-    folder_tokenizer,
-    gguf_tokenizer,
-)
-from minipaged.model.loading.weights import Checkpoint, load_model, open_checkpoint
+from minipaged.model.loading.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from minipaged.model.loading.weights import Checkpoint
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
 
@@ -116,6 +112,8 @@ def find(name: str, progress: Progress | None = None) -> Path:
 
 
 def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LoadedModel:
+    from minipaged.model.loading.weights import load_model, open_checkpoint
+
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     tokenizer = _tokenizer(checkpoint)
@@ -132,6 +130,9 @@ def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: P
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer beside the weights, or one that takes token ids only where there is none."""
+    from minipaged.model.loading.gguf_model import GGUFCheckpoint
+    from minipaged.model.loading.subword_tokenizer import folder_tokenizer, gguf_tokenizer
+
     path, config = checkpoint.path, checkpoint.config
     if isinstance(checkpoint, GGUFCheckpoint):
         metadata = checkpoint.file.metadata
@@ -166,6 +167,8 @@ def _from_hub(repository: str) -> Path:
 
     config.json comes first and alone, so that a family we cannot run is refused before its weights are fetched.
     """
+    from minipaged.model.loading.hf_config import read_config
+
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError:
