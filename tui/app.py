@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +143,8 @@ def _say_what_it_came_to(session: Session, first_run: bool) -> int:
         if counts := counted(stats):
             print(f"           {' · '.join(counts)}")
     if first_run:
-        print("next: minipaged tui --scenario cow · minipaged learn · minipaged chat")
+        me = "minipaged" if shutil.which("minipaged") else sys.argv[0]  # an environment that is not activated
+        print(f"next: {me} tui --scenario cow · {me} learn · {me} chat")
     return 0
 
 

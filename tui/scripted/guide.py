@@ -51,6 +51,9 @@ def _admit(events: list[Event], snapshot: Snapshot) -> str:
 def _cache_hit(events: list[Event], snapshot: Snapshot) -> str:
     who = events[0].sequence
     count = len({event.block for event in events if event.sequence == who})
+    state = snapshot.sequences.get(who)
+    if state is not None and len(state.token_ids) > state.num_prompt:  # it ran before, and had to make way
+        return f"{_name(snapshot, who)} comes back: {plural(count, 'block')} of its own stayed in the cache, and need not be computed"
     return f"{_name(snapshot, who)} begins as one before it: it shares {plural(count, 'block')} and computes none anew"
 
 
