@@ -310,7 +310,7 @@ class MyBlockPool(BlockPool):
 
     def put_back(self, block: int) -> None:
         """Nobody holds the block any more."""
-        if block in self._guards:
+        if block in self.guards:
             self._held_back[block] = None
         else:
             self._push(block)

@@ -30,6 +30,7 @@ def paged_decode(
     *,
     window: int | None = None,
     out: Tensor | None = None,
+    check: bool = True,
 ) -> Tensor:
     """out[b, h] = softmax(scale * query[b, h] . K[b]) V[b] over the context_lens[b] tokens that block_tables[b] points to.
 
@@ -38,9 +39,11 @@ def paged_decode(
     a table per KV head. context_lens: int32 [B], the new token included (it is in the cache already); a row of length 0 gives zeros.
     window: only the last `window` tokens are seen. out: written and returned, if given.
     Reads 2 * sum(context_lens) * kv_heads * head_dim elements. Raises ValueError on a scale that is not above 0, and on
-    shapes, dtypes or devices that do not fit.
+    shapes, dtypes or devices that do not fit, unless `check` is False: for a caller that has had such tensors checked, as those of the
+    step's first layer.
     """
-    check_attention(query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out)
+    if check:
+        check_attention(query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out)
     if use_triton(query):
         from minipaged.kernels.attention.decode_triton import paged_decode_triton
 

@@ -11,14 +11,24 @@ from minipaged.kernels.checks import INDEX_DTYPES, check_caches, check_integers,
 from minipaged.kernels.dispatch import use_triton
 
 
-def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+def write_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    check: bool = True,
+) -> None:
     """cache[slot // block_size, slot % block_size] = key, value, for each token's slot.
 
     key, value: [T, kv_heads, head_dim]. key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim].
     slot_mapping: int64 or int32 [T]; -1 skips the token (a padded row). Two tokens must not name one slot.
-    Moves 2 * T * kv_heads * head_dim elements in and as many out. Raises ValueError on shapes, dtypes or devices that do not fit.
+    Moves 2 * T * kv_heads * head_dim elements in and as many out. Raises ValueError on shapes, dtypes or devices that do not fit,
+    unless `check` is False: for a caller that has had such tensors checked, as those of the step's first layer.
     """
-    check_write(key, value, key_cache, value_cache, slot_mapping)
+    if check:
+        check_write(key, value, key_cache, value_cache, slot_mapping)
     if use_triton(key_cache):
         from minipaged.kernels.cache.cache_write_triton import write_kv_triton
 

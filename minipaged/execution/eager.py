@@ -75,7 +75,7 @@ class TorchRunner:
         """Run the step: swap-outs, swap-ins, copies, then KV writes, attention and draws."""
         # Before any write: the holder of a copied block may write on in it in this very step.
         self._move_blocks(plan)
-        if not plan.num_tokens:
+        if not len(plan.token_ids):
             return TorchPending(torch.zeros(0, dtype=torch.int64))
         inputs = inputs_of(plan, self.kv.block_size, self.device)
         hidden = self._forward(inputs)
@@ -86,6 +86,8 @@ class TorchRunner:
 
     def _move_blocks(self, plan: StepPlan) -> None:
         """What comes before the step's writes, in this order."""
+        if not (plan.swap_outs or plan.swap_ins or plan.copies):
+            return
         self.kv.swap_out(plan.swap_outs)
         self.kv.swap_in(plan.swap_ins)
         self.kv.copy(plan.copies)

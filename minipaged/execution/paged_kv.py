@@ -52,7 +52,8 @@ class PagedKV:
 
     def write(self, layer: int, key: Tensor, value: Tensor, inputs: StepInputs) -> None:
         """Put each token's key and value, [tokens, kv_heads, head_dim], into its slot; the key comes rotated."""
-        write_kv(key, value, self.keys[layer], self.values[layer], inputs.slot_mapping)
+        # The layers' tensors differ in their numbers alone, so the first layer's are checked for all of a step; as in `attend`.
+        write_kv(key, value, self.keys[layer], self.values[layer], inputs.slot_mapping, check=layer == 0)
 
     def rope_write(self, layer: Layer, heads: Tensor, inputs: StepInputs, angles: Tensor) -> Tensor:
         """`write` for heads as projected, [tokens, heads + 2 kv_heads, head_dim], in one pass with what comes before it.
@@ -73,11 +74,11 @@ class PagedKV:
         keys, values, decodes = self.keys[layer], self.values[layer], len(inputs.decode_lengths)
         rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
         if not len(inputs.chunk_lengths):
-            return paged_decode(query, keys, values, *rows)
+            return paged_decode(query, keys, values, *rows, check=layer == 0)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decodes:
             # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.
-            paged_decode(query[:decodes], keys, values, *rows, out=out[:decodes])
+            paged_decode(query[:decodes], keys, values, *rows, out=out[:decodes], check=layer == 0)
         chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
         return paged_prefill(query, keys, values, *chunks, out=out)
 

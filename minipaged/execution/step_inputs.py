@@ -77,7 +77,7 @@ def views(buffer: Any, shape: Shape, width: int) -> StepInputs:
 def inputs_of(plan: StepPlan, block_size: int, device: torch.device) -> StepInputs:
     """A plan's inputs on the device, in a buffer of their own that has no padding rows."""
     decodes, width = int((plan.lengths == 1).sum()), plan.tables.shape[1]
-    shape = Shape(plan.num_tokens, decodes, len(plan.lengths) - decodes, len(plan.draw_rows))
+    shape = Shape(len(plan.token_ids), decodes, len(plan.lengths) - decodes, len(plan.draw_rows))
     host = np.zeros(size_of(shape, width), np.int32)
     fill(views(host, shape, width), plan, block_size, dummy_slot=0)
     longest = int(plan.lengths.max()) if shape.chunks else 0
@@ -89,7 +89,7 @@ def fill(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -
 
     dummy_slot: the batch index of padding: what is drawn for it, nobody reads.
     """
-    if plan.num_tokens == len(plan.seq_ids):
+    if len(plan.token_ids) == len(plan.seq_ids):
         _fill_decodes(inputs, plan, block_size, dummy_slot)
         return len(plan.seq_ids)
     return _fill_mixed(inputs, plan, block_size, dummy_slot)
@@ -99,15 +99,16 @@ def _fill_decodes(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slo
     """Every row is one token: plain columns, since this is written in every step of decoding."""
     rows, width = plan.tables.shape
     blocks = plan.tables[np.arange(rows), plan.starts // block_size]
-    _put(inputs.token_ids, plan.token_ids, 0)
-    _put(inputs.positions, plan.starts, 0)
-    _put(inputs.slot_mapping, blocks * block_size + plan.starts % block_size, -1)
-    _put(inputs.batch_indices, plan.slots, dummy_slot)
-    _put(inputs.decode_lengths, plan.starts + 1, 0)
+    _put(
+        (inputs.token_ids, plan.token_ids, 0),
+        (inputs.positions, plan.starts, 0),
+        (inputs.slot_mapping, blocks * block_size + plan.starts % block_size, -1),
+        (inputs.batch_indices, plan.slots, dummy_slot),
+        (inputs.decode_lengths, plan.starts + 1, 0),
+    )
     inputs.decode_tables[:rows, :width] = plan.tables
     if len(inputs.draw_tokens):
-        _put(inputs.draw_tokens, plan.draw_rows, 0)
-        _put(inputs.draw_indices, plan.draw_slots, dummy_slot)
+        _put((inputs.draw_tokens, plan.draw_rows, 0), (inputs.draw_indices, plan.draw_slots, dummy_slot))
 
 
 def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> int:
@@ -118,26 +119,29 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     row_of = np.repeat(order, lengths[order])
     within = np.arange(plan.num_tokens) - starts[row_of]
     position = plan.starts[row_of] + within
-    _put(inputs.token_ids, plan.token_ids[(np.cumsum(lengths) - lengths)[row_of] + within], 0)
-    _put(inputs.positions, position, 0)
     slots = plan.tables[row_of, position // block_size] * block_size + position % block_size
-    _put(inputs.slot_mapping, slots, -1)
-    _put(inputs.batch_indices, plan.slots[row_of], dummy_slot)
-    _put(inputs.draw_tokens, (starts + lengths - 1)[plan.draw_rows], 0)
-    _put(inputs.draw_indices, plan.draw_slots, dummy_slot)
     context = (plan.starts + plan.lengths)[order]
-    _put(inputs.decode_lengths, context[:decodes], 0)
-    _put(inputs.chunk_lengths, context[decodes:], 0)
-    _put(inputs.chunk_starts, starts[order[decodes:]], plan.num_tokens)
+    _put(
+        (inputs.token_ids, plan.token_ids[(np.cumsum(lengths) - lengths)[row_of] + within], 0),
+        (inputs.positions, position, 0),
+        (inputs.slot_mapping, slots, -1),
+        (inputs.batch_indices, plan.slots[row_of], dummy_slot),
+        (inputs.draw_tokens, (starts + lengths - 1)[plan.draw_rows], 0),
+        (inputs.draw_indices, plan.draw_slots, dummy_slot),
+        (inputs.decode_lengths, context[:decodes], 0),
+        (inputs.chunk_lengths, context[decodes:], 0),
+        (inputs.chunk_starts, starts[order[decodes:]], plan.num_tokens),
+    )
     inputs.chunk_tables[:chunks, :width] = plan.tables[order[decodes:]]
     inputs.decode_tables[:decodes, :width] = plan.tables[order[:decodes]]
     return decodes
 
 
-def _put(view: np.ndarray, column: np.ndarray, padding: int) -> None:
-    """The column, and padding behind it."""
-    view[: len(column)] = column
-    view[len(column) :] = padding
+def _put(*columns: tuple[np.ndarray, np.ndarray, int]) -> None:
+    """Write each (view, column, padding): the column, and padding behind it."""
+    for view, column, padding in columns:
+        view[: len(column)] = column
+        view[len(column) :] = padding
 
 
 def token_order(plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:

@@ -93,10 +93,12 @@ class BlockManager:
 
     def begin_step(self) -> None:
         """Open the plan of a new step: what the step before copied or swapped from may be handed out again."""
-        self._pool.begin_step()
-        self._host.begin_step()
         self._settle()
-        self._arrivals.clear()
+        # Every copy and swap guards the block that it reads, so without guards there is nothing on the host to let go of either.
+        if self._pool.guards:
+            self._pool.begin_step()
+            self._host.begin_step()
+            self._arrivals.clear()
         self._planning = self._ends_steps
 
     def end_step(self) -> None:
@@ -106,8 +108,11 @@ class BlockManager:
         self._planning = False
 
     def _settle(self) -> None:
-        self._editor.copies.settle()
-        self._editor.promises.settle()
+        """What the plan copies and promises can no longer be taken back."""
+        if self._editor.copies.kept_slots:
+            self._editor.copies.settle()
+        if self._editor.promises.writers:
+            self._editor.promises.settle()
 
     def take_events(self) -> tuple[BlockEvent, ...]:
         """What happened since the last call, in causal order. The list grows until somebody takes it."""
@@ -256,10 +261,10 @@ class BlockManager:
             )
         if not tokens:
             return
-        if self._planning:
-            self._editor.promises.add(sequence)
-        else:
+        if not self._planning:
             self._editor.copies.end(sequence)  # it has been written to, so the copy was made
+        elif sequence.promised_from is None:
+            self._editor.promises.add(sequence)
         sequence.computed = computed
         if sequence.publishes:
             sequence.tokens.extend(tokens)

@@ -92,7 +92,7 @@ class BlockPool:
         self.pins: dict[int, int] = {}  # block -> how many pins
         self._index = index
         self._free = FreeList(num_blocks)
-        self._guards: dict[int, int] = {}  # block -> copies and swaps of this step that read it
+        self.guards: dict[int, int] = {}  # block -> copies and swaps of this step that read it
         # Free but guarded: on no list until the step is over; in the order they became free.
         self._held_back: dict[int, None] = {}
 
@@ -137,31 +137,30 @@ class BlockPool:
             raise ValueError(f"block {block} is free already")
         self.refs[block] = refs - 1
         if refs == 1:
-            if block in self._guards:
+            if block in self.guards:
                 self._held_back[block] = None
             else:
                 self._push(block)
 
     def guard(self, block: int) -> None:
         """Something in this step reads the block: it is not handed out again before the next step."""
-        self._guards[block] = self._guards.get(block, 0) + 1
+        self.guards[block] = self.guards.get(block, 0) + 1
 
     def unguard(self, block: int) -> None:
         """One such reader was given up."""
-        self._guards[block] -= 1
-        if not self._guards[block]:
-            del self._guards[block]
+        self.guards[block] -= 1
+        if not self.guards[block]:
+            del self.guards[block]
             if block in self._held_back:
                 del self._held_back[block]
                 self._push(block)
 
     def begin_step(self) -> None:
         """The reads of the step before are done."""
-        if self._guards:
-            self._guards.clear()
-            for block in self._held_back:
-                self._push(block)
-            self._held_back.clear()
+        self.guards.clear()
+        for block in self._held_back:
+            self._push(block)
+        self._held_back.clear()
 
     def clear_cached(self) -> None:
         """Every free block is an empty one now. The caller has erased the keys."""

@@ -148,23 +148,23 @@ class PendingCopies:
         self._pool = pool
         self._writers: dict[int, SequenceBlocks] = {}
         self._origins: dict[int, int] = {}  # destination -> source
-        self._kept_slots: dict[int, int] = {}  # source -> slots of it that its former holder may come back to
+        # source -> slots of it that its former holder may come back to; empty where no copy was made since the last `settle`
+        self.kept_slots: dict[int, int] = {}
 
     def settle(self) -> None:
         """All copies returned so far are made, and stay."""
-        if self._writers:
-            for sequence in self._writers.values():
-                sequence.pending = None
-            self._writers.clear()
+        for sequence in self._writers.values():
+            sequence.pending = None
+        self._writers.clear()
         self._origins.clear()
-        self._kept_slots.clear()
+        self.kept_slots.clear()
 
     def must_copy(self, tail: int, slot: int) -> bool:
         """Whether a holder that goes on at `slot` of its tail block must write elsewhere.
 
         It must if somebody else holds the block, or may come back to it and needs that slot as it was.
         """
-        return self._pool.refs[tail] > 1 or slot < self._kept_slots.get(tail, 0)
+        return self._pool.refs[tail] > 1 or slot < self.kept_slots.get(tail, 0)
 
     def add(self, sequence: SequenceBlocks, destination: int, block_size: int) -> int:
         """Let `destination` replace the sequence's tail block. Returns the source, which stays out of reach for this step."""
@@ -175,7 +175,7 @@ class PendingCopies:
             sequence.pending = PendingCopy(index, source, sequence.reserved)
             self._writers[sequence.seq_id] = sequence
             self._pool.guard(source)
-            self._kept_slots[source] = max(self._kept_slots.get(source, 0), sequence.reserved - index * block_size)
+            self.kept_slots[source] = max(self.kept_slots.get(source, 0), sequence.reserved - index * block_size)
         self._origins[destination] = source
         sequence.table[index] = destination
         self._pool.drop(tail)
@@ -195,21 +195,19 @@ class Promises:
 
     def __init__(self) -> None:
         self.writer_of: dict[int, int] = {}  # found block -> the sequence that is to write it
-        self._writers: list[SequenceBlocks] = []
+        self.writers: list[SequenceBlocks] = []
 
     def add(self, sequence: SequenceBlocks) -> None:
-        """What the sequence computes from here on is written by the step being planned."""
-        if sequence.promised_from is None:
-            sequence.promised_from = sequence.computed
-            self._writers.append(sequence)
+        """What the sequence computes from here on is written by the step being planned; it has promised nothing yet."""
+        sequence.promised_from = sequence.computed
+        self.writers.append(sequence)
 
     def settle(self) -> None:
         """The plan is final: all of them are kept."""
-        if self._writers:
-            for sequence in self._writers:
-                sequence.promised_from = None
-            self._writers.clear()
-            self.writer_of.clear()
+        for sequence in self.writers:
+            sequence.promised_from = None
+        self.writers.clear()
+        self.writer_of.clear()
 
 
 # ---- edits
@@ -295,13 +293,14 @@ class TableEditor:
 
     def publish_full(self, sequence: SequenceBlocks) -> None:
         """Key the blocks that have become full, and let them be found."""
-        size, tokens, keys = self.block_size, sequence.tokens, sequence.keys
+        size, tokens, keys, table = self.block_size, sequence.tokens, sequence.keys, sequence.table
         key = keys[-1] if keys else sequence.root
+        promised = sequence.promised_from is not None
         for index in range(len(keys), sequence.computed // size):
             key = next_key(key, tokens[index * size : (index + 1) * size].tobytes())
             keys.append(key)
-            if self.publish(sequence, index) and sequence.promised_from is not None:
-                self.promises.writer_of[sequence.table[index]] = sequence.seq_id
+            if self.publish(sequence, index) and promised:
+                self.promises.writer_of[table[index]] = sequence.seq_id
 
     def publish(self, sequence: SequenceBlocks, index: int) -> bool:
         """Let the block of a keyed entry be found; False if it can be already."""

@@ -77,7 +77,7 @@ class OneDNN(nn.Module):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def multiply(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None, residual: Tensor | None) -> Tensor:
-        normed = x if norm is None else norm(x)
+        normed = x if norm is None else rms_norm_torch(x, norm.weight, norm.eps)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(normed, self.weight, bias, "none", [], "")
         return product if residual is None else residual.add_(product)
 
