@@ -11,7 +11,6 @@ from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
-from minipaged.execution.largest_step import peak_bytes
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.memory.block_manager import BlockManager
@@ -203,5 +202,7 @@ def _step_bytes(
     loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, device: torch.device, dtype: str, graphs: bool
 ) -> int:
     """What the largest step takes beside the weights and the pool, measured on a pool of two blocks that is gone afterwards."""
+    from minipaged.execution.largest_step import peak_bytes
+
     tiny = replace(cache, num_blocks=2, num_host_blocks=0)
     return peak_bytes(build_runner(loaded, tiny, config, device=device, dtype=dtype, graphs=graphs), config)

@@ -16,8 +16,7 @@ from itertools import count
 from minipaged.config import NO_LIMIT, SamplingParams, plain_value
 from minipaged.config import describe as settings_of
 from minipaged.errors import InputError, RequestError
-from minipaged.execution.runner import Pending, Runner
-from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.plan import Pending, Runner, StepPlan
 from minipaged.scheduling.request import Request, RequestOutput
 from minipaged.scheduling.runtime_settings import change_of
 from minipaged.scheduling.scheduler import Scheduler

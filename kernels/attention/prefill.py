@@ -13,7 +13,6 @@ from torch import Tensor
 from minipaged.kernels.attention.decode import gather_pages, paged_decode_torch
 from minipaged.kernels.checks import check_attention, check_integers
 from minipaged.kernels.dispatch import gluon_runs, use_triton
-from minipaged.kernels.launch_table import hopper_prefill_launch
 
 # Queries that the twin attends at a time: enough to keep the processor busy, few enough that causality saves work.
 QUERY_TILE = 256
@@ -53,6 +52,8 @@ def paged_prefill(
     if not use_triton(query):
         return paged_prefill_torch(*paged, window=window, out=out)
     if gluon_runs():
+        from minipaged.kernels.launch_table import hopper_prefill_launch
+
         launch = hopper_prefill_launch(query, key_cache, value_cache, block_tables, max_query_len, window)
         if launch is not None:
             from minipaged.kernels.attention.prefill_hopper import paged_prefill_hopper

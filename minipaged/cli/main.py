@@ -141,10 +141,10 @@ def pull(
 ) -> None:
     """Download a model into the cache."""
     from minipaged.cli.progress import status_line
-    from minipaged.model.loading import zoo
+    from minipaged.model.loading.pull import pull as download
 
     with status_line() as progress:
-        path = zoo.pull(model, progress)
+        path = download(model, progress)
     typer.echo(f"{model}: {path}")
 
 

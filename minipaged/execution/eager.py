@@ -12,12 +12,11 @@ import torch
 
 from minipaged.execution import sampler
 from minipaged.execution.paged_kv import PagedKV
-from minipaged.execution.runner import Pending
 from minipaged.execution.step_inputs import StepInputs, inputs_of, token_order
 from minipaged.kernels.sampling import draw_tokens
 from minipaged.model.llama import Llama
 from minipaged.model.loading.placement import to_device
-from minipaged.scheduling.plan import PromptLogprobs, StepPlan, StepTokens
+from minipaged.scheduling.plan import Pending, PromptLogprobs, StepPlan, StepTokens
 
 PROMPT_ROWS = 256  # prompt tokens whose log-probabilities are computed at a time
 

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
-from minipaged.execution.runner import Pending
 from minipaged.execution.sampler import is_truncated
 from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
 from minipaged.kernels.elementwise import embed_tokens
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
 from minipaged.model.llama import Layer, Llama, angle_table
 from minipaged.model.loading.placement import to_device
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 
 # Columns of SamplingColumns; a step without truncation sends the first two.
 SAMPLING_INPUTS = ("temperature", "uniform", "top_k", "top_p", "min_p")

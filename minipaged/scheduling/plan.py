@@ -1,4 +1,4 @@
-"""What one step does, as integers and arrays only, so that a plan can travel to another process or rank.
+"""What one step does, as integers and arrays only, so that a plan can travel to another process or rank; and who runs it.
 
 Rows are the sequences of this step. Row r computes positions [starts[r], starts[r] + lengths[r]) of sequence seq_ids[r]; its tokens lie in
 token_ids, row after row. Draws are the tokens to sample: draw d reads the logits after the last token of row draw_rows[d].
@@ -7,7 +7,7 @@ token_ids, row after row. Draws are the tokens to sample: draw d reads the logit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -103,3 +103,34 @@ class StepTokens:
     top_ids: IntArray | None = None  # [draws, k], most likely first
     top_logprobs: FloatArray | None = None  # [draws, k]
     prompt_logprobs: dict[int, PromptLogprobs] | None = None  # by row
+
+
+# ---- who runs it: execution/eager.py, execution/graphs.py, the simulated runner
+
+
+class Pending(Protocol):
+    """A launched step."""
+
+    def tokens(self) -> StepTokens:
+        """Wait for the step and return what it drew."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs plans in the order they are launched: swap-outs, swap-ins, copies, then KV writes and attention layer by layer, then draws.
+
+    A layer writes the keys and values of all tokens of the step before any of them attends.
+
+    This is also where work can be spread over devices: a runner may send a plan to other processes instead of running it. A
+    tensor-parallel runner sends every plan to all ranks, each of which has its heads of the KV pool under the same block ids, and reads
+    one rank's tokens. A pipeline-parallel runner sends it to the first stage and reads the last one's tokens; the engine then keeps as
+    many steps in flight as there are stages.
+    """
+
+    def num_blocks(self) -> int:
+        """Blocks in the device pool, the null block included; the same on all ranks."""
+        ...
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a step; returns before it is done where the device allows."""
+        ...

@@ -7,6 +7,8 @@ leave it and end.
 from __future__ import annotations
 
 from bisect import insort
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +17,36 @@ from minipaged.config import EngineConfig
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.types import Allocation, BlockEvent
 from minipaged.scheduling.batch import Batch
-from minipaged.scheduling.policies import PreemptionCost, Rank, rank_of, wants_swap
-from minipaged.scheduling.queue import RequestQueue
-from minipaged.scheduling.records import Counters, SchedulerEvent
+from minipaged.scheduling.policies import PreemptionCost, Rank, RequestQueue, rank_of, wants_swap
 from minipaged.scheduling.request import Request, Sequence, Status
 from minipaged.scheduling.step_builder import StepBuilder
 
 Slots = npt.NDArray[np.int64]
 SwapPairs = list[tuple[int, int]]
+
+
+class SchedulerEvent(NamedTuple):
+    """A thing that happened to a request: submit admit preempt prune finish refuse abort. `amount` is tokens; `detail` a word."""
+
+    kind: str
+    seq_id: int
+    amount: int
+    detail: str
+    sequence: Sequence | None
+
+
+@dataclass
+class Counters:
+    """What happened since the start."""
+
+    copies: int = 0
+    hit_tokens: int = 0
+    queried_tokens: int = 0
+    own_hit_tokens: int = 0  # a resumed request's hits on blocks it left behind; not in hit_tokens
+    preemptions: int = 0
+    swaps: int = 0
+    generated_tokens: int = 0  # draws that were taken in; one for a sequence that has ended meanwhile is not
+    computed_tokens: int = 0
 
 
 class RunningSet:

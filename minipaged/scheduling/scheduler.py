@@ -23,9 +23,8 @@ from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.commit import TextStops, commit_draws, drawn_ids, note_prompt_logprobs
 from minipaged.scheduling.plan import StepPlan, StepTokens
 from minipaged.scheduling.policies import PreemptionCost, Rank, may_join
-from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
-from minipaged.scheduling.running_set import RunningSet, Slots
+from minipaged.scheduling.running_set import RunningSet, SchedulerEvent, Slots
 from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.step_builder import StepBuilder
 from minipaged.scheduling.validation import check_request

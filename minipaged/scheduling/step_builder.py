@@ -12,10 +12,10 @@ import numpy.typing as npt
 from minipaged.scheduling.batch import MOST, Batch
 from minipaged.scheduling.plan import IntArray, LogitAdjustments, PromptQuery, SamplingColumns, StepPlan
 from minipaged.scheduling.request import Sequence
-from minipaged.scheduling.streams import uniform
 
 Index = npt.NDArray[np.int64]
 _NO_ROWS = np.zeros(0, np.int64)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
 
 
 class Draws(NamedTuple):
@@ -202,3 +202,27 @@ def _adjustments_of(sequence: Sequence, early: bool) -> LogitAdjustments:
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
     )
+
+
+# ---- random numbers
+
+
+def uniform(
+    seed: npt.NDArray[np.int64], index: npt.NDArray[np.int64], position: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, sample index, position), and nothing else: a rerun is equal whatever the schedule was.
+
+    All arrays [draws].
+    """
+    with np.errstate(over="ignore"):
+        x = _mix(seed.astype(np.uint64) + _GOLDEN)
+        x = _mix(x + _GOLDEN * (index.astype(np.uint64) + np.uint64(1)))
+        x = _mix(x + _GOLDEN * (position.astype(np.uint64) + np.uint64(1)))
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -15,8 +15,8 @@ import numpy as np
 
 from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import StepPlan
-from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
+from minipaged.scheduling.running_set import SchedulerEvent
 from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import TextCodec

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from minipaged.kernels import dispatch
+from minipaged.kernels import dispatch, launch_table
 from minipaged.kernels.attention import paged_decode, paged_prefill, prefill
 from minipaged.kernels.cache import copy_blocks, write_kv
 from minipaged.kernels.launch_table import HopperPrefillLaunch
@@ -94,7 +94,7 @@ def test_prefill_goes_to_the_hopper_kernel_only_where_it_can(
         sys.modules, "minipaged.kernels.attention.prefill_hopper", stand_in if gluon and on_hopper else None
     )
     monkeypatch.setattr(prefill, "gluon_runs", lambda: gluon)
-    monkeypatch.setattr(prefill, "hopper_prefill_launch", lambda *given: launch if on_hopper else None)
+    monkeypatch.setattr(launch_table, "hopper_prefill_launch", lambda *given: launch if on_hopper else None)
     monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
     case = make_case([9, 5], [4, 1], kv_heads=1, group=2, head_dim=32, block_size=4)
     out = paged_prefill(*case.prefill())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minipaged.config import SamplingParams
 from minipaged.memory.types import BlockEvent
-from minipaged.scheduling.records import SchedulerEvent
+from minipaged.scheduling.running_set import SchedulerEvent
 from tests.laws.test_scheduler_laws import most_blocks, of_kind, ran, tight, workloads
 from tests.laws.token_world import Asked, Step, World
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
 from minipaged.memory.types import BlockEvent
-from minipaged.scheduling.records import SchedulerEvent
+from minipaged.scheduling.running_set import SchedulerEvent
 from tests.laws.token_world import EOS, Asked, Step, World
 
 

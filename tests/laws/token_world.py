@@ -17,8 +17,8 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import IN_FLIGHT, StepPlan, StepTokens
-from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import RequestOutput
+from minipaged.scheduling.running_set import SchedulerEvent
 from minipaged.scheduling.scheduler import Scheduler
 
 VOCAB = 40

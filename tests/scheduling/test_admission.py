@@ -8,8 +8,8 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
-from minipaged.scheduling.records import SchedulerEvent
 from minipaged.scheduling.request import Request, Sequence
+from minipaged.scheduling.running_set import SchedulerEvent
 from tests.scheduling.drawer import Drawer, run, scheduler_of
 
 

@@ -14,8 +14,7 @@ from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.errors import InputError, RequestError
 from minipaged.memory.block_manager import BlockManager
 from minipaged.scheduling.plan import StepTokens
-from minipaged.scheduling.policies import PreemptionCost
-from minipaged.scheduling.queue import RequestQueue
+from minipaged.scheduling.policies import PreemptionCost, RequestQueue
 from minipaged.scheduling.request import Request
 from minipaged.scheduling.scheduler import Scheduler
 

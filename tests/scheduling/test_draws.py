@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minipaged.config import SamplingParams
 from minipaged.scheduling.request import Logprob, Request
-from minipaged.scheduling.streams import uniform
+from minipaged.scheduling.step_builder import uniform
 from tests.scheduling.drawer import Drawer, drawn, run, scheduler_of, stream
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.config import SamplingParams
-from minipaged.scheduling.queue import RequestQueue
+from minipaged.scheduling.policies import RequestQueue
 from minipaged.scheduling.request import Request
 
 

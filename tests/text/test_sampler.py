@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minipaged.execution.sampler import adjust, sample
 from minipaged.scheduling.plan import LogitAdjustments, SamplingColumns
-from minipaged.scheduling.streams import uniform
+from minipaged.scheduling.step_builder import uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minipaged.api import LLM
 from minipaged.config import SamplingParams
-from minipaged.text.growing import TextStream
+from minipaged.text.detokenizer import TextStream
 
 PIECES = [
     b"a",

@@ -12,9 +12,8 @@ from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import TraceError
-from minipaged.execution.runner import Pending, Runner
 from minipaged.lab.measure.trace_cost import decoding_engine
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import Pending, Runner, StepPlan, StepTokens
 from minipaged.text.safe import clean_bytes
 from minipaged.trace import packing
 from minipaged.trace.codec import decode_delta, encode_delta

@@ -19,9 +19,8 @@ from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InputError
-from minipaged.execution.runner import Pending
 from minipaged.lab.simulation.workloads import engine_draws
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 from minipaged.trace.events import StepDelta
 from minipaged.trace.file import StreamWriter, header_of
 

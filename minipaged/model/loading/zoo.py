@@ -18,14 +18,13 @@ from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress
 from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
 from minipaged.model.loading.placement import ROOM_SHARE, check_room, choose_device, choose_dtype, free_bytes
-from minipaged.model.loading.pull import SOURCES, cached_path, is_cached, pull
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from minipaged.model.loading.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from minipaged.model.loading.weights import Checkpoint
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "pull", "shape"]
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "shape"]
 
 TOY_SEED, TOY_STD = 6, 0.16
 TOY_ALPHABET = b"abcdefghijklmnopqrstuvwxyz "
@@ -92,6 +91,8 @@ def check_weights(
 
 def find(name: str, progress: Progress | None = None) -> Path:
     """The file or folder that `name` stands for, fetched first if it must be."""
+    from minipaged.model.loading.pull import SOURCES, cached_path, is_cached, pull
+
     if name in SOURCES:
         return cached_path(name) if is_cached(name) else pull(name, progress)
     if name.startswith("hf:"):
