@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,10 @@ from minipaged.trace.file import Header
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui import palette
 from minipaged.tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
-from minipaged.tui.reading.history import Past
 from minipaged.tui.words.cells import to_ascii
+
+if TYPE_CHECKING:
+    from minipaged.tui.reading.history import Past
 
 Run = tuple[str, str]  # text, role (a name of palette.style)
 Line = list[Run]

@@ -7,15 +7,17 @@ has ended meanwhile, or its request wants log-probabilities, stop strings or sev
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from minipaged.errors import InputError
 from minipaged.scheduling.plan import IntArray, PromptLogprobs, StepPlan, StepTokens
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
-from minipaged.scheduling.running_set import RunningSet, Slots
 from minipaged.scheduling.sequence_groups import Branch, Decision, decide, prompt_entries
+
+if TYPE_CHECKING:
+    from minipaged.scheduling.running_set import RunningSet, Slots
 
 
 class TextStops(Protocol):

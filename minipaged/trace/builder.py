@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from heapq import nsmallest
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import SchedulerEvent
 from minipaged.scheduling.runtime_settings import SettingChange
-from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import TextCodec
 from minipaged.trace.events import (
     FLAG_CACHED,
@@ -32,6 +32,9 @@ from minipaged.trace.events import (
 )
 from minipaged.trace.observed import events_between, pool_stats, progress_of, tables_of
 from minipaged.trace.snapshot import Snapshot, as_longs
+
+if TYPE_CHECKING:
+    from minipaged.scheduling.scheduler import Scheduler
 
 Listener = Callable[[StepDelta], None]
 RawEvent = SchedulerEvent | BlockEvent

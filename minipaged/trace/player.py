@@ -6,6 +6,7 @@ Time is passed in, so that a player is as deterministic as its source.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,9 @@ import numpy.typing as npt
 from minipaged.errors import TraceError
 from minipaged.trace.events import StepDelta
 from minipaged.trace.snapshot import Snapshot
-from minipaged.trace.sources import Source
+
+if TYPE_CHECKING:
+    from minipaged.trace.sources import Source
 
 SPEEDS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, math.inf)  # steps a second; inf: as fast as they come
 STRIDE = 32  # positions between the states kept after a seek, so that stepping back is cheap

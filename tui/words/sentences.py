@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.trace.events import Event, Stats
-from minipaged.tui.view import View
+
+if TYPE_CHECKING:
+    from minipaged.tui.view import View
 
 Grouped = dict[str, list[Event]]
 # The most telling first: what a newcomer should not miss.
