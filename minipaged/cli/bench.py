@@ -92,13 +92,13 @@ def kernels(
 def engine(
     model: Annotated[str, typer.Option(help="random:SHAPE, or any model.")] = "random:llama-7b",
     workload: Annotated[
-        str, typer.Option(help="nano, sharegpt and batch:N, with commas between them.")
+        str, typer.Option(help="nano, sharegpt, chat, long, context, prefix and batch:N, with commas between them.")
     ] = "batch:1,batch:8,batch:32,sharegpt",
     against: Annotated[
         str, typer.Option(help="Peers to measure too, with commas between them: vllm, transformers.")
     ] = "",
-    repeats: Annotated[int, typer.Option(help="Timed passes of batch:N after the warm one. The median counts.")] = 3,
-    long_repeats: Annotated[int, typer.Option(help="Timed passes of nano and sharegpt after the warm one.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed passes of batch:N after the first one. The median counts.")] = 3,
+    long_repeats: Annotated[int, typer.Option(help="Timed passes of the other workloads after the first one.")] = 3,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that every engine may run at once.")] = 256,
     limit: Annotated[float, typer.Option(help="Seconds that each engine may take, with loading.")] = 900.0,
     plain: Annotated[
@@ -116,7 +116,9 @@ def engine(
     job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device)
     results = Results(json_file, device="unknown: no engine could be started")
     console = Console(width=WIDTH)
-    table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")
+    table = Table(
+        "contender", "workload", "requests", "tokens", "first s", "s", "tok/s", "minipaged is", title=f"Engine, {model}"
+    )
     contenders = (OURS, *(["minipaged-plain"] if plain else []), *peers)
     with status_line() as progress:
         for outcome, rows in measure(contenders, job, results.note, progress=progress):
@@ -124,7 +126,8 @@ def engine(
             results.add(row.as_json() for row in rows)
             for row in rows:
                 table.add_row(
-                    row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
+                    row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}",
+                    "" if row.first_seconds is None else f"{row.first_seconds:.2f}", f"{row.seconds:.2f}",
                     f"{row.tokens_per_second:,.1f}", _times(row.ratio),
                 )  # fmt: skip
     if results.rows:

@@ -21,7 +21,7 @@ from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY
 
 JOB = Job("random:toy", ("batch:2",), device="cpu", limit_seconds=100)
 READY = '{"kind": "ready", "seconds": 2.5, "device": "a GPU"}\n'
-PASSED = '{"kind": "pass", "workload": "batch:2", "requests": 2, "tokens": 512, "seconds": %s}\n'
+PASSED = '{"kind": "pass", "workload": "batch:2", "first": %s, "requests": 2, "tokens": 512, "seconds": %s}\n'
 
 
 def script(text: str) -> tuple[str, ...]:
@@ -32,7 +32,10 @@ def script(text: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ({"workloads": ("nana",)}, "workload must be nano, sharegpt or batch:N, not 'nana'"),
+        (
+            {"workloads": ("nana",)},
+            "workload must be nano, sharegpt, chat, long, context, prefix and batch:N, not 'nana'",
+        ),
         ({"workloads": ("batch:0",)}, "batch must be"),
         ({"workloads": ("batch:two",)}, "not 'batch:two'"),
         ({"workloads": ()}, "workload names nothing"),
@@ -57,17 +60,35 @@ def test_peers_need_a_model_that_they_can_draw() -> None:
 
 
 def test_workloads_are_the_same_for_all() -> None:
-    asked, temperature = requests_of("batch:3")
-    assert [(len(prompt), n) for prompt, n in asked] == [(128, 256)] * 3
-    assert temperature == 0.0
-    assert requests_of("nano")[1] == 0.6
-    assert len(requests_of("sharegpt")[0]) == 256
+    def lengths(workload: str) -> list[tuple[int, int]]:
+        return [(len(prompt), n) for prompt, n in requests_of(workload).requests]
+
+    assert lengths("batch:3") == [(128, 256)] * 3
+    assert lengths("long") == [(3000, 256)] * 48
+    assert lengths("context") == [(3900, 16)] * 32
+    assert lengths("prefix") == [(1560, 128)] * 128
+    assert len({tuple(prompt[:1500]) for prompt, _ in requests_of("prefix").requests}) == 1
+    assert len({prompt[1500] for prompt, _ in requests_of("prefix").requests}) > 100
+    assert len(requests_of("sharegpt").requests) == len(requests_of("chat").requests) == 256
+    assert max(sum(pair) for pair in lengths("chat")) > 2048
+    assert [requests_of(name).temperature for name in ("batch:3", "nano", "chat")] == [0.0, 0.6, 0.8]
+    assert [requests_of(name).top_p for name in ("nano", "chat")] == [1.0, 0.95]
+
+
+def test_an_engine_is_started_for_each_kind_of_workload() -> None:
+    """One process has one engine: with a prefix cache, a workload repeated would find all of its prompts there."""
+    plain, cached = replace(JOB, workloads=("prefix", "nano", "long")).split()
+    assert (plain.workloads, plain.prefix_caching, plain.context) == (("nano", "long"), False, 4096)
+    assert (cached.workloads, cached.prefix_caching, cached.context) == (("prefix",), True, 2048)
+    assert JOB.split() == [JOB]
 
 
 def test_what_a_contender_tells_is_read() -> None:
-    text = f"open(sys.argv[2], 'a').write({READY!r} + {PASSED % 2.0!r} + {PASSED % 4.0!r} + '{{\"kin')"
+    told = READY + PASSED % ("true", 8.0) + PASSED % ("false", 2.0) + PASSED % ("false", 4.0) + '{"kin'
+    text = f"open(sys.argv[2], 'a').write({told!r})"
     outcome = run_contender("vllm", JOB, command=script(text))
-    assert outcome == Outcome("vllm", "a GPU", 2.5, {"batch:2": [Pass(2, 512, 2.0), Pass(2, 512, 4.0)]}, "")
+    first, passes = {"batch:2": Pass(2, 512, 8.0)}, {"batch:2": [Pass(2, 512, 2.0), Pass(2, 512, 4.0)]}
+    assert outcome == Outcome("vllm", "a GPU", 2.5, first, passes, "")
 
 
 def test_the_job_arrives_whole() -> None:
@@ -91,7 +112,7 @@ def test_a_contender_that_hangs_is_ended_with_its_children(tmp_path: Path) -> No
         "import subprocess\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         f"open({str(ids)!r}, 'w').write(str(child.pid))\n"
-        f"open(sys.argv[2], 'a').write({READY!r} + {PASSED % 2.0!r})\n"
+        f"open(sys.argv[2], 'a').write({READY!r} + {PASSED % ('false', 2.0)!r})\n"
         "time.sleep(600)\n"
     )
     outcome = run_contender("vllm", replace(JOB, limit_seconds=4.0), command=script(text))
@@ -141,8 +162,14 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 def test_ratios_are_ours_over_theirs_and_gaps_are_told() -> None:
     told = {
-        "minipaged": Outcome("minipaged", "a GPU", 1.0, {"batch:2": [Pass(2, 512, s) for s in (1.0, 2.0, 9.0)]}),
-        "vllm": Outcome("vllm", "a GPU", 60.0, {"batch:2": [Pass(2, 512, 3.0)]}, "ended after its limit of 9 s"),
+        "minipaged": Outcome(
+            "minipaged",
+            "a GPU",
+            1.0,
+            {"batch:2": Pass(2, 512, 20.0)},
+            {"batch:2": [Pass(2, 512, s) for s in (1.0, 2.0, 9.0)]},
+        ),
+        "vllm": Outcome("vllm", "a GPU", 60.0, {}, {"batch:2": [Pass(2, 512, 3.0)]}, "ended after its limit of 9 s"),
         "transformers": Outcome("transformers", note="transformers cannot be imported: no"),
     }
     said: list[str] = []
@@ -154,6 +181,7 @@ def test_ratios_are_ours_over_theirs_and_gaps_are_told() -> None:
         ("vllm", 512 / 3, 1.5),
     ]
     assert rows[0].passes == (1.0, 2.0, 9.0)
+    assert [row.first_seconds for row in rows] == [20.0, None]
     assert said == [
         "minipaged: told nothing of some workloads; not measured: nano",
         "vllm: ended after its limit of 9 s; not measured: nano",
@@ -185,6 +213,7 @@ def test_our_own_contender_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     outcome = run_contender(name, replace(JOB, repeats=1))
     assert outcome.note == ""
     (run,) = outcome.passes["batch:2"]
+    assert outcome.first["batch:2"].tokens == 512
     assert (run.requests, run.tokens) == (2, 512)
     assert outcome.device is not None
     assert outcome.device.startswith("CPU") or os.path.exists("/dev/nvidia0")

@@ -163,8 +163,10 @@ def test_the_engine_command_writes_what_it_measured(tmp_path: Path, monkeypatch:
     assert "batch:1" in text
     (row,) = read_results(path)["rows"]
     assert (row["contender"], row["output_tokens"], len(row["passes"])) == ("minipaged", 256, 2)
+    assert row["first_seconds"] > 0
     assert row["tokens_per_second"] == pytest.approx(256 / row["seconds"])
     assert "| toy | batch:1 |" in report(tmp_path)
+    assert f"| toy | batch:1 | {row['first_seconds']:.2f} · {row['seconds']:.2f} |" in report(tmp_path)
 
 
 def test_an_engine_that_cannot_start_ends_with_its_words(tmp_path: Path) -> None:

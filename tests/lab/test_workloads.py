@@ -55,7 +55,15 @@ def digest(draws: list[tuple[list[int], int]]) -> str:
 
 @pytest.mark.parametrize(
     ("name", "count", "expected"),
-    [("nano", 256, "d72f19b572464c05"), ("sharegpt", 256, "a16f98eccdeed715"), ("b32", 32, "023e3a32bea77cf3")],
+    [
+        ("nano", 256, "d72f19b572464c05"),
+        ("sharegpt", 256, "a16f98eccdeed715"),
+        ("b32", 32, "023e3a32bea77cf3"),
+        ("chat", 256, "753ee0318f7ad23c"),
+        ("long", 48, "5819ecb8e14e5830"),
+        ("context", 32, "ce214832c31cc336"),
+        ("prefix", 128, "cbf9fa5861390b82"),
+    ],
 )
 def test_the_engines_draws_never_change(name: str, count: int, expected: str) -> None:
     draws = engine_draws(name)

@@ -1,7 +1,8 @@
 """One contender of `minipaged bench engine`, in a process of its own: `python -m minipaged.lab.measure.contender NAME
 FILE < JOB`.
 
-Loads the engine, then for each workload makes a warm pass and the timed ones, and appends a JSON line to FILE for each.
+Loads the engine, then makes the passes of each workload, and appends a JSON line to FILE for each of them. The first pass meets every
+shape for the first time, and is told apart.
 The job and the clock are here; each engine's own calls are in contender_*.py.
 """
 
@@ -15,16 +16,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from minipaged.errors import InputError
-from minipaged.lab.measure.engine import ContenderMissingError, Job, Runs, requests_of
+from minipaged.lab.measure.engine import ContenderMissingError, Job, Pass, Runs, requests_of
 from minipaged.lab.simulation.workloads import Draw
 from minipaged.model.loading.shapes import SHAPES, shape
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-WARM_PART = 8  # a warm pass asks for an eighth of each answer: the batch shrinks through the same sizes
 MODULES = {
     "minipaged": "minipaged.lab.measure.contender_minipaged",
     "minipaged-plain": "minipaged.lab.measure.contender_minipaged",
@@ -40,19 +41,18 @@ def compete(name: str, job: Job, tell: Callable[[dict[str, Any]], None]) -> None
     runs: Runs = importlib.import_module(MODULES[name]).load(name, job)
     tell({"kind": "ready", "seconds": time.perf_counter() - started, "device": _device()})
     for workload in job.workloads:
-        asked, temperature = requests_of(workload)
-        asked = _within(asked, job.model)
-        if runs.most_requests is not None:
-            asked = asked[: runs.most_requests]
-        runs.answer(workload, [(prompt, max(1, n // WARM_PART)) for prompt, n in asked], temperature)
-        expected = sum(n for _, n in asked)
-        for _ in range(runs.repeats or job.repeats_of(workload)):
+        asked = requests_of(workload)
+        asked = replace(asked, requests=_within(asked.requests, job.model)[: runs.most_requests])
+        expected = sum(n for _, n in asked.requests)
+        for number in range(1 + (runs.repeats or job.repeats_of(workload))):
+            runs.forget()
             started = time.perf_counter()
-            tokens = runs.answer(workload, asked, temperature)
+            tokens = runs.answer(workload, asked)
             seconds = time.perf_counter() - started
             if tokens != expected:
                 raise RuntimeError(f"{workload}: {tokens} tokens were generated instead of {expected}")
-            tell({"kind": "pass", "workload": workload, "requests": len(asked), "tokens": tokens, "seconds": seconds})
+            run = Pass(len(asked.requests), tokens, seconds)
+            tell({"kind": "pass", "workload": workload, "first": number == 0, **asdict(run)})
 
 
 def _check_room(job: Job) -> None:

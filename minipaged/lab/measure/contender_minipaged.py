@@ -1,4 +1,4 @@
-"""This project's engine as a contender: LLM with contexts of 2,048, no prefix cache, as many sequences as the peers may run."""
+"""This project's engine as a contender: LLM with the job's context and prefix cache, and as many sequences as the peers may run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 from minipaged.api import LLM
 from minipaged.config import SamplingParams
-from minipaged.lab.measure.engine import CONTEXT, Job, Runs
-from minipaged.lab.simulation.workloads import Draw
+from minipaged.lab.measure.engine import CONTEXTS, Asked, Job, Runs
 
 STEP_TOKENS = 8192
 PLAIN: dict[str, Any] = {"graphs": False, "overlap": 0}  # the oracle of the fast path
@@ -16,7 +15,7 @@ PLAIN: dict[str, Any] = {"graphs": False, "overlap": 0}  # the oracle of the fas
 def make_llm(model: str, **settings: Any) -> LLM:
     """The engine as the benchmarks run it. Token ids out: nobody reads the text, so none is made, as the peers make none."""
     chosen = {
-        "max_model_len": CONTEXT,
+        "max_model_len": CONTEXTS[0],
         "enable_prefix_caching": False,
         "max_num_seqs": 256,
         "max_num_batched_tokens": STEP_TOKENS,
@@ -27,12 +26,20 @@ def make_llm(model: str, **settings: Any) -> LLM:
 def load(name: str, job: Job) -> Runs:
     """The fast path, or the plain one for minipaged-plain."""
     llm = make_llm(
-        job.model, max_num_seqs=job.max_num_seqs, device=job.device, **(PLAIN if name == "minipaged-plain" else {})
+        job.model,
+        max_num_seqs=job.max_num_seqs,
+        max_model_len=job.context,
+        enable_prefix_caching=job.prefix_caching,
+        device=job.device,
+        **(PLAIN if name == "minipaged-plain" else {}),
     )
 
-    def answer(workload: str, asked: list[Draw], temperature: float) -> int:
-        params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for _, n in asked]
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked], params)
+    def answer(workload: str, asked: Asked) -> int:
+        params = [
+            SamplingParams(temperature=asked.temperature, top_p=asked.top_p, max_tokens=n, ignore_eos=True)
+            for _, n in asked.requests
+        ]
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked.requests], params)
         return sum(output.request.sequences[0].num_output for output in outputs)
 
-    return Runs(answer)
+    return Runs(answer, forget=llm.reset_prefix_cache)

@@ -1,4 +1,4 @@
-"""vLLM as a contender: weights of its own drawing in the same shape, FlashAttention, CUDA graphs, no prefix cache, no tokenizer."""
+"""vLLM as a contender: weights of its own drawing in the same shape, FlashAttention, CUDA graphs, no tokenizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from minipaged.lab.measure.engine import CONTEXT, ContenderMissingError, Job, Runs
+from minipaged.lab.measure.engine import Asked, ContenderMissingError, Job, Runs
 from minipaged.lab.measure.hub_shape import hub_config
-from minipaged.lab.simulation.workloads import Draw
 from minipaged.model.loading.shapes import shape
 
 MEMORY_SHARE = 0.9  # of the GPU's, weights included
@@ -28,18 +27,18 @@ def load(name: str, job: Job) -> Runs:
         skip_tokenizer_init=True,
         dtype="bfloat16",
         seed=0,
-        max_model_len=CONTEXT,
+        max_model_len=job.context,
         max_num_seqs=job.max_num_seqs,
         gpu_memory_utilization=MEMORY_SHARE,
-        enable_prefix_caching=False,
+        enable_prefix_caching=job.prefix_caching,
         attention_config={"backend": "FLASH_ATTN"},
     )
 
-    def answer(workload: str, asked: list[Draw], temperature: float) -> int:
-        params = [
-            SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in asked
-        ]
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked], params, use_tqdm=False)
+    def answer(workload: str, asked: Asked) -> int:
+        drawn = {"temperature": asked.temperature, "top_p": asked.top_p}
+        params = [SamplingParams(**drawn, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in asked.requests]
+        prompts = [{"prompt_token_ids": prompt} for prompt, _ in asked.requests]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    return Runs(answer)
+    return Runs(answer, forget=llm.reset_prefix_cache)

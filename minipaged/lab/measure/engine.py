@@ -2,8 +2,8 @@
 
 Each contender is a process of its own (contender.py) that gets a job and writes a line for every pass, so one that is
 not installed, fails or takes too long is left out with a note and the others go on. Token ids in and out, random
-weights, lengths as drawn; a warm pass first, then the median of the repeats. This module imports no torch: its process
-must take nothing of the GPU's memory.
+weights, lengths as drawn; a first pass, which meets everything for the first time, then the median of the repeats. This
+module imports no torch: its process must take nothing of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from minipaged.config import Progress, check_choice, check_int, check_real
 from minipaged.errors import InputError
-from minipaged.lab.simulation.workloads import Draw, engine_draws
+from minipaged.lab.simulation.workloads import ENGINE_DRAWS, Draw, engine_draws
 
 OURS = "minipaged"
 PEERS = ("vllm", "transformers")
 CONTENDERS = (OURS, "minipaged-plain", *PEERS)
-CONTEXT = 2048  # tokens: the longest request of all workloads, and what every contender has to expect
+CONTEXTS = (2048, 4096)  # tokens that every contender has to expect: the first that holds the job's longest request
 LAST_LINES = 3  # of the log of a contender that failed, for the note
 
 
@@ -39,7 +40,7 @@ class Job:
     model: str
     workloads: tuple[str, ...]
     repeats: int = 3  # of batch:N
-    long_repeats: int = 3  # of nano and sharegpt
+    long_repeats: int = 3  # of the others
     max_num_seqs: int = 256
     limit_seconds: float = 900.0
     device: str = "auto"
@@ -50,7 +51,7 @@ class Job:
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_real("limit_seconds", self.limit_seconds, 1.0)
         if not self.workloads:
-            raise InputError("workload names nothing; there are nano, sharegpt and batch:N, with commas between them")
+            raise InputError(f"workload names nothing; there are {KNOWN}, with commas between them")
         for workload in self.workloads:
             requests_of(workload)
 
@@ -58,19 +59,56 @@ class Job:
         """Timed passes over that workload."""
         return self.repeats if workload.startswith("batch:") else self.long_repeats
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence that the engine is to expect."""
+        longest = max(len(prompt) + n for workload in self.workloads for prompt, n in requests_of(workload).requests)
+        return next(context for context in CONTEXTS if longest <= context)
 
-def requests_of(workload: str) -> tuple[list[Draw], float]:
-    """(prompt token ids, output length) of each request, and the temperature. InputError for an unknown name."""
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether the engine keeps a prefix cache. It is one engine for all workloads, so `measure` keeps apart those that differ."""
+        return any(requests_of(workload).prefix_caching for workload in self.workloads)
+
+    def split(self) -> list[Job]:
+        """A job for each way to start an engine: the workloads without a prefix cache, then those with one."""
+        kinds = {False: list[str](), True: list[str]()}
+        for workload in self.workloads:
+            kinds[requests_of(workload).prefix_caching].append(workload)
+        return [replace(self, workloads=tuple(names)) for names in kinds.values() if names]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a workload asks for. requests: (prompt token ids, output length) each."""
+
+    requests: list[Draw]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    prefix_caching: bool = False
+
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "nano": {"temperature": 0.6},
+    "chat": {"temperature": 0.8, "top_p": 0.95},
+    "prefix": {"prefix_caching": True},
+}
+KNOWN = ", ".join(ENGINE_DRAWS) + " and batch:N"
+
+
+@cache
+def requests_of(workload: str) -> Asked:
+    """The requests of a workload, and how they are drawn. InputError for an unknown name."""
     name, _, number = workload.partition(":")
     if name == "batch" and number.isdecimal():
-        return engine_draws(f"b{check_int('batch', int(number), 1, 4096)}"), 0.0
-    if workload not in ("nano", "sharegpt"):
-        raise InputError(f"workload must be nano, sharegpt or batch:N, not {workload!r}")
-    return engine_draws(workload), 0.6 if workload == "nano" else 0.0
+        return Asked(engine_draws(f"b{check_int('batch', int(number), 1, 4096)}"))
+    if workload not in ENGINE_DRAWS:
+        raise InputError(f"workload must be {KNOWN}, not {workload!r}")
+    return Asked(engine_draws(workload), **SAMPLING.get(workload, {}))
 
 
-Answer = Callable[[str, list[Draw], float], int]
-"""answer(workload, requests, temperature): generate every request to its length; returns the output tokens."""
+Answer = Callable[[str, Asked], int]
+"""answer(workload, asked): generate every request to its length; returns the output tokens."""
 
 
 class ContenderMissingError(Exception):
@@ -78,10 +116,19 @@ class ContenderMissingError(Exception):
 
 
 class Runs:
-    """What a contender can do. answer: see Answer; most_requests: of a workload, None for all; repeats: None for the job's."""
+    """What a contender can do. answer: see Answer; forget: empties the prefix cache; most_requests: of a workload, None for all;
+    repeats: None for the job's."""
 
-    def __init__(self, answer: Answer, *, most_requests: int | None = None, repeats: int | None = None) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        *,
+        forget: Callable[[], object] = lambda: None,
+        most_requests: int | None = None,
+        repeats: int | None = None,
+    ) -> None:
         self.answer = answer
+        self.forget = forget
         self.most_requests = most_requests
         self.repeats = repeats
 
@@ -102,13 +149,15 @@ class Outcome:
     contender: str
     device: str | None = None
     startup_seconds: float | None = None
+    first: dict[str, Pass] = field(default_factory=dict)
     passes: dict[str, list[Pass]] = field(default_factory=dict)
     note: str = ""
 
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One contender on one workload: the median pass. ratio, in a peer's row: our tokens per second over the peer's."""
+    """One contender on one workload: the median pass, and the first one, which is not among `passes`. ratio, in a peer's row: our tokens
+    per second over the peer's."""
 
     contender: str
     model: str
@@ -119,6 +168,7 @@ class EngineRow:
     tokens_per_second: float
     passes: tuple[float, ...]  # seconds of each
     startup_seconds: float | None
+    first_seconds: float | None = None
     ratio: float | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -185,7 +235,10 @@ def _outcome(name: str, told: Path, trouble: str) -> Outcome:
                 outcome.device, outcome.startup_seconds = words["device"], words["seconds"]
             case "pass":
                 run = Pass(words["requests"], words["tokens"], words["seconds"])
-                outcome.passes.setdefault(words["workload"], []).append(run)
+                if words["first"]:
+                    outcome.first[words["workload"]] = run
+                else:
+                    outcome.passes.setdefault(words["workload"], []).append(run)
             case "missing":
                 outcome.note = words["why"]
     return outcome
@@ -206,6 +259,7 @@ def rows_of(outcome: Outcome, model: str, ours: dict[str, EngineRow]) -> Iterato
             speed,
             tuple(run.seconds for run in passes),
             outcome.startup_seconds,
+            outcome.first[workload].seconds if workload in outcome.first else None,
             ours[workload].tokens_per_second / speed if workload in ours else None,
         )
 
@@ -218,15 +272,18 @@ def measure(
     run: Callable[[str, Job], Outcome] = run_contender,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[tuple[Outcome, list[EngineRow]]]:
-    """Every contender in turn, ours first. note: called with what is left out, and why. progress: with who runs now."""
+    """Every contender in turn, ours first: a process for each way that its workloads start an engine (Job.split). note: called with
+    what is left out, and why. progress: with who runs now.
+    """
     ours: dict[str, EngineRow] = {}
-    for i, name in enumerate(contenders):
-        progress(f"{name} on {job.model}: {', '.join(job.workloads)}", i, len(contenders))
-        outcome = run(name, job)
-        rows = list(rows_of(outcome, job.model, ours))
+    turns = [(name, part) for name in contenders for part in job.split()]
+    for i, (name, part) in enumerate(turns):
+        progress(f"{name} on {part.model}: {', '.join(part.workloads)}", i, len(turns))
+        outcome = run(name, part)
+        rows = list(rows_of(outcome, part.model, ours))
         if name == OURS:
-            ours = {row.workload: row for row in rows}
-        missing = [workload for workload in job.workloads if workload not in outcome.passes]
+            ours |= {row.workload: row for row in rows}
+        missing = [workload for workload in part.workloads if workload not in outcome.passes]
         if outcome.note or missing:
             lacking = f"; not measured: {', '.join(missing)}" if missing else ""
             note(f"{name}: {outcome.note or 'told nothing of some workloads'}{lacking}")

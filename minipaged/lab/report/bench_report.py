@@ -108,7 +108,28 @@ def engine_tables(rows: Rows) -> list[str]:
         ]
         lines.append([model.removeprefix("random:"), workload, *cells])
     text = "Output tokens per second, bfloat16, random weights; in brackets how many times as fast minipaged is."
-    return [text, _table(["model shape", "workload", *contenders], lines)]
+    return [text, _table(["model shape", "workload", *contenders], lines), *_first_passes(rows, contenders)]
+
+
+def _first_passes(rows: Rows, contenders: Sequence[str]) -> list[str]:
+    """What each workload took when it was met for the first time. Files of earlier versions do not say."""
+    found = {
+        (row["model"], row["workload"], row["contender"]): row for row in rows if row.get("first_seconds") is not None
+    }
+    lines = [
+        [model.removeprefix("random:"), workload]
+        + [
+            f"{row['first_seconds']:.2f} · {row['seconds']:.2f}" if (row := found.get((model, workload, name))) else ""
+            for name in contenders
+        ]
+        for model, workload in dict.fromkeys((model, workload) for model, workload, _ in found)
+    ]
+    if not lines:
+        return []
+    return [
+        "Seconds of a workload's first pass · of the median pass after it.",
+        _table(["model shape", "workload", *contenders], lines),
+    ]
 
 
 def kernel_tables(rows: Rows) -> list[str]:

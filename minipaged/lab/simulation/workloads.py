@@ -210,19 +210,18 @@ Draw = tuple[list[int], int]  # prompt token ids, output length
 
 
 def engine_draws(name: str) -> list[Draw]:
-    """The exact requests that the engines are timed on, from fixed seeds: `nano`, `sharegpt`, or `bN` for N equal
+    """The exact requests that the engines are timed on, from fixed seeds: a name of ENGINE_DRAWS, or `bN` for N equal
     ones (128 in, 256 out).
 
     Python's own generator is used in a fixed order of calls, so the token ids are the same on every machine.
     """
-    if name == "nano":
-        return _nano_draws()
-    if name == "sharegpt":
-        return _sharegpt_draws(256, seed=1)
+    if name in ENGINE_DRAWS:
+        return ENGINE_DRAWS[name]()
     if name[:1] == "b" and name[1:].isdecimal() and int(name[1:]) > 0:
-        rng = random.Random(2)
-        return [(_token_ids(rng, 128, low=5), 256) for _ in range(int(name[1:]))]
-    raise InputError(f"unknown draw {name!r}; known: nano, sharegpt, or b followed by a batch size, such as b32")
+        return _equal_draws(int(name[1:]), 128, 256, seed=2)
+    raise InputError(
+        f"unknown draw {name!r}; known: {', '.join(ENGINE_DRAWS)}, or b followed by a batch size, such as b32"
+    )
 
 
 def _token_ids(rng: random.Random, count: int, *, low: int) -> list[int]:
@@ -238,11 +237,42 @@ def _nano_draws() -> list[Draw]:
     return [(prompt, rng.randint(100, 1024)) for prompt in prompts]
 
 
-def _sharegpt_draws(count: int, *, seed: int) -> list[Draw]:
-    """Log-normal lengths with means near 161 in and 338 out before the cut to [4, 1024]; lengths rounded down."""
+def _equal_draws(count: int, prompt: int, output: int, *, seed: int, shared: int = 0) -> list[Draw]:
+    """`count` requests of the same lengths; the first `shared` tokens of the prompts are the same too."""
     rng = random.Random(seed)
+    prefix = _token_ids(rng, shared, low=5)
+    return [(prefix + _token_ids(rng, prompt - shared, low=5), output) for _ in range(count)]
 
-    def length(mean: float, sigma: float) -> int:
-        return max(4, min(1024, int(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
 
-    return [(_token_ids(rng, length(161, 1.0), low=5), length(338, 0.9)) for _ in range(count)]
+def _length(rng: random.Random, mean: float, sigma: float, low: int, high: int) -> int:
+    """A log-normal length whose mean is `mean` before the cut to [low, high]; rounded down."""
+    return max(low, min(high, int(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
+
+
+def _sharegpt_draws(count: int, *, seed: int) -> list[Draw]:
+    """Log-normal lengths with means near 161 in and 338 out before the cut to [4, 1024]."""
+    rng = random.Random(seed)
+    return [
+        (_token_ids(rng, _length(rng, 161, 1.0, 4, 1024), low=5), _length(rng, 338, 0.9, 4, 1024)) for _ in range(count)
+    ]
+
+
+def _chat_draws(count: int, *, seed: int) -> list[Draw]:
+    """A chat server's mix: short questions, talks that have gone on for a while, long texts to work on; answers of all lengths."""
+    rng = random.Random(seed)
+    kinds = ((0.5, 80, 0.7), (0.4, 700, 0.6), (0.1, 2200, 0.3))  # share of the requests, mean and spread of the prompt
+    draws = []
+    for _ in range(count):
+        ((_, mean, sigma),) = rng.choices(kinds, [share for share, _, _ in kinds])
+        draws.append((_token_ids(rng, _length(rng, mean, sigma, 4, 3000), low=5), _length(rng, 330, 0.9, 4, 1024)))
+    return draws
+
+
+ENGINE_DRAWS: dict[str, Callable[[], list[Draw]]] = {
+    "nano": _nano_draws,
+    "sharegpt": lambda: _sharegpt_draws(256, seed=1),
+    "chat": lambda: _chat_draws(256, seed=3),
+    "long": lambda: _equal_draws(48, 3000, 256, seed=4),
+    "context": lambda: _equal_draws(32, 3900, 16, seed=5),
+    "prefix": lambda: _equal_draws(128, 1560, 128, seed=6, shared=1500),
+}
