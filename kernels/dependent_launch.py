@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minipaged.kernels.launch_table import HOPPER, capability
+from minipaged.kernels.launch_table import HOPPER, gpu_of
 
 ENVIRONMENT_VARIABLE = "MINIPAGED_DEPENDENT_LAUNCH"
 PLAIN_LAUNCH: dict[str, bool] = {"DEPENDENT": False}  # after everything before it has ended
@@ -32,6 +32,6 @@ def wait_for_previous(DEPENDENT: tl.constexpr):
 @cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """The options of a launch on `device`: dependent from Hopper on, unless MINIPAGED_DEPENDENT_LAUNCH=0; plain in the interpreter."""
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "0" or capability(device) < HOPPER:
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "0" or gpu_of(device).capability < HOPPER:
         return PLAIN_LAUNCH
     return {"DEPENDENT": True, "launch_pdl": True}

@@ -64,6 +64,8 @@ def use_triton(tensor: torch.Tensor) -> bool:
     choice = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if choice == "torch":
         return False
+    if tensor.is_meta:  # shapes alone: whoever asks wants to know what would be launched (variants.py)
+        return triton_installed()
     if choice == "":
         if not tensor.is_cuda:
             return False

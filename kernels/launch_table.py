@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -113,6 +114,7 @@ HOPPER_PREFILL_HEAD_DIMS = (64, 128)
 CACHE_BYTES = 48 << 20  # of keys and values that stay in an H100's second cache, of 50 MiB
 
 
+DECODE_ROWS = (1, 32, 256, 1024)
 FEW_ROWS = LinearLaunch(rows=16, columns=16, depth=256, num_warps=2, num_stages=4)
 FEW_ROWS_OUTPUTS = 4096  # wider products have enough tiles for torch's kernels
 
@@ -124,6 +126,14 @@ def one_row_launch(n_size: int, gated: bool) -> LinearLaunch:
     if n_size <= 2048:  # few programs: each keeps more of the weight in flight
         return LinearLaunch(rows=1, columns=4, depth=1024, num_warps=8, num_stages=1)
     return LinearLaunch(rows=1, columns=4, depth=512, num_warps=4, num_stages=1)
+
+
+def decode_rows(num_rows: int) -> int:
+    """Room for so many rows' lengths in a program that cuts rows into chunks: one of few sizes, since each is a kernel to compile.
+
+    One row needs no sums. 32 are a warp's own, 256 four a thread; a program reads them once, beside at least 128 positions of keys.
+    """
+    return next((room for room in DECODE_ROWS if num_rows <= room), next_power_of_two(num_rows))
 
 
 def next_power_of_two(n: int) -> int:
@@ -152,7 +162,7 @@ def check_layout(block_size: int, head_dim: int) -> None:
 def decode_launch(head_dim: int, element_bytes: int, device: torch.device) -> DecodeLaunch:
     """The launch for paged_decode, its stages and tile cut to the shared memory of `device`."""
     launch = DECODE[_row(head_dim), element_bytes]
-    limit = shared_memory_bytes(device)
+    limit = gpu_of(device).shared_memory_bytes
     stage_bytes = 2 * head_block(head_dim) * element_bytes  # a key and a value, per position of the tile
     while launch.tile * stage_bytes * launch.num_stages > limit and (launch.num_stages > 1 or launch.tile > 16):
         stages = launch.num_stages
@@ -178,7 +188,7 @@ def prefill_launch(
         return launch
     pack = packed_heads(launch, group)
     programs = rows * (heads // pack) * -(-max_query_len * pack // launch.query_tile)
-    if longest >= LONG_CONTEXT or programs < 2 * multiprocessors(device):
+    if longest >= LONG_CONTEXT or programs < 2 * gpu_of(device).multiprocessors:
         return _fitted(PREFILL_ALONE[key], head_dim, element_bytes, device)
     return launch
 
@@ -197,10 +207,9 @@ def hopper_prefill_launch(
     rows = block_tables.shape[0]
     strides = (*query.stride()[:2], *key_cache.stride()[:3])
     takes = (
-        query.is_cuda
+        gpu_of(query.device).capability == HOPPER
         and window is None
         and query.element_size() == 2
-        and capability(query.device) == HOPPER
         and head_dim in HOPPER_PREFILL_HEAD_DIMS
         and block_size == next_power_of_two(block_size)
         and all(stride % 16 == 0 for stride in strides)  # copies of 16 bytes; Triton knows of multiples of 16
@@ -238,7 +247,7 @@ def hopper_prefill_settings(
 @cache
 def _fitted(launch: PrefillLaunch, head_dim: int, element_bytes: int, device: torch.device) -> PrefillLaunch:
     """The launch, its stages and tiles cut to the shared memory of `device`."""
-    limit = shared_memory_bytes(device)
+    limit = gpu_of(device).shared_memory_bytes
     row_bytes = head_block(head_dim) * element_bytes
 
     def needed(launch: PrefillLaunch) -> int:
@@ -261,22 +270,37 @@ def _row(head_dim: int) -> int:
     return next(limit for limit in (64, 128, 256) if head_dim <= limit)
 
 
+class Gpu(NamedTuple):
+    """What launches are chosen by. capability: of an NVIDIA GPU, (0, 0) of others; shared_memory_bytes: that one program may have."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory_bytes: int
+
+
+INTERPRETED = Gpu(
+    (0, 0), 1, 227 << 10
+)  # without a CUDA device: an H100's shared memory, so that tiles are those of the real one
+H100 = Gpu((9, 0), 132, 227 << 10)
+_of_shapes = INTERPRETED
+
+
+def assume_for_shapes(gpu: Gpu) -> None:
+    """The GPU that tensors without contents (the device "meta") count as being on; see variants.py."""
+    global _of_shapes
+    _of_shapes = gpu
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """What `device` is to the launch table."""
+    return _of_shapes if device.type == "meta" else _gpu_of(device)
+
+
 @cache
-def shared_memory_bytes(device: torch.device) -> int:
-    """Shared memory that one program may have; without a CUDA device (the interpreter) an H100's."""
+def _gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return 227 << 10
+        return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 96 << 10))
-
-
-@cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of an NVIDIA GPU; (0, 0) of other devices."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the device; 1 without a CUDA device (the interpreter)."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+    capability = torch.cuda.get_device_capability(device) if torch.version.hip is None else (0, 0)
+    shared = int(getattr(properties, "shared_memory_per_block_optin", 96 << 10))
+    return Gpu(capability, int(properties.multi_processor_count), shared)

@@ -37,7 +37,8 @@ class LLM:
     float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
     `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
     running requests make way for a more urgent one that waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU
-    and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that does not work.
+    and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile all
+    kernels there at the start, so that no request waits for one. Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;
@@ -62,6 +63,7 @@ class LLM:
         policy: Literal["fcfs", "priority"] = "fcfs",
         overlap: Literal["auto"] | int = "auto",
         graphs: bool = True,
+        warm_up: bool = True,
         seed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -78,6 +80,7 @@ class LLM:
             check_int("max_model_len", max_model_len, 2)
         check_real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_low=True)
         check_bool("enforce_eager", enforce_eager)
+        check_bool("warm_up", warm_up)
         if check_int("tensor_parallel_size", tensor_parallel_size, 1) != 1:
             raise InputError(
                 f"tensor_parallel_size must be 1, not {tensor_parallel_size}: a model runs on one device here"
@@ -108,6 +111,7 @@ class LLM:
             overlap=None if overlap == "auto" else overlap,
             graphs=graphs and not enforce_eager,
             gpu_share=gpu_memory_utilization,
+            warm_up=warm_up,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +14,7 @@ from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
+from minipaged.kernels.launch_table import gpu_of
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
@@ -20,8 +22,12 @@ from minipaged.model.loading.tokenizer import Tokenizer
 from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from minipaged.execution.compile_ahead import CompileAhead, Compiled
+
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
 GPU_POOL_SHARE = 0.9  # of the memory that is free once the weights are loaded
+CAPTURE_SECONDS = 2.0  # at start; graphs that are not captured by then are when their shape comes for the second time
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class Parts:
     cache: CacheConfig
     device: torch.device
     dtype: str
+    compiled: tuple[Compiled, ...] = ()  # kernels that this start had to compile
 
 
 def choose_num_blocks(
@@ -103,34 +110,65 @@ def assemble(
     overlap: int | None = None,
     graphs: bool = True,
     gpu_share: float = GPU_POOL_SHARE,
+    warm_up: bool = True,
 ) -> Parts:
     """Load the model and build an engine around it.
 
     Replaced: cache.num_blocks by what fits if `num_blocks` is None, config.max_model_len by the model's context if `max_model_len` is
-    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None.
+    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. warm_up: on a GPU, compile all kernels while the
+    weights are loaded and capture graphs, so that nothing waits for that later.
     """
     chosen = choose_device(device)
     try:
-        use_triton(torch.empty(0, device=chosen))
+        on_triton = use_triton(torch.empty(0, device=chosen))
     except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
         raise InputError(str(error)) from None
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
-    loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress)
-    shape = loaded.config
-    if max_model_len is not None and max_model_len > shape.max_position:
-        raise InputError(
-            f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
-        )
     depth = overlap if overlap is not None else int(chosen.type == "cuda")
-    config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
+    captures = graphs and on_triton and chosen.type == "cuda"
+    warm_up = warm_up and captures and os.environ.get("MINIPAGED_WARM_UP") != "0"
+    compiling: CompileAhead | None = None
+
+    def known(shape: ModelConfig) -> None:
+        nonlocal config, compiling
+        if max_model_len is not None and max_model_len > shape.max_position:
+            raise InputError(
+                f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
+            )
+        config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
+        if warm_up:
+            memory = int(gpu_share * free_bytes(chosen)) if num_blocks is None else None
+            compiling = _compile_ahead(shape, config, cache, kind, chosen, memory)
+
+    try:
+        loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress, known=known)
+    except BaseException:
+        if compiling is not None:
+            compiling.stop()
+        raise
+    compiled = tuple(compiling.wait(progress)) if compiling is not None else ()
+    shape = loaded.config
     if num_blocks is None:
         step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
         num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step, gpu_share)
     cache = replace(cache, num_blocks=num_blocks)
     check_pool(shape, cache, kind, chosen)
     engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
-    return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
+    if warm_up:
+        runner: Any = engine.runner
+        runner.capture_ahead(CAPTURE_SECONDS, progress)
+    return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind, compiled)
+
+
+def _compile_ahead(
+    shape: ModelConfig, config: EngineConfig, cache: CacheConfig, dtype: str, device: torch.device, memory: int | None
+) -> CompileAhead | None:
+    """The start of compiling what this engine needs; None where the GPU is not NVIDIA's."""
+    from minipaged.execution.compile_ahead import CompileAhead, asked_of
+
+    gpu = gpu_of(device)
+    return None if gpu.capability == (0, 0) else CompileAhead(asked_of(shape, config, cache, dtype, gpu, memory))
 
 
 def build_engine(

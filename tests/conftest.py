@@ -11,6 +11,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a run in the background
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch is imported: two workers with two threads each would fight over two cores
+os.environ.setdefault("MINIPAGED_WARM_UP", "0")  # tests on a GPU build many small engines, each of which needs little
 
 import pytest
 from hypothesis import HealthCheck, Verbosity, settings

@@ -21,8 +21,9 @@ from minipaged.kernels.launch_table import (
     DecodeLaunch,
     check_layout,
     decode_launch,
+    decode_rows,
+    gpu_of,
     head_block,
-    multiprocessors,
     next_power_of_two,
 )
 
@@ -218,7 +219,7 @@ def paged_decode_triton(
         return out
     launch = launch or decode_launch(head_dim, query.element_size(), query.device)
     group = heads // kv_heads
-    programs = launch.programs_per_multiprocessor * multiprocessors(query.device)
+    programs = launch.programs_per_multiprocessor * gpu_of(query.device).multiprocessors
     target = max(1, programs // kv_heads)
     longest = block_tables.shape[-1] * block_size if window is None else window
     split = longest > launch.min_chunk and num_rows * kv_heads < launch.enough_waves * programs
@@ -230,7 +231,7 @@ def paged_decode_triton(
     else:
         partial = partial_lse = out  # not touched
     per_head = block_tables.dim() == 3
-    rows = next_power_of_two(num_rows)
+    rows = decode_rows(num_rows) if split else 1
     dependent = dependent_launch(query.device)
     most_programs = num_rows * kv_heads * -(-longest // launch.min_chunk)
     alone = split and fills_one_wave(num_rows * kv_heads, most_programs, programs)

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from minipaged.kernels.attention.prefill_hopper_items import HALF
 from minipaged.kernels.attention.prefill_hopper_loads import THREADS, produce
 from minipaged.kernels.attention.prefill_hopper_loops import consume
-from minipaged.kernels.launch_table import HopperPrefillLaunch, multiprocessors, packed_heads
+from minipaged.kernels.launch_table import HopperPrefillLaunch, gpu_of, packed_heads
 
 SLOTS = 2  # tiles of queries: one in use, one loaded ahead
 # Registers a thread: the computing warps take what the loading ones do not need.
@@ -145,7 +145,7 @@ def paged_prefill_hopper(
     kv_bytes = 2 * block_tables.shape[-1] * block_size * head_dim * key_cache.element_size()
     section = launch.section(pairs, group // pack, kv_bytes)
     items = pairs * tiles
-    programs = min(items, multiprocessors(query.device)) if launch.persistent else items
+    programs = min(items, gpu_of(query.device).multiprocessors) if launch.persistent else items
     _hopper_prefill_kernel[(programs,)](
         out,
         query,

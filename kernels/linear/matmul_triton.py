@@ -115,7 +115,7 @@ def _one_row_kernel(
     tl.store(out_ptr + column, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _few_rows_kernel(
     out_ptr,
     x_ptr,

@@ -149,6 +149,29 @@ def pull(
 
 
 @app.command()
+def warm(
+    model: Annotated[str, typer.Argument(help="As --model elsewhere.", autocompletion=complete.models)] = DEFAULT_MODEL,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that the engine may run at once.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step at most.")] = 2048,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence at most; the model's if left out.")
+    ] = None,
+    device: Device = "auto",
+    dtype: DTypeName = "auto",
+    block_size: BlockSize = 16,
+) -> None:
+    """Compile all kernels that a model needs on this GPU, so that its next start finds them."""
+    from minipaged.cli.warm import warm as run
+
+    settings: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+    }
+    raise typer.Exit(run(model, settings | {"device": device, "dtype": dtype, "block_size": block_size}))
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine has, and for each thing that is missing the command that installs it."""
     from minipaged.cli.doctor import report

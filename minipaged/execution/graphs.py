@@ -1,24 +1,28 @@
 """Steps as CUDA graphs, whole: embedding, layers, LM head and, where draws are plain, the sampler in one launch.
 
-A graph is captured once for each shape (step_inputs.py) and replayed from then on, so everything that changes between steps lies in
-buffers on the device. Sampled ids stay on the device, where the next step reads them, and are copied to the host behind the launch. Large
-prompt chunks, and prompts whose log-probabilities are wanted, are launched kernel by kernel, as TorchRunner does.
+Everything that changes between steps lies in buffers on the device, one layout for each shape (step_inputs.py). So a shape's first step
+runs over these buffers kernel by kernel, and its second one is captured while it is launched, and replayed from then on: nothing waits for
+a graph. Sampled ids stay on the device, where the next step reads them, and are copied to the host behind the launch. Large prompt chunks,
+and prompts whose log-probabilities are wanted, are launched kernel by kernel, as TorchRunner does.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minipaged.config import Progress
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.sampler import is_truncated
 from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
-from minipaged.kernels.elementwise import embed_tokens
+from minipaged.kernels.elementwise import embed_tokens, rms_norm
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
 from minipaged.model.llama import Layer, Llama, angle_table
 from minipaged.model.loading.placement import to_device
@@ -75,6 +79,13 @@ def largest_shapes(max_num_seqs: int) -> tuple[Shape, Shape]:
     return _decodes_alone(max_num_seqs), mixed
 
 
+def every_shape(max_num_seqs: int) -> tuple[list[Shape], list[Shape]]:
+    """The shapes that a step may have in an engine of so many sequences: of decodes alone, and with chunks."""
+    alone = sorted({_decodes_alone(rows) for rows in range(1, max_num_seqs + 1)})
+    rows = [n for n in ROW_BUCKETS if n <= _bucket(ROW_BUCKETS, min(max_num_seqs, MOST_TOKENS))]
+    return alone, [_mixed(*sizes) for sizes in product(TOKEN_BUCKETS, rows, CHUNK_BUCKETS)]
+
+
 class Draws(Enum):
     """What a graph ends in."""
 
@@ -110,7 +121,8 @@ class GraphPending:
 
 
 class GraphRunner(TorchRunner):
-    """A TorchRunner that replays graphs wherever a step has a shape for one; CUDA only.
+    """A TorchRunner that replays graphs wherever a step has a shape for one. On a GPU; on the device "meta" it launches what it would
+    launch there (compile_ahead.py) and replays nothing.
 
     max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with. depth: the engine's, steps in
     flight beyond the one being committed.
@@ -118,8 +130,9 @@ class GraphRunner(TorchRunner):
 
     def __init__(self, model: Llama, kv: PagedKV, max_num_seqs: int, max_model_len: int, *, depth: int = 1) -> None:
         super().__init__(model, kv, max_num_seqs)
-        if self.device.type != "cuda":
+        if self.device.type not in ("cuda", "meta"):
             raise ValueError(f"graphs need a CUDA device, not {self.device}")
+        self._most_decodes = max_num_seqs
         self._dummy_slot = max_num_seqs  # the batch index that padding draws for
         self._newest = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self._width = -(-max_model_len // kv.block_size)
@@ -131,9 +144,12 @@ class GraphRunner(TorchRunner):
         self._logits: Tensor | None = None
         self._angles = angle_table(model.frequencies, max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._met: set[tuple[Shape, Draws]] = set()  # shapes that have run once, kernel by kernel
+        self._too_large: set[tuple[Shape, Draws]] = set()  # no memory was left to capture these
+        if self.device.type == "meta":
+            return
         self._memory = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._too_large: set[tuple[Shape, Draws]] = set()  # no memory was left to capture these
         self._stages = [self._new_stage(size) for _ in range(depth + 2)]
         self._turn = 0
 
@@ -152,17 +168,21 @@ class GraphRunner(TorchRunner):
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
-        captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
-        if captured is None:
-            return super().launch(plan)
+        captured = self._graphs.get((shape, draws))
+        if captured is None and (shape, draws) in self._met:
+            captured = self._capture(shape, draws)
         self._move_blocks(plan)
         count = len(plan.draw_rows)
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % len(self._stages)
         stage.done.synchronize()  # its last copy was made depth + 2 steps ago
         self._send(plan, stage, shape, draws)
-        graph, result = captured
-        graph.replay()
+        if captured is None:
+            self._met.add((shape, draws))
+            result = self.step(shape, draws)
+        else:
+            graph, result = captured
+            graph.replay()
         if draws is Draws.NONE:
             stage.done.record()
             if shape.chunks or np.array_equal(plan.draw_rows, np.arange(len(plan.seq_ids))):
@@ -187,8 +207,8 @@ class GraphRunner(TorchRunner):
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, for the steps that are not replayed."""
-        hidden: Tensor = self.model.norm(self._hidden(inputs))
-        return hidden
+        norm = self.model.norm
+        return rms_norm(self._hidden(inputs), norm.weight, norm.eps)
 
     def _hidden(self, inputs: StepInputs) -> Tensor:
         """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are."""
@@ -201,8 +221,8 @@ class GraphRunner(TorchRunner):
         embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
         return self.model.run_layers(embedded, attention)
 
-    def _step(self, shape: Shape, draws: Draws) -> Tensor:
-        """What a graph does: one step of what lies in the inputs. Returns the drawn ids, [rows], or the logits, [rows, vocab]: of each
+    def step(self, shape: Shape, draws: Draws) -> Tensor:
+        """What a graph holds: one step of what lies in the inputs. Returns the drawn ids, [rows], or the logits, [rows, vocab]: of each
         decode in its row, or, where there are chunks, of each draw.
         """
         inputs = views(self._inputs, shape, self._width)
@@ -233,30 +253,67 @@ class GraphRunner(TorchRunner):
         return self._logits
 
     def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
-        """Capture the graph of a shape, over inputs of padding alone, so that warming it up writes nothing; None where the memory is
-        short.
+        """Capture the graph of a shape that has run once, so that all its kernels are there; None where the memory is short.
+
+        Nothing runs meanwhile, and what lies in the inputs does not matter. torch.cuda.graph would collect garbage and give torch's free
+        memory back first, which the next large step would ask for again.
         """
         if (shape, draws) in self._too_large:
             return None
+        try:
+            captured = self._captured(shape, draws)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # what torch holds without using it is not there for graphs
+            try:
+                captured = self._captured(shape, draws)
+            except torch.OutOfMemoryError:
+                self._too_large.add((shape, draws))
+                return None
+        self._graphs[shape, draws] = captured
+        return captured
+
+    def _captured(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._capturing.wait_stream(current)
+        with torch.cuda.stream(self._capturing):
+            graph.capture_begin(pool=self._memory)
+            try:
+                result = self.step(shape, draws)
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._capturing)
+        return graph, result
+
+    @torch.inference_mode()
+    def capture_ahead(self, seconds: float, progress: Progress | None = None) -> int:
+        """Capture graphs of decodes alone before they are asked for, for so long: from one row up, the most likely draws first. Returns how
+        many.
+        """
+        alone, _ = every_shape(self._most_decodes)
+        wanted = [(shape, draws) for draws in (Draws.GREEDY, Draws.TRUNCATED, Draws.WARM) for shape in alone]
+        end = time.perf_counter() + seconds
+        for done, (shape, draws) in enumerate(wanted):
+            if time.perf_counter() > end:
+                return done
+            if progress is not None:
+                progress("capturing graphs", done, len(wanted))
+            if (shape, draws) not in self._graphs:
+                self._run_padding(shape, draws)
+                self._capture(shape, draws)
+        return len(wanted)
+
+    def _run_padding(self, shape: Shape, draws: Draws) -> None:
+        """Run a shape over inputs of padding alone, which writes nothing that anybody reads, on the stream that captures."""
         inputs = views(self._inputs, shape, self._width)
         self._inputs.zero_()
         inputs.slot_mapping.fill_(-1)
         inputs.batch_indices.fill_(self._dummy_slot)
         inputs.draw_indices.fill_(self._dummy_slot)
         self._capturing.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(self._capturing):
-                self._step(shape, draws)
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing):
-                result = self._step(shape, draws)
-        except torch.OutOfMemoryError:
-            self._too_large.add((shape, draws))
-            return None
-        finally:
-            torch.cuda.current_stream().wait_stream(self._capturing)
-        self._graphs[shape, draws] = graph, result
-        return graph, result
+        with torch.cuda.stream(self._capturing):
+            self.step(shape, draws)
+        torch.cuda.current_stream().wait_stream(self._capturing)
+        self._met.add((shape, draws))
 
 
 def draws_of(plan: StepPlan, shape: Shape) -> Draws:

@@ -65,7 +65,8 @@ def attend(
     """The kernel with this launch, as on a GPU of `programs` multiprocessors."""
     from minipaged.kernels.attention import prefill_hopper
 
-    monkeypatch.setattr(prefill_hopper, "multiprocessors", lambda device: programs)
+    gpu = launch_table.H100._replace(multiprocessors=programs)
+    monkeypatch.setattr(prefill_hopper, "gpu_of", lambda device: gpu)
     out = torch.full_like(case.query, float("nan"))
     return prefill_hopper.paged_prefill_hopper(*case.prefill(), out=out, launch=settings)
 

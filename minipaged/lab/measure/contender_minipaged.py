@@ -34,12 +34,14 @@ def load(name: str, job: Job) -> Runs:
         **(PLAIN if name == "minipaged-plain" else {}),
     )
 
-    def answer(workload: str, asked: Asked) -> int:
-        params = [
-            SamplingParams(temperature=asked.temperature, top_p=asked.top_p, max_tokens=n, ignore_eos=True)
-            for _, n in asked.requests
-        ]
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked.requests], params)
-        return sum(output.request.sequences[0].num_output for output in outputs)
+    return Runs(lambda workload, asked: answer_with(llm, asked), forget=llm.reset_prefix_cache)
 
-    return Runs(answer, forget=llm.reset_prefix_cache)
+
+def answer_with(llm: LLM, asked: Asked) -> int:
+    """Generate all that is asked for; returns the output tokens."""
+    params = [
+        SamplingParams(temperature=asked.temperature, top_p=asked.top_p, max_tokens=n, ignore_eos=True)
+        for _, n in asked.requests
+    ]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked.requests], params)
+    return sum(output.request.sequences[0].num_output for output in outputs)

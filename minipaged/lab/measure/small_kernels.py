@@ -117,6 +117,7 @@ SMALL = (
     draws(256, 151936),
     draws(1024, 32000),
     draws(256, 151936, truncated=True),
+    draws(1, 151936, truncated=True),
     product(1, 4096, 12288),
     product(1, 11008, 4096),
     product(16, 11008, 4096),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +49,9 @@ def load(
     dtype: str | torch.dtype = "auto",
     progress: Progress | None = None,
     seed: int = 0,
+    known: Callable[[ModelConfig], None] = lambda config: None,
 ) -> LoadedModel:
-    """The model called `name`, on `device`, ready to run.
+    """The model called `name`, on `device`, ready to run. known: called with its shape before the weights are drawn or read.
 
     `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
     drawn on the device from `seed`. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
@@ -57,15 +59,17 @@ def load(
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     if name == "toy":
+        known(shape("toy"))
         return _toy(precision, place)
     if name.startswith("random:"):
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
         check_weights(name, config, precision, place)
+        known(config)
         model = Llama.random(config, seed, precision, place)
         return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
-    return _from_disk(find(name, progress), precision, place, progress)
+    return _from_disk(find(name, progress), precision, place, progress, known)
 
 
 def check_weights(
@@ -112,7 +116,13 @@ def find(name: str, progress: Progress | None = None) -> Path:
     )
 
 
-def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LoadedModel:
+def _from_disk(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+    known: Callable[[ModelConfig], None],
+) -> LoadedModel:
     from minipaged.model.loading.weights import load_model, open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -125,6 +135,7 @@ def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: P
     if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
         config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
     check_weights(str(path), config, dtype, device)
+    known(config)
     model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     return LoadedModel(config, model.pack(), tokenizer)
 
