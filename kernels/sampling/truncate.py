@@ -1,7 +1,8 @@
 """Top-k, top-p and min-p as one number a row: the least logit that a draw may still take.
 
 Tokens below it weigh nothing in `draw_tokens`; nothing is sorted, gathered or written back. Tokens that tie with the last one kept stay, as
-in transformers' top-k. The Triton kernel is in truncate_triton.py.
+in transformers' top-k. The Triton kernels are in truncate_triton.py and, for few rows,
+truncate_parts_triton.py.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ def truncation_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top
     for name, column in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
         check_column(name, column, logits)
     if use_triton(logits):
+        from minipaged.kernels.sampling.truncate_parts_triton import takes_few_rows, truncation_threshold_by_parts
         from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 
+        if takes_few_rows(logits):
+            return truncation_threshold_by_parts(logits, temperature, top_k, top_p, min_p)
         return truncation_threshold_triton(logits, temperature, top_k, top_p, min_p)
     return truncation_threshold_torch(logits, temperature, top_k, top_p, min_p)
 

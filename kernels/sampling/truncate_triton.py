@@ -1,4 +1,4 @@
-"""truncation_threshold on the GPU: one program a row, which searches the number instead of sorting the row.
+"""truncation_threshold on the GPU: one program a row, which searches the number instead of sorting the row. Few rows: truncate_parts_triton.
 
 How many logits are at least x, and what they weigh, only falls as x grows. So the least logit kept is found by halving, twice in one
 reading of the row, which after the first comes from the cache: three numbers are tried at once. The numbers of the logits' own dtype are
@@ -23,7 +23,7 @@ GRAINS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
 
 
 @triton.jit
-def _place(x, GRAIN: tl.constexpr):
+def place_of(x, GRAIN: tl.constexpr):
     """Where a float32 stands among the numbers of its dtype, counted from 0.0: int64."""
     bits = x.to(tl.int32, bitcast=True)
     size = (bits & 0x7FFFFFFF).to(tl.int64) // GRAIN
@@ -31,7 +31,7 @@ def _place(x, GRAIN: tl.constexpr):
 
 
 @triton.jit
-def _number(place, GRAIN: tl.constexpr):
+def number_at(place, GRAIN: tl.constexpr):
     """The float32 at a place."""
     size = (tl.abs(place) * GRAIN).to(tl.int32).to(tl.float32, bitcast=True)
     return tl.where(place < 0, -size, size)
@@ -46,9 +46,9 @@ def _search(
     """
     while high - low > 1:
         step = (high - low + 3) // 4
-        first = _number(low + step, GRAIN)
-        second = _number(tl.minimum(low + 2 * step, high), GRAIN)
-        third = _number(tl.minimum(low + 3 * step, high), GRAIN)
+        first = number_at(low + step, GRAIN)
+        second = number_at(tl.minimum(low + 2 * step, high), GRAIN)
+        third = number_at(tl.minimum(low + 3 * step, high), GRAIN)
         from_first = tl.zeros([BLOCK], tl.float32)
         from_second = tl.zeros([BLOCK], tl.float32)
         from_third = tl.zeros([BLOCK], tl.float32)
@@ -94,8 +94,8 @@ def _threshold_kernel(
             bests = tl.maximum(bests, load_logits(row_ptr, start + tl.arange(0, BLOCK), vocab))
         best = tl.max(bests, 0)
         base = base_2(temperature)
-        low = _place(tl.full([], float("-inf"), tl.float32), GRAIN)
-        high = _place(best, GRAIN) + 1
+        low = place_of(tl.full([], float("-inf"), tl.float32), GRAIN)
+        high = place_of(best, GRAIN) + 1
         if top_k > 0 and top_k < vocab:
             low = _search(row_ptr, vocab, low, high, top_k.to(tl.float32), best, base, True, GRAIN, BLOCK)
         if top_p < 1.0:
@@ -103,10 +103,10 @@ def _threshold_kernel(
             for start in range(0, vocab, BLOCK):
                 logits = load_logits(row_ptr, start + tl.arange(0, BLOCK), vocab)
                 weight = tl.exp2((logits - best) * base)
-                kept += tl.where(logits >= _number(low, GRAIN), weight, 0.0)
+                kept += tl.where(logits >= number_at(low, GRAIN), weight, 0.0)
             enough = tl.maximum(top_p * tl.sum(kept, 0), LEAST_SHARE)
             low = _search(row_ptr, vocab, low, high, enough, best, base, False, GRAIN, BLOCK)
-        threshold = _number(low, GRAIN)
+        threshold = number_at(low, GRAIN)
         if min_p > 0.0:
             threshold = tl.minimum(tl.maximum(threshold, best + tl.log2(min_p) / base), best)
     tl.store(out_ptr + row, threshold)

@@ -92,7 +92,7 @@ def test_graphs_hold_triton_kernels_only(
     monkeypatch.setattr(dispatch, "triton_interpreted", lambda: True)
     monkeypatch.setattr(dispatch, "_warn_of_missing_triton", lambda: None)
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, choice)
-    cache = cast(torch.Tensor, SimpleNamespace(is_cuda=on_gpu, device="cuda:0" if on_gpu else "cpu"))
+    cache = cast(torch.Tensor, SimpleNamespace(is_cuda=on_gpu, is_meta=False, device="cuda:0" if on_gpu else "cpu"))
     assert can_capture(cache) is captured
 
 

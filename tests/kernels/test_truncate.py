@@ -91,6 +91,28 @@ def test_L64_least_kept_logit_keeps_what_the_definition_keeps(
     assert torch.equal(kept, twins)
 
 
+@pytest.mark.usefixtures("interpreted")
+@examples(10)
+@given(
+    st.data(), st.sampled_from([1, 2, 300, 9000]), st.sampled_from([torch.float16, torch.bfloat16]), st.integers(0, 99)
+)
+def test_L64_a_search_that_parts_share_finds_what_one_program_finds(
+    data: st.DataObject, vocab: int, dtype: torch.dtype, seed: int
+) -> None:
+    """9,000 logits are three parts; whole numbers as logits tie across them."""
+    from minipaged.kernels.sampling.truncate_parts_triton import truncation_threshold_by_parts
+
+    logits, asked = drawn_logits(ROWS, vocab, dtype, seed), data.draw(truncations(vocab))
+    if data.draw(st.booleans()):
+        logits = logits.round()
+    assert_cut(truncation_threshold_by_parts(logits, **asked), logits, asked)
+    only_k = asked | {"top_p": torch.ones(ROWS), "min_p": torch.zeros(ROWS)}
+    kept, twins = (
+        logits >= cut(logits, **only_k)[:, None] for cut in (truncation_threshold_by_parts, truncation_threshold_torch)
+    )
+    assert torch.equal(kept, twins)
+
+
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 def test_ties_stay_together(kernel: str, request: pytest.FixtureRequest) -> None:
     if kernel == "triton":
@@ -111,11 +133,14 @@ def test_ties_stay_together(kernel: str, request: pytest.FixtureRequest) -> None
 @pytest.mark.usefixtures("interpreted")
 def test_the_likeliest_token_stays_however_small_top_p_is(top_k: int, top_p: float) -> None:
     """1e-50 is a request's good right, and 0 in float32."""
+    from minipaged.kernels.sampling.truncate_parts_triton import truncation_threshold_by_parts
     from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 
     logits, asked = torch.tensor([[1.0, 3.0, 2.0, -1.0]]), asked_of(top_k=top_k, top_p=top_p)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert truncation_threshold_triton(logits.to(dtype), **asked) == 3.0
+        if dtype.itemsize == 2:
+            assert truncation_threshold_by_parts(logits.to(dtype), **asked) == 3.0
         assert truncation_threshold_torch(logits.to(dtype), **asked) == 3.0
 
 
