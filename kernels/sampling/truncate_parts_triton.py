@@ -2,7 +2,7 @@
 
 As in truncate_triton.py the number is searched among the numbers of the logits' dtype. There one program reads the whole row for each step
 of the search; here a step is a launch of one program a part. Each sums its part at sixteen numbers, and the next launch's programs all join
-the parts' sums, and so know which sixteenth to look at next: four steps for all of the 65 thousand numbers, first for top-k, then for top-p
+the parts' sums, and so know which sixteenth to look at next: four steps for bfloat16's 65 thousand numbers, first for top-k, then for top-p
 among what that kept. A row that does not ask, or is found, passes through: its programs end at once.
 
 Bytes: the logits once from memory, then from the second cache, and 64 bytes a part and step. Bound by the latency of the launches.
@@ -21,7 +21,10 @@ from minipaged.kernels.sampling.truncate_triton import GRAINS, LEAST_SHARE, numb
 
 PART, NUM_WARPS = 4096, 8
 TRIED = 16  # numbers that a step tries
-STEPS = 4  # of top-k, and of top-p: TRIED ** STEPS is at least all places of sixteen bits from -inf to inf
+STEPS = {
+    torch.bfloat16: 4,
+    torch.float16: 5,
+}  # for top-k, and for top-p: TRIED ** STEPS is at least all places from -inf to inf
 MOST_ROWS = 16  # with more rows, a program a row keeps the GPU busy enough
 
 
@@ -114,7 +117,7 @@ def _step_kernel(
     low, high, enough = _after(step, low, high, enough, asked_before, last_sums_ptr, row, num_parts, TRIED, PARTS)
     if step == STEPS:
         high = place_of(best, GRAIN) + 1
-        enough = -top_p
+        enough = -tl.maximum(top_p, LEAST_SHARE)
     if part == 0:
         tl.store(places_ptr + (now * rows + row) * 2, low)
         tl.store(places_ptr + (now * rows + row) * 2 + 1, high)
@@ -192,11 +195,16 @@ def truncation_threshold_by_parts(
     enough = torch.empty(2, rows, dtype=torch.float32, device=device)
     sums = torch.empty(2, rows, num_parts, TRIED, dtype=torch.float32, device=device)
     dependent = dependent_launch(device)
-    search = {"STEPS": STEPS, "TRIED": TRIED, "GRAIN": GRAINS[logits.dtype], "PARTS": next_power_of_two(num_parts)}
+    search = {
+        "STEPS": STEPS[logits.dtype],
+        "TRIED": TRIED,
+        "GRAIN": GRAINS[logits.dtype],
+        "PARTS": next_power_of_two(num_parts),
+    }
     _best_kernel[(num_parts, rows)](
         bests, logits, vocab, logits.stride(0), num_parts, PART=PART, num_warps=NUM_WARPS, **dependent
     )
-    for step in range(2 * STEPS):
+    for step in range(2 * search["STEPS"]):
         _step_kernel[(num_parts, rows)](
             places,
             enough,

@@ -99,6 +99,7 @@ def variants_of(asked: Asked) -> list[Variant]:
         alone, mixed = every_shape(asked.engine.max_num_seqs)
         for draws in Draws:
             runner.step(alone[0], draws)
+            runner.step(alone[-1], draws)
         for plan in _plans(asked):
             TorchRunner.launch(runner, plan)
         for shape in alone + mixed:

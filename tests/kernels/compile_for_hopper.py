@@ -34,8 +34,9 @@ from minipaged.kernels.elementwise.embed_triton import embed_tokens_triton
 from minipaged.kernels.elementwise.norm_triton import rms_norm_triton
 from minipaged.kernels.linear import matmul_triton as linear_triton
 from minipaged.kernels.linear.matmul_triton import few_rows_triton, one_row_triton
-from minipaged.kernels.sampling import draw_triton, truncate_triton
+from minipaged.kernels.sampling import draw_triton, truncate_parts_triton, truncate_triton
 from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
+from minipaged.kernels.sampling.truncate_parts_triton import truncation_threshold_by_parts
 from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 from tests.kernels.paged_cases import make_case
 from tests.kernels.test_gpu import DTYPES, SHAPES, names
@@ -122,6 +123,7 @@ def main() -> None:
         norm_triton,
         prefill_triton,
         rope_write_triton,
+        truncate_parts_triton,
         truncate_triton,
     ):  # as on an H100
         module.dependent_launch = lambda device: {"DEPENDENT": True, "launch_pdl": True}
@@ -138,6 +140,8 @@ def main() -> None:
             numbers = torch.zeros(rows, dtype=torch.float64)
             draw_tokens_triton(x, numbers, numbers)
             draw_tokens_triton(x, numbers, numbers, truncation_threshold_triton(x, numbers, numbers, numbers, numbers))
+            if dtype.itemsize == 2:
+                truncation_threshold_by_parts(x, numbers, numbers, numbers, numbers)
     compile_prefill_hopper()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
