@@ -1,4 +1,4 @@
-"""truncation_threshold on the GPU: one program a row, which searches the number instead of sorting the row. Few rows: truncate_parts_triton.
+"""truncation_threshold on the GPU: one program a row, which searches the number instead of sorting. Few rows: truncate_parts_triton.py.
 
 How many logits are at least x, and what they weigh, only falls as x grows. So the least logit kept is found by halving, twice in one
 reading of the row, which after the first comes from the cache: three numbers are tried at once. The numbers of the logits' own dtype are
