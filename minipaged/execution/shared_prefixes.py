@@ -11,8 +11,10 @@ import numpy as np
 from minipaged.kernels.attention.decode_shared import TILE_ROWS
 from minipaged.scheduling.plan import StepPlan
 
-# Tokens that a group saves its rows from reading, at least: below that the extra launch and the join cost more (kernels/README.md).
-FEWEST_TOKENS = 8192
+# Where it pays (measured, kernels/README.md): the tokens that rows have in common, and those that a group is saved from reading again.
+# Below, the extra launch and the join cost more; the pages come from L2 anyway.
+FEWEST_COMMON = 768
+FEWEST_TOKENS = 32768
 
 
 def tile_room(rows: int) -> int:
@@ -37,7 +39,7 @@ def shared_groups(plan: StepPlan, block_size: int) -> list[tuple[list[int], int]
         blocks = int(differs.argmax()) if differs.any() else width
         # A row's newest token is its own: it is being written.
         tokens = min(blocks, int(plan.starts[members].min()) // block_size) * block_size
-        if (len(members) - 1) * tokens >= FEWEST_TOKENS:
+        if tokens >= FEWEST_COMMON and (len(members) - 1) * tokens >= FEWEST_TOKENS:
             found.append((members.tolist(), tokens))
     found.sort(key=lambda group: (1 - len(group[0])) * group[1])
     room, kept = tile_room(rows), list[tuple[list[int], int]]()

@@ -128,6 +128,7 @@ def test_same_text_where_common_blocks_are_read_once(
 
     expected = answers(graphs=False)
     monkeypatch.setattr("minipaged.execution.shared_prefixes.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("minipaged.execution.shared_prefixes.FEWEST_COMMON", 16)
     seen = []
     tiles_of = step_inputs.tiles_of
     monkeypatch.setattr(

@@ -17,6 +17,7 @@ from tests.execution.plans import plan_of
 @pytest.fixture(autouse=True)
 def any_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_prefixes, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(shared_prefixes, "FEWEST_COMMON", 1)
 
 
 def decodes(tables: list[list[int]], starts: list[int]) -> StepPlan:
@@ -41,6 +42,9 @@ def test_prompts_and_small_savings_are_left_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shared_prefixes, "FEWEST_TOKENS", 16)
     assert shared_groups(decodes(together, [8, 8, 8]), 4) == [([0, 1, 2], 8)]
     monkeypatch.setattr(shared_prefixes, "FEWEST_TOKENS", 17)
+    assert shared_groups(decodes(together, [8, 8, 8]), 4) == []
+    monkeypatch.setattr(shared_prefixes, "FEWEST_TOKENS", 16)
+    monkeypatch.setattr(shared_prefixes, "FEWEST_COMMON", 9)
     assert shared_groups(decodes(together, [8, 8, 8]), 4) == []
 
 
