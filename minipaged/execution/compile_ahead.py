@@ -98,8 +98,8 @@ def variants_of(asked: Asked) -> list[Variant]:
         runner = runner_on_shapes(asked)
         alone, mixed = every_shape(asked.engine.max_num_seqs)
         for draws in Draws:
-            runner.step(alone[0], draws)
-            runner.step(alone[-1], draws)
+            for shape in (alone[0], alone[-1]):
+                runner.step(shape, draws)
         for plan in _plans(asked):
             TorchRunner.launch(runner, plan)
         for shape in alone + mixed:

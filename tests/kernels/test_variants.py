@@ -24,8 +24,9 @@ ENGINES = [  # shape, context, tokens a step
 ]
 # Variants of each kernel in one engine, at most. Each costs a second or more of a processor at the first start: one more needs a reason.
 BUDGET = {
-    "_decode_kernel": 6,  # rows in one part, or cut: room for 1, 32 or 256 rows; few long rows are launched plainly
-    "reduce_kernel": 3,  # room for 1, 32 or 256 rows
+    "_decode_kernel": 8,  # rows whole, or cut: room for 1, 32 or 256 rows; few long rows are launched plainly; behind common pages
+    "shared_kernel": 3,  # common pages in 4, 8 or 16 parts
+    "reduce_kernel": 4,  # no common pages; 4, 8 or 16 parts of them
     "_prefill_kernel": 2,  # short and long contexts
     "_hopper_prefill_kernel": 2,  # short and long contexts
     "_one_row_kernel": 5,  # qkv, output, gate and up, down, head
@@ -42,7 +43,7 @@ BUDGET = {
     "_embed_kernel": 1,
     "_copy_kernel": 1,
 }
-TOTAL = 42
+TOTAL = 46
 NOT_ON_A_GPU = {"_write_kernel"}  # rope_write_kv does its work wherever graphs run
 
 
