@@ -20,6 +20,13 @@ COLDEST = 1e-5  # below this temperature a draw is greedy: logits over it would 
 MOST = 1e30  # what a temperature or a penalty beyond counts as: all tokens are alike long before, and float32 ends soon after
 
 
+def _is_looked_at(request: Request) -> bool:
+    """Whether each token of each sequence is looked at by itself: several stop tokens, stop strings, log-probabilities, beams."""
+    params = request.params
+    logged = params.logprobs is not None or params.prompt_logprobs is not None or params.best_of is not None
+    return len(request.stop_ids) > 1 or bool(params.stop) or logged or params.beam_width is not None
+
+
 class Batch:
     """Columns of the running sequences, by slot."""
 
@@ -39,7 +46,7 @@ class Batch:
         self.stop_from = np.zeros(n, np.int32)  # the length from which stop tokens count (min_tokens)
         # A step in flight decides how its group goes on: it is not scheduled before that is known.
         self.awaiting_result = np.zeros(n, bool)
-        # Several stop tokens, stop strings, log-probabilities, several sequences: what it draws is looked at one by one.
+        # What it draws is looked at one by one: see _is_looked_at; and while samples are still to be forked.
         self.needs_slow_path = np.zeros(n, bool)
         # The one at num_with_pending - 1; IN_FLIGHT if the host does not know it.
         self.last_token = np.zeros(n, np.int32)
@@ -83,9 +90,7 @@ class Batch:
         stop_ids = request.stop_ids
         self.stop_token[slot] = next(iter(stop_ids)) if len(stop_ids) == 1 else NO_TOKEN
         self.stop_from[slot] = request.num_prompt + params.min_tokens + 1
-        several = params.num_sequences > 1 or params.beam_width is not None
-        logged = params.logprobs is not None or params.prompt_logprobs is not None
-        self.needs_slow_path[slot] = len(stop_ids) > 1 or bool(params.stop) or several or logged
+        self.needs_slow_path[slot] = params.num_sequences > 1 or _is_looked_at(request)
         self.last_token[slot] = sequence.token_ids[-1]
         self.top_p[slot] = params.top_p
         self.top_k[slot] = min(params.top_k, 2**31 - 1)
@@ -113,6 +118,12 @@ class Batch:
             and params.num_sequences == 1
             and params.beam_width is None
         )
+
+    def settle(self, request: Request) -> None:
+        """The samples of a request are all there: from now on each goes on like a request of its own."""
+        for sequence in request.sequences:
+            if sequence.slot >= 0:
+                self.needs_slow_path[sequence.slot] = _is_looked_at(request)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out; its slot is free again."""

@@ -1,7 +1,8 @@
 """Commit: what a launched step drew becomes tokens, forks and ends.
 
 Most steps draw one token for each of many sequences that ask for nothing else: those are a handful of array operations. Where a sequence
-has ended meanwhile, or its request wants log-probabilities, stop strings or several sequences, the step's draws are taken one by one.
+has ended meanwhile, or its request wants log-probabilities, stop strings or beams, or its samples are still to be forked, the step's draws
+are taken one by one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def commit_draws(
     if not np.count_nonzero((batch.seq_id[slots] != drawers) | batch.needs_slow_path[slots] | (ids < 0)):
         outputs: list[RequestOutput] = batch.outputs[slots].tolist()
         _append_to_all(running_set, slots, ids)
-        return outputs
+        return list(dict.fromkeys(outputs)) if running_set.num_groups else outputs
     # A sequence that has ended meanwhile is not found any more: its extra token is dropped.
     found = [(draw, running_set.sequences.get(seq_id)) for draw, seq_id in enumerate(drawers.tolist())]
     alive = [(draw, sequence) for draw, sequence in found if sequence is not None]
@@ -63,6 +64,8 @@ def commit_draws(
             continue
         running_set.counters.generated_tokens += len(draws)
         _carry_out(running_set, request, decide(request, draws, tokens), text_stops)
+        if request.forked and not request.to_fork:
+            batch.settle(request)
     return [request.output for request in changed]
 
 

@@ -188,10 +188,12 @@ class Scheduler:
 
     def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
         """Tokens for each running slot: all it needs, first come first served."""
+        want = need.astype(np.int64)
+        if int(want.sum()) <= budget and not self.running_set.regrouping:
+            return want
         if self.running_set.num_groups:
             return sequence_groups.share_budget(self.running, budget, need)
-        want = need.astype(np.int64)
-        return want if int(want.sum()) <= budget else sequence_groups.in_turn(want, budget)
+        return sequence_groups.in_turn(want, budget)
 
     def _make_room(self, step: StepBuilder, slots: Slots, take: Counts, ends: Slots, i: int) -> None:
         """Find room for slots[i] up to ends[i]; the last of the running make way until there is, or will be in the next step."""

@@ -134,3 +134,25 @@ def test_logits_that_are_no_numbers_end_their_request_with_a_word(
 def test_a_request_whose_every_token_is_forbidden_ends_with_a_word() -> None:
     output = toy().generate("x", SamplingParams(allowed_token_ids=(5,), stop_token_ids=(5,), min_tokens=2))[0]
     assert "every token is forbidden" in (output.error or "")
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_samples_go_on_like_requests_of_their_own_and_are_told_of_once_a_step(overlap: int) -> None:
+    """Their draws are array operations then; the request still changes once, whatever its samples drew."""
+    engine = toy(overlap=overlap).engine
+    looked_at = []
+    several = engine.ask("one", SamplingParams(n=3, temperature=1.0, max_tokens=9, ignore_eos=True, seed=1))
+    alone = engine.ask("two", SamplingParams(max_tokens=9, ignore_eos=True))
+    stopping = engine.ask("three", SamplingParams(n=2, temperature=1.0, max_tokens=9, ignore_eos=True, stop=("\n\n",)))
+    while engine.has_work:
+        changed = [output.request_id for output in engine.step()]
+        assert len(changed) == len(set(changed))
+        batch = engine.scheduler.batch
+        looked_at.append(
+            tuple(
+                any(batch.needs_slow_path[s.slot] for s in output.request.sequences if s.slot >= 0)
+                for output in (several, alone, stopping)
+            )
+        )
+    assert looked_at[5] == (False, False, True)
+    assert [len(o.token_ids) for output in (several, alone) for o in output.outputs] == [9] * 4
