@@ -37,8 +37,8 @@ def decode_step_ms(num_seqs: int, num_blocks: int, stretches: int = 7, samples: 
     config = EngineConfig(max_num_seqs=num_seqs, max_num_batched_tokens=max(2048, num_seqs), max_model_len=2048)
     scheduler = Scheduler(config, BlockManager(num_blocks, BLOCK), BLOCK)
     rng = np.random.default_rng(0)
-    drawn_at = {"n": samples, "temperature": 0.8, "top_p": 0.95} if samples > 1 else {}
-    params = SamplingParams(max_tokens=OUTPUT, ignore_eos=True, **drawn_at)
+    temperature = 0.8 if samples > 1 else 0.0
+    params = SamplingParams(n=samples, temperature=temperature, max_tokens=OUTPUT, ignore_eos=True)
     for i in range(num_seqs // samples):
         # prompts of many lengths, so that block boundaries are spread over the steps
         prompt = rng.integers(0, 30000, PROMPT + int(rng.integers(0, BLOCK))).tolist()
