@@ -90,7 +90,7 @@ class Watch:
             del engine._step
 
 
-def passes(watch: Watch, llm: LLM, asked: Asked, count: int = 3) -> list[tuple[float, list[Step]]]:
+def passes(watch: Watch, llm: LLM, asked: Asked, count: int) -> list[tuple[float, list[Step]]]:
     """Seconds and steps of each pass."""
     found = []
     for _ in range(count):
@@ -137,6 +137,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("workloads", help="names, with commas between them")
     parser.add_argument("--profile", default="", help="a workload whose kernels are summed")
+    parser.add_argument("--passes", type=int, default=3, help="over each workload")
+    parser.add_argument(
+        "--context", type=int, default=0, help="tokens of a sequence at most, if not what the workloads need"
+    )
     parser.add_argument("--step-tokens", type=int, default=8192, help="tokens of a step at most")
     parser.add_argument("--fewer", default="", help="then the last workload again with fewer tokens a step: 4096,2048")
     chosen = parser.parse_args()
@@ -152,7 +156,7 @@ def main() -> None:
     watch.begin()
     llm = make_llm(
         chosen.model,
-        max_model_len=job.context,
+        max_model_len=chosen.context or job.context,
         enable_prefix_caching=job.prefix_caching,
         max_num_batched_tokens=chosen.step_tokens,
         progress=progress,
@@ -163,7 +167,7 @@ def main() -> None:
     llm.generate([{"prompt_token_ids": list(range(5, 40))}], SamplingParams(max_tokens=1))
     print(f"  {time.perf_counter() - started:6.2f} s: first answer", flush=True)
     for name in job.workloads:
-        found = passes(watch, llm, requests_of(name))
+        found = passes(watch, llm, requests_of(name), chosen.passes)
         first, first_steps = found[0]
         last_steps = found[-1][1]
         print(f"{name}: first {first:.3f} s, then {', '.join(f'{seconds:.3f}' for seconds, _ in found[1:])} s; "
