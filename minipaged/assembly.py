@@ -165,10 +165,10 @@ def _compile_ahead(
     shape: ModelConfig, config: EngineConfig, cache: CacheConfig, dtype: str, device: torch.device, memory: int | None
 ) -> CompileAhead | None:
     """The start of compiling what this engine needs; None where the GPU is not NVIDIA's."""
-    from minipaged.execution.compile_ahead import CompileAhead, asked_of
+    from minipaged.execution.compile_ahead import CompileAhead, deployment_of
 
     gpu = gpu_of(device)
-    return None if gpu.capability == (0, 0) else CompileAhead(asked_of(shape, config, cache, dtype, gpu, memory))
+    return None if gpu.capability == (0, 0) else CompileAhead(deployment_of(shape, config, cache, dtype, gpu, memory))
 
 
 def build_engine(

@@ -5,7 +5,7 @@ that the engine may be asked for. A process of its own does that, for it must ho
 many workers as there are processors, and each takes the next variant from a common queue. A file in Triton's cache says that a list was
 compiled whole, so the next start with the same settings and the same kernels starts no process.
 
-Run as `python -m minipaged.execution.compile_ahead < ASKED`; prints a JSON line for each variant.
+Run as `python -m minipaged.execution.compile_ahead < DEPLOYMENT`; prints a JSON line for each variant.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WORKER_BYTES = 1 << 30  # of memory that a worker may come to hold
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Deployment:
     """What decides which variants an engine needs. wide: whether a layer's keys may be 2^31 numbers or more, so that offsets are wider."""
 
     model: ModelConfig
@@ -61,19 +61,19 @@ class Asked:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Asked:
+    def from_json(text: str) -> Deployment:
         """The reverse."""
         told = json.loads(text)
         model, engine, gpu = told.pop("model"), told.pop("engine"), told.pop("gpu")
         shape: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in model.items()
         }
-        return Asked(ModelConfig(**shape), EngineConfig(**engine), gpu=Gpu(tuple(gpu[0]), *gpu[1:]), **told)
+        return Deployment(ModelConfig(**shape), EngineConfig(**engine), gpu=Gpu(tuple(gpu[0]), *gpu[1:]), **told)
 
 
-def asked_of(
+def deployment_of(
     model: ModelConfig, engine: EngineConfig, cache: CacheConfig, dtype: str, gpu: Gpu, memory: int | None = None
-) -> Asked:
+) -> Deployment:
     """memory: bytes for the weights and a pool beside them, where cache.num_blocks is not known yet."""
     num_blocks = cache.num_blocks
     if memory is not None:
@@ -83,58 +83,58 @@ def asked_of(
     # One layer launches what all of them do. Angles are data, and so is a tokenizer's end.
     one = replace(model, name="", num_layers=1, unrotated_layers=(), rope_scaling=None, eos_token_ids=())
     limits = EngineConfig(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
-    return Asked(one, limits, cache.block_size, wide, dtype, gpu)
+    return Deployment(one, limits, cache.block_size, wide, dtype, gpu)
 
 
 # ---- which variants
 
 
 @torch.inference_mode()
-def variants_of(asked: Asked) -> list[Variant]:
+def variants_of(deployed: Deployment) -> list[Variant]:
     """The variants that the engine may launch. Those that take longest to compile come first: they have the most parameters."""
     from minipaged.kernels.variants import recording
 
-    with recording(asked.gpu) as variants:
-        runner = runner_on_shapes(asked)
-        alone, mixed = every_shape(asked.engine.max_num_seqs)
+    with recording(deployed.gpu) as variants:
+        runner = runner_on_shapes(deployed)
+        alone, mixed = every_shape(deployed.engine.max_num_seqs)
         for draws in Draws:
             for shape in (alone[0], alone[-1]):
                 runner.step(shape, draws)
-        for plan in _plans(asked):
+        for plan in _plans(deployed):
             TorchRunner.launch(runner, plan)
         for shape in alone + mixed:
             runner.step(shape, Draws.GREEDY)
-        TorchRunner.launch(runner, largest_step(asked.engine))
+        TorchRunner.launch(runner, largest_step(deployed.engine))
         runner.kv.copy(((1, 1),))
     return sorted(variants, key=lambda variant: -len(variant.function.params))
 
 
-def runner_on_shapes(asked: Asked) -> GraphRunner:
+def runner_on_shapes(deployed: Deployment) -> GraphRunner:
     """A runner of the network's first layer, without contents."""
-    shapes, dtype = torch.device("meta"), getattr(torch, asked.dtype)
-    model = Llama(asked.model, dtype=dtype, device=shapes)
-    kv = PagedKV(asked.model, 2**31 if asked.wide else 2, asked.block_size, dtype=dtype, device=shapes)
-    return GraphRunner(model, kv, asked.engine.max_num_seqs, asked.engine.max_model_len)
+    shapes, dtype = torch.device("meta"), getattr(torch, deployed.dtype)
+    model = Llama(deployed.model, dtype=dtype, device=shapes)
+    kv = PagedKV(deployed.model, 2**31 if deployed.wide else 2, deployed.block_size, dtype=dtype, device=shapes)
+    return GraphRunner(model, kv, deployed.engine.max_num_seqs, deployed.engine.max_model_len)
 
 
-def _plans(asked: Asked) -> Iterator[StepPlan]:
+def _plans(deployed: Deployment) -> Iterator[StepPlan]:
     """Steps that are launched kernel by kernel: chunks of every kind of length after contexts of every kind, with and without decodes,
     drawn in each way.
     """
     longest, most, at_once = (
-        asked.engine.max_model_len, asked.engine.max_num_batched_tokens, asked.engine.max_num_seqs,
+        deployed.engine.max_model_len, deployed.engine.max_num_batched_tokens, deployed.engine.max_num_seqs,
     )  # fmt: skip
     contexts = sorted({min(longest, n) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, longest)})
     decodes = sorted({min(n, at_once) for n in (1, 2, 32, 33, 64, 128, 256, at_once)})
     for context in contexts:
         chunk = min(context, most)
         for rows in {1, min(most // chunk, at_once), min(4, most // chunk, at_once)}:
-            yield plan_of([chunk] * rows, context, asked.block_size)
+            yield plan_of([chunk] * rows, context, deployed.block_size)
         for count in decodes:
             if count + 2 <= most and count < at_once:
-                yield plan_of([1] * count + [max(2, min(chunk, most - count))], context, asked.block_size)
+                yield plan_of([1] * count + [max(2, min(chunk, most - count))], context, deployed.block_size)
     for sampling in (_drawn(1.0), _drawn(0.9)):
-        yield replace(plan_of([min(longest, most)], longest, asked.block_size), sampling=sampling)
+        yield replace(plan_of([min(longest, most)], longest, deployed.block_size), sampling=sampling)
 
 
 def _drawn(top_p: float) -> SamplingColumns:
@@ -188,10 +188,10 @@ def main() -> None:
     """Compile what standard input asks for."""
     from triton.runtime import driver
 
-    asked = Asked.from_json(sys.stdin.read())
-    variants = variants_of(asked)
+    deployed = Deployment.from_json(sys.stdin.read())
+    variants = variants_of(deployed)
     _tell({"variants": len(variants)})
-    driver.set_active(_Target(asked.gpu.capability))
+    driver.set_active(_Target(deployed.gpu.capability))
     reading, writing = os.pipe()
     for index in range(len(variants)):  # numbers of 4 bytes: a pipe holds thousands of them
         os.write(writing, struct.pack("i", index))
@@ -264,11 +264,11 @@ class Compiled(NamedTuple):
 class CompileAhead:
     """The compiling of one engine's kernels, from its start on. `wait` for it before the first kernel is launched."""
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
+    def __init__(self, deployed: Deployment) -> None:
+        self.deployed = deployed
         self.done: list[Compiled] = []
         self.total = 0
-        self._mark = mark_of(asked)
+        self._mark = mark_of(deployed)
         self._process: subprocess.Popen[bytes] | None = None
         if not self._mark.exists():
             command = [sys.executable, "-m", "minipaged.execution.compile_ahead"]
@@ -276,7 +276,7 @@ class CompileAhead:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
             )
             assert self._process.stdin is not None
-            self._process.stdin.write(asked.to_json().encode())
+            self._process.stdin.write(deployed.to_json().encode())
             self._process.stdin.close()
 
     def wait(self, progress: Progress | None = None) -> list[Compiled]:
@@ -318,12 +318,12 @@ class CompileAhead:
             self._process = None
 
 
-def mark_of(asked: Asked) -> Path:
+def mark_of(deployed: Deployment) -> Path:
     """The file in Triton's cache that says that these variants are in it, of this Triton and these sources."""
     import triton
 
     digest = hashlib.sha256(
-        f"{asked.to_json()} {triton.__version__} {os.environ.get('MINIPAGED_DEPENDENT_LAUNCH')}".encode()
+        f"{deployed.to_json()} {triton.__version__} {os.environ.get('MINIPAGED_DEPENDENT_LAUNCH')}".encode()
     )
     root = Path(sys.modules["minipaged.kernels"].__file__ or "").parent
     for path in sorted((*root.rglob("*.py"), *Path(__file__).parent.glob("*.py"))):

@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 from minipaged.config import CacheConfig, EngineConfig
-from minipaged.execution.compile_ahead import Asked, asked_of, plan_of, runner_on_shapes, variants_of
+from minipaged.execution.compile_ahead import Deployment, deployment_of, plan_of, runner_on_shapes, variants_of
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.graphs import Draws, every_shape
 from minipaged.kernels.launch_table import H100
@@ -21,19 +21,19 @@ STEPS = 60  # drawn at random for each engine
 
 
 @torch.inference_mode()
-def surprises(asked: Asked, rng: random.Random) -> list[str]:
+def surprises(deployed: Deployment, rng: random.Random) -> list[str]:
     """Kernels that steps of all sorts launch and that variants_of has not named."""
-    known = {key_of(each.function, each.arguments, each.options) for each in variants_of(asked)}
-    limits = asked.engine
-    with recording(asked.gpu) as found:
-        runner = runner_on_shapes(asked)
+    known = {key_of(each.function, each.arguments, each.options) for each in variants_of(deployed)}
+    limits = deployed.engine
+    with recording(deployed.gpu) as found:
+        runner = runner_on_shapes(deployed)
         for _ in range(STEPS):
             context = rng.randint(2, limits.max_model_len)
             rows = rng.randint(0, limits.max_num_seqs - 1)
             left = max(2, limits.max_num_batched_tokens - rows)
             chunks = [max(2, left // n) for n in [rng.randint(1, 9)] for _ in range(n)]
             lengths = [1] * rows + [min(chunk, context) for chunk in chunks][: limits.max_num_seqs - rows]
-            TorchRunner.launch(runner, plan_of(lengths, context, asked.block_size))
+            TorchRunner.launch(runner, plan_of(lengths, context, deployed.block_size))
         alone, mixed = every_shape(limits.max_num_seqs)
         for captured in rng.sample(alone + mixed, 20):
             runner.step(captured, rng.choice(list(Draws)))
@@ -44,11 +44,11 @@ def main() -> None:
     rng = random.Random(0)
     for name, context, tokens in json.loads(sys.argv[1]):
         limits = EngineConfig(max_model_len=context, max_num_batched_tokens=tokens)
-        asked = asked_of(shape(name), limits, CacheConfig(), "bfloat16", H100, 70 << 30)
-        assert Asked.from_json(asked.to_json()) == asked
-        found = variants_of(asked)
+        deployed = deployment_of(shape(name), limits, CacheConfig(), "bfloat16", H100, 70 << 30)
+        assert Deployment.from_json(deployed.to_json()) == deployed
+        found = variants_of(deployed)
         assert all(each.options.get("launch_pdl", False) == each.options.get("DEPENDENT", False) for each in found)
-        line = {"name": name, "variants": Counter(each.name for each in found), "surprises": surprises(asked, rng)}
+        line = {"name": name, "variants": Counter(each.name for each in found), "surprises": surprises(deployed, rng)}
         print(json.dumps(line), flush=True)
 
 

@@ -89,16 +89,16 @@ def test_every_kernel_is_in_the_registry() -> None:
 COMPILE = """
 import sys
 from minipaged.config import CacheConfig, EngineConfig
-from minipaged.execution.compile_ahead import CompileAhead, asked_of
+from minipaged.execution.compile_ahead import CompileAhead, deployment_of
 from minipaged.kernels.launch_table import H100
 from minipaged.model.loading.shapes import shape
 
-asked = asked_of(shape("toy"), EngineConfig(max_num_seqs=2, max_model_len=64), CacheConfig(), "float16", H100)
+deployed = deployment_of(shape("toy"), EngineConfig(max_num_seqs=2, max_model_len=64), CacheConfig(), "float16", H100)
 heard = []
-done = CompileAhead(asked).wait(lambda *words: heard.append(words))
+done = CompileAhead(deployed).wait(lambda *words: heard.append(words))
 assert len(done) > 15 and not any(each.trouble for each in done), done
 assert heard[-1] == ("compiling kernels", len(done), len(done))
-assert CompileAhead(asked).wait() == [], "the next start finds all of it"
+assert CompileAhead(deployed).wait() == [], "the next start finds all of it"
 """
 
 
