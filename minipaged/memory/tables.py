@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 from minipaged.config import check_int
@@ -212,6 +213,8 @@ class Promises:
 
 # ---- edits
 
+_as_event = partial(tuple.__new__, BlockEvent)  # BlockEvent._make, without a call of Python's for each event
+
 
 class TableEditor:
     """Edits tables of blocks of `block_size` tokens over one pool of `num_blocks`: the only place where tables change."""
@@ -227,7 +230,7 @@ class TableEditor:
     def take_events(self) -> tuple[BlockEvent, ...]:
         """What happened since the last call."""
         events, self._events = self._events, []
-        return tuple(map(BlockEvent._make, events))
+        return tuple(map(_as_event, events))
 
     def emit(self, kind: str, seq_id: int, block: int, other: int, index: int, tier: str = "device") -> None:
         """Note an event; types.BlockEvent says what each field means."""
