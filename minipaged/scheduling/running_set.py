@@ -27,7 +27,10 @@ SwapPairs = list[tuple[int, int]]
 
 
 class SchedulerEvent(NamedTuple):
-    """A thing that happened to a request: submit admit preempt prune finish refuse abort. `amount` is tokens; `detail` a word."""
+    """A thing that happened to a request: submit admit rejoin preempt prune finish refuse abort. `amount` is tokens; `detail` a word.
+
+    rejoin: after a recompute, a further sequence of a request that runs already runs again, beside the one it is forked from.
+    """
 
     kind: str
     seq_id: int
@@ -228,7 +231,7 @@ class RunningSet:
             if parent is not None and parent.slot >= 0 and parent.num_computed >= sequence.forks_at:
                 self._come_back(parent, sequence)
                 sequence.forks_from = None
-                self.log("admit", sequence, sequence.num_computed)
+                self.log("rejoin", sequence, sequence.num_computed)
         if not request.to_fork and request in self.regrouping:
             self.regrouping.remove(request)
 
