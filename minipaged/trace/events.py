@@ -29,8 +29,8 @@ class Event(NamedTuple):
 
     kind: a block event's (alloc free fork copy cache_hit publish evict swap_out swap_in release) or one of
     admit rejoin append preempt prune finish refuse abort knob. memory.types.BlockEvent says what each of the former does to tables and
-    counts; `amount` is its index. `cause` is the id of the event that led to it, -1 if none. Kind `count`, rare: somebody looked at a manager
-    whose reference count of a block is not what its events say; it is `amount`.
+    counts; `amount` is its index. `cause` is the id of the event that led to it, -1 if none. Kind `count`, rare: somebody looked at a
+    manager whose reference count of a block is not what its events say; it is `amount`.
     """
 
     id: int
