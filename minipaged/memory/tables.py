@@ -53,6 +53,18 @@ class SequenceBlocks:
         self.promised_from: int | None = None
         self.publishes = True  # False for good once an entry was released: what is computed then may differ
 
+    def check_fork(self) -> None:
+        """InputError while it has reserved tokens that are not computed, or computed ones that the step being planned is to write."""
+        if self.reserved != self.computed:
+            raise InputError(
+                f"sequence {self.seq_id} has room for {self.reserved - self.computed} tokens that are not computed: "
+                "truncate it first"
+            )
+        if self.promised_from is not None:
+            raise InputError(
+                f"sequence {self.seq_id} has tokens that the step being planned is to write: fork it after end_step"
+            )
+
     def child(self, seq_id: int) -> SequenceBlocks:
         """A twin under another number, with lists of its own."""
         twin = SequenceBlocks(seq_id, self.root)
