@@ -10,7 +10,6 @@ from collections import deque
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from minipaged.config import EngineConfig, check_int
 from minipaged.errors import InputError
@@ -21,15 +20,13 @@ from minipaged.memory.types import Admission, BlockEvent
 from minipaged.scheduling import sequence_groups
 from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.commit import TextStops, commit_draws, drawn_ids, note_prompt_logprobs
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.policies import PreemptionCost, Rank, may_join
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import RunningSet, SchedulerEvent, Slots
 from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.step_builder import StepBuilder
 from minipaged.scheduling.validation import check_request
-
-Counts = npt.NDArray[np.int64]
 
 
 class Scheduler:
@@ -180,20 +177,21 @@ class Scheduler:
         ends = computed + take
         short = (ends > batch.num_reserved[slots]).nonzero()[0]
         served = self.running_set.reserve(step, slots[short], ends[short]) if len(short) else 0
-        for i in short[served:].tolist():
-            if take[i]:
-                self._make_room(step, slots, take, ends, i)
-        self.running_set.publish_full_blocks(slots, computed + take)
+        if served < len(short):
+            for i in short[served:].tolist():
+                if take[i]:
+                    self._make_room(step, slots, take, ends, i)
+            ends = computed + take
+        self.running_set.publish_full_blocks(slots, ends)
         step.add(slots, take)
 
-    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
+    def _share_budget(self, budget: int, need: IntArray) -> IntArray:
         """Tokens for each running slot: all it needs, first come first served."""
         if self.running_set.num_groups:
             return sequence_groups.share_budget(self.running, budget, need)
-        want = need.astype(np.int64)
-        return want if int(want.sum()) <= budget else sequence_groups.in_turn(want, budget)
+        return need if int(need.sum()) <= budget else sequence_groups.in_turn(need, budget)
 
-    def _make_room(self, step: StepBuilder, slots: Slots, take: Counts, ends: Slots, i: int) -> None:
+    def _make_room(self, step: StepBuilder, slots: Slots, take: IntArray, ends: IntArray, i: int) -> None:
         """Find room for slots[i] up to ends[i]; the last of the running make way until there is, or will be in the next step."""
         sequence = self.batch.sequences[int(slots[i])]
         if sequence is None:

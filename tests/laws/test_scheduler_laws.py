@@ -124,7 +124,7 @@ def test_L38_any_chunking_gives_the_same_output(
     assert chunked.texts(chunked.outputs) == whole.texts(whole.outputs)
     done: dict[int, int] = {}
     for step in chunked.history():
-        for event in of_kind(step, "admit"):
+        for event in of_kind(step, "admit", "rejoin"):
             done[event.seq_id] = event.amount
         if step.plan is not None:
             for seq_id, start, length in zip(step.plan.seq_ids, step.plan.starts, step.plan.lengths, strict=True):
@@ -140,12 +140,13 @@ def test_L39_running_before_waiting(
     world = ran(block_manager_class, scheduler_class, workload, arrangement, policy=policy)
     before: set[int] = set()
     for step in world.history():
-        # Samples that are forked again (after a recompute) belong to a request that runs already.
-        admitted = {
-            e.seq_id
-            for e in of_kind(step, "admit")
-            if e.sequence is not None and e.sequence.request.request_id not in before
-        }
+        admitted = {e.seq_id for e in of_kind(step, "admit")}
+        came = {e.sequence.request.request_id for e in of_kind(step, "admit") if e.sequence is not None}
+        for event in of_kind(step, "rejoin"):  # forked again in a request that runs already, or that has just come back
+            assert event.sequence is not None
+            assert event.sequence.request.request_id in before | came, "forked again in a request that does not run"
+            if event.sequence.request.request_id in came:
+                admitted.add(event.seq_id)
         if of_kind(step, "preempt"):
             assert not admitted, f"a step that preempted admitted {sorted(admitted)}"
         if step.plan is not None and admitted:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.errors import RequestError
-from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.plan import IntArray, StepPlan
 from minipaged.scheduling.request import Request, Sequence
 from minipaged.scheduling.running_set import RunningSet
 from minipaged.scheduling.scheduler import Scheduler
@@ -25,7 +25,7 @@ Slots = npt.NDArray[np.int64]
 class VictimKeepsItsBudget(Scheduler):
     """A victim that was scheduled already in this step keeps its tokens in it."""
 
-    def _make_room(self, step: StepBuilder, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
+    def _make_room(self, step: StepBuilder, slots: Slots, take: IntArray, ends: IntArray, i: int) -> None:
         before, last = take.copy(), {int(s): self.batch.seq_id[s] for s in slots}
         super()._make_room(step, slots, take, ends, i)
         for k, slot in enumerate(slots.tolist()):
