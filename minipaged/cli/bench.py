@@ -44,18 +44,23 @@ def control_plane(json_file: JsonFile = None) -> None:
 def soak(
     requests: Annotated[int, typer.Option(help="Simulated requests.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
+    depth: Annotated[int, typer.Option(help="Steps in flight beside the one being committed.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Serve simulated requests with forks, aborts, swaps and priorities in a pool that is too small, and check the invariants."""
+    """Serve simulated requests with forks, aborts, swaps and priorities in a pool that is too small, and check the laws of sharing."""
     check_int("requests", requests, 1)
+    check_int("depth", depth, 0, 64)
     results = Results(json_file)
-    from rich.progress import Progress
-
+    from minipaged.cli.progress import status_line
     from minipaged.lab.measure.soak import soak as run
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("requests", total=requests)
-        report = run(requests, seed=seed, progress=lambda done: bar.advance(task, done))
+    with status_line() as progress:
+        report = run(
+            requests,
+            seed=seed,
+            depth=depth,
+            progress=lambda done: progress(f"{100 * done // requests} % of the requests", done, requests),
+        )
     table = Table("what", "seen", title="Soak: nothing was lost")
     for name, value in report.rows():
         table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value}")
