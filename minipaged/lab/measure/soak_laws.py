@@ -82,6 +82,7 @@ class SharingWitness:
         # A sequence that was forked and ended within this step is named by its last event alone.
         self._known.update(self._scheduler.sequences)
         self._known.update({e.seq_id: e.sequence for e in events if isinstance(e, SchedulerEvent) and e.sequence})
+        entered: list[Sequence] = []  # in this step, in order
         to_host = {e.seq_id for e in events if isinstance(e, BlockEvent) and e.kind == "swap_out"}
         for event in events:
             if isinstance(event, BlockEvent):
@@ -92,7 +93,7 @@ class SharingWitness:
                 self.may_look_up += 1
                 self._away.add(event.sequence.request.request_id)
             elif event.kind == "admit":
-                self._admitted(event.sequence, event.amount)
+                self._admitted(event.sequence, event.amount, entered)
             elif event.kind in ("finish", "abort", "prune"):
                 self._known.pop(event.seq_id, None)
                 if event.sequence.request.finished:
@@ -147,17 +148,23 @@ class SharingWitness:
             if not self._copies[key]:
                 del self._copies[key]
 
-    def _admitted(self, sequence: Sequence, num_cached: int) -> None:
+    def _admitted(self, sequence: Sequence, num_cached: int, entered: list[Sequence]) -> None:
         """L65. What was evicted to make room for it is forgotten by now, so nothing is asked of the cache that it could not keep."""
         if sequence.request.request_id not in self._away:
             return  # back from the host, or forked again: from its own request's blocks
         self._away.discard(sequence.request.request_id)
         self.admissions += 1
         self.admissions_with_hits += num_cached > 0
-        most = (len(sequence.token_ids) - 1) // self._size
+        size, tokens = self._size, sequence.token_ids
+        most = (len(tokens) - 1) // size
         found = next((i for i in range(most) if self._key(sequence.seq_id, i) not in self._copies), most)
-        if num_cached < found * self._size:
-            raise RuntimeError(f"L65: {sequence} found {num_cached} tokens; {found * self._size} could be found")
+        for other in entered:  # what the step computes for those before it, whenever that was published
+            if other.token_ids[:size] == tokens[:size]:
+                ends = range(size, size * min(most, other.num_computed // size) + 1, size)
+                found = max([found, *(end // size for end in ends if other.token_ids[:end] == tokens[:end])])
+        entered.append(sequence)
+        if num_cached < found * size:
+            raise RuntimeError(f"L65: {sequence} found {num_cached} tokens; {found * size} could be found")
 
     # ---- what the tables say
 
