@@ -63,7 +63,7 @@ def test_a_broken_scheduler_is_found(mutant: type[Scheduler], law: str, monkeypa
 
 def test_prefixes_made_twice_exceed_the_union(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soaking, "Scheduler", PrefixesMadeTwice)
-    with pytest.raises(RuntimeError, match="L65: .* the union of the prefixes needs"):
+    with pytest.raises(RuntimeError, match=r"L65: .* the union of the prefixes needs"):
         computes_the_union(60, seed=0, depth=0)
 
 

@@ -1,4 +1,4 @@
-"""Every bug that is put into the engine, or into what it hands out, is found by the law of tests/scheduling/test_callers.py that is named."""
+"""Every bug that is put into the engine, or into what it hands out, is found by the named law of tests/scheduling/test_callers.py."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def broken_by(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def killed(mutant: type, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails unless the law is broken, and not because the mutant no longer fits the class that it changes."""
+    error: BaseException | None = None
     try:
         broken_by(law, monkeypatch)
-    except (Exception, pytest.fail.Exception) as error:
-        assert not isinstance(error, AttributeError | TypeError | NameError), f"{mutant.__name__} fell over: {error!r}"
-    else:
-        pytest.fail(f"the spec has a hole: {law} does not find that {mutant.__doc__}")
+    except (Exception, pytest.fail.Exception) as found:
+        error = found
+    assert error is not None, f"the spec has a hole: {law} does not find that {mutant.__doc__}"
+    assert not isinstance(error, AttributeError | TypeError | NameError), f"{mutant.__name__} fell over: {error!r}"
 
 
 @pytest.mark.timeout(60)
