@@ -29,6 +29,7 @@ from minipaged.cli.options import (
 from minipaged.cli.terminal import read_stdin
 from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.errors import InputError
+from minipaged.text.safe import printable
 
 app = typer.Typer(
     name="minipaged",
@@ -145,7 +146,7 @@ def pull(
 
     with status_line() as progress:
         path = download(model, progress)
-    typer.echo(f"{model}: {path}")
+    typer.echo(printable(f"{model}: {path}"))
 
 
 @app.command()

@@ -57,6 +57,8 @@ def _run(command: Callable[..., Any]) -> int:
         show = getattr(error, "show", None)  # click's usage errors
         if show is None:
             raise
+        if hasattr(error, "message"):  # it quotes what was typed or pasted
+            error.message = printable(error.message)
         show()
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0

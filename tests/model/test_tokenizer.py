@@ -321,6 +321,31 @@ def test_tokens_that_only_the_config_lists(folder: Path) -> None:
             folder_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"additional_special_tokens": ["<think>", "the"]},
+        {"additional_special_tokens": [{"__type": "AddedToken", "content": "<think>", "special": True}]},
+        {"extra_special_tokens": {"think_token": "<think>"}},
+        {"extra_special_tokens": ["the"]},
+        {"model_specific_special_tokens": {"think_token": "<think>"}},
+        {"extra_special_tokens": None, "additional_special_tokens": []},
+    ],
+)
+def test_tokens_that_the_config_calls_special(folder: Path, listed: dict[str, Any]) -> None:
+    """A text is cut at them and an answer leaves them out, also where tokenizer.json holds them as ordinary ones."""
+    edit_config(folder, **listed)
+    against_transformers(folder, "a<think>b", "hello there, othello", "say hellohello")
+
+
+@pytest.mark.parametrize("listed", [["<|nowhere|>"], [5], 7, [""], {"x": None}])
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+def test_special_tokens_that_are_none_are_refused(folder: Path, name: str, listed: Any) -> None:
+    edit_config(folder, **{name: listed})
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {name}"):
+        folder_tokenizer(folder)
+
+
 def test_names_that_only_the_special_tokens_map_gives(folder: Path) -> None:
     template = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))

@@ -238,6 +238,53 @@ class PreemptsForNewcomers(Scheduler):
         super()._schedule_running(step)
 
 
+class UrgentOnesWait(Scheduler):
+    """However urgent, a request that waits displaces nobody: it waits until somebody leaves."""
+
+    def _make_way(self, step: StepBuilder) -> None:
+        pass
+
+
+class ArrivalDecidesWhoMakesWay(Scheduler):
+    """The latest arrival makes way for a more urgent request, also where others are less urgent."""
+
+    def _make_way(self, step: StepBuilder) -> None:
+        by_rank = list(self.running)
+        self.running.sort(key=lambda request: request.arrival)
+        super()._make_way(step)
+        self.running.sort(key=by_rank.index)
+
+
+class EqualsMakeWay(Scheduler):
+    """Whoever waits displaces those that are as urgent as it is, and arrived earlier."""
+
+    def _make_way(self, step: StepBuilder) -> None:
+        first = self.waiting.peek()
+        if first is None:
+            return
+        asked = first.params
+        first.params = replace(asked, priority=asked.priority - 1)
+        super()._make_way(step)
+        first.params = asked
+
+
+class PenaltiesDoNotWait(Scheduler):
+    """With a step in flight, a penalized request draws its next token before it knows the last (`reads_answer` is forgotten)."""
+
+    def schedule(self) -> StepPlan | None:
+        self.batch.reads_answer[:] = False
+        let_in = self._let_in
+
+        def and_forget(step: StepBuilder) -> None:
+            let_in(step)
+            self.batch.reads_answer[:] = False
+
+        self._let_in = and_forget  # type: ignore[method-assign]
+        plan = super().schedule()
+        del self._let_in  # type: ignore[method-assign]
+        return plan
+
+
 class SwapDuplicatesShared(Scheduler):
     """The sequences of a request are swapped out one by one: what they share is copied once for each."""
 
@@ -279,5 +326,9 @@ HISTORICAL: list[tuple[type[Scheduler], str]] = [
     (LatestMakesWayWhateverItsPriority, "L45"),
     (NobodyLeaves, "L43"),
     (PreemptsForNewcomers, "L43"),
+    (UrgentOnesWait, "L45"),
+    (ArrivalDecidesWhoMakesWay, "L45_a_waiting"),
+    (EqualsMakeWay, "L45"),
+    (PenaltiesDoNotWait, "L55_a_penalty"),
     (SwapDuplicatesShared, "L48"),
 ]

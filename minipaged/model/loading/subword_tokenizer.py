@@ -21,6 +21,7 @@ from minipaged.model.loading.tokenizer import Tokenizer, check_text
 SPACE = "▁"  # how SentencePiece writes a space
 LOG = logging.getLogger("minipaged")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
 class SubwordTokenizer(Tokenizer):
@@ -100,6 +101,7 @@ def folder_tokenizer(folder: Path, eos_token_ids: Sequence[int] = ()) -> Subword
     check_keys(config, TOKENIZER_KEYS, config_path)
     named = _named_tokens(config)
     _add_listed_tokens(backend, config, named, config_path)
+    _mark_special_tokens(backend, config, config_path)
     _warn_of_other_frames(backend, config, named, config_path)
     return SubwordTokenizer(
         backend,
@@ -134,6 +136,27 @@ def _add_listed_tokens(
     for name in ("bos_token", "eos_token"):
         if name in named and backend.token_to_id(named[name]) is None:
             raise ModelError(f"{path}: {name} is {named[name]!r:.40}, which is no token of tokenizer.json")
+
+
+def _mark_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], path: Path) -> None:
+    """Tokens that tokenizer_config.json calls special are: a text is cut at them, and an answer's text leaves them out. ModelError for one
+    that tokenizer.json does not have: it would be given a new id, which no network was trained on.
+    """
+    for name in SPECIAL_LISTS:
+        listed = config.get(name) or []
+        listed = listed.values() if isinstance(listed, dict) else listed
+        if not isinstance(listed, Iterable):
+            raise ModelError(f"{path}: {name} must be a list of tokens, not {listed!r:.40}")
+        for token in listed:
+            text = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(text, str) or not text:
+                raise ModelError(f"{path}: {name} must be a list of tokens, not of {token!r:.40}")
+            index = backend.token_to_id(text)
+            if index is None:
+                raise ModelError(f"{path}: {name} has {text!r:.40}, which is no token of tokenizer.json")
+            known = backend.get_added_tokens_decoder().get(index)
+            if known is None or not known.special:
+                backend.add_special_tokens([text])
 
 
 def _warn_of_other_frames(
