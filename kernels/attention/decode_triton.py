@@ -3,6 +3,8 @@
 The heads of a KV group are the rows of one dot, so each key and value is read once per group; with one head per group the dot is a
 multiply-and-sum. The loop over whole tiles has no masks; only a chunk's last tile does.
 
+A quantized cache holds codes: they become the query's dtype, exactly, the key's scale multiplies the scores and the value's the weights.
+
 How rows are cut, and joined again, is in decode_chunks.py. A row of one chunk writes its output itself; the reduction passes it by.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -15,7 +17,9 @@ import triton
 import triton.language as tl
 
 from minipaged.kernels.attention.decode_chunks import MOST_CHUNKS, chunks_of_rows, reduce_kernel
-from minipaged.kernels.attention.triton_tiles import load_tile, must_upcast, tile_offsets
+from minipaged.kernels.attention.triton_tiles import load_scales, load_tile, must_upcast, tile_blocks
+from minipaged.kernels.cache.quantize import Scales
+from minipaged.kernels.cache.quantize_triton import scale_arguments
 from minipaged.kernels.dependent_launch import PLAIN_LAUNCH, dependent_launch, wait_for_previous
 from minipaged.kernels.launch_table import (
     DecodeLaunch,
@@ -31,7 +35,7 @@ from minipaged.kernels.launch_table import (
 def _attend_tile(
     query,
     state,  # (accumulated output, top: largest score so far, total: sum of the weights), all float32
-    cache,  # (keys, values, block table, stride of a block, of a slot)
+    cache,  # (keys, values, block table, stride of a block, of a slot, scales of keys, of values, stride of a block of scales)
     start,
     limit,
     scale,
@@ -41,15 +45,21 @@ def _attend_tile(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):
     """The state after one more step of the online softmax, in base 2: `scale` holds log2(e) already."""
     accumulated, top, total = state
-    key_ptr, value_ptr, table_ptr, stride_block, stride_slot = cache
+    key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block = cache
     position = start + tl.arange(0, TILE)
-    offset = tile_offsets(table_ptr, position, limit, stride_block, stride_slot, PAGE, MASKED)
-    key = load_tile(key_ptr, offset, position, limit, HEAD_DIM, HEAD_BLOCK, MASKED, UPCAST)
-    value = load_tile(value_ptr, offset, position, limit, HEAD_DIM, HEAD_BLOCK, MASKED, UPCAST)
+    block = tile_blocks(table_ptr, position, limit, PAGE, MASKED)
+    slot = position % PAGE
+    offset = block * stride_block + slot * stride_slot
+    key = load_tile(key_ptr, offset, position, limit, HEAD_DIM, HEAD_BLOCK, MASKED, query.dtype)
+    value = load_tile(value_ptr, offset, position, limit, HEAD_DIM, HEAD_BLOCK, MASKED, query.dtype)
+    if QUANTIZED:
+        scale_offset = block * stride_scale_block + slot
+        scale = scale * load_scales(key_scale_ptr, scale_offset, position, limit, MASKED)
+        value_scale = load_scales(value_scale_ptr, scale_offset, position, limit, MASKED)
     if GROUP == 1:  # query [HEAD_BLOCK], top and total scalars
         score = tl.sum(query[None, :] * key.to(tl.float32), 1) * scale
         if MASKED:
@@ -58,8 +68,12 @@ def _attend_tile(
         weight = tl.exp2(score - new_top)
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weight, 0)
+        if QUANTIZED:
+            weight = weight * value_scale
         accumulated = accumulated * decay + tl.sum(weight[:, None] * value.to(tl.float32), 0)
     else:  # query [group rows, HEAD_BLOCK], top and total [group rows]
+        if QUANTIZED:
+            scale = scale[None, :]
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if MASKED:
             score = tl.where((position < limit)[None, :], score, float("-inf"))
@@ -67,6 +81,8 @@ def _attend_tile(
         weight = tl.exp2(score - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weight, 1)
+        if QUANTIZED:
+            weight = weight * value_scale[None, :]
         accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
     return (accumulated, new_top, total)
 
@@ -81,6 +97,8 @@ def _decode_kernel(
     value_ptr,
     block_tables_ptr,
     context_lens_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     num_rows,
     scale,
     window,
@@ -94,6 +112,8 @@ def _decode_kernel(
     stride_head,
     stride_table,
     stride_table_head,
+    stride_scale_block,
+    stride_scale_head,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -107,6 +127,7 @@ def _decode_kernel(
     MIN_CHUNK: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     wait_for_previous(DEPENDENT)
@@ -158,16 +179,20 @@ def _decode_kernel(
     table_ptr = block_tables_ptr + row.to(tl.int64) * stride_table + kv_head * stride_table_head
     key_ptr += kv_head * stride_head
     value_ptr += kv_head * stride_head
-    cache = (key_ptr, value_ptr, table_ptr, stride_block, stride_slot)
+    key_scale_ptr += kv_head * stride_scale_head
+    value_scale_ptr += kv_head * stride_scale_head
+    cache = (
+        key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block
+    )  # fmt: skip
     state = (accumulated, top, total)
     whole_end = low + tl.maximum(high - low, 0) // TILE * TILE
     for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
         state = _attend_tile(
-            query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, False, UPCAST
+            query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, False, QUANTIZED
         )
     if whole_end < high:
         state = _attend_tile(
-            query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, UPCAST
+            query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, QUANTIZED
         )
     accumulated, top, total = state
 
@@ -205,6 +230,7 @@ def paged_decode_triton(
     context_lens: torch.Tensor,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
     out: torch.Tensor | None = None,
     launch: DecodeLaunch | None = None,
@@ -234,6 +260,7 @@ def paged_decode_triton(
     dependent = dependent_launch(query.device)
     most_programs = num_rows * kv_heads * -(-longest // launch.min_chunk)
     alone = split and fills_one_wave(num_rows * kv_heads, most_programs, programs)
+    key_scale, value_scale, *scale_strides = scale_arguments(scales, query)
     _decode_kernel[(kv_heads, chunks)](
         out,
         partial,
@@ -243,6 +270,8 @@ def paged_decode_triton(
         value_cache,
         block_tables,
         context_lens,
+        key_scale,
+        value_scale,
         num_rows,
         scale * math.log2(math.e),
         window or 0,
@@ -256,6 +285,7 @@ def paged_decode_triton(
         key_cache.stride(2),
         block_tables.stride(0),
         block_tables.stride(1) if per_head else 0,
+        *scale_strides,
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_ROWS=1 if group == 1 else max(16, next_power_of_two(group)),
@@ -269,6 +299,7 @@ def paged_decode_triton(
         MIN_CHUNK=launch.min_chunk,
         LOOP_STAGES=launch.loop_stages,
         UPCAST=must_upcast(query),
+        QUANTIZED=scales is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **(PLAIN_LAUNCH if alone else dependent),

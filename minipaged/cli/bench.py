@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.cli.options import KVCacheDTypeName
 from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
 from minipaged.lab.measure.results import Results
@@ -105,6 +106,7 @@ def engine(
         bool, typer.Option("--plain", help="Also run minipaged without graphs, fusions and overlap.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
+    kv_cache_dtype: KVCacheDTypeName = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Measure output tokens per second of whole engines on this device, each in a process of its own."""
@@ -113,10 +115,11 @@ def engine(
 
     peers = _names(against)
     check_contenders(peers, model)
-    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device)
+    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device, kv_cache_dtype)
     results = Results(json_file, device="unknown: no engine could be started")
     console = Console(width=WIDTH)
-    table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")
+    title = f"Engine, {model}" + ("" if kv_cache_dtype == "auto" else f", KV in {kv_cache_dtype}")
+    table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=title)
     contenders = (OURS, *(["minipaged-plain"] if plain else []), *peers)
     with status_line() as progress:
         for outcome, rows in measure(contenders, job, results.note, progress=progress):
