@@ -49,11 +49,12 @@ def paged_decode(
         check_attention(
             query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out, scales
         )
+    paged = (query, key_cache, value_cache, block_tables, context_lens, scale)
     if use_triton(query):
-        from minipaged.kernels.attention.decode_triton import paged_decode_triton as run
-    else:
-        run = paged_decode_torch
-    return run(query, key_cache, value_cache, block_tables, context_lens, scale, scales=scales, window=window, out=out)
+        from minipaged.kernels.attention.decode_triton import paged_decode_triton
+
+        return paged_decode_triton(*paged, scales=scales, window=window, out=out)
+    return paged_decode_torch(*paged, scales=scales, window=window, out=out)
 
 
 def paged_decode_torch(

@@ -45,7 +45,7 @@ class PagedKV:
         self.scale = config.head_dim**-0.5  # of attention scores
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
         kept = dtype if kept_as is None else getattr(torch, kept_as)
-        kinds = {"key": (shape[1:], kept), "value": (shape[1:], kept)}
+        kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"key": (shape[1:], kept), "value": (shape[1:], kept)}
         if kept in LARGEST_CODE:
             scales = (config.num_kv_heads, block_size), torch.float32
             kinds |= {"key_scale": scales, "value_scale": scales}

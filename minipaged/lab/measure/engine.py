@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipaged.config import KV_CACHE_DTYPES, KVCacheDType, Progress, check_choice, check_int, check_real
+from minipaged.config import KV_CACHE_DTYPES, Progress, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.lab.simulation.workloads import Draw, engine_draws
 
@@ -43,7 +43,7 @@ class Job:
     max_num_seqs: int = 256
     limit_seconds: float = 900.0
     device: str = "auto"
-    kv_cache_dtype: KVCacheDType = "auto"  # of minipaged
+    kv_cache_dtype: str = "auto"  # of minipaged
 
     def __post_init__(self) -> None:
         check_int("repeats", self.repeats, 1)
