@@ -188,13 +188,13 @@ def test_bfloat16_over_codes_is_computed_in_float32_under_the_interpreter(
     assert_close(paged_prefill(*codes.prefill(), scales=scales), paged_prefill_torch(*codes.prefill(), scales=scales))
 
 
-def written(
-    new: tuple[Tensor, Tensor], slots: Tensor, dtype: torch.dtype, block_size: int, num_blocks: int
+def empty_like_cache(
+    new: Tensor, dtype: torch.dtype, block_size: int, num_blocks: int
 ) -> tuple[Tensor, Tensor, Scales]:
-    """Empty caches and scales for keys and values like these."""
-    _, kv_heads, head_dim = new[0].shape
-    key, value = torch.zeros(2, num_blocks, block_size, kv_heads, head_dim).to(dtype)
-    key_scale, value_scale = torch.full((2, num_blocks, kv_heads, block_size), math.nan)
+    """Empty caches of `dtype` and their scales, for heads like `new`: [tokens, kv_heads, head_dim]."""
+    _, kv_heads, head_dim = new.shape
+    key, value = torch.zeros(2, num_blocks, block_size, kv_heads, head_dim, device=new.device).to(dtype)
+    key_scale, value_scale = torch.full((2, num_blocks, kv_heads, block_size), math.nan, device=new.device)
     return key, value, (key_scale, value_scale)
 
 
@@ -212,7 +212,7 @@ def test_write_kv_puts_codes_and_scales_into_their_slots_and_no_others(
     slots = data.draw(st.lists(st.integers(0, block_size * num_blocks - 1), unique=True))
     mapping = torch.tensor([s for slot in slots for s in (slot, -1)], dtype=torch.int64)
     key, value = torch.randn(2, len(mapping), 3, 32).to(dtype)
-    key_cache, value_cache, scales = written((key, value), mapping, code_dtype, block_size, num_blocks)
+    key_cache, value_cache, scales = empty_like_cache(key, code_dtype, block_size, num_blocks)
     write_kv(key, value, key_cache, value_cache, mapping, scales=scales)
     for new, cache, scale in zip((key, value), (key_cache, value_cache), scales, strict=True):
         rows, row_scales = cache.reshape(-1, 3, 32), scale.transpose(1, 2).reshape(-1, 3)
@@ -249,7 +249,7 @@ def test_L64_write_kv_of_codes_equals_twin(
     key, value = torch.randn(len(mapping), 2 * kv_heads, head_dim, dtype=dtype).split(kv_heads, 1)
     if len(mapping) > 2:
         key[0, 0], value[2, 0, 1] = 0, data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 6e4, 1e-7]))
-    found, expected = (written((key, value), mapping, code_dtype, block_size, num_blocks) for _ in range(2))
+    found, expected = (empty_like_cache(key, code_dtype, block_size, num_blocks) for _ in range(2))
     write_kv_triton(key, value, *found[:2], mapping, found[2])
     write_kv_torch(key, value, *expected[:2], mapping, expected[2])
     assert_same((*found[:2], *found[2]), (*expected[:2], *expected[2]))
@@ -275,7 +275,7 @@ def test_L64_rope_write_of_codes_equals_twin(
     positions = torch.randint(0, 30, (tokens,))
     angles = torch.rand(30, head_dim // 2) * 6
     norm = {"query_norm": torch.rand(head_dim), "key_norm": torch.rand(head_dim), "eps": 1e-5} if norms else {}
-    found, expected = (written((key, value), slots, code_dtype, block_size, num_blocks) for _ in range(2))
+    found, expected = (empty_like_cache(key, code_dtype, block_size, num_blocks) for _ in range(2))
     queries = [query.clone(), query.clone()]
     table = torch.cat([angles.cos(), angles.sin()], -1)
     for run, into, rotated in zip((rope_write_kv_triton, rope_write_kv_torch), (found, expected), queries, strict=True):
