@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from minipaged.kernels.attention.decode_shared import SharedPrefixes
 from minipaged.kernels.cache.quantize import Scales, dequantize
 from minipaged.kernels.checks import check_attention
 from minipaged.kernels.dispatch import use_triton
@@ -31,6 +32,7 @@ def paged_decode(
     *,
     scales: Scales | None = None,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: Tensor | None = None,
     check: bool = True,
 ) -> Tensor:
@@ -40,7 +42,8 @@ def paged_decode(
     key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim]. block_tables: int32 [B, width], or [B, kv_heads, width] for
     a table per KV head. context_lens: int32 [B], the new token included (it is in the cache already); a row of length 0 gives zeros.
     scales: of keys and of values, where the cache holds codes (as in write_kv); the query has a floating dtype then, of its own.
-    window: only the last `window` tokens are seen. out: written and returned, if given.
+    window: only the last `window` tokens are seen. shared: rows whose tables begin alike, so that the kernel reads those pages once for
+    many; not together with a window. It changes no result, and the twin does without. out: written and returned, if given.
     Reads 2 * sum(context_lens) * kv_heads * head_dim elements, and a scale for each head_dim of them. Raises ValueError on a scale that
     is not above 0, and on shapes, dtypes or devices that do not fit, unless `check` is False: for a caller that has had such tensors
     checked, as those of the step's first layer.
@@ -49,11 +52,13 @@ def paged_decode(
         check_attention(
             query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out, scales
         )
+        if shared is not None and window is not None:
+            raise ValueError("rows that share their first tokens cannot have a window, which may leave these out")
     paged = (query, key_cache, value_cache, block_tables, context_lens, scale)
     if use_triton(query):
         from minipaged.kernels.attention.decode_triton import paged_decode_triton
 
-        return paged_decode_triton(*paged, scales=scales, window=window, out=out)
+        return paged_decode_triton(*paged, scales=scales, window=window, shared=shared, out=out)
     return paged_decode_torch(*paged, scales=scales, window=window, out=out)
 
 

@@ -100,7 +100,7 @@ class PagedKV:
         )
         rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
         if not len(inputs.chunk_lengths):
-            return paged_decode(query, keys, values, *rows, scales=scales, check=layer == 0)
+            return paged_decode(query, keys, values, *rows, scales=scales, shared=inputs.shared, check=layer == 0)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decodes:
             # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.

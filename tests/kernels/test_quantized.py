@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
 from minipaged.kernels.cache.quantize import LARGEST_CODE, Scales, dequantize, quantize
 from minipaged.kernels.launch_table import DecodeLaunch, PrefillLaunch
 from tests.kernels.paged_cases import FEW_HEADS, PagedCase, assert_close, examples, make_case, paged_cases
+from tests.kernels.test_decode_shared import shared_case
 from tests.kernels.test_triton_interpreted import (
     BLOCK_SIZES,
     DECODE_CASES,
@@ -186,6 +188,20 @@ def test_bfloat16_over_codes_is_computed_in_float32_under_the_interpreter(
     decode = (codes.query[:2], *codes.decode()[1:])
     assert_close(paged_decode(*decode, scales=scales), paged_decode_torch(*decode, scales=scales))
     assert_close(paged_prefill(*codes.prefill(), scales=scales), paged_prefill_torch(*codes.prefill(), scales=scales))
+
+
+@interpreted
+@pytest.mark.parametrize("launch", [None, SHORT_CHUNKS], ids=["table", "short"])
+@pytest.mark.parametrize(("query", "code"), itertools.product([torch.float32, torch.float16], LARGEST_CODE), ids=str)
+def test_L60_common_pages_of_codes_are_read_once(
+    query: torch.dtype, code: torch.dtype, launch: DecodeLaunch | None
+) -> None:
+    from minipaged.kernels.attention.decode_triton import paged_decode_triton
+
+    case, shared = shared_case([(3, 4), (2, 1)], 1, kv_heads=2, group=2, head_dim=32, block_size=8, dtype=query)
+    codes, scales, plain = quantized(case, code)
+    out = paged_decode_triton(*codes.decode(), scales=scales, shared=shared, launch=launch)
+    assert_close(out, paged_decode_torch(*plain.decode()))
 
 
 def empty_like_cache(

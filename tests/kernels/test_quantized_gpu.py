@@ -14,6 +14,7 @@ from minipaged.kernels.cache.quantize import LARGEST_CODE, Scales, dequantize
 from minipaged.kernels.cache.rope_write import rope_write_kv_torch
 from minipaged.lab.measure.timing import capture
 from tests.kernels.paged_cases import PagedCase, assert_close, dense_attention
+from tests.kernels.test_decode_shared import shared_case
 from tests.kernels.test_gpu import DTYPES, SHAPES, gpu_case, names
 from tests.kernels.test_quantized import empty_like_cache, quantized
 
@@ -95,6 +96,19 @@ def test_L64_writes_of_codes_on_the_gpu(head_dim: int, dtype: torch.dtype, codes
     copy_blocks([*found[:2], *found[2]], torch.tensor([[1, 3], [0, 0]]))
     for tensor, was in zip((*found[:2], *found[2]), before, strict=True):
         torch.testing.assert_close(tensor[3].float(), was[1].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("codes", LARGEST_CODE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 4, 128), (4, 1, 64), (2, 3, 96), (1, 7, 256)])
+def test_L60_common_pages_of_codes_on_the_gpu(
+    kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, codes: torch.dtype
+) -> None:
+    heads = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim}
+    case, shared = shared_case([(40, 90), (5, 33)], 3, block_size=16, dtype=dtype, device="cuda", **heads)  # type: ignore[arg-type]
+    coded, scales, _ = quantized(case, codes)
+    out = paged_decode(*coded.decode(), scales=scales, shared=shared)
+    assert_close(out, dense_attention(exact(coded, scales)))
 
 
 @pytest.mark.parametrize("codes", LARGEST_CODE, ids=str)
