@@ -12,6 +12,7 @@ from minipaged.config import (
     DEFAULT_MODEL,
     CacheConfig,
     EngineConfig,
+    KVCacheDType,
     SamplingParams,
     check_bool,
     check_choice,
@@ -33,11 +34,13 @@ Message = Mapping[str, str]
 class LLM:
     """A model ready to generate.
 
-    model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
-    float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
-    `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
-    running requests make way for a more urgent one that waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU
-    and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that does not work.
+    model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto,
+    float32, float16 or bfloat16; kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or fp8, which take about half the
+    memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV pool, None to measure what
+    fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the
+    smaller SamplingParams.priority is served first and running requests make way for a more urgent one that waits; overlap: steps in
+    flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is
+    a GPU. Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;
@@ -50,6 +53,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        kv_cache_dtype: KVCacheDType = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         num_host_blocks: int = 0,
@@ -85,7 +89,9 @@ class LLM:
         if trust_remote_code:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         # every number is checked before the model is fetched
-        cache = CacheConfig(block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark)
+        cache = CacheConfig(
+            block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype
+        )
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

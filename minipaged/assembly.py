@@ -44,8 +44,8 @@ def choose_num_blocks(
     step_bytes: int = 0,
     gpu_share: float = GPU_POOL_SHARE,
 ) -> int:
-    """How many blocks fit: `gpu_share` of a GPU's free memory less `step_bytes`, which the largest step takes, or a fixed share of a
-    host's. Null block included. InputError if not even two fit."""
+    """How many blocks of keys and values kept as `dtype` fit: `gpu_share` of a GPU's free memory less `step_bytes`, which the largest
+    step takes, or a fixed share of a host's. Null block included. InputError if not even two fit."""
     block_bytes = config.kv_bytes_per_token(dtype) * block_size
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -74,7 +74,7 @@ def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torc
     On a CPU both lie in the same memory. The error says what the blocks take and how many would fit.
     """
     host = torch.device("cpu")
-    block_bytes = config.kv_bytes_per_token(dtype) * cache.block_size
+    block_bytes = config.kv_bytes_per_token(cache.kv_dtype(dtype)) * cache.block_size
     pools = (
         ("a pool", "num_blocks", cache.num_blocks, device),
         ("a host pool", "num_host_blocks", cache.num_host_blocks, host),
@@ -126,7 +126,7 @@ def assemble(
     config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
     if num_blocks is None:
         step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
-        num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step, gpu_share)
+        num_blocks = choose_num_blocks(shape, cache.block_size, cache.kv_dtype(kind), chosen, step, gpu_share)
     cache = replace(cache, num_blocks=num_blocks)
     check_pool(shape, cache, kind, chosen)
     engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
@@ -154,7 +154,8 @@ def build_engine(
     scheduler = Scheduler(config, manager, cache.block_size)
     about = {
         "model": loaded.config.name,
-        "kv_bytes_per_token": loaded.config.kv_bytes_per_token(dtype),
+        "kv_cache_dtype": cache.kv_dtype(dtype),
+        "kv_bytes_per_token": loaded.config.kv_bytes_per_token(cache.kv_dtype(dtype)),
         "watermark": cache.watermark,
         "num_host_blocks": cache.num_host_blocks,
     }
@@ -184,6 +185,7 @@ def build_runner(
         cache.block_size,
         num_host_blocks=cache.num_host_blocks,
         dtype=getattr(torch, dtype),
+        kept_as=cache.kv_dtype(dtype),
         device=device,
     )
     if graphs and can_capture(kv.keys[0]):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from minipaged.cli.options import KVCacheDTypeName
 from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
 from minipaged.lab.measure.results import Results
@@ -108,6 +109,7 @@ def engine(
         bool, typer.Option("--plain", help="Also run minipaged without graphs, fusions and overlap.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
+    kv_cache_dtype: KVCacheDTypeName = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Measure output tokens per second of whole engines on this device, each in a process of its own."""
@@ -116,9 +118,10 @@ def engine(
 
     peers = _names(against)
     check_contenders(peers, model)
-    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device)
+    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device, kv_cache_dtype)
     results = Results(json_file, device="unknown: no engine could be started")
     shown: list[tuple[str, ...]] = []
+    title = f"Engine, {model}" + ("" if kv_cache_dtype == "auto" else f", KV in {kv_cache_dtype}")
     contenders = (OURS, *(["minipaged-plain"] if plain else []), *peers)
     with status_line() as progress:
         for outcome, rows in measure(contenders, job, results.note, progress=progress):
@@ -136,7 +139,7 @@ def engine(
             print(printable(note))
         raise typer.Exit(1)
     columns = ("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is")
-    table(f"Engine, {model}", columns, shown, words=2, width=WIDTH, notes=_left_out(results))
+    table(title, columns, shown, words=2, width=WIDTH, notes=_left_out(results))
 
 
 @app.command()

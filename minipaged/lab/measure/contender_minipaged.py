@@ -26,9 +26,9 @@ def make_llm(model: str, **settings: Any) -> LLM:
 
 def load(name: str, job: Job) -> Runs:
     """The fast path, or the plain one for minipaged-plain."""
-    llm = make_llm(
-        job.model, max_num_seqs=job.max_num_seqs, device=job.device, **(PLAIN if name == "minipaged-plain" else {})
-    )
+    settings: dict[str, Any] = {"max_num_seqs": job.max_num_seqs, "device": job.device}
+    settings["kv_cache_dtype"] = job.kv_cache_dtype
+    llm = make_llm(job.model, **settings, **(PLAIN if name == "minipaged-plain" else {}))
 
     def answer(workload: str, asked: list[Draw], temperature: float) -> int:
         params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for _, n in asked]
