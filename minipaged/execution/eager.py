@@ -78,7 +78,7 @@ class TorchRunner:
             return TorchPending(torch.zeros(0, dtype=torch.int64))
         inputs = inputs_of(plan, self.kv.block_size, self.device)
         hidden = self._forward(inputs)
-        pending = self._draw(plan, self.model.logits(hidden.index_select(0, inputs.draw_tokens)))
+        pending = self._draw(plan, self.model.own_logits(hidden.index_select(0, inputs.draw_tokens)))
         if plan.prompt_queries:
             pending.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         return pending
@@ -106,10 +106,14 @@ class TorchRunner:
         return hidden
 
     def _draw(self, plan: StepPlan, logits: torch.Tensor) -> TorchPending:
-        """One token for each draw. logits: float32 [draws, vocab]."""
+        """One token for each draw. logits: float32 [draws, vocab], of the tokens whose rows this rank has."""
+        split = self.model.split
+        only_greedy = plan.sampling is None and plan.top_logprobs < 0
+        if split is not None and not only_greedy:
+            logits = split.whole(logits)
         raw = logits
         if plan.sampling is None:
-            drawn = draw_tokens(logits)
+            drawn = draw_tokens(logits) if split is None or not only_greedy else split.most_likely(logits)
         else:
             if plan.adjustments:
                 logits = sampler.adjust(logits.clone(), plan.adjustments)

@@ -152,6 +152,8 @@ class GraphRunner(TorchRunner):
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
+        if self.model.split is not None and draws is not Draws.GREEDY:
+            draws = Draws.NONE  # the ranks' logits are put together outside of the graph
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
             return super().launch(plan)
@@ -197,8 +199,12 @@ class GraphRunner(TorchRunner):
             query = self.kv.rope_write(layer, heads, inputs, self._angles)
             return self.kv.attend(layer.index, query, inputs)
 
-        embedding = self.model.embedding
-        embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        embedding, split = self.model.embedding, self.model.split
+        if split is None:
+            embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        else:
+            newest = self._newest.index_select(0, inputs.batch_indices).clamp(min=0)
+            embedded = split.embed(embedding, torch.where(inputs.token_ids >= 0, inputs.token_ids, newest))
         return self.model.run_layers(embedded, attention)
 
     def _step(self, shape: Shape, draws: Draws) -> Tensor:
@@ -219,7 +225,8 @@ class GraphRunner(TorchRunner):
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
         if draws is Draws.GREEDY:
-            return draw_tokens(logits)
+            split = self.model.split
+            return draw_tokens(logits) if split is None else split.most_likely(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
         threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
         return draw_tokens(logits, temperature, uniform, threshold)
@@ -234,7 +241,7 @@ class GraphRunner(TorchRunner):
 
     def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """Capture the graph of a shape, over inputs of padding alone, so that warming it up writes nothing; None where the memory is
-        short.
+        short. Ranks that share the model must capture alike, so there a shortage is an error.
         """
         if (shape, draws) in self._too_large:
             return None
@@ -248,9 +255,13 @@ class GraphRunner(TorchRunner):
         try:
             with torch.cuda.stream(self._capturing):
                 self._step(shape, draws)
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing):
+            # NCCL has threads of its own, which may ask the device something meanwhile.
+            mode = "global" if self.model.split is None else "thread_local"
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing, capture_error_mode=mode):
                 result = self._step(shape, draws)
         except torch.OutOfMemoryError:
+            if self.model.split is not None:
+                raise
             self._too_large.add((shape, draws))
             return None
         finally:

@@ -11,8 +11,8 @@ with it. Below, T is the number of tokens in the step, H the query heads, KH the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,23 @@ RawAttention = Callable[["Layer", Tensor], Tensor]
 """attention(layer, heads [T, H + 2 KH, D]) -> [T, H, D]: the same for heads as projected, queries first, then keys, then values.
 
 For those who norm and rotate while they write to the cache."""
+
+
+class Vocabulary(Protocol):
+    """The rows of embedding and head where several ranks share them (split.py)."""
+
+    def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        """Embeddings of any tokens, [T, hidden_size], for this rank's table [rows, hidden_size]."""
+        ...
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, [R, vocab_size], for those of this rank, [R, rows]."""
+        ...
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """draw_tokens(whole(logits)) without gathering them: int64 [R]."""
+        ...
+
 
 INITIAL_STD = 0.02  # of drawn weights: `initializer_range` of every published config
 
@@ -55,9 +72,10 @@ class Layer(nn.Module):
         self.down = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, attention: RawAttention) -> Tensor:
-        """The layer's output, [T, hidden_size]; `hidden` is changed in place and returned."""
+        """The layer's output, [T, hidden_size]; `hidden` may be changed in place and returned."""
         heads = self.qkv(hidden, norm=self.attention_norm).view(hidden.shape[0], -1, self.head_dim)
-        self.output(attention(self, heads).reshape(hidden.shape[0], -1), residual=hidden)
+        # Where ranks share the layer the sum is a new tensor, so it is what is returned that goes on.
+        hidden = self.output(attention(self, heads).reshape(hidden.shape[0], -1), residual=hidden)
         after: Tensor = self.down(self.gate_up.gated(hidden, norm=self.mlp_norm), residual=hidden)
         return after
 
@@ -109,6 +127,7 @@ class Llama(nn.Module):
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
         self.frequencies: Tensor
+        self.split: Vocabulary | None = None  # the vocabulary is shared by ranks
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T]."""
@@ -117,17 +136,26 @@ class Llama(nn.Module):
         def rotated_first(layer: Layer, heads: Tensor) -> Tensor:
             return attention(layer.index, *layer.rotated(heads, cos, sin))
 
-        hidden: Tensor = self.norm(self.run_layers(functional.embedding(token_ids, self.embedding), rotated_first))
+        split = self.split
+        embedded = (
+            functional.embedding(token_ids, self.embedding) if split is None else split.embed(self.embedding, token_ids)
+        )
+        hidden: Tensor = self.norm(self.run_layers(embedded, rotated_first))
         return hidden
 
     def run_layers(self, hidden: Tensor, attention: RawAttention) -> Tensor:
-        """Hidden states before the last norm, for those after the embedding: [T, hidden_size], changed in place and returned."""
+        """Hidden states before the last norm, for those after the embedding: [T, hidden_size], which may be changed in place."""
         for layer in self.layers:
             hidden = layer(hidden, attention)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, float32 [R, vocab_size], for hidden states after the last norm, [R, hidden_size]."""
+        scores = self.own_logits(hidden)
+        return scores if self.split is None else self.split.whole(scores)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, of the tokens whose rows this rank has."""
         scores: Tensor = self.head(hidden)
         return scores.float()
 
@@ -160,11 +188,26 @@ class Llama(nn.Module):
         model = Llama(config, dtype=dtype, device=device)
         generator = torch.Generator(device=device).manual_seed(seed)
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, std, generator=generator)
+            _draw(name, parameter, std, generator)
         return model
+
+
+def draw_parameters(
+    parameters: Mapping[str, Tensor], seed: int, dtype: torch.dtype, device: torch.device | str, std: float
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of each of a model's parameters, as Llama.random draws them, one at a time: the model itself may have none."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in parameters.items():
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
+        _draw(name, values, std, generator)
+        yield name, values
+
+
+def _draw(name: str, values: Tensor, std: float, generator: torch.Generator) -> None:
+    if name.endswith("norm.weight"):
+        values.fill_(1.0)
+    else:
+        values.normal_(0.0, std, generator=generator)
 
 
 def rope_frequencies(

@@ -1,0 +1,59 @@
+"""Ranks as threads of one process: the parts of a model and their runners as they are, the sums through a list instead of gloo."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from minipaged.model.split import Part
+
+T = TypeVar("T")
+
+
+class ThreadCollectives:
+    """What `ranks` threads compute together (split.Collectives)."""
+
+    def __init__(self, rank: int, ranks: int, meeting: tuple[threading.Barrier, list[Any]]) -> None:
+        self.rank, self.ranks = rank, ranks
+        self._barrier, self._brought = meeting
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self._brought[self.rank] = x
+        self._barrier.wait(20)
+        gathered = torch.stack(self._brought)
+        self._barrier.wait(20)
+        return gathered
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        gathered = self.all_gather(x)
+        total = gathered[0]
+        for other in gathered[1:]:
+            total.add_(other)
+        return total
+
+    exchange = all_gather
+
+
+def on_ranks(ranks: int, work: Callable[[Part, ThreadCollectives], T]) -> list[T]:
+    """What `work` returns on each rank. If it raises on one, that is raised here."""
+    meeting = (threading.Barrier(ranks), [None] * ranks)
+
+    def one(rank: int) -> T:
+        try:
+            return work(Part(rank, ranks), ThreadCollectives(rank, ranks, meeting))
+        except BaseException:
+            meeting[0].abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        futures = [pool.submit(one, rank) for rank in range(ranks)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return [future.result() for future in futures]
