@@ -23,6 +23,7 @@ from minipaged.cli.options import (
     Seed,
     System,
     Temperature,
+    TensorParallel,
     TopK,
     TopP,
 )
@@ -89,6 +90,7 @@ def generate(
     dtype: DTypeName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Generate text for one or more prompts at once, through paged memory."""
     from minipaged.cli.generate import generate as run
@@ -113,7 +115,13 @@ def generate(
         texts += [text for text, _ in read_prompts(prompts_file)]
     if not texts:
         raise InputError("there is no prompt: give PROMPT, - to read standard input, or --prompts-file FILE")
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
+    settings: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+        "tensor_parallel": tensor_parallel,
+    }
     raise typer.Exit(run(model, texts, params, settings, system=system, raw=raw, as_json=as_json))
 
 
@@ -184,11 +192,18 @@ def tui(
     dtype: DTypeName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Open the screen: it shows block tables, sharing and waste while a model generates."""
     from minipaged.cli.show import show
 
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
+    settings: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+        "tensor_parallel": tensor_parallel,
+    }
     raise typer.Exit(
         show(
             model,

@@ -63,15 +63,31 @@ class CudaCollectives:
         size = x.numel() * x.element_size()
         unit = ALIGNED_BYTES * self.ranks  # two shots cut the tensor into one piece a rank
         if self._buffer is None or x.dtype not in PEER_DTYPES or size > BUFFER_BYTES or size % unit or not size:
-            dist.all_reduce(x)
-            return x
-        shared = self._buffer[:size].view(x.dtype)
-        if size <= ONE_SHOT_BYTES:
-            summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.view(-1), "sum", self._group)
-            return summed.view(x.shape)
+            return self.nccl(x)
+        return self.one_shot(x) if size <= ONE_SHOT_BYTES else self.two_shot(x)
+
+    def one_shot(self, x: Tensor) -> Tensor:
+        """Every rank reads all of every other's: one barrier before, one after. A new tensor."""
+        summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(self._shared(x), x.view(-1), "sum", self._group)
+        return summed.view(x.shape)
+
+    def two_shot(self, x: Tensor) -> Tensor:
+        """Every rank sums its piece, then reads the others' sums. Changes x."""
+        shared = self._shared(x)
         shared.copy_(x.view(-1))
         torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._group)
         return x.copy_(shared.view(x.shape))
+
+    def nccl(self, x: Tensor) -> Tensor:
+        """By NCCL. Changes x."""
+        dist.all_reduce(x)
+        return x
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """As many of the buffer's first elements as x has."""
+        if self._buffer is None:
+            raise RuntimeError("this GPU cannot reach its peers' memory")
+        return self._buffer[: x.numel() * x.element_size()].view(x.dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty((self.ranks, *x.shape))

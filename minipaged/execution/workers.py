@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from minipaged.errors import InputError
+from minipaged.errors import InputError, RankError
 from minipaged.execution.collectives import CudaCollectives, GlooCollectives
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.plan_bytes import pack_plan, unpack_plan
@@ -49,10 +49,6 @@ END_SECONDS = 5.0  # for the other ranks to end by themselves
 
 # What a message is; its body follows.
 PLAN, ALIVE, FAILED, END = b"P", b"A", b"F", b"E"
-
-
-class RankError(RuntimeError):
-    """A rank died, hangs or failed; the text says which and why. Nothing can be run any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +190,11 @@ class Ranks:
             yield
         except BaseException as error:
             # torch.distributed fails here because a rank is gone: then the reason is on its way.
-            if (
-                isinstance(error, dist.DistError | RuntimeError)
-                and self._ended.wait(LAST_WORDS_SECONDS)
-                and self.failure
-            ):
-                raise RankError(self.failure) from error
+            word_comes = isinstance(error, RuntimeError) and self._ended.wait(LAST_WORDS_SECONDS)
             self.fail(f"rank {self.rank}: {_words(error)}")
+            self._leave_group()
+            if word_comes and self.failure:
+                raise RankError(self.failure) from error
             raise
 
     def check(self) -> None:
@@ -236,6 +230,11 @@ class Ranks:
                 expected = plan.step + 1
                 runner.launch(plan)
         self._leave_group()
+
+    def wait_for_end(self) -> None:
+        """The other ranks: until rank 0 ends, whatever it sends."""
+        while self._plans.get()[:1] != END:
+            pass
 
     def _send_all(self, message: bytes) -> None:
         with self._sending:

@@ -47,7 +47,7 @@ def assert_same(found: Any, sent: Any) -> None:
     ids=["greedy", "sampled", "beams", "logprobs", "adjusted", "allowed"],
 )
 def test_every_field_arrives(params: SamplingParams) -> None:
-    llm = LLM("toy", device="cpu", num_blocks=24, block_size=4, num_host_blocks=16, preemption="swap")
+    llm = LLM("toy", device="cpu", num_blocks=48, block_size=4, num_host_blocks=16, preemption="swap")
     runner, plans = llm.engine.runner, []
     launch = runner.launch
 

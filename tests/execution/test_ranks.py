@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from minipaged import LLM, InputError, SamplingParams
+from minipaged.errors import RankError
 from minipaged.execution import workers
-from minipaged.execution.workers import RankError, Ranks, check_order, start_ranks
+from minipaged.execution.workers import Ranks, check_order, start_ranks
 from minipaged.scheduling.request import RequestOutput
 from tests.execution.plans import plan_of
 from tests.model.tiny import CONFIGS, drawn_tokens, save_folder
@@ -102,7 +103,7 @@ import sys, torch
 from minipaged.execution.workers import start_ranks
 ranks = start_ranks(2, torch.device("cpu"), {})
 print(ranks.least(int(sys.argv[1])), ranks.least(5), file=sys.stderr)
-ranks._plans.get()
+ranks.wait_for_end()
 """
 
 
@@ -116,14 +117,14 @@ def test_L61_the_pool_is_the_smallest_of_the_ranks() -> None:
 
 def test_L61_a_plan_names_only_blocks_that_every_rank_has() -> None:
     """A rank whose pool is larger than agreed would hand out what the others lack."""
-    plan = plan_of([([1, 2, 3], 0, [5])])
+    plan = plan_of([(0, 3)], tables=[[5]])
     check_order(plan, None, num_blocks=6)
     with pytest.raises(RankError, match="names block 5, and this rank's pool has 5"):
         check_order(plan, None, num_blocks=5)
 
 
 def test_a_plan_out_of_order_ends_the_run() -> None:
-    plan = plan_of([([1, 2, 3], 0, [5])])
+    plan = plan_of([(0, 3)], tables=[[5]])
     check_order(plan, plan.step, 9)
     for expected in (plan.step + 1, plan.step - 1):
         with pytest.raises(RankError, match=f"came where step {expected} was due: the ranks are out of step"):
@@ -157,9 +158,9 @@ def test_L73_a_rank_that_dies_or_hangs_ends_the_run_with_a_word(
     sent: signal.Signals, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "SILENT_SECONDS", 3.0)
-    llm = LLM("toy", **TIGHT, tensor_parallel=2)
+    llm = LLM("toy", device="cpu", num_blocks=100, tensor_parallel=2)
     try:
-        stream, pid = llm.stream("hello", SamplingParams(max_tokens=500, ignore_eos=True)), pid_of_peer(llm)
+        stream, pid = llm.stream("hello", SamplingParams(max_tokens=1500, ignore_eos=True)), pid_of_peer(llm)
         next(stream)
         os.kill(pid, sent)
         started = time.monotonic()
@@ -251,8 +252,13 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_waits_until_the_step_is_on_all_ranks() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), workers._interrupted_later():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append(np.arange(3).sum())
+
+    def step() -> None:
+        with workers._interrupted_later():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(np.arange(3).sum())
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
     assert done == [3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
