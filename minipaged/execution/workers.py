@@ -322,14 +322,14 @@ class Ranks:
         if not self._ended.is_set():
             self._ended.set()
             self._send_all(END)
+            self._leave_group()  # as the others do now: NCCL takes its connections down together
             self._end_children(END_SECONDS)
-        self._leave_group()
         for connection in self._connections.values():
             connection.close()
 
     def _leave_group(self) -> None:
-        # NCCL would wait for ranks that may be gone; its communicators end with the process.
-        if dist.is_initialized() and self.device.type == "cpu":
+        # After a failure NCCL would wait for a rank that is gone; its connections end with the process.
+        if dist.is_initialized() and (self.failure is None or self.device.type == "cpu"):
             dist.destroy_process_group()
 
     def _end_children(self, seconds: float) -> None:
