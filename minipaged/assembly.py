@@ -122,10 +122,6 @@ def assemble(
     serves until rank 0 ends, and ends the process (SystemExit).
     """
     chosen = choose_device(device)
-    try:
-        use_triton(torch.empty(0, device=chosen))
-    except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
-        raise InputError(str(error)) from None
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
     ranks = None
@@ -135,6 +131,10 @@ def assemble(
         ranks = start_ranks(tensor_parallel, chosen, arguments or {})
         chosen = ranks.device
     with nullcontext() if ranks is None else ranks.failing_together():
+        try:
+            use_triton(torch.empty(0, device=chosen))
+        except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
+            raise InputError(str(error)) from None
         part = None if ranks is None else ranks.part
         loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress, part=part)
         if ranks is not None:
@@ -155,6 +155,8 @@ def assemble(
         check_pool(held, cache, kind, chosen)
         runner = build_runner(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
     engine = assemble_engine(loaded, cache, config, runner if ranks is None else ranks.drive(runner), dtype=kind)
+    if ranks is not None:
+        engine.about["tensor_parallel"] = tensor_parallel
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind, ranks)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minipaged.model.split import Part
+from minipaged.scheduling.plan import Pending, StepPlan
 
 T = TypeVar("T")
 
@@ -57,3 +58,18 @@ def on_ranks(ranks: int, work: Callable[[Part, ThreadCollectives], T]) -> list[T
         if not isinstance(error, threading.BrokenBarrierError):
             raise error
     return [future.result() for future in futures]
+
+
+class ThreadRunner:
+    """As RankRunner, with threads for ranks: every runner launches every plan, and rank 0's tokens count (scheduling.plan.Runner)."""
+
+    def __init__(self, runners: list[Any]) -> None:
+        self.runners = runners
+        self._pool = ThreadPoolExecutor(len(runners))
+
+    def num_blocks(self) -> int:
+        return min(runner.num_blocks() for runner in self.runners)
+
+    def launch(self, plan: StepPlan) -> Pending:
+        pending = list(self._pool.map(lambda runner: runner.launch(plan), self.runners))
+        return pending[0]
