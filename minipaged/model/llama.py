@@ -110,17 +110,31 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them."""
+    """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them.
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    embeds, draws: whether it begins with the embedding and ends with the head; a stage of a pipeline may do neither (split.py).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        embeds: bool = True,
+        draws: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.draws = draws
+        reads_table = embeds or (draws and config.tie_embeddings)
+        table_device = device if reads_table else "meta"
+        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=table_device)
         layers = nn.ModuleList(Layer(config, i, dtype=dtype, device=device) for i in range(config.num_layers))
         self.layers = cast(list[Layer], layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        head_device = "meta" if config.tie_embeddings else device
+        head_device = device if draws and not config.tie_embeddings else "meta"
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=head_device)
         if config.tie_embeddings:
             self.head.format = Dense(self.embedding)
@@ -129,19 +143,26 @@ class Llama(nn.Module):
         self.frequencies: Tensor
         self.split: Vocabulary | None = None  # the vocabulary is shared by ranks
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T]."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, received: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T].
+
+        received: in place of the embeddings, what the stage before gives. A stage that does not draw gives on what is before the norm.
+        """
         cos, sin = rope_angles(self.frequencies, positions, self.dtype)
 
         def rotated_first(layer: Layer, heads: Tensor) -> Tensor:
             return attention(layer.index, *layer.rotated(heads, cos, sin))
 
-        split = self.split
-        embedded = (
-            functional.embedding(token_ids, self.embedding) if split is None else split.embed(self.embedding, token_ids)
-        )
-        hidden: Tensor = self.norm(self.run_layers(embedded, rotated_first))
-        return hidden
+        if received is not None:
+            embedded = received
+        elif self.split is not None:
+            embedded = self.split.embed(self.embedding, token_ids)
+        else:
+            embedded = functional.embedding(token_ids, self.embedding)
+        hidden = self.run_layers(embedded, rotated_first)
+        return self.norm(hidden) if self.draws else hidden
 
     def run_layers(self, hidden: Tensor, attention: RawAttention) -> Tensor:
         """Hidden states before the last norm, for those after the embedding: [T, hidden_size], which may be changed in place."""
@@ -165,9 +186,9 @@ class Llama(nn.Module):
         Only float32 on a CPU with oneDNN is touched: there the plain layout leaves most of the memory bandwidth unused.
         """
         onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        if onednn and self.dtype == torch.float32 and self.embedding.device.type == "cpu":
+        if onednn and self.dtype == torch.float32 and self.norm.weight.device.type == "cpu":
             for module in self.modules():
-                if isinstance(module, Linear):
+                if isinstance(module, Linear) and (self.draws or module is not self.head):
                     module.pack()
         return self
 

@@ -1,5 +1,7 @@
 """What one rank holds of a model that several share, and the sums that make the ranks' parts one model again.
 
+Pipeline parallel (GPipe, Huang et al. 2019): the layers are cut into stages, and the hidden states go from each to the next.
+
 Tensor parallel (Megatron-LM, Shoeybi et al. 2019): heads and the MLP's inner dimension are split, so the projections into them are cut by
 rows and those out of them by columns; each rank's product of the latter is a part of a sum. The vocabulary is split too. A rank's part is
 a Llama of a smaller config: nothing in the network, the KV pool or the kernels need know that it is a part.
@@ -27,7 +29,9 @@ class Collectives(Protocol):
     """What ranks do together. Every rank calls the same methods in the same order, with tensors of the same shape."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, added in the order of the ranks, so it is bit for bit the same on all. `x` may be changed and returned."""
+        """The sum over ranks, bit for bit the same on all. `x` may be changed, and the sum is good until the next call: a rank may go on
+        writing in it, and give it to that call, but not read it afterwards.
+        """
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -41,10 +45,12 @@ class Collectives(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of `ranks` equal parts of every layer."""
+    """One of `ranks` equal parts of every layer of one of the `stages`."""
 
     rank: int
     ranks: int
+    stage: int = 0
+    stages: int = 1
 
     def share(self, config: ModelConfig) -> ModelConfig:
         """The config of this part. InputError where the model cannot be split into so many."""
@@ -62,13 +68,34 @@ class Part:
         first, last = self.vocabulary(config)
         if last <= first or last - first > MOST_ROWS:
             raise InputError(f"tensor_parallel={ranks} cannot split {config.name}'s vocabulary of {config.vocab_size}")
+        start, end = self.layers(config)
+        if config.num_layers < self.stages:
+            raise InputError(
+                f"pipeline_parallel={self.stages} cannot split {config.name}, which has {config.num_layers} layers"
+            )
         return replace(
             config,
+            num_layers=end - start,
+            unrotated_layers=tuple(layer - start for layer in config.unrotated_layers if start <= layer < end),
             num_heads=config.num_heads // ranks,
             num_kv_heads=max(1, config.num_kv_heads // ranks),
             intermediate_size=config.intermediate_size // ranks,
             vocab_size=last - first,
         )
+
+    def layers(self, config: ModelConfig) -> tuple[int, int]:
+        """[first, last) layer of this stage."""
+        return self.stage * config.num_layers // self.stages, (self.stage + 1) * config.num_layers // self.stages
+
+    def build(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Llama:
+        """This part of the network, to be filled."""
+        first, last = self.stage == 0, self.stage == self.stages - 1
+        return Llama(self.share(config), dtype=dtype, device=device, embeds=first, draws=last)
+
+    def slots(self, model: Llama, config: ModelConfig) -> dict[str, Tensor]:
+        """This part's slots, by the names that the whole model's tensors have."""
+        start, _ = self.layers(config)
+        return {_renumbered(name, start): slot for name, slot in model.slots().items() if not slot.is_meta}
 
     def vocabulary(self, config: ModelConfig) -> tuple[int, int]:
         """[first, last) token id whose embedding and head row are here. The last rank may have fewer than the others."""
@@ -100,8 +127,8 @@ class Part:
         """This part of Llama.random(config, seed, …): every rank draws each tensor whole, one at a time, and keeps its own."""
         with torch.device("meta"):
             whole = Llama(config, dtype=dtype, device="meta")
-        model = Llama(self.share(config), dtype=dtype, device=device)
-        slots = model.slots()
+        model = self.build(config, dtype, device)
+        slots = self.slots(model, config)
         pieces: dict[
             int, list[tuple[str, Tensor]]
         ] = {}  # the whole model's slots, by the parameter that they are rows of
@@ -110,16 +137,28 @@ class Part:
         parameters = dict(whole.named_parameters())
         for name, values in draw_parameters(parameters, seed, dtype, device, std):
             for slot, view in pieces[id(parameters[name])]:
+                if slot not in slots:
+                    continue  # of another stage
                 first = view.storage_offset() // view.stride(0)
                 slots[slot].copy_(self.cut(config, slot, values[first : first + len(view)]))
         return model
 
     def connect(self, model: Llama, config: ModelConfig, collectives: Collectives) -> None:
         """Make a filled (and packed) part one model with the others'. config: the whole model's."""
+        if self.ranks == 1:
+            return
         for layer in model.layers:
             for linear in (layer.output, layer.down):
                 linear.format = Summed(linear.format, collectives, adds_residual=self.rank == 0)
         model.split = SplitVocabulary(self, config, collectives)
+
+
+def _renumbered(name: str, first_layer: int) -> str:
+    """A tensor's name in the whole model, whose layer `first_layer` is the first here."""
+    words = name.split(".")
+    if words[:2] == ["model", "layers"]:
+        words[2] = str(int(words[2]) + first_layer)
+    return ".".join(words)
 
 
 class Summed(nn.Module):

@@ -18,19 +18,31 @@ from minipaged.model.loading import zoo
 from minipaged.model.loading.shapes import shape
 from minipaged.model.loading.weights import Checkpoint, load_model, open_checkpoint
 from minipaged.model.split import Part, SplitVocabulary, Summed
-from tests.execution.thread_ranks import ThreadCollectives, on_ranks
+from tests.execution.thread_ranks import OneBuffer, ThreadCollectives, on_ranks
 from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, save_folder
 
 CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
-def logits_of_ranks(checkpoint: Checkpoint, ranks: int, tokens: list[int]) -> list[Tensor]:
+def logits_of_ranks(
+    checkpoint: Checkpoint, ranks: int, tokens: list[int], collectives: type[ThreadCollectives] = ThreadCollectives
+) -> list[Tensor]:
     def one(part: Part, collectives: ThreadCollectives) -> Tensor:
         model = load_model(checkpoint, **CPU, part=part).pack()
         part.connect(model, checkpoint.config, collectives)
         return dense_logits(model, tokens)
 
-    return on_ranks(ranks, one)
+    return on_ranks(ranks, one, collectives)
+
+
+@pytest.mark.parametrize("family", ["gqa", "tied", "biased"])
+def test_sums_may_lie_in_one_buffer(family: str, tmp_path: Path) -> None:
+    save_folder(CONFIGS[family], tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    tokens = drawn_tokens(60, 97)
+    expected = dense_logits(load_model(checkpoint, **CPU), tokens)
+    for found in logits_of_ranks(checkpoint, 2, tokens, OneBuffer):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -74,8 +74,12 @@ def load_model(
         model = Llama(checkpoint.config, dtype=dtype, device="meta")
     check_shapes(checkpoint, {name: tuple(slot.shape) for name, slot in model.slots().items()})
     config = checkpoint.config
-    model = Llama(config if part is None else part.share(config), dtype=dtype, device=device)
-    slots = model.slots()
+    if part is None:
+        model = Llama(config, dtype=dtype, device=device)
+        slots = model.slots()
+    else:
+        model = part.build(config, dtype, device)
+        slots = part.slots(model, config)
     for done, (name, slot) in enumerate(slots.items()):
         if progress is not None:
             progress("loading weights", done, len(slots))

@@ -162,9 +162,10 @@ def _toy(dtype: torch.dtype, device: torch.device, part: Part | None) -> LoadedM
     silent = torch.ones(config.vocab_size, dtype=torch.bool)
     silent[said] = False
     scores[silent] = 0
-    placed = Llama(config if part is None else part.share(config), dtype=dtype, device=device)
+    placed = Llama(config, dtype=dtype, device=device) if part is None else part.build(config, dtype, device)
+    slots = placed.slots() if part is None else part.slots(placed, config)
     whole = model.slots()
-    for name, slot in placed.slots().items():
+    for name, slot in slots.items():
         slot.copy_(whole[name] if part is None else part.cut(config, name, whole[name]))
     return LoadedModel(config, placed.pack(), ByteTokenizer(config.vocab_size))
 
