@@ -40,8 +40,9 @@ class LLM:
     `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
     running requests make way for a more urgent one that waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU
     and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; tensor_parallel: processes that share the model, each
-    on a GPU of its own, or all on the CPU. This process starts the others, unless torchrun has started all of them: then each makes the
-    same LLM, and only rank 0 comes back from it (execution/README.md). Raises InputError naming the value that does not work.
+    on a GPU of its own, or all on the CPU; pipeline_parallel: stages that the layers are cut into, each of so many processes. This process
+    starts the others, unless torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it
+    (execution/README.md). Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for
@@ -68,6 +69,7 @@ class LLM:
         graphs: bool = True,
         seed: int = 0,
         tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
         progress: Callable[[str, int, int], None] | None = None,
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
@@ -114,6 +116,7 @@ class LLM:
             graphs=graphs and not enforce_eager,
             gpu_share=gpu_memory_utilization,
             tensor_parallel=ranks,
+            pipeline_parallel=check_int("pipeline_parallel", pipeline_parallel, 1, MOST_RANKS),
             arguments=arguments,
         )
         self.engine: Engine = self._parts.engine

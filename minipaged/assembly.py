@@ -25,6 +25,7 @@ from minipaged.scheduling.plan import Runner
 from minipaged.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from minipaged.execution.collectives import Pipe
     from minipaged.execution.workers import Ranks
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
@@ -112,6 +113,7 @@ def assemble(
     graphs: bool = True,
     gpu_share: float = GPU_POOL_SHARE,
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     arguments: Mapping[str, Any] | None = None,
 ) -> Parts:
     """Load the model and build an engine around it.
@@ -125,10 +127,10 @@ def assemble(
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
     ranks = None
-    if tensor_parallel > 1:
+    if tensor_parallel * pipeline_parallel > 1:
         from minipaged.execution.workers import start_ranks
 
-        ranks = start_ranks(tensor_parallel, chosen, arguments or {})
+        ranks = start_ranks(tensor_parallel * pipeline_parallel, chosen, arguments or {}, stages=pipeline_parallel)
         chosen = ranks.device
     with nullcontext() if ranks is None else ranks.failing_together():
         try:
@@ -137,26 +139,34 @@ def assemble(
             raise InputError(str(error)) from None
         part = None if ranks is None else ranks.part
         loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress, part=part)
-        if ranks is not None:
-            ranks.part.connect(loaded.model, loaded.config, ranks.collectives)
+        pipe = None if ranks is None else ranks.connect(loaded.model, loaded.config)
         shape, held = loaded.config, loaded.model.config  # of the whole model, and of what is here
         if max_model_len is not None and max_model_len > shape.max_position:
             raise InputError(
                 f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
             )
-        depth = overlap if overlap is not None else int(chosen.type == "cuda")
-        config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
+        if pipeline_parallel > 1:  # a step in each stage
+            depth = pipeline_parallel - 1 + (overlap or 0)
+        else:
+            depth = overlap if overlap is not None else int(chosen.type == "cuda")
+        config = replace(
+            config,
+            max_model_len=max_model_len or shape.max_position,
+            depth=depth,
+            pipeline_parallel=pipeline_parallel,
+        )
         if num_blocks is None:
-            step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
+            step = _step_bytes(loaded, cache, config, chosen, kind, graphs, pipe) if chosen.type == "cuda" else 0
             num_blocks = choose_num_blocks(held, cache.block_size, kind, chosen, step, gpu_share)
         if ranks is not None:
             num_blocks = ranks.least(num_blocks)  # the same block ids everywhere: the smallest pool is everybody's
         cache = replace(cache, num_blocks=num_blocks)
         check_pool(held, cache, kind, chosen)
         runner = build_runner(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
+        runner.pipe = pipe
     engine = assemble_engine(loaded, cache, config, runner if ranks is None else ranks.drive(runner), dtype=kind)
     if ranks is not None:
-        engine.about["tensor_parallel"] = tensor_parallel
+        engine.about |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind, ranks)
 
 
@@ -233,10 +243,18 @@ def can_capture(cache: torch.Tensor) -> bool:
 
 
 def _step_bytes(
-    loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, device: torch.device, dtype: str, graphs: bool
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: str,
+    graphs: bool,
+    pipe: Pipe | None,
 ) -> int:
     """What the largest step takes beside the weights and the pool, measured on a pool of two blocks that is gone afterwards."""
     from minipaged.execution.largest_step import peak_bytes
 
     tiny = replace(cache, num_blocks=2, num_host_blocks=0)
-    return peak_bytes(build_runner(loaded, tiny, config, device=device, dtype=dtype, graphs=graphs), config)
+    runner = build_runner(loaded, tiny, config, device=device, dtype=dtype, graphs=graphs)
+    runner.pipe = pipe
+    return peak_bytes(runner, config)

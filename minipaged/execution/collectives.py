@@ -6,6 +6,8 @@ ranks go on to draw the same tokens, each for itself.
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,15 +15,16 @@ from torch import Tensor
 # On two H200, in a graph: one shot 9.4 us at 256 KB and 11.3 at 512, two shots 10.2 and 11.1 with a copy to the buffer and one back.
 ONE_SHOT_BYTES = 256 * 1024
 BUFFER_BYTES = 16 * 2**20  # of each rank, which the others read; NCCL does what is larger
+MOST_LEAVING = 4  # tensors on their way to the next stage
 PEER_DTYPES = (torch.bfloat16, torch.float32)  # that torch's peer-to-peer kernels can add
 ALIGNED_BYTES = 16
 
 
 class GlooCollectives:
-    """Ranks on CPUs. Sums gather first, so that the order of adding is fixed."""
+    """Ranks on CPUs. Sums gather first, so that the order of adding is fixed. group: theirs, None for all ranks."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, rank: int, ranks: int, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self.ranks, self._group = rank, ranks, group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         gathered = self.all_gather(x)
@@ -34,7 +37,7 @@ class GlooCollectives:
         gathered = x.new_empty((self.ranks, *x.shape))
         # As bytes: gloo does not know every dtype.
         parts = [part.view(-1).view(torch.uint8) for part in gathered]
-        dist.all_gather(parts, x.contiguous().view(-1).view(torch.uint8))
+        dist.all_gather(parts, x.contiguous().view(-1).view(torch.uint8), group=self._group)
         return gathered
 
     def exchange(self, x: Tensor) -> Tensor:
@@ -48,11 +51,13 @@ class CudaCollectives:
     device and reads theirs. Graphs may hold all of it. NVLink's multicast is never used.
     """
 
-    def __init__(self, rank: int, ranks: int, device: torch.device) -> None:
+    def __init__(self, rank: int, ranks: int, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.ranks, self.device = rank, ranks, device
-        self._buffer, self._group = _peer_buffer(device)
+        self._ranks = group or _all_ranks()
+        self._group = self._ranks.group_name
+        self._buffer = _peer_buffer(device, self._ranks)
         # NCCL makes its connections at its first call, which must not be in a capture.
-        dist.all_reduce(torch.zeros(1, device=device))
+        self.nccl(torch.zeros(1, device=device))
 
     @property
     def reaches_peers(self) -> bool:
@@ -83,7 +88,7 @@ class CudaCollectives:
 
     def nccl(self, x: Tensor) -> Tensor:
         """By NCCL. Changes x."""
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=self._ranks)
         return x
 
     def _shared(self, x: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ class CudaCollectives:
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty((self.ranks, *x.shape))
-        dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1))
+        dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1), group=self._ranks)
         return gathered
 
     def exchange(self, x: Tensor) -> Tensor:
@@ -104,13 +109,53 @@ class CudaCollectives:
         return self.all_reduce(pieces)[:, : x.numel()].view(self.ranks, *x.shape)
 
 
-def _peer_buffer(device: torch.device) -> tuple[Tensor | None, str]:
-    """A buffer that every rank has mapped, and the group's name; None where a rank cannot reach a peer's memory."""
-    import torch.distributed._symmetric_memory as symmetric
+class Pipe:
+    """A stage's ends to the stages before and after it: hidden states come in, and go out. Each rank has its own pair.
 
+    before, after: the ranks at the other ends; None where there is no such stage. Stages run plans in the same order, so what is
+    received is what is due.
+    """
+
+    def __init__(
+        self, before: int | None, after: int | None, dtype: torch.dtype, size: int, device: torch.device
+    ) -> None:
+        self.before, self.after = before, after
+        self._dtype, self._size, self._device = dtype, size, device
+        self._leaving: deque[tuple[dist.Work | None, Tensor]] = deque()
+
+    def receive(self, num_tokens: int) -> Tensor:
+        """Hidden states of the stage before, [num_tokens, hidden_size]."""
+        hidden = torch.empty((num_tokens, self._size), dtype=self._dtype, device=self._device)
+        dist.recv(_sendable(hidden), self.before)
+        return hidden
+
+    def send(self, hidden: Tensor) -> None:
+        """Give hidden states to the stage after; it may take them later."""
+        # On a CPU the stage after may be at an earlier step: this one goes on, and waits when too much is under way.
+        while len(self._leaving) > MOST_LEAVING:
+            work, _ = self._leaving.popleft()
+            if work is not None:
+                work.wait()
+        hidden = hidden.clone()
+        self._leaving.append((dist.isend(_sendable(hidden), self.after), hidden))
+
+
+def _sendable(x: Tensor) -> Tensor:
+    """The same memory in a type that gloo and NCCL both know."""
+    return x.view(-1).view(torch.uint8)
+
+
+def _all_ranks() -> dist.ProcessGroup:
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("the ranks have not been joined")
+    return group
+
+
+def _peer_buffer(device: torch.device, group: dist.ProcessGroup) -> Tensor | None:
+    """A buffer that every rank of the group has mapped; None where one of them cannot reach a peer's memory."""
+    import torch.distributed._symmetric_memory as symmetric
+
     try:
         buffer = symmetric.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
         symmetric.rendezvous(buffer, group)
@@ -118,5 +163,5 @@ def _peer_buffer(device: torch.device) -> tuple[Tensor | None, str]:
         buffer = None
     # All or none: a rank that went on by NCCL would wait for those that did not.
     reached = torch.tensor([buffer is not None], dtype=torch.int32)
-    dist.all_reduce(reached, op=dist.ReduceOp.MIN)
-    return (buffer if reached.item() else None), group.group_name
+    dist.all_reduce(reached, op=dist.ReduceOp.MIN, group=group)
+    return buffer if reached.item() else None

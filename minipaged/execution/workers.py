@@ -4,6 +4,9 @@ Rank 0 holds the engine. It sends every StepPlan, integers alone, to the others,
 and its heads of the KV pool, under the same block ids. Sums between the layers keep them in step. Rank 0 starts the others by itself, or
 `torchrun` starts all. A rank that dies, falls silent or fails ends the run on every rank, with a word that says which and why.
 
+With a pipeline, ranks with the same layers are a stage. Hidden states go from each rank to its counterpart in the next stage, and the
+tokens that the last stage draws go back to rank 0, which keeps as many steps in flight as there are stages.
+
 Two ways lead from rank to rank: torch.distributed (gloo or NCCL) for tensors, and a TCP connection between rank 0 and each other rank
 for plans, signs of life and last words.
 """
@@ -34,10 +37,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
+from minipaged.config import ModelConfig
 from minipaged.errors import InputError, RankError
-from minipaged.execution.collectives import CudaCollectives, GlooCollectives
+from minipaged.execution.collectives import CudaCollectives, GlooCollectives, Pipe
 from minipaged.execution.eager import TorchRunner
-from minipaged.execution.plan_bytes import pack_plan, unpack_plan
+from minipaged.execution.plan_bytes import pack_plan, pack_tokens, unpack_plan, unpack_tokens
+from minipaged.model.llama import Llama
 from minipaged.model.split import Collectives, Part
 from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 
@@ -48,7 +53,7 @@ LAST_WORDS_SECONDS = 2.0  # to wait for the reason after a rank's connection bro
 END_SECONDS = 5.0  # for the other ranks to end by themselves
 
 # What a message is; its body follows.
-PLAN, ALIVE, FAILED, END = b"P", b"A", b"F", b"E"
+PLAN, TOKENS, ALIVE, FAILED, END = b"P", b"T", b"A", b"F", b"E"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,9 @@ def place_of(ranks: int) -> Place | None:
         return None
     rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if started != ranks:
-        raise InputError(f"{started} ranks were started, but tensor_parallel asks for {ranks}: make them equal")
+        raise InputError(
+            f"{started} ranks were started, but tensor_parallel x pipeline_parallel asks for {ranks}: make them equal"
+        )
     return Place(rank, started, int(os.environ.get("LOCAL_RANK", rank)))
 
 
@@ -79,10 +86,11 @@ class Ranks:
     what ended the run, once something has.
     """
 
-    def __init__(self, place: Place, device: torch.device, store: Store) -> None:
+    def __init__(self, place: Place, device: torch.device, store: Store, stages: int = 1) -> None:
         self.rank, self.size = place.rank, place.ranks
         self.device = device
-        self.part = Part(place.rank, place.ranks)
+        width = place.ranks // stages  # ranks of a stage; they stand together
+        self.part = Part(place.rank % width, width, place.rank // width, stages)
         self.failure: str | None = None
         self._store = store
         self._children: dict[int, subprocess.Popen[bytes]] = {}
@@ -90,6 +98,7 @@ class Ranks:
         self._sending = threading.Lock()
         self._ended = threading.Event()
         self._plans: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._drawn: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # rank 0: what the last stage sent
 
     # ---- joining
 
@@ -134,10 +143,14 @@ class Ranks:
                 world_size=self.size,
                 timeout=timedelta(seconds=JOIN_SECONDS),
             )
+            part, group = self.part, None
+            for stage in range(part.stages if part.stages > 1 else 0):  # every rank makes every group
+                made = dist.new_group([stage * part.ranks + rank for rank in range(part.ranks)])
+                group = made if stage == part.stage else group
             self.collectives: Collectives = (
-                CudaCollectives(self.rank, self.size, self.device)
+                CudaCollectives(part.rank, part.ranks, self.device, group)
                 if self.device.type == "cuda"
-                else GlooCollectives(self.rank, self.size)
+                else GlooCollectives(part.rank, part.ranks, group)
             )
 
     def _accept(self) -> None:
@@ -210,6 +223,16 @@ class Ranks:
         """Rank 0: every other rank is to run this plan."""
         self._send_all(PLAN + pack_plan(plan))
 
+    def connect(self, model: Llama, config: ModelConfig) -> Pipe | None:
+        """Make a filled part one model with the others'. config: the whole model's. Returns the ends to other stages, if there are any."""
+        part = self.part
+        part.connect(model, config, self.collectives)
+        if part.stages == 1:
+            return None
+        before = self.rank - part.ranks if part.stage > 0 else None
+        after = self.rank + part.ranks if part.stage + 1 < part.stages else None
+        return Pipe(before, after, model.dtype, config.hidden_size, self.device)
+
     def drive(self, runner: TorchRunner) -> RankRunner:
         """Rank 0: the runner that runs plans on all ranks. The others stay in here, serve, and end the process."""
         if self.rank == 0:
@@ -220,6 +243,10 @@ class Ranks:
     def serve(self, runner: TorchRunner) -> None:
         """The other ranks: run plans in the order in which rank 0 made them, until it ends."""
         expected: int | None = None
+        drawn: queue.SimpleQueue[tuple[int, Pending]] = queue.SimpleQueue()
+        answers = self.part.stages > 1 and self.rank == (self.part.stages - 1) * self.part.ranks
+        if answers:
+            threading.Thread(target=self._answer, args=(drawn,), name="minipaged tokens", daemon=True).start()
         with self.failing_together():
             while True:
                 message = self._plans.get()
@@ -228,8 +255,31 @@ class Ranks:
                 plan = unpack_plan(message[1:])
                 check_order(plan, expected, runner.num_blocks())
                 expected = plan.step + 1
-                runner.launch(plan)
+                pending = runner.launch(plan)
+                if answers:
+                    drawn.put((plan.step, pending))
         self._leave_group()
+
+    def _answer(self, drawn: queue.SimpleQueue[tuple[int, Pending]]) -> None:
+        """The last stage's thread: sends what was drawn to rank 0, while the main thread launches what comes next."""
+        while True:
+            step, pending = drawn.get()
+            try:
+                self._send_all(TOKENS + pack_tokens(step, pending.tokens()))
+            except RuntimeError as error:
+                self.fail(f"rank {self.rank}: {_words(error)}")
+                self._die(_words(error))
+
+    def tokens_of(self, step: int) -> StepTokens:
+        """Rank 0: wait for what the last stage drew in a step. RankError if a rank is gone."""
+        while True:
+            try:
+                found, tokens = unpack_tokens(self._drawn.get(timeout=BEAT_SECONDS / 5))
+            except queue.Empty:
+                self.check()
+                continue
+            if found == step:  # else of a step that was given up
+                return tokens
 
     def wait_for_end(self) -> None:
         """The other ranks: until rank 0 ends, whatever it sends."""
@@ -258,6 +308,8 @@ class Ranks:
                 except (EOFError, OSError):
                     self.fail(f"rank {rank} {_end_of(self._children.get(rank))}")
                     return
+                if message[:1] == TOKENS:
+                    self._drawn.put(message[1:])
                 if message[:1] == FAILED:
                     self.fail(message[1:].decode())
                     return
@@ -368,7 +420,8 @@ class RankRunner:
         # ctrl+c between the sending and the running would leave the ranks out of step: it comes after both.
         with _interrupted_later(), self.ranks.failing_together():
             self.ranks.send(plan)
-            return RankPending(self.runner.launch(plan), self.ranks)
+            pending = self.runner.launch(plan)
+        return RankPending(pending, self.ranks) if self.runner.pipe is None else StagePending(plan.step, self.ranks)
 
 
 class RankPending:
@@ -389,14 +442,27 @@ class RankPending:
         return self._pending.tokens()
 
 
+class StagePending:
+    """A step of a pipeline: its tokens come from the last stage."""
+
+    def __init__(self, step: int, ranks: Ranks) -> None:
+        self._step, self._ranks = step, ranks
+
+    def tokens(self) -> StepTokens:
+        """Wait for the step. RankError if a rank is gone."""
+        return self._ranks.tokens_of(self._step)
+
+
 def start_ranks(
     ranks: int,
     device: torch.device,
     arguments: Mapping[str, Any],
     *,
+    stages: int = 1,
     command: tuple[str, ...] = (sys.executable, "-m", "minipaged.worker"),
 ) -> Ranks:
-    """Join the ranks that were started with this process, or start them. device: cpu or cuda, of which each rank takes its own.
+    """Join the ranks that were started with this process, or start them. ranks: of all `stages`. device: cpu or cuda, of which each rank
+    takes its own.
 
     InputError says what is missing, before anything is started where that can be known.
     """
@@ -415,7 +481,7 @@ def start_ranks(
                 f"{ranks} ranks need {local} GPUs on this host, and torch sees {found}: lower tensor_parallel"
             )
         device = torch.device("cuda", place.local_rank if place is not None else 0)
-    joined = Ranks(place or Place(0, ranks, 0), device, _store(place, ranks))
+    joined = Ranks(place or Place(0, ranks, 0), device, _store(place, ranks), stages)
     try:
         if place is None:
             joined.start_children(arguments, command)
