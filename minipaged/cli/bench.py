@@ -106,6 +106,7 @@ def engine(
     ] = False,
     device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model, of minipaged and vllm.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages of the layers, of minipaged and vllm.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Measure output tokens per second of whole engines on this device, each in a process of its own."""
@@ -114,7 +115,9 @@ def engine(
 
     peers = _names(against)
     check_contenders(peers, model)
-    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device, tensor_parallel)
+    job = Job(
+        model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device, tensor_parallel, pipeline_parallel
+    )
     results = Results(json_file, device="unknown: no engine could be started")
     console = Console(width=WIDTH)
     table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")

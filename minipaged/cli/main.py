@@ -19,6 +19,7 @@ from minipaged.cli.options import (
     MinP,
     Model,
     NumBlocks,
+    PipelineParallel,
     RepetitionPenalty,
     Seed,
     System,
@@ -91,6 +92,7 @@ def generate(
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
     tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
 ) -> None:
     """Generate text for one or more prompts at once, through paged memory."""
     from minipaged.cli.generate import generate as run
@@ -121,6 +123,7 @@ def generate(
         "block_size": block_size,
         "num_blocks": num_blocks,
         "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
     }
     raise typer.Exit(run(model, texts, params, settings, system=system, raw=raw, as_json=as_json))
 
@@ -193,6 +196,7 @@ def tui(
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
     tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
 ) -> None:
     """Open the screen: it shows block tables, sharing and waste while a model generates."""
     from minipaged.cli.show import show
@@ -203,6 +207,7 @@ def tui(
         "block_size": block_size,
         "num_blocks": num_blocks,
         "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
     }
     raise typer.Exit(
         show(

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from minipaged import LLM, SamplingParams
-from minipaged.execution.plan_bytes import pack_plan, unpack_plan
-from minipaged.scheduling.plan import StepPlan
+from minipaged.execution.plan_bytes import pack_plan, pack_tokens, unpack_plan, unpack_tokens
+from minipaged.scheduling.plan import StepPlan, StepTokens
 
 
 def assert_same(found: Any, sent: Any) -> None:
-    if isinstance(sent, np.ndarray):
+    if isinstance(sent, dict):
+        assert_same(tuple(found.items()), tuple(sent.items()))
+    elif isinstance(sent, np.ndarray):
         assert (found.dtype, found.shape) == (sent.dtype, sent.shape)
         assert np.array_equal(found, sent)
     elif isinstance(sent, tuple):
@@ -23,7 +25,8 @@ def assert_same(found: Any, sent: Any) -> None:
         for a, b in zip(found, sent, strict=True):
             assert_same(a, b)
     else:
-        assert (type(found), found) == (type(sent), sent)
+        assert found == sent
+        assert isinstance(found, type(sent)) or isinstance(sent, np.integer)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +51,14 @@ def assert_same(found: Any, sent: Any) -> None:
 )
 def test_every_field_arrives(params: SamplingParams) -> None:
     llm = LLM("toy", device="cpu", num_blocks=48, block_size=4, num_host_blocks=16, preemption="swap")
-    runner, plans = llm.engine.runner, []
+    runner, plans, drawn = llm.engine.runner, [], []
     launch = runner.launch
 
     def spy(plan: StepPlan) -> Any:
         plans.append(plan)
-        return launch(plan)
+        pending = launch(plan)
+        drawn.append(pending.tokens())
+        return pending
 
     runner.launch = spy  # type: ignore[method-assign]
     llm.generate(["hello there", "hello then", "abc"], params)
@@ -63,3 +68,9 @@ def test_every_field_arrives(params: SamplingParams) -> None:
         for field in fields(StepPlan):
             assert_same(getattr(found, field.name), getattr(plan, field.name))
         assert found.tables.flags.writeable  # torch warns of arrays that are not
+    assert drawn
+    for step, tokens in enumerate(drawn):
+        number, found_tokens = unpack_tokens(pack_tokens(step, tokens))
+        assert number == step
+        for field in fields(StepTokens):
+            assert_same(getattr(found_tokens, field.name), getattr(tokens, field.name))

@@ -61,14 +61,16 @@ def assert_same(found: list[RequestOutput], expected: list[RequestOutput]) -> No
         assert len(one.prompt_logprobs or ()) == len(other.prompt_logprobs or ())
 
 
-def compare(model: str, ranks: int, **settings: Any) -> LLM:
+def compare(model: str, tensor: int, stages: int = 1, **settings: Any) -> LLM:
     """One rank's answers and those of several; returns the LLM of several, closed."""
-    alone, together = LLM(model, **TIGHT, **settings), LLM(model, **TIGHT, **settings, tensor_parallel=ranks)
+    alone = LLM(model, **TIGHT, **settings)
+    together = LLM(model, **TIGHT, **settings, tensor_parallel=tensor, pipeline_parallel=stages)
     try:
         assert_same(answers(together), answers(alone))
     finally:
         together.close()
-    assert together.engine.scheduler.counters == alone.engine.scheduler.counters
+    if stages == 1:  # else there are other steps
+        assert together.engine.scheduler.counters == alone.engine.scheduler.counters
     return together
 
 
@@ -79,13 +81,14 @@ def test_L73_two_ranks_say_what_one_says_with_swaps() -> None:
 
 def test_L73_two_ranks_say_what_one_says_with_recomputed_requests(tmp_path: Path) -> None:
     save_folder(CONFIGS["qwen 3 biased"], tmp_path)
-    counters = compare(str(tmp_path), 2, preemption="recompute").engine.scheduler.counters
+    counters = compare(str(tmp_path), 2, preemption="recompute", overlap=1).engine.scheduler.counters
     assert min(counters.preemptions, counters.copies, counters.hit_tokens) > 0
 
 
-def test_L73_two_ranks_say_what_one_says_with_steps_in_flight(tmp_path: Path) -> None:
+def test_L62_L73_two_stages_say_what_one_rank_says(tmp_path: Path) -> None:
     save_folder(CONFIGS["llama 3 rope"], tmp_path)
-    compare(str(tmp_path), 2, overlap=1)
+    counters = compare(str(tmp_path), 1, 2, num_host_blocks=40, preemption="swap").engine.scheduler.counters
+    assert min(counters.preemptions, counters.copies, counters.hit_tokens) > 0
 
 
 @pytest.mark.slow
@@ -94,6 +97,15 @@ def test_L73_four_ranks_say_what_one_says(tmp_path: Path) -> None:
     save_folder(CONFIGS["biased"], tmp_path)
     compare(str(tmp_path), 4, num_host_blocks=40, preemption="swap")
     compare("toy", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "stages", "overlap"), [(1, 3, 0), (1, 2, 1), (2, 2, 0)])
+def test_L62_L73_stages_of_several_ranks_say_what_one_says(
+    tensor: int, stages: int, overlap: int, tmp_path: Path
+) -> None:
+    save_folder(CONFIGS["smollm 3"], tmp_path)  # five layers, some without rope; tied
+    compare(str(tmp_path), tensor, stages, num_host_blocks=40, preemption="swap", overlap=overlap)
 
 
 # ---- agreement
@@ -234,7 +246,7 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_number_of_ranks_than_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(InputError, match="4 ranks were started, but tensor_parallel asks for 2"):
+    with pytest.raises(InputError, match="4 ranks were started, but tensor_parallel x pipeline_parallel asks for 2"):
         start_ranks(2, torch.device("cpu"), {})
 
 

@@ -19,7 +19,7 @@ from minipaged.model.loading.shapes import shape
 from minipaged.model.loading.weights import Checkpoint, load_model, open_checkpoint
 from minipaged.model.split import Part, SplitVocabulary, Summed
 from tests.execution.thread_ranks import OneBuffer, ThreadCollectives, on_ranks
-from tests.model.tiny import CONFIGS, dense_logits, drawn_tokens, save_folder
+from tests.model.tiny import CONFIGS, dense_attention, dense_logits, drawn_tokens, save_folder
 
 CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
@@ -65,6 +65,27 @@ def test_four_ranks_have_the_logits_of_one(family: str, tmp_path: Path) -> None:
     expected = dense_logits(load_model(checkpoint, **CPU), tokens)
     for found in logits_of_ranks(checkpoint, 4, tokens):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gqa", "tied", "smollm 3", "granite"])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_stages_one_after_the_other_have_the_logits_of_one_rank(family: str, stages: int, tmp_path: Path) -> None:
+    """Of smollm 3's five layers some have no rope, and in a tied model the last stage needs the embedding too."""
+    save_folder(CONFIGS[family], tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    if checkpoint.config.num_layers < stages:
+        with pytest.raises(InputError, match="pipeline_parallel=3 cannot split"):
+            Part(0, 1, 0, stages).share(checkpoint.config)
+        return
+    tokens = drawn_tokens(60, 97)
+    expected = dense_logits(load_model(checkpoint, **CPU), tokens)
+    hidden: Tensor | None = None
+    for stage in range(stages):
+        model = load_model(checkpoint, **CPU, part=Part(0, 1, stage, stages)).pack()
+        with torch.inference_mode():
+            hidden = model(torch.tensor(tokens), torch.arange(len(tokens)), dense_attention, hidden)
+    assert hidden is not None
+    torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["toy", "random:toy"])

@@ -63,10 +63,10 @@ def _check_room(job: Job) -> None:
 
         place = choose_device(job.device)
         held = shape(job.model)
-        if job.tensor_parallel > 1:
+        if job.tensor_parallel * job.pipeline_parallel > 1:
             from minipaged.model.split import Part
 
-            held = Part(0, job.tensor_parallel).share(held)
+            held = Part(0, job.tensor_parallel, 0, job.pipeline_parallel).share(held)
         check_weights(job.model, held, choose_dtype("auto", place), place, fixed_dtype=True)
 
 

@@ -31,6 +31,7 @@ def load(name: str, job: Job) -> Runs:
         max_num_seqs=job.max_num_seqs,
         device=job.device,
         tensor_parallel=job.tensor_parallel,
+        pipeline_parallel=job.pipeline_parallel,
         **(PLAIN if name == "minipaged-plain" else {}),
     )
 

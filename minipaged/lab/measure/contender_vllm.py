@@ -33,6 +33,7 @@ def load(name: str, job: Job) -> Runs:
         gpu_memory_utilization=MEMORY_SHARE,
         enable_prefix_caching=False,
         tensor_parallel_size=job.tensor_parallel,
+        pipeline_parallel_size=job.pipeline_parallel,
         attention_config={"backend": "FLASH_ATTN"},
     )
 

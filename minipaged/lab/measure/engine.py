@@ -44,12 +44,14 @@ class Job:
     limit_seconds: float = 900.0
     device: str = "auto"
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
 
     def __post_init__(self) -> None:
         check_int("repeats", self.repeats, 1)
         check_int("long_repeats", self.long_repeats, 1)
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("tensor_parallel", self.tensor_parallel, 1)
+        check_int("pipeline_parallel", self.pipeline_parallel, 1)
         check_real("limit_seconds", self.limit_seconds, 1.0)
         if not self.workloads:
             raise InputError("workload names nothing; there are nano, sharegpt and batch:N, with commas between them")
