@@ -241,6 +241,7 @@ class EngineConfig:
     preemption: Preemption = "auto"
     batching: Batching = "continuous"  # who may join the running: anybody, nobody once they write, nobody at all
     depth: int = 0  # steps in flight beyond the one being committed: 0 plain, 1 overlap
+    pipeline_parallel: int = 1  # stages; above 1, steps in flight have no drawing sequence in common
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -251,6 +252,7 @@ class EngineConfig:
         check_choice("preemption", self.preemption, PREEMPTION)
         check_choice("batching", self.batching, BATCHING)
         check_int("depth", self.depth, 0, 64)
+        check_int("pipeline_parallel", self.pipeline_parallel, 1, 64)
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
 
 

@@ -110,6 +110,8 @@ def engine(
     ] = False,
     device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
     kv_cache_dtype: KVCacheDTypeName = "auto",
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model, of minipaged and vllm.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages of the layers, of minipaged and vllm.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Measure output tokens per second of whole engines on this device, each in a process of its own."""
@@ -118,7 +120,18 @@ def engine(
 
     peers = _names(against)
     check_contenders(peers, model)
-    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device, kv_cache_dtype)
+    job = Job(
+        model,
+        _names(workload),
+        repeats,
+        long_repeats,
+        max_num_seqs,
+        limit,
+        device,
+        kv_cache_dtype,
+        tensor_parallel,
+        pipeline_parallel,
+    )
     results = Results(json_file, device="unknown: no engine could be started")
     shown: list[tuple[str, ...]] = []
     title = f"Engine, {model}" + ("" if kv_cache_dtype == "auto" else f", KV in {kv_cache_dtype}")

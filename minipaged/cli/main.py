@@ -20,10 +20,12 @@ from minipaged.cli.options import (
     MinP,
     Model,
     NumBlocks,
+    PipelineParallel,
     RepetitionPenalty,
     Seed,
     System,
     Temperature,
+    TensorParallel,
     TopK,
     TopP,
 )
@@ -92,6 +94,8 @@ def generate(
     kv_cache_dtype: KVCacheDTypeName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
 ) -> None:
     """Generate text for one or more prompts at once, through paged memory."""
     from minipaged.cli.generate import generate as run
@@ -122,6 +126,8 @@ def generate(
         "kv_cache_dtype": kv_cache_dtype,
         "block_size": block_size,
         "num_blocks": num_blocks,
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
     }
     raise typer.Exit(run(model, texts, params, settings, system=system, raw=raw, as_json=as_json))
 
@@ -195,6 +201,8 @@ def tui(
     kv_cache_dtype: KVCacheDTypeName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
 ) -> None:
     """Open the screen: it shows block tables, sharing and waste while a model generates."""
     from minipaged.cli.show import show
@@ -205,6 +213,8 @@ def tui(
         "kv_cache_dtype": kv_cache_dtype,
         "block_size": block_size,
         "num_blocks": num_blocks,
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
     }
     raise typer.Exit(
         show(

@@ -29,6 +29,12 @@ KVCacheDTypeName = Annotated[
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; measured if left out.")]
+TensorParallel = Annotated[
+    int, typer.Option(help="Processes that share the model, each on a GPU of its own, or all on the CPU.")
+]
+PipelineParallel = Annotated[
+    int, typer.Option(help="Stages that the layers are cut into, each of --tensor-parallel processes.")
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 keeps all.")]

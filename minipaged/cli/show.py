@@ -27,6 +27,8 @@ USUAL: dict[str, Any] = {
     "dtype": "auto",
     "kv_cache_dtype": "auto",
     "block_size": 16,
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
 }
 
 Asked = tuple[tuple[str, SamplingParams], ...]

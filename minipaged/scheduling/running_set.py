@@ -67,7 +67,8 @@ class RunningSet:
         self.manager = manager
         self.block_size = block_size
         self.cost = cost or PreemptionCost()
-        self.batch = Batch(config.max_num_seqs)
+        # The first stage of a pipeline computes the next step before the last one has drawn this step's tokens.
+        self.batch = Batch(config.max_num_seqs, results_come_late=config.pipeline_parallel > 1)
         self.counters = Counters()
         self.running: list[Request] = []  # by rank
         self._rank = rank_of(config.policy)

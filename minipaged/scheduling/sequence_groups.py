@@ -60,6 +60,21 @@ def share_budget(running: list[Request], budget: int, need: IntArray) -> IntArra
     return take
 
 
+def of_later_steps(running: list[Request], ready: npt.NDArray[np.bool_], steps: int) -> npt.NDArray[np.bool_]:
+    """Which running slots to leave to the steps that follow, where `steps` of them share the sequences: the first requests that are ready,
+    up to an even share of all sequences, go now. ready: [slots], in serving order.
+    """
+    share = -(-len(ready) // steps)
+    later = np.zeros(len(ready), bool)
+    at = taken = 0
+    for request in running:
+        width = sum(s.slot >= 0 for s in request.sequences)
+        later[at : at + width] = taken >= share  # a request's sequences go together
+        taken += int(np.count_nonzero(ready[at : at + width]))
+        at += width
+    return later
+
+
 # ---- after a recompute
 
 
