@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from minipaged.scheduling.beam import BeamSearch, Candidate
 from minipaged.scheduling.plan import IntArray, PromptLogprobs, StepTokens
