@@ -137,6 +137,7 @@ class ChatCodec:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.vocab_size = tokenizer.vocab_size
         self.token_bytes = tokenizer.token_bytes
+        self.fewest_tokens = tokenizer.fewest_tokens
         self._tokenizer = tokenizer
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:

@@ -239,9 +239,10 @@ class Scheduler:
         if not victims or self._can_start(step, first) or not self._would_help(first, victims):
             return
         while victims and not self._can_start(step, first):
-            self._preempt(step, victims.pop())
-            if step.swap_outs:  # their blocks are handed out from the next step on
+            # Blocks that are swapped out are handed out from the next step on (L52): they count, though nobody can have them yet.
+            if step.swap_outs and self._will_start(step, first):
                 return
+            self._preempt(step, victims.pop())
 
     def _can_start(self, step: StepBuilder, request: Request) -> bool:
         """Whether a waiting request would find slots, budget and blocks now."""
@@ -249,6 +250,12 @@ class Scheduler:
             return False
         _, end, hit = self._first_tokens(step, request)
         return self.manager.can_admit(end, hit=hit) is Admission.OK
+
+    def _will_start(self, step: StepBuilder, request: Request) -> bool:
+        """Whether a waiting request finds slots and blocks in the next step, when what this one swaps out is free."""
+        found, end, _ = self._first_tokens(step, request)
+        need = -(-end // self.block_size) - found // self.block_size
+        return need <= self.manager.usage().free and self.running_set.width(request) <= self.batch.num_free
 
     def _would_help(self, request: Request, victims: list[Request]) -> bool:
         """Whether the request could start if all of these left: they may share their blocks with others that stay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from minipaged.api import LLM
+from minipaged.config import SamplingParams
 from minipaged.errors import ModelError, RequestError
 from minipaged.model.loading.gguf_tokenizer import build_tokenizer
 from minipaged.model.loading.subword_tokenizer import folder_tokenizer, gguf_tokenizer
@@ -409,3 +412,43 @@ def test_sentencepiece_ids_by_tradition() -> None:
     tokenizer = gguf_tokenizer(metadata, SOURCE)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
     assert tokenizer.encode("hello")[0] == 1
+
+
+# ---- how long a text is at least
+
+
+@pytest.mark.parametrize(
+    "text", ["the cat", "e\u0301" * 40, " " * 500, "hello" * 90, "ü🙂" * 50, "\n\t 1 2 3" * 30, "</s>" * 70]
+)
+def test_a_text_has_at_least_the_tokens_that_are_promised(folder: Path, text: str) -> None:
+    tokenizer = folder_tokenizer(folder)
+    for count in (1, 50):
+        assert tokenizer.fewest_tokens(text * count) <= len(tokenizer.encode(text * count, add_special=False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": ""}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"String": "a"}, "behavior": "Removed", "invert": False}},
+    ],
+)
+def test_where_a_tokenizer_may_drop_text_nothing_is_promised(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert folder_tokenizer(folder).fewest_tokens("a" * 100_000) == 0
+
+
+def test_a_prompt_of_100_megabytes_is_refused_at_once(folder: Path) -> None:
+    """Its tokens are never made: that takes the better part of a minute."""
+    llm = LLM("toy", num_blocks=64)
+    llm.engine.codec = folder_tokenizer(folder)
+    text = "hello there " * (100_000_000 // 12)
+    start = time.process_time()
+    with pytest.raises(
+        RequestError, match=r"99,999,996 characters, which are at least [\d,]+ tokens; .* context holds"
+    ):
+        llm.generate(text)
+    assert time.process_time() - start < 8
+    assert llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))[0].finished
