@@ -108,7 +108,7 @@ class TorchRunner:
         # Tokens that the host does not know are the newest of their batch index.
         newest = self._newest.index_select(0, inputs.batch_indices)
         token_ids = torch.where(inputs.token_ids >= 0, inputs.token_ids, newest)
-        received = self._received(len(token_ids))
+        received = None if self.pipe is None else self._received(len(token_ids))
         hidden: torch.Tensor = self.model(token_ids, inputs.positions, attention, received)
         return hidden
 

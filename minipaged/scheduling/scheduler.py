@@ -173,7 +173,7 @@ class Scheduler:
         need = pending - computed
         # Those that draw their last token in a step in flight, or go on by what it draws, wait for its commit.
         need[(pending >= batch.max_length[slots]) | batch.awaiting_result[slots]] = 0
-        if self.config.pipeline_parallel > 1:
+        if batch.results_come_late:  # the stages of a pipeline share the running requests
             need[sequence_groups.of_later_steps(self.running, need > 0, self.config.depth + 1)] = 0
         take = self._share_budget(step.budget, need)
         ends = computed + take
