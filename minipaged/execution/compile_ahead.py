@@ -51,7 +51,7 @@ class Deployment:
 
     model: ModelConfig
     engine: EngineConfig
-    block_size: int
+    cache: CacheConfig
     wide: bool
     dtype: str
     gpu: Gpu
@@ -64,11 +64,13 @@ class Deployment:
     def from_json(text: str) -> Deployment:
         """The reverse."""
         told = json.loads(text)
-        model, engine, gpu = told.pop("model"), told.pop("engine"), told.pop("gpu")
+        model, engine, cache, gpu = (told.pop(name) for name in ("model", "engine", "cache", "gpu"))
         shape: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in model.items()
         }
-        return Deployment(ModelConfig(**shape), EngineConfig(**engine), gpu=Gpu(tuple(gpu[0]), *gpu[1:]), **told)
+        return Deployment(
+            ModelConfig(**shape), EngineConfig(**engine), CacheConfig(**cache), gpu=Gpu(tuple(gpu[0]), *gpu[1:]), **told
+        )
 
 
 def deployment_of(
@@ -78,12 +80,13 @@ def deployment_of(
     num_blocks = cache.num_blocks
     if memory is not None:
         left = memory - model.num_parameters() * DTYPE_BYTES[dtype]
-        num_blocks = left // (model.kv_bytes_per_token(dtype) * cache.block_size)
+        num_blocks = left // (model.kv_bytes_per_token(cache.kv_dtype(dtype)) * cache.block_size)
     wide = num_blocks * cache.block_size * model.num_kv_heads * model.head_dim >= 2**31
     # One layer launches what all of them do. Angles are data, and so is a tokenizer's end.
     one = replace(model, name="", num_layers=1, unrotated_layers=(), rope_scaling=None, eos_token_ids=())
     limits = EngineConfig(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
-    return Deployment(one, limits, cache.block_size, wide, dtype, gpu)
+    kept = CacheConfig(block_size=cache.block_size, kv_cache_dtype=cache.kv_cache_dtype)
+    return Deployment(one, limits, kept, wide, dtype, gpu)
 
 
 # ---- which variants
@@ -113,7 +116,14 @@ def runner_on_shapes(deployed: Deployment) -> GraphRunner:
     """A runner of the network's first layer, without contents."""
     shapes, dtype = torch.device("meta"), getattr(torch, deployed.dtype)
     model = Llama(deployed.model, dtype=dtype, device=shapes)
-    kv = PagedKV(deployed.model, 2**31 if deployed.wide else 2, deployed.block_size, dtype=dtype, device=shapes)
+    kv = PagedKV(
+        deployed.model,
+        2**31 if deployed.wide else 2,
+        deployed.cache.block_size,
+        dtype=dtype,
+        kept_as=deployed.cache.kv_dtype(deployed.dtype),
+        device=shapes,
+    )
     return GraphRunner(model, kv, deployed.engine.max_num_seqs, deployed.engine.max_model_len)
 
 
@@ -129,12 +139,12 @@ def _plans(deployed: Deployment) -> Iterator[StepPlan]:
     for context in contexts:
         chunk = min(context, most)
         for rows in {1, min(most // chunk, at_once), min(4, most // chunk, at_once)}:
-            yield plan_of([chunk] * rows, context, deployed.block_size)
+            yield plan_of([chunk] * rows, context, deployed.cache.block_size)
         for count in decodes:
             if count + 2 <= most and count < at_once:
-                yield plan_of([1] * count + [max(2, min(chunk, most - count))], context, deployed.block_size)
+                yield plan_of([1] * count + [max(2, min(chunk, most - count))], context, deployed.cache.block_size)
     for sampling in (_drawn(1.0), _drawn(0.9)):
-        yield replace(plan_of([min(longest, most)], longest, deployed.block_size), sampling=sampling)
+        yield replace(plan_of([min(longest, most)], longest, deployed.cache.block_size), sampling=sampling)
 
 
 def _drawn(top_p: float) -> SamplingColumns:

@@ -149,6 +149,7 @@ class GraphRunner(TorchRunner):
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._sampling = torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
+        self._hidden_in: Tensor | None = None
         self._angles = angle_table(model.frequencies, max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._met: set[tuple[Shape, Draws]] = set()  # shapes that have run once, kernel by kernel
@@ -176,6 +177,10 @@ class GraphRunner(TorchRunner):
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
+        if not self.model.draws or (self.model.split is not None and draws is not Draws.GREEDY):
+            draws = (
+                Draws.NONE
+            )  # of a stage that ends before the head, or of ranks whose logits are put together outside of the graph
         captured = self._graphs.get((shape, draws))
         if captured is None and (shape, draws) in self._met:
             captured = self._capture(shape, draws)
@@ -185,12 +190,18 @@ class GraphRunner(TorchRunner):
         self._turn = (self._turn + 1) % len(self._stages)
         stage.done.synchronize()  # its last copy was made depth + 2 steps ago
         self._send(plan, stage, shape, draws, groups)
+        received = self._received(plan.num_tokens)
+        if received is not None:
+            self._entering[: plan.num_tokens].copy_(received)
         if captured is None:
             self._met.add((shape, draws))
             result = self.step(shape, draws)
         else:
             graph, result = captured
             graph.replay()
+        if not self.model.draws:
+            stage.done.record()
+            return self._give_on(result[: plan.num_tokens])
         if draws is Draws.NONE:
             stage.done.record()
             if shape.chunks or np.array_equal(plan.draw_rows, np.arange(len(plan.seq_ids))):
@@ -217,18 +228,27 @@ class GraphRunner(TorchRunner):
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, for the steps that are not replayed."""
-        norm = self.model.norm
-        return rms_norm(self._hidden(inputs), norm.weight, norm.eps)
+        hidden, norm = self._hidden(inputs, self._received(len(inputs.token_ids))), self.model.norm
+        return rms_norm(hidden, norm.weight, norm.eps) if self.model.draws else hidden
 
-    def _hidden(self, inputs: StepInputs) -> Tensor:
-        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are."""
+    def _hidden(self, inputs: StepInputs, received: Tensor | None) -> Tensor:
+        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are.
+
+        received: of the stage before, in place of embeddings.
+        """
 
         def attention(layer: Layer, heads: Tensor) -> Tensor:
             query = self.kv.rope_write(layer, heads, inputs, self._angles)
             return self.kv.attend(layer.index, query, inputs)
 
-        embedding = self.model.embedding
-        embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        embedding, split = self.model.embedding, self.model.split
+        if received is not None:
+            embedded = received
+        elif split is None:
+            embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        else:
+            newest = self._newest.index_select(0, inputs.batch_indices).clamp(min=0)
+            embedded = split.embed(embedding, torch.where(inputs.token_ids >= 0, inputs.token_ids, newest))
         return self.model.run_layers(embedded, attention)
 
     def step(self, shape: Shape, draws: Draws) -> Tensor:
@@ -236,7 +256,11 @@ class GraphRunner(TorchRunner):
         decode in its row, or, where there are chunks, of each draw.
         """
         inputs = views(self._inputs, shape, self._width)
-        hidden, drawn_for = self._hidden(inputs), inputs.batch_indices
+        enters = self.pipe is not None and self.pipe.before is not None
+        hidden = self._hidden(inputs, self._entering[: shape.tokens].clone() if enters else None)
+        if not self.model.draws:
+            return hidden
+        drawn_for = inputs.batch_indices
         if shape.draws:
             hidden, drawn_for = hidden.index_select(0, inputs.draw_tokens), inputs.draw_indices
         logits = self.model.head(hidden, norm=self.model.norm)
@@ -249,7 +273,8 @@ class GraphRunner(TorchRunner):
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
         if draws is Draws.GREEDY:
-            return draw_tokens(logits)
+            split = self.model.split
+            return draw_tokens(logits) if split is None else split.most_likely(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
         threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
         return draw_tokens(logits, temperature, uniform, threshold)
@@ -262,8 +287,18 @@ class GraphRunner(TorchRunner):
             )
         return self._logits
 
+    @property
+    def _entering(self) -> Tensor:
+        """Where hidden states of the stage before are put for the graphs, [most tokens, hidden_size]."""
+        if self._hidden_in is None:
+            most = max(MOST_TOKENS, self._rows)
+            size, dtype = self.model.config.hidden_size, self.model.dtype
+            self._hidden_in = torch.zeros(most, size, dtype=dtype, device=self.device)
+        return self._hidden_in
+
     def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
-        """Capture the graph of a shape that has run once, so that all its kernels are there; None where the memory is short.
+        """Capture the graph of a shape that has run once, so that all its kernels are there; None where the memory is short. Ranks that
+        share the model must capture alike, so there a shortage is an error.
 
         Nothing runs meanwhile, and what lies in the inputs does not matter. torch.cuda.graph would collect garbage and give torch's free
         memory back first, which the next large step would ask for again.
@@ -277,6 +312,8 @@ class GraphRunner(TorchRunner):
             try:
                 captured = self._captured(shape, draws)
             except torch.OutOfMemoryError:
+                if self.model.split is not None:
+                    raise
                 self._too_large.add((shape, draws))
                 return None
         self._graphs[shape, draws] = captured
@@ -285,8 +322,10 @@ class GraphRunner(TorchRunner):
     def _captured(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._capturing.wait_stream(current)
+        # NCCL has threads of its own, which may ask the device something meanwhile.
+        mode = "global" if self.model.split is None else "thread_local"
         with torch.cuda.stream(self._capturing):
-            graph.capture_begin(pool=self._memory)
+            graph.capture_begin(pool=self._memory, capture_error_mode=mode)
             try:
                 result = self.step(shape, draws)
             finally:

@@ -33,7 +33,7 @@ def surprises(deployed: Deployment, rng: random.Random) -> list[str]:
             left = max(2, limits.max_num_batched_tokens - rows)
             chunks = [max(2, left // n) for n in [rng.randint(1, 9)] for _ in range(n)]
             lengths = [1] * rows + [min(chunk, context) for chunk in chunks][: limits.max_num_seqs - rows]
-            TorchRunner.launch(runner, plan_of(lengths, context, deployed.block_size))
+            TorchRunner.launch(runner, plan_of(lengths, context, deployed.cache.block_size))
         alone, mixed = every_shape(limits.max_num_seqs)
         for captured in rng.sample(alone + mixed, 20):
             runner.step(captured, rng.choice(list(Draws)))

@@ -31,6 +31,9 @@ def load(name: str, job: Job) -> Runs:
         max_model_len=job.context,
         enable_prefix_caching=job.prefix_caching,
         device=job.device,
+        kv_cache_dtype=job.kv_cache_dtype,
+        tensor_parallel=job.tensor_parallel,
+        pipeline_parallel=job.pipeline_parallel,
         **(PLAIN if name == "minipaged-plain" else {}),
     )
 
