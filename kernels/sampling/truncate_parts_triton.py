@@ -25,25 +25,7 @@ STEPS = {
     torch.bfloat16: 4,
     torch.float16: 5,
 }  # for top-k, and for top-p: TRIED ** STEPS is at least all places from -inf to inf
-MOST_ROWS = 16  # with more rows, a program a row keeps the GPU busy enough
-
-
-@triton.jit
-def _best_kernel(
-    bests_ptr,  # float32 [rows, parts]: the largest logit
-    logits_ptr,
-    vocab,
-    stride,
-    num_parts,
-    PART: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    part = tl.program_id(0)
-    row = tl.program_id(1)
-    wait_for_previous(DEPENDENT)
-    row_ptr = logits_ptr + row.to(tl.int64) * stride
-    best = tl.max(load_logits(row_ptr, part * PART + tl.arange(0, PART), vocab), 0)
-    tl.store(bests_ptr + row * num_parts + part, best)
+MOST_ROWS = 8  # with more rows, a program a row keeps the GPU busy enough
 
 
 @triton.jit
@@ -54,15 +36,18 @@ def _best_of(bests_ptr, row, num_parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _after(step, low, high, enough, asked, sums_ptr, row, num_parts, TRIED: tl.constexpr, PARTS: tl.constexpr):
+def _after(places_ptr, enough_ptr, sums_ptr, side, row, rows, num_parts, TRIED: tl.constexpr, PARTS: tl.constexpr):
     """(low, high, enough) once the sums of a step are there: there is `enough` at and above low, and there is not at high.
 
-    enough: below 0 it is a share, negated, of all that is at and above the first low.
+    side: which half of the buffers that step wrote. enough: below 0 it is a share, negated, of all that is at and above the first low.
     """
-    if step > 0 and asked and high - low > 1:
+    low = tl.load(places_ptr + (side * rows + row) * 2)
+    high = tl.load(places_ptr + (side * rows + row) * 2 + 1)
+    enough = tl.load(enough_ptr + side * rows + row)
+    if high - low > 1:
         part = tl.arange(0, PARTS)
         tried = tl.arange(0, TRIED)
-        pointers = sums_ptr + (row * num_parts + part)[:, None] * TRIED + tried[None, :]
+        pointers = sums_ptr + ((side * rows + row) * num_parts + part)[:, None] * TRIED + tried[None, :]
         sums = tl.sum(tl.load(pointers, mask=(part < num_parts)[:, None], other=0.0), 0)
         if enough < 0.0:
             enough = tl.maximum(-enough * tl.sum(tl.where(tried == 0, sums, 0.0), 0), LEAST_SHARE)
@@ -74,10 +59,10 @@ def _after(step, low, high, enough, asked, sums_ptr, row, num_parts, TRIED: tl.c
 
 @triton.jit(do_not_specialize=["step"])
 def _step_kernel(
-    places_ptr,  # int64 [2, rows, 2]: low and high before this step's sums, and before the last one's
+    places_ptr,  # int64 [2, rows, 2]: low and high of the numbers tried by this step, and by the one before
     enough_ptr,  # float32 [2, rows]
     sums_ptr,  # float32 [2, rows, parts, TRIED]: counts or weights of the logits at and above each number tried
-    bests_ptr,
+    bests_ptr,  # float32 [rows, parts]: the largest logit, written by the first step
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -97,43 +82,43 @@ def _step_kernel(
     row = tl.program_id(1)
     rows = tl.num_programs(1)
     now = step % 2
-    before = 1 - now
+    column = part * PART + tl.arange(0, PART)
     wait_for_previous(DEPENDENT)
-    warm = tl.load(temperature_ptr + row).to(tl.float32) >= COLDEST
+    temperature = tl.load(temperature_ptr + row).to(tl.float32)
     top_k = tl.load(top_k_ptr + row).to(tl.int32)
     top_p = tl.load(top_p_ptr + row).to(tl.float32)
-    by_count = warm and (top_k > 0 and top_k < vocab)
-    by_share = warm and top_p < 1.0
-    best = _best_of(bests_ptr, row, num_parts, PARTS)
-    low = place_of(tl.full([], float("-inf"), tl.float32), GRAIN)
-    high = place_of(best, GRAIN) + 1
-    enough = top_k.to(tl.float32)
-    if step > 0:
-        low = tl.load(places_ptr + (before * rows + row) * 2)
-        high = tl.load(places_ptr + (before * rows + row) * 2 + 1)
-        enough = tl.load(enough_ptr + before * rows + row)
-    asked_before = (step <= STEPS and by_count) or (step > STEPS and by_share)
-    last_sums_ptr = sums_ptr + before * rows * num_parts * TRIED
-    low, high, enough = _after(step, low, high, enough, asked_before, last_sums_ptr, row, num_parts, TRIED, PARTS)
-    if step == STEPS:
-        high = place_of(best, GRAIN) + 1
-        enough = -tl.maximum(top_p, LEAST_SHARE)
-    if part == 0:
-        tl.store(places_ptr + (now * rows + row) * 2, low)
-        tl.store(places_ptr + (now * rows + row) * 2 + 1, high)
-        tl.store(enough_ptr + now * rows + row, enough)
-    asked = (step < STEPS and by_count) or (step >= STEPS and by_share)
-    if asked and high - low > 1:
-        base = base_2(tl.load(temperature_ptr + row).to(tl.float32))
-        logits = load_logits(logits_ptr + row.to(tl.int64) * stride, part * PART + tl.arange(0, PART), vocab)
-        weight = tl.exp2((logits - best) * base)
-        if step < STEPS:
+    row_ptr = logits_ptr + row.to(tl.int64) * stride
+    warm = temperature >= COLDEST
+    by_count = warm & (top_k > 0) & (top_k < vocab)
+    by_share = warm & (top_p < 1.0)
+    if warm & (step == 0):
+        tl.store(bests_ptr + row * num_parts + part, tl.max(load_logits(row_ptr, column, vocab), 0))
+    if (by_count & (step < STEPS)) | (by_share & (step >= STEPS)):
+        low = place_of(tl.full([], float("-inf"), tl.float32), GRAIN)
+        high = place_of(tl.full([], float("inf"), tl.float32), GRAIN) + 1
+        enough = top_k.to(tl.float32)
+        best = tl.full([], 0.0, tl.float32)
+        if (step > 0) & (by_count | (step > STEPS)):
+            low, high, enough = _after(places_ptr, enough_ptr, sums_ptr, 1 - now, row, rows, num_parts, TRIED, PARTS)
+        if step >= STEPS:
+            best = _best_of(bests_ptr, row, num_parts, PARTS)
+        if step == STEPS:
+            high = place_of(best, GRAIN) + 1
+            enough = -tl.maximum(top_p, LEAST_SHARE)
+        if part == 0:
+            tl.store(places_ptr + (now * rows + row) * 2, low)
+            tl.store(places_ptr + (now * rows + row) * 2 + 1, high)
+            tl.store(enough_ptr + now * rows + row, enough)
+        if high - low > 1:
+            logits = load_logits(row_ptr, column, vocab)
             weight = tl.full([PART], 1.0, tl.float32)
-        gap = (high - low + TRIED - 1) // TRIED
-        at = sums_ptr + ((now * rows + row) * num_parts + part) * TRIED
-        for tried in tl.static_range(TRIED):
-            number = number_at(tl.minimum(low + tried * gap, high), GRAIN)
-            tl.store(at + tried, tl.sum(tl.where(logits >= number, weight, 0.0), 0))
+            if step >= STEPS:
+                weight = tl.exp2((logits - best) * base_2(temperature))
+            gap = (high - low + TRIED - 1) // TRIED
+            at = sums_ptr + ((now * rows + row) * num_parts + part) * TRIED
+            for tried in tl.static_range(TRIED):
+                number = number_at(tl.minimum(low + tried * gap, high), GRAIN)
+                tl.store(at + tried, tl.sum(tl.where(logits >= number, weight, 0.0), 0))
 
 
 @triton.jit
@@ -147,6 +132,7 @@ def _found_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    vocab,
     num_parts,
     STEPS: tl.constexpr,
     TRIED: tl.constexpr,
@@ -164,12 +150,10 @@ def _found_kernel(
     threshold = float("-inf")
     if temperature >= COLDEST and (top_k > 0 or top_p < 1.0 or min_p > 0.0):
         best = _best_of(bests_ptr, row, num_parts, PARTS)
-        last = (2 * STEPS - 1) % 2
-        low = tl.load(places_ptr + (last * rows + row) * 2)
-        high = tl.load(places_ptr + (last * rows + row) * 2 + 1)
-        enough = tl.load(enough_ptr + last * rows + row)
-        last_sums_ptr = sums_ptr + last * rows * num_parts * TRIED
-        low, high, enough = _after(1, low, high, enough, top_p < 1.0, last_sums_ptr, row, num_parts, TRIED, PARTS)
+        low = place_of(tl.full([], float("-inf"), tl.float32), GRAIN)
+        if (top_p < 1.0) | ((top_k > 0) & (top_k < vocab)):
+            side = tl.where(top_p < 1.0, (2 * STEPS - 1) % 2, (STEPS - 1) % 2)  # of the last step that searched
+            low, high, enough = _after(places_ptr, enough_ptr, sums_ptr, side, row, rows, num_parts, TRIED, PARTS)
         threshold = number_at(low, GRAIN)
         if min_p > 0.0:
             threshold = tl.minimum(tl.maximum(threshold, best + tl.log2(min_p) / base_2(temperature)), best)
@@ -201,9 +185,6 @@ def truncation_threshold_by_parts(
         "GRAIN": GRAINS[logits.dtype],
         "PARTS": next_power_of_two(num_parts),
     }
-    _best_kernel[(num_parts, rows)](
-        bests, logits, vocab, logits.stride(0), num_parts, PART=PART, num_warps=NUM_WARPS, **dependent
-    )
     for step in range(2 * search["STEPS"]):
         _step_kernel[(num_parts, rows)](
             places,
@@ -233,6 +214,7 @@ def truncation_threshold_by_parts(
         top_k,
         top_p,
         min_p,
+        vocab,
         num_parts,
         num_warps=4,
         **search,

@@ -30,10 +30,11 @@ import numpy as np
 import torch
 
 from minipaged.config import DTYPE_BYTES, CacheConfig, EngineConfig, ModelConfig, Progress
-from minipaged.execution.eager import TorchRunner
 from minipaged.execution.graphs import Draws, GraphRunner, every_shape
 from minipaged.execution.largest_step import largest_step
 from minipaged.execution.paged_kv import PagedKV
+from minipaged.execution.sampler import sample
+from minipaged.execution.step_inputs import inputs_of
 from minipaged.kernels.launch_table import Gpu
 from minipaged.model.llama import Llama
 from minipaged.scheduling.plan import SamplingColumns, StepPlan
@@ -94,7 +95,10 @@ def deployment_of(
 
 @torch.inference_mode()
 def variants_of(deployed: Deployment) -> list[Variant]:
-    """The variants that the engine may launch. Those that take longest to compile come first: they have the most parameters."""
+    """The variants that the engine may launch. Those that take longest to compile come first: they have the most parameters.
+
+    Only the layers and the draws are run: for some other operations on shapes torch would import its compiler, which takes seconds.
+    """
     from minipaged.kernels.variants import recording
 
     with recording(deployed.gpu) as variants:
@@ -103,11 +107,15 @@ def variants_of(deployed: Deployment) -> list[Variant]:
         for draws in Draws:
             for shape in (alone[0], alone[-1]):
                 runner.step(shape, draws)
-        for plan in _plans(deployed):
-            TorchRunner.launch(runner, plan)
+        for plan in (*_plans(deployed), largest_step(deployed.engine)):
+            runner._forward(inputs_of(plan, deployed.cache.block_size, runner.device))
         for shape in alone + mixed:
             runner.step(shape, Draws.GREEDY)
-        TorchRunner.launch(runner, largest_step(deployed.engine))
+        logits = torch.empty(
+            1, deployed.model.vocab_size, device=runner.device
+        )  # adjusted ones, and those of launched steps
+        for top_p, temperature in ((1.0, 0.0), (1.0, 1.0), (0.9, 1.0)):
+            sample(logits, _drawn(top_p, temperature))
         runner.kv.copy(((1, 1),))
     return sorted(variants, key=lambda variant: -len(variant.function.params))
 
@@ -128,9 +136,7 @@ def runner_on_shapes(deployed: Deployment) -> GraphRunner:
 
 
 def _plans(deployed: Deployment) -> Iterator[StepPlan]:
-    """Steps that are launched kernel by kernel: chunks of every kind of length after contexts of every kind, with and without decodes,
-    drawn in each way.
-    """
+    """Steps that are launched kernel by kernel: chunks of every kind of length after contexts of every kind, with and without decodes."""
     longest, most, at_once = (
         deployed.engine.max_model_len, deployed.engine.max_num_batched_tokens, deployed.engine.max_num_seqs,
     )  # fmt: skip
@@ -143,13 +149,13 @@ def _plans(deployed: Deployment) -> Iterator[StepPlan]:
         for count in decodes:
             if count + 2 <= most and count < at_once:
                 yield plan_of([1] * count + [max(2, min(chunk, most - count))], context, deployed.cache.block_size)
-    for sampling in (_drawn(1.0), _drawn(0.9)):
-        yield replace(plan_of([min(longest, most)], longest, deployed.cache.block_size), sampling=sampling)
 
 
-def _drawn(top_p: float) -> SamplingColumns:
+def _drawn(top_p: float, temperature: float) -> SamplingColumns:
     one = np.ones(1, np.float32)
-    return SamplingColumns(one, np.float32(top_p) * one, np.zeros(1, np.int32), 0 * one, np.zeros(1))
+    return SamplingColumns(
+        np.float32(temperature) * one, np.float32(top_p) * one, np.zeros(1, np.int32), 0 * one, np.zeros(1)
+    )
 
 
 def plan_of(lengths: list[int], context: int, block_size: int) -> StepPlan:

@@ -267,7 +267,8 @@ class GraphRunner(TorchRunner):
         if draws is Draws.NONE:
             return self._all_logits()[: len(logits)].copy_(logits)
         drawn = self._draw_here(logits, draws)
-        self._newest.index_copy_(0, drawn_for.long(), drawn)
+        if not drawn.is_meta:
+            self._newest.index_copy_(0, drawn_for.long(), drawn)
         return drawn
 
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:

@@ -269,6 +269,8 @@ def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> t
 
 def angle_table(frequencies: Tensor, num_positions: int) -> Tensor:
     """Cosines, then sines, of the angles of positions 0, 1, ...: float32 [num_positions, D], for rope_write_kv."""
+    if frequencies.is_meta:  # shapes alone: torch would import its compiler for an arange of nothing
+        return frequencies.new_empty(num_positions, 2 * len(frequencies))
     angles = torch.arange(num_positions, device=frequencies.device, dtype=torch.float32)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 

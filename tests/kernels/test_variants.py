@@ -34,8 +34,7 @@ BUDGET = {
     "_parts_kernel": 6,  # greedy, drawn, truncated; from a graph's logits, from adjusted ones
     "_token_kernel": 6,
     "_threshold_kernel": 2,
-    "_best_kernel": 1,  # the search for few rows, in a graph alone
-    "_step_kernel": 1,
+    "_step_kernel": 1,  # the search for few rows, in a graph alone
     "_found_kernel": 1,
     "_rope_write_kernel": 1,
     "_norm_kernel": 1,
@@ -43,7 +42,7 @@ BUDGET = {
     "_embed_kernel": 1,
     "_copy_kernel": 1,
 }
-TOTAL = 46
+TOTAL = 45
 NOT_ON_A_GPU = {"_write_kernel"}  # rope_write_kv does its work wherever graphs run
 
 
