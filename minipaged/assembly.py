@@ -13,6 +13,7 @@ from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
+from minipaged.kernels.launch_table import capability
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
@@ -21,6 +22,7 @@ from minipaged.model.loading.zoo import LoadedModel
 from minipaged.scheduling.scheduler import Scheduler
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
+FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
 GPU_POOL_SHARE = 0.9  # of the memory that is free once the weights are loaded
 
 
@@ -90,6 +92,17 @@ def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torc
         host_bytes += count * block_bytes if place == host else 0
 
 
+def check_kv_dtype(cache: CacheConfig, device: torch.device) -> None:
+    """Raise InputError where the device's kernels cannot write what the cache is to keep."""
+    if cache.kv_cache_dtype == "fp8" and device.type == "cuda" and use_triton(torch.empty(0, device=device)):
+        found = capability(device)
+        if found < FLOAT8_CAPABILITY:
+            raise InputError(
+                f"kv_cache_dtype fp8 needs a GPU of compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))}, as Ada and Hopper "
+                f"have; {device} has {'.'.join(map(str, found))}: use int8"
+            )
+
+
 def assemble(
     model: str,
     cache: CacheConfig,
@@ -116,6 +129,7 @@ def assemble(
         raise InputError(str(error)) from None
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
+    check_kv_dtype(cache, chosen)
     loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress)
     shape = loaded.config
     if max_model_len is not None and max_model_len > shape.max_position:

@@ -166,8 +166,8 @@ def measure(
             seconds = time.perf_counter() - began
             reference = found if reference is None else reference
             kl = float((reference.exp() * (reference - found)).sum(-1).double().sum())
-            same = int((reference.argmax(-1) == found.argmax(-1)).sum())
-            sums[name] += (loss, kl, same, seconds)
+            equal = int((reference.argmax(-1) == found.argmax(-1)).sum())
+            sums[name] += (loss, kl, equal, seconds)
     count = len(windows) * (window - 1)
     plain = float(np.exp(sums[REFERENCE][0] / count))
     for name in names:
