@@ -21,7 +21,7 @@ from minipaged.config import (
     plain_value,
 )
 from minipaged.engine import Engine
-from minipaged.errors import InputError, RequestError
+from minipaged.errors import RequestError
 from minipaged.scheduling.request import RequestOutput
 
 # Text, token ids, or a mapping: {"prompt": text}, or {"prompt_token_ids": [...]} with the text beside it or not.
@@ -29,6 +29,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams]
 Message = Mapping[str, str]
+
+MOST_RANKS = 64
 
 
 class LLM:
@@ -40,11 +42,14 @@ class LLM:
     fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the
     smaller SamplingParams.priority is served first and running requests make way for a more urgent one that waits; overlap: steps in
     flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is
-    a GPU. Raises InputError naming the value that does not work.
+    a GPU; tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU; pipeline_parallel: stages that
+    the layers are cut into, each of so many processes. This process starts the others, unless torchrun has started all of them: then
+    each makes the same LLM, and only rank 0 comes back from it (execution/README.md). Raises InputError naming the value that does not
+    work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
-    that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;
-    trust_remote_code, which is ignored with a warning, since no code of a model is ever run.
+    that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for
+    tensor_parallel; trust_remote_code, which is ignored with a warning, since no code of a model is ever run.
     """
 
     def __init__(
@@ -67,12 +72,15 @@ class LLM:
         overlap: Literal["auto"] | int = "auto",
         graphs: bool = True,
         seed: int = 0,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
         progress: Callable[[str, int, int], None] | None = None,
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
-        tensor_parallel_size: int = 1,
+        tensor_parallel_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "progress")}
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
         if overlap != "auto":
             check_int("overlap", overlap, 0, 1)
@@ -82,10 +90,9 @@ class LLM:
             check_int("max_model_len", max_model_len, 2)
         check_real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_low=True)
         check_bool("enforce_eager", enforce_eager)
-        if check_int("tensor_parallel_size", tensor_parallel_size, 1) != 1:
-            raise InputError(
-                f"tensor_parallel_size must be 1, not {tensor_parallel_size}: a model runs on one device here"
-            )
+        ranks = check_int("tensor_parallel", tensor_parallel, 1, MOST_RANKS)
+        if tensor_parallel_size is not None:
+            ranks = check_int("tensor_parallel_size", tensor_parallel_size, ranks, MOST_RANKS)
         if trust_remote_code:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         # every number is checked before the model is fetched
@@ -114,10 +121,18 @@ class LLM:
             overlap=None if overlap == "auto" else overlap,
             graphs=graphs and not enforce_eager,
             gpu_share=gpu_memory_utilization,
+            tensor_parallel=ranks,
+            pipeline_parallel=check_int("pipeline_parallel", pipeline_parallel, 1, MOST_RANKS),
+            arguments=arguments,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer
         self.model_config = self._parts.model_config
+
+    def close(self) -> None:
+        """End the other ranks, where there are any; they end with this process at the latest. Nothing can be generated afterwards."""
+        if self._parts.ranks is not None:
+            self._parts.ranks.close()
 
     def generate(
         self,

@@ -241,6 +241,7 @@ class EngineConfig:
     preemption: Preemption = "auto"
     batching: Batching = "continuous"  # who may join the running: anybody, nobody once they write, nobody at all
     depth: int = 0  # steps in flight beyond the one being committed: 0 plain, 1 overlap
+    pipeline_parallel: int = 1  # stages; above 1, steps in flight have no drawing sequence in common
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -251,6 +252,7 @@ class EngineConfig:
         check_choice("preemption", self.preemption, PREEMPTION)
         check_choice("batching", self.batching, BATCHING)
         check_int("depth", self.depth, 0, 64)
+        check_int("pipeline_parallel", self.pipeline_parallel, 1, 64)
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
 
 
@@ -264,7 +266,9 @@ class SamplingParams:
     Numbers may be numpy's or a tensor's, lists any sequence. What other engines say otherwise is taken as they mean it: `max_tokens` None
     or beyond the context is the end of the context, `top_k` -1 all tokens, `seed` -1 or None one of the engine's, `stop` None no string.
     `skip_special_tokens` False writes special tokens into the text; `include_stop_str_in_output` keeps the stop string, or the stop token's
-    text, at its end.
+    text, at its end. `logprobs` k asks for each token's log-probability and those of the k likeliest, up to 100; `prompt_logprobs` the
+    same of the prompt. `best_of` draws so many samples and returns the `n` best. `beam_width` searches instead of sampling, and
+    `length_penalty` and `early_stopping` are transformers'. `cache_salt` keeps a prompt's blocks apart from those of other salts.
 
     What changes the logits of a draw, in this order: only `allowed_token_ids` can be drawn (None: all), `bad_words` cannot, `logit_bias`
     {token: number} is added, `repetition_penalty` divides what the prompt or the answer has (Keskar et al. 2019), `presence_penalty` is

@@ -11,6 +11,7 @@ import typer
 from minipaged.cli.lab_options import HtmlFile, JsonFile, whole
 from minipaged.config import check_choice, check_real
 from minipaged.errors import InputError
+from minipaged.text.safe import printable
 
 
 def compare_on_device(
@@ -179,4 +180,4 @@ def plot(
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}") from None
-    typer.echo(f"wrote {out}")
+    typer.echo(printable(f"wrote {out}"))

@@ -130,6 +130,7 @@ class GraphRunner(TorchRunner):
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._sampling = torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
+        self._hidden_in: Tensor | None = None
         self._angles = angle_table(model.frequencies, max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
@@ -154,6 +155,10 @@ class GraphRunner(TorchRunner):
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
+        if not self.model.draws or (self.model.split is not None and draws is not Draws.GREEDY):
+            draws = (
+                Draws.NONE
+            )  # of a stage that ends before the head, or of ranks whose logits are put together outside of the graph
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
             return super().launch(plan)
@@ -164,7 +169,13 @@ class GraphRunner(TorchRunner):
         stage.done.synchronize()  # its last copy was made depth + 2 steps ago
         self._send(plan, stage, shape, draws, groups)
         graph, result = captured
+        received = self._received(plan.num_tokens)
+        if received is not None:
+            self._entering[: plan.num_tokens].copy_(received)
         graph.replay()
+        if not self.model.draws:
+            stage.done.record()
+            return self._give_on(result[: plan.num_tokens])
         if draws is Draws.NONE:
             stage.done.record()
             if shape.chunks or np.array_equal(plan.draw_rows, np.arange(len(plan.seq_ids))):
@@ -191,18 +202,27 @@ class GraphRunner(TorchRunner):
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, for the steps that are not replayed."""
-        hidden: Tensor = self.model.norm(self._hidden(inputs))
-        return hidden
+        hidden = self._hidden(inputs, self._received(len(inputs.token_ids)))
+        return self.model.norm(hidden) if self.model.draws else hidden
 
-    def _hidden(self, inputs: StepInputs) -> Tensor:
-        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are."""
+    def _hidden(self, inputs: StepInputs, received: Tensor | None) -> Tensor:
+        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are.
+
+        received: of the stage before, in place of embeddings.
+        """
 
         def attention(layer: Layer, heads: Tensor) -> Tensor:
             query = self.kv.rope_write(layer, heads, inputs, self._angles)
             return self.kv.attend(layer.index, query, inputs)
 
-        embedding = self.model.embedding
-        embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        embedding, split = self.model.embedding, self.model.split
+        if received is not None:
+            embedded = received
+        elif split is None:
+            embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        else:
+            newest = self._newest.index_select(0, inputs.batch_indices).clamp(min=0)
+            embedded = split.embed(embedding, torch.where(inputs.token_ids >= 0, inputs.token_ids, newest))
         return self.model.run_layers(embedded, attention)
 
     def _step(self, shape: Shape, draws: Draws) -> Tensor:
@@ -210,7 +230,11 @@ class GraphRunner(TorchRunner):
         decode in its row, or, where there are chunks, of each draw.
         """
         inputs = views(self._inputs, shape, self._width)
-        hidden, drawn_for = self._hidden(inputs), inputs.batch_indices
+        enters = self.pipe is not None and self.pipe.before is not None
+        hidden = self._hidden(inputs, self._entering[: shape.tokens].clone() if enters else None)
+        if not self.model.draws:
+            return hidden
+        drawn_for = inputs.batch_indices
         if shape.draws:
             hidden, drawn_for = hidden.index_select(0, inputs.draw_tokens), inputs.draw_indices
         logits = self.model.head(hidden, norm=self.model.norm)
@@ -223,7 +247,8 @@ class GraphRunner(TorchRunner):
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
         if draws is Draws.GREEDY:
-            return draw_tokens(logits)
+            split = self.model.split
+            return draw_tokens(logits) if split is None else split.most_likely(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
         threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
         return draw_tokens(logits, temperature, uniform, threshold)
@@ -236,9 +261,18 @@ class GraphRunner(TorchRunner):
             )
         return self._logits
 
+    @property
+    def _entering(self) -> Tensor:
+        """Where hidden states of the stage before are put for the graphs, [most tokens, hidden_size]."""
+        if self._hidden_in is None:
+            most = max(MOST_TOKENS, self._rows)
+            size, dtype = self.model.config.hidden_size, self.model.dtype
+            self._hidden_in = torch.zeros(most, size, dtype=dtype, device=self.device)
+        return self._hidden_in
+
     def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """Capture the graph of a shape, over inputs of padding alone, so that warming it up writes nothing; None where the memory is
-        short.
+        short. Ranks that share the model must capture alike, so there a shortage is an error.
         """
         if (shape, draws) in self._too_large:
             return None
@@ -252,9 +286,13 @@ class GraphRunner(TorchRunner):
         try:
             with torch.cuda.stream(self._capturing):
                 self._step(shape, draws)
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing):
+            # NCCL has threads of its own, which may ask the device something meanwhile.
+            mode = "global" if self.model.split is None else "thread_local"
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing, capture_error_mode=mode):
                 result = self._step(shape, draws)
         except torch.OutOfMemoryError:
+            if self.model.split is not None:
+                raise
             self._too_large.add((shape, draws))
             return None
         finally:

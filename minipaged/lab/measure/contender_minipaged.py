@@ -26,9 +26,15 @@ def make_llm(model: str, **settings: Any) -> LLM:
 
 def load(name: str, job: Job) -> Runs:
     """The fast path, or the plain one for minipaged-plain."""
-    settings: dict[str, Any] = {"max_num_seqs": job.max_num_seqs, "device": job.device}
-    settings["kv_cache_dtype"] = job.kv_cache_dtype
-    llm = make_llm(job.model, **settings, **(PLAIN if name == "minipaged-plain" else {}))
+    llm = make_llm(
+        job.model,
+        max_num_seqs=job.max_num_seqs,
+        device=job.device,
+        kv_cache_dtype=job.kv_cache_dtype,
+        tensor_parallel=job.tensor_parallel,
+        pipeline_parallel=job.pipeline_parallel,
+        **(PLAIN if name == "minipaged-plain" else {}),
+    )
 
     def answer(workload: str, asked: list[Draw], temperature: float) -> int:
         params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for _, n in asked]
