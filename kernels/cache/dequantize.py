@@ -11,8 +11,6 @@ from torch import Tensor
 from minipaged.kernels.cache.quantize import Scales, dequantize
 from minipaged.kernels.dispatch import use_triton
 
-Pages = tuple[Tensor, Tensor, Tensor]  # keys, values, and the block tables over them
-
 
 def dequantize_pages(
     key_cache: Tensor,
@@ -21,7 +19,7 @@ def dequantize_pages(
     block_tables: Tensor,
     context_lens: Tensor,
     dtype: torch.dtype,
-) -> Pages:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Caches of `dtype` with each row's pages one after the other, and their block tables.
 
     The caches, scales, block_tables (int32 [rows, width]) and context_lens are as in paged_prefill, and checked by it. Returns keys and
@@ -42,7 +40,7 @@ def dequantize_pages_torch(
     block_tables: Tensor,
     context_lens: Tensor,
     dtype: torch.dtype,
-) -> Pages:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of dequantize_pages_triton."""
     page = torch.arange(block_tables.numel(), dtype=torch.int32, device=key_cache.device).view_as(block_tables)
     within = (page - page[:, :1]) * key_cache.shape[1] < context_lens[:, None]

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from minipaged.kernels.cache.dequantize import Pages
 from minipaged.kernels.cache.quantize import Scales
 from minipaged.kernels.launch_table import check_layout, next_power_of_two
 
@@ -72,7 +71,7 @@ def dequantize_pages_triton(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     dtype: torch.dtype,
-) -> Pages:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See dequantize_pages."""
     rows, width = block_tables.shape
     _, block_size, kv_heads, head_dim = key_cache.shape
