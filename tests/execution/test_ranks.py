@@ -100,6 +100,14 @@ def test_L73_four_ranks_say_what_one_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_L60_L73_ranks_have_the_scales_of_their_heads(kind: str) -> None:
+    settings: dict[str, Any] = {"num_host_blocks": 40, "preemption": "swap", "kv_cache_dtype": kind}
+    compare("toy", 2, **settings)
+    compare("toy", 1, 2, **settings)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "stages", "overlap"), [(1, 3, 0), (1, 2, 1), (2, 2, 0)])
 def test_L62_L73_stages_of_several_ranks_say_what_one_says(
     tensor: int, stages: int, overlap: int, tmp_path: Path
