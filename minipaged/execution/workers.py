@@ -262,6 +262,8 @@ class Ranks:
 
     def _answer(self, drawn: queue.SimpleQueue[tuple[int, Pending]]) -> None:
         """The last stage's thread: sends what was drawn to rank 0, while the main thread launches what comes next."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
         while True:
             step, pending = drawn.get()
             try:
