@@ -100,14 +100,6 @@ def test_L73_four_ranks_say_what_one_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_L60_L73_ranks_have_the_scales_of_their_heads(kind: str) -> None:
-    settings: dict[str, Any] = {"num_host_blocks": 40, "preemption": "swap", "kv_cache_dtype": kind}
-    compare("toy", 2, **settings)
-    compare("toy", 1, 2, **settings)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "stages", "overlap"), [(1, 3, 0), (1, 2, 1), (2, 2, 0)])
 def test_L62_L73_stages_of_several_ranks_say_what_one_says(
     tensor: int, stages: int, overlap: int, tmp_path: Path
@@ -190,6 +182,25 @@ def test_L73_a_rank_that_dies_or_hangs_ends_the_run_with_a_word(
         assert has_ended(pid)
         with pytest.raises(RankError, match=words):  # and it stays so
             llm.generate("again", GREEDY)
+    finally:
+        llm.close()
+
+
+@pytest.mark.slow
+def test_L73_all_ranks_hear_which_one_died(capfd: pytest.CaptureFixture[str]) -> None:
+    llm = LLM("toy", device="cpu", num_blocks=100, tensor_parallel=2, pipeline_parallel=2)
+    ranks = llm._parts.ranks
+    assert isinstance(ranks, Ranks)
+    pids = [child.pid for child in ranks._children.values()]
+    try:
+        stream = llm.stream("hello", SamplingParams(max_tokens=1500, ignore_eos=True))
+        next(stream)
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(RankError, match="rank 2 was killed by SIGKILL"):
+            list(stream)
+        assert all(has_ended(pid) for pid in pids)
+        told = capfd.readouterr().err
+        assert all(f"minipaged rank {rank} ends: rank 2 was killed by SIGKILL" in told for rank in (1, 3))
     finally:
         llm.close()
 
