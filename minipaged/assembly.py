@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from minipaged.execution.workers import Ranks
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
+FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
 GPU_POOL_SHARE = 0.9  # of the memory that is free once the weights are loaded
 CAPTURE_SECONDS = 2.0  # at start; graphs that are not captured by then are when their shape comes for the second time
 
@@ -103,6 +104,17 @@ def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torc
         host_bytes += count * block_bytes if place == host else 0
 
 
+def check_kv_dtype(cache: CacheConfig, device: torch.device) -> None:
+    """Raise InputError where the device's kernels cannot write what the cache is to keep."""
+    if cache.kv_cache_dtype == "fp8" and device.type == "cuda" and use_triton(torch.empty(0, device=device)):
+        found = gpu_of(device).capability
+        if found < FLOAT8_CAPABILITY:
+            raise InputError(
+                f"kv_cache_dtype fp8 needs a GPU of compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))}, as Ada and Hopper "
+                f"have; {device} has {'.'.join(map(str, found))}: use int8"
+            )
+
+
 def assemble(
     model: str,
     cache: CacheConfig,
@@ -143,6 +155,7 @@ def assemble(
             on_triton = use_triton(torch.empty(0, device=chosen))
         except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
             raise InputError(str(error)) from None
+        check_kv_dtype(cache, chosen)
         captures = graphs and on_triton and chosen.type == "cuda"
         warm_up = warm_up and captures and ranks is None and os.environ.get("MINIPAGED_WARM_UP") != "0"
         compiling: CompileAhead | None = None

@@ -153,7 +153,7 @@ def _found_kernel(
         low = place_of(tl.full([], float("-inf"), tl.float32), GRAIN)
         if (top_p < 1.0) | ((top_k > 0) & (top_k < vocab)):
             side = tl.where(top_p < 1.0, (2 * STEPS - 1) % 2, (STEPS - 1) % 2)  # of the last step that searched
-            low, high, enough = _after(places_ptr, enough_ptr, sums_ptr, side, row, rows, num_parts, TRIED, PARTS)
+            low, _, _ = _after(places_ptr, enough_ptr, sums_ptr, side, row, rows, num_parts, TRIED, PARTS)
         threshold = number_at(low, GRAIN)
         if min_p > 0.0:
             threshold = tl.minimum(tl.maximum(threshold, best + tl.log2(min_p) / base_2(temperature)), best)

@@ -108,7 +108,8 @@ def variants_of(deployed: Deployment) -> list[Variant]:
             for shape in (alone[0], alone[-1]):
                 runner.step(shape, draws)
         for plan in (*_plans(deployed), largest_step(deployed.engine)):
-            runner._forward(inputs_of(plan, deployed.cache.block_size, runner.device))
+            hidden = runner._forward(inputs_of(plan, deployed.cache.block_size, runner.device))
+            runner.model.head(hidden[: len(plan.draw_rows)])
         for shape in alone + mixed:
             runner.step(shape, Draws.GREEDY)
         logits = torch.empty(

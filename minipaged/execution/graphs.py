@@ -177,10 +177,9 @@ class GraphRunner(TorchRunner):
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
+        # A stage may end before the head, and ranks put their logits together outside of the graph.
         if not self.model.draws or (self.model.split is not None and draws is not Draws.GREEDY):
-            draws = (
-                Draws.NONE
-            )  # of a stage that ends before the head, or of ranks whose logits are put together outside of the graph
+            draws = Draws.NONE
         captured = self._graphs.get((shape, draws))
         if captured is None and (shape, draws) in self._met:
             captured = self._capture(shape, draws)

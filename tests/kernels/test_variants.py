@@ -43,7 +43,10 @@ BUDGET = {
     "_copy_kernel": 1,
 }
 TOTAL = 45
-NOT_ON_A_GPU = {"_write_kernel"}  # rope_write_kv does its work wherever graphs run
+NOT_COUNTED = {
+    "_write_kernel",
+    "_dequantize_kernel",
+}  # rope_write_kv does the first one's work where graphs run; caches of codes have the other
 
 
 def in_a_process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +85,7 @@ def test_every_kernel_is_in_the_registry() -> None:
         for name in re.findall(r"^    (\w+_kernel)\[", path.read_text(), re.MULTILINE)
         + re.findall(r"^        (\w+_kernel)\[", path.read_text(), re.MULTILINE)
     }
-    assert launched == set(BUDGET) | NOT_ON_A_GPU
+    assert launched == set(BUDGET) | NOT_COUNTED
 
 
 COMPILE = """
