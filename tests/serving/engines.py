@@ -99,5 +99,5 @@ def toy(progress: Any = None, **settings: Any) -> Engine:
     from minipaged.api import LLM
 
     engine = LLM("toy", device="cpu", progress=progress, **settings).engine
-    engine.codec.chat_template = ChatTemplate(TEMPLATE)  # type: ignore[union-attr]
+    engine.codec = TemplatedBytes()
     return engine

@@ -34,7 +34,8 @@ from minipaged.serving.http.asgi import (
 )
 from minipaged.serving.http.completions import Codec, Job, Limits
 from minipaged.serving.http.errors import ApiError, bad_request
-from minipaged.serving.http.link import EngineLink, Signal
+from minipaged.serving.http.link import EngineLink
+from minipaged.serving.http.mailbox import Signal
 from minipaged.serving.http.metrics import Metrics
 
 PING_SECONDS = 10.0  # of silence in a stream

@@ -18,7 +18,7 @@ from minipaged.config import NO_LIMIT
 from minipaged.errors import InputError
 from minipaged.serving.http import fields
 from minipaged.serving.http.errors import ApiError, bad_request
-from minipaged.serving.http.link import Entry, Growth, Ticket
+from minipaged.serving.http.mailbox import Entry, Growth, Ticket
 
 LONG_TEXT = 4096  # characters: longer prompts are tokenized in a thread, so that streams go on meanwhile
 Result = TypeVar("Result")

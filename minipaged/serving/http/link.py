@@ -16,127 +16,12 @@ import numpy as np
 
 from minipaged.errors import TraceError
 from minipaged.serving.child import EngineChild
+from minipaged.serving.http.mailbox import Growth, Signal, Ticket
 from minipaged.serving.http.metrics import Metrics
 from minipaged.trace import packing
 from minipaged.trace.file import FRAME_BYTES, Header, Kind, Record, command, parse_header, parse_record
 
-Entry = list[list[float]]
 STALLED_SECONDS = 10.0  # without a word from an engine that was asked for one: it does not answer
-
-
-class Growth:
-    """What an answer gained since it was last read."""
-
-    __slots__ = ("finish", "logprobs", "stop_reason", "text", "tokens")
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.tokens: list[int] = []
-        self.logprobs: list[Entry] = []
-        self.finish = ""
-        self.stop_reason: int | str | None = None
-
-
-class Signal:
-    """Wakes the one task that reads some mailboxes. Set twice before it looks, it wakes once."""
-
-    __slots__ = ("_set", "_waiter", "gone")
-
-    def __init__(self) -> None:
-        self._set = False
-        self._waiter: asyncio.Future[None] | None = None
-        self.gone = False  # the client has left
-
-    def set(self) -> None:
-        """There is something to read."""
-        self._set = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self) -> None:
-        """Until there is something to read."""
-        if not self._set:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        self._set = False
-
-    async def wait_for(self, seconds: float) -> bool:
-        """As `wait`, but not for ever: False if nothing came."""
-        if self._set:
-            self._set = False
-            return True
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        late = loop.call_later(seconds, _give_up, waiter)
-        try:
-            await waiter
-        finally:
-            late.cancel()
-            self._waiter = None
-        came, self._set = self._set, False
-        return came
-
-
-def _give_up(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-class Ticket:
-    """One request on its way. growth: the mailbox, by answer. whole: its reader is woken at the end alone."""
-
-    __slots__ = (
-        "accepted",
-        "asked_at",
-        "cached",
-        "client",
-        "drawn",
-        "ended",
-        "error",
-        "finish",
-        "first_at",
-        "growth",
-        "last_at",
-        "most",
-        "num_prompt",
-        "number",
-        "prompt_logprobs",
-        "refused",
-        "request_id",
-        "signal",
-        "started_at",
-        "status",
-        "whole",
-        "width",
-    )
-
-    def __init__(self, number: int, num_prompt: int, width: int, signal: Signal, *, whole: bool, now: float) -> None:
-        self.number = number
-        self.num_prompt = num_prompt
-        self.width = width  # sequences that it runs at once
-        self.signal = signal
-        self.whole = whole
-        self.asked_at = now
-        self.started_at = self.first_at = self.last_at = 0.0
-        self.accepted = False
-        self.most = 0  # tokens of an answer
-        self.refused: str | None = None
-        self.cached = 0  # prompt tokens found in the prefix cache
-        self.prompt_logprobs: list[Entry | None] | None = None
-        self.growth: dict[int, Growth] = {}
-        self.ended = False
-        self.error: str | None = None  # why it ended before its time
-        self.status = 500  # what that is to HTTP
-        self.drawn = 0  # tokens drawn for it
-        self.finish = ""
-
-    def take(self) -> dict[int, Growth]:
-        """What came since the last call."""
-        growth, self.growth = self.growth, {}
-        return growth
 
 
 class EngineLink(asyncio.Protocol):
@@ -153,10 +38,10 @@ class EngineLink(asyncio.Protocol):
         self.stage = "starting"  # what it does while it loads
         self.dead = ""  # why it is no more
         self.input_error = False  # whether that was the user's input
-        self.gauges: dict[str, int] = {}
         self.tickets: dict[int, Ticket] = {}
         self.heard_at = time.monotonic()
         self.on_trace: Callable[[Record], None] | None = None
+        metrics.waiting = lambda: self._num_waiting
         self._on_change = on_change
         self._buffer = bytearray()
         self._now = 0.0  # when the rows being read were written, by the engine's clock
@@ -267,7 +152,7 @@ class EngineLink(asyncio.Protocol):
         if record.kind == Kind.ANSWERS:
             head, _ = packing.unpack(record.body)
             if "gauges" in head:
-                self.gauges = head["gauges"]
+                self.metrics.gauges = head["gauges"]
             self._now = head["at"]
             for row in head["rows"]:
                 ticket = self.tickets.get(row[1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 
 if TYPE_CHECKING:
-    from minipaged.serving.http.link import EngineLink, Ticket
+    from minipaged.serving.http.mailbox import Ticket
 
 # vLLM's buckets, in seconds.
 _FIRST = (
@@ -76,7 +76,8 @@ class Metrics:
 
     def __init__(self, prefix: str, model: str) -> None:
         self.prefix, self.model = prefix, model
-        self.link: EngineLink | None = None
+        self.gauges: dict[str, int] = {}  # the engine's newest account of its queues and its pool
+        self.waiting: Callable[[], int] = lambda: 0  # requests that have not started, as the server counts them
         self.inter_token = Histogram(_BETWEEN)
         self.histograms = {
             "time_to_first_token_seconds": (Histogram(_FIRST), "From a request's arrival to its first token."),
@@ -112,13 +113,11 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The families, as prometheus_client asks for them."""
-        link = self.link
-        gauges = link.gauges if link is not None else {}
+        gauges = self.gauges
         usable = max(1, gauges.get("total_blocks", 0))
         running, swapped = gauges.get("running", 0), gauges.get("swapped", 0)
-        waiting = max(link.num_waiting, gauges.get("waiting", 0)) if link is not None else 0
         yield self._gauge("num_requests_running", "Requests in the batch.", running)
-        yield self._gauge("num_requests_waiting", "Requests that wait to start.", waiting)
+        yield self._gauge("num_requests_waiting", "Requests that wait to start.", self.waiting())
         yield self._gauge("num_requests_swapped", "Requests in host memory.", swapped)
         used = gauges.get("referenced_blocks", 0)
         yield self._gauge("kv_cache_usage_perc", "Share of the pool that sequences hold, 0 to 1.", used / usable)

@@ -94,7 +94,7 @@ class Run:
         """Until the end."""
         link = EngineLink(self.child, self.app.metrics, self._engine_changed)
         await link.open()
-        self.app.link = self.app.metrics.link = link
+        self.app.link = link
         config = uvicorn.Config(
             self.app,
             http=LimitedProtocol,
