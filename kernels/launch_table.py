@@ -32,6 +32,10 @@ class DecodeLaunch:
     programs_per_multiprocessor: int = 4
     enough_waves: int = 8
 
+    def shared_parts(self, tiles_and_heads: int, programs: int) -> int:
+        """Into how many parts the tokens that rows share are cut: a power of two, so that about `programs` run if all tiles are used."""
+        return min(16, max(4, next_power_of_two(programs // tiles_and_heads)))
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillLaunch:

@@ -482,7 +482,7 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `kernels/attention/decode_triton.py`: `_attend_tile` is one turn of your loop; `_decode_kernel` has the loop without
+# - `kernels/attention/decode_tile.py`: `attend_tile` is one turn of your loop; `decode_triton.py` has the loop without
 #   masks, and the chunks.
 # - `kernels/attention/triton_tiles.py`: `tile_offsets` and `load_tile` are task 2 for several pages at once.
 # - `kernels/attention/decode.py`: `paged_decode` chooses between the kernel and its twin.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from minipaged.kernels.attention.decode_shared import SharedPrefixes
 from minipaged.kernels.checks import check_attention
 from minipaged.kernels.dispatch import use_triton
 
@@ -29,6 +30,7 @@ def paged_decode(
     scale: float,
     *,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: Tensor | None = None,
     check: bool = True,
 ) -> Tensor:
@@ -37,18 +39,21 @@ def paged_decode(
     query: [B, heads, head_dim]; query head h reads KV head h // (heads // kv_heads).
     key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim]. block_tables: int32 [B, width], or [B, kv_heads, width] for
     a table per KV head. context_lens: int32 [B], the new token included (it is in the cache already); a row of length 0 gives zeros.
-    window: only the last `window` tokens are seen. out: written and returned, if given.
+    window: only the last `window` tokens are seen. shared: rows whose tables begin alike, so that the kernel reads those pages once for
+    many; not together with a window. It changes no result, and the twin does without. out: written and returned, if given.
     Reads 2 * sum(context_lens) * kv_heads * head_dim elements. Raises ValueError on a scale that is not above 0, and on
     shapes, dtypes or devices that do not fit, unless `check` is False: for a caller that has had such tensors checked, as those of the
     step's first layer.
     """
     if check:
         check_attention(query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out)
+        if shared is not None and window is not None:
+            raise ValueError("rows that share their first tokens cannot have a window, which may leave these out")
     if use_triton(query):
         from minipaged.kernels.attention.decode_triton import paged_decode_triton
 
         return paged_decode_triton(
-            query, key_cache, value_cache, block_tables, context_lens, scale, window=window, out=out
+            query, key_cache, value_cache, block_tables, context_lens, scale, window=window, shared=shared, out=out
         )
     return paged_decode_torch(query, key_cache, value_cache, block_tables, context_lens, scale, window=window, out=out)
 

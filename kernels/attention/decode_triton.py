@@ -4,9 +4,10 @@ The heads of a KV group are the rows of one dot, so each key and value is read o
 multiply-and-sum. The loop over whole tiles has no masks; only a chunk's last tile does.
 
 How rows are cut, and joined again, is in decode_chunks.py. A row of one chunk writes its output itself; the reduction passes it by.
+Where rows begin with the same pages, decode_shared_triton.py attends to those first, for many rows at once; here a row starts behind them.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803, SIM102, SIM108
 
 import math
 
@@ -15,7 +16,10 @@ import triton
 import triton.language as tl
 
 from minipaged.kernels.attention.decode_chunks import MOST_CHUNKS, chunks_of_rows, reduce_kernel
-from minipaged.kernels.attention.triton_tiles import load_tile, must_upcast, tile_offsets
+from minipaged.kernels.attention.decode_shared import TILE_ROWS, SharedPrefixes
+from minipaged.kernels.attention.decode_shared_triton import shared_kernel
+from minipaged.kernels.attention.decode_tile import attend_tile
+from minipaged.kernels.attention.triton_tiles import must_upcast
 from minipaged.kernels.dependent_launch import PLAIN_LAUNCH, dependent_launch, wait_for_previous
 from minipaged.kernels.launch_table import (
     DecodeLaunch,
@@ -27,60 +31,18 @@ from minipaged.kernels.launch_table import (
 )
 
 
-@triton.jit
-def _attend_tile(
-    query,
-    state,  # (accumulated output, top: largest score so far, total: sum of the weights), all float32
-    cache,  # (keys, values, block table, stride of a block, of a slot)
-    start,
-    limit,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The state after one more step of the online softmax, in base 2: `scale` holds log2(e) already."""
-    accumulated, top, total = state
-    key_ptr, value_ptr, table_ptr, stride_block, stride_slot = cache
-    position = start + tl.arange(0, TILE)
-    offset = tile_offsets(table_ptr, position, limit, stride_block, stride_slot, PAGE, MASKED)
-    key = load_tile(key_ptr, offset, position, limit, HEAD_DIM, HEAD_BLOCK, MASKED, UPCAST)
-    value = load_tile(value_ptr, offset, position, limit, HEAD_DIM, HEAD_BLOCK, MASKED, UPCAST)
-    if GROUP == 1:  # query [HEAD_BLOCK], top and total scalars
-        score = tl.sum(query[None, :] * key.to(tl.float32), 1) * scale
-        if MASKED:
-            score = tl.where(position < limit, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 0))
-        weight = tl.exp2(score - new_top)
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weight, 0)
-        accumulated = accumulated * decay + tl.sum(weight[:, None] * value.to(tl.float32), 0)
-    else:  # query [group rows, HEAD_BLOCK], top and total [group rows]
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if MASKED:
-            score = tl.where((position < limit)[None, :], score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp2(score - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weight, 1)
-        accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
-    return (accumulated, new_top, total)
-
-
 @triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head"])
 def _decode_kernel(
     out_ptr,
     partial_ptr,  # float32 [chunks, heads, HEAD_DIM]: outputs of chunks whose row has several
     partial_lse_ptr,  # float32 [chunks, heads]: base-2 logarithm of each chunk's softmax denominator
+    cuts_ptr,  # int32 [rows, 2], written for the reduction: chunks of each row, and the first of them
     query_ptr,
     key_ptr,
     value_ptr,
     block_tables_ptr,
     context_lens_ptr,
+    shared_tokens_ptr,  # int32 [rows]: leading tokens of each that shared_kernel attends to
     num_rows,
     scale,
     window,
@@ -102,6 +64,7 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -113,7 +76,9 @@ def _decode_kernel(
     kv_head = tl.program_id(0)
     index = tl.program_id(1)
     if SPLIT:
-        counts, ends = chunks_of_rows(context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK)
+        counts, ends = chunks_of_rows(
+            context_lens_ptr, shared_tokens_ptr, num_rows, window, target, HAS_WINDOW, HAS_SHARED, ROWS, TILE, MIN_CHUNK
+        )
         mine = (ends - counts <= index) & (index < ends)  # one row, or none
         row = num_rows - tl.sum(tl.where(mine, num_rows - tl.arange(0, ROWS), 0), 0)
         count = tl.sum(tl.where(mine, counts, 0), 0)
@@ -124,11 +89,20 @@ def _decode_kernel(
         part = 0
     if row >= num_rows:
         return
+    if SPLIT:
+        if (kv_head == 0) & (part == 0):
+            tl.store(cuts_ptr + 2 * row, count)
+            tl.store(cuts_ptr + 2 * row + 1, index)
 
     length = tl.load(context_lens_ptr + row)
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(length - window, 0)
+    if HAS_SHARED:
+        shared = tl.load(shared_tokens_ptr + row)
+        low = shared
+    else:
+        shared = 0
     high = length
     if SPLIT:
         chunk = ((length - low + count - 1) // count + TILE - 1) // TILE * TILE
@@ -162,11 +136,11 @@ def _decode_kernel(
     state = (accumulated, top, total)
     whole_end = low + tl.maximum(high - low, 0) // TILE * TILE
     for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
-        state = _attend_tile(
+        state = attend_tile(
             query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, False, UPCAST
         )
     if whole_end < high:
-        state = _attend_tile(
+        state = attend_tile(
             query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, UPCAST
         )
     accumulated, top, total = state
@@ -177,7 +151,7 @@ def _decode_kernel(
         result = (accumulated * inverse)[None, :]
     else:
         result = accumulated * inverse[:, None]
-    if count == 1:
+    if (count == 1) & (shared == 0):
         out_row_ptr = out_ptr + row.to(tl.int64) * stride_out
         pointers = out_row_ptr + head[:, None] * stride_out_head + dim[None, :]
         tl.store(pointers, result.to(out_ptr.dtype.element_ty), mask=in_head)
@@ -206,6 +180,7 @@ def paged_decode_triton(
     scale: float,
     *,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
     launch: DecodeLaunch | None = None,
 ) -> torch.Tensor:
@@ -223,26 +198,68 @@ def paged_decode_triton(
     longest = block_tables.shape[-1] * block_size if window is None else window
     split = longest > launch.min_chunk and num_rows * kv_heads < launch.enough_waves * programs
     split = split and num_rows + target < MOST_CHUNKS  # so many rows fill any GPU anyway
+    split = split or shared is not None  # the parts are joined either way
     chunks = num_rows + target if split else num_rows
     if split:
         partial = torch.empty((chunks, heads, head_dim), dtype=torch.float32, device=query.device)
         partial_lse = torch.empty((chunks, heads), dtype=torch.float32, device=query.device)
+        cuts = torch.empty((num_rows, 2), dtype=torch.int32, device=query.device)
     else:
-        partial = partial_lse = out  # not touched
+        partial = partial_lse = cuts = out  # not touched
     per_head = block_tables.dim() == 3
+    table_strides = (block_tables.stride(0), block_tables.stride(1) if per_head else 0)
+    cache_strides = (key_cache.stride(0), key_cache.stride(1), key_cache.stride(2))
     rows = next_power_of_two(num_rows)
     dependent = dependent_launch(query.device)
     most_programs = num_rows * kv_heads * -(-longest // launch.min_chunk)
-    alone = split and fills_one_wave(num_rows * kv_heads, most_programs, programs)
+    if shared is not None:
+        parts = launch.shared_parts(len(shared.rows) * kv_heads, programs)
+        shared_partial = torch.empty((num_rows, parts, heads, head_dim), dtype=torch.float32, device=query.device)
+        shared_lse = torch.empty((num_rows, parts, heads), dtype=torch.float32, device=query.device)
+        group_block = next_power_of_two(group)
+        shared_kernel[(parts, kv_heads, len(shared.rows))](
+            shared_partial,
+            shared_lse,
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            shared.rows,
+            shared.tile_tokens,
+            scale * math.log2(math.e),
+            query.stride(0),
+            query.stride(1),
+            *cache_strides,
+            *table_strides,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            GROUP_BLOCK=group_block,
+            HEAD_DIM=head_dim,
+            HEAD_BLOCK=head_block(head_dim),
+            PAGE=block_size,
+            TILE=launch.tile,
+            TILE_ROWS=TILE_ROWS,
+            PARTS=parts,
+            UPCAST=must_upcast(query),
+            num_warps=8 if group_block > 4 else 4,
+            num_stages=launch.num_stages,
+            **dependent,
+        )
+        shared_tokens = shared.row_tokens
+    else:
+        parts, shared_partial, shared_lse, shared_tokens = 1, partial, partial_lse, context_lens  # not read
+    alone = split and shared is None and fills_one_wave(num_rows * kv_heads, most_programs, programs)
     _decode_kernel[(kv_heads, chunks)](
         out,
         partial,
         partial_lse,
+        cuts,
         query,
         key_cache,
         value_cache,
         block_tables,
         context_lens,
+        shared_tokens,
         num_rows,
         scale * math.log2(math.e),
         window or 0,
@@ -251,11 +268,8 @@ def paged_decode_triton(
         out.stride(1),
         query.stride(0),
         query.stride(1),
-        key_cache.stride(0),
-        key_cache.stride(1),
-        key_cache.stride(2),
-        block_tables.stride(0),
-        block_tables.stride(1) if per_head else 0,
+        *cache_strides,
+        *table_strides,
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_ROWS=1 if group == 1 else max(16, next_power_of_two(group)),
@@ -264,6 +278,7 @@ def paged_decode_triton(
         PAGE=block_size,
         TILE=launch.tile,
         HAS_WINDOW=window is not None,
+        HAS_SHARED=shared is not None,
         SPLIT=split,
         ROWS=rows,
         MIN_CHUNK=launch.min_chunk,
@@ -278,20 +293,19 @@ def paged_decode_triton(
             out,
             partial,
             partial_lse,
-            context_lens,
-            num_rows,
-            window or 0,
-            target,
+            cuts,
+            shared_partial,
+            shared_lse,
+            shared_tokens,
             out.stride(0),
             out.stride(1),
             HEADS=heads,
             HEAD_DIM=head_dim,
             HEAD_BLOCK=head_block(head_dim),
-            TILE=launch.tile,
-            HAS_WINDOW=window is not None,
-            ROWS=rows,
-            MIN_CHUNK=launch.min_chunk,
             PARTS=16,
+            HAS_SHARED=shared is not None,
+            SHARED_TILE=launch.tile,
+            SHARED_PARTS=parts,
             num_warps=4,
             **dependent,
         )

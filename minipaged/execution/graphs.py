@@ -17,6 +17,7 @@ from torch import Tensor
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.sampler import is_truncated
+from minipaged.execution.shared_prefixes import shared_groups, tile_room
 from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
 from minipaged.kernels.elementwise import embed_tokens
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
@@ -42,13 +43,13 @@ def bucket_of(rows: int) -> int:
     raise ValueError(f"no bucket holds {rows} rows")
 
 
-def shape_of(plan: StepPlan) -> Shape | None:
-    """The shape whose graph can run this plan; None if it is to be launched kernel by kernel."""
+def shape_of(plan: StepPlan, *, shared: bool = False) -> Shape | None:
+    """The shape whose graph can run this plan; None if it is to be launched kernel by kernel. shared: decodes alone have common blocks."""
     rows, tokens = len(plan.seq_ids), plan.num_tokens
     if not rows or plan.prompt_queries:
         return None
     if tokens == rows:
-        return _decodes_alone(rows)
+        return _decodes_alone(rows, shared=shared)
     decodes = int((plan.lengths == 1).sum())
     needed = max(decodes, len(plan.draw_rows), 1)
     if tokens > MOST_TOKENS or rows - decodes > CHUNK_BUCKETS[-1] or needed > MOST_TOKENS:
@@ -56,8 +57,8 @@ def shape_of(plan: StepPlan) -> Shape | None:
     return _mixed(_bucket(TOKEN_BUCKETS, tokens), _bucket(ROW_BUCKETS, needed), _bucket(CHUNK_BUCKETS, rows - decodes))
 
 
-def _decodes_alone(rows: int) -> Shape:
-    return Shape(bucket_of(rows), bucket_of(rows), 0, 0)
+def _decodes_alone(rows: int, *, shared: bool) -> Shape:
+    return Shape(bucket_of(rows), bucket_of(rows), 0, 0, tile_room(bucket_of(rows)) if shared else 0)
 
 
 def _mixed(tokens: int, rows: int, chunks: int) -> Shape:
@@ -72,7 +73,7 @@ def _bucket(buckets: tuple[int, ...], needed: int) -> int:
 def largest_shapes(max_num_seqs: int) -> tuple[Shape, Shape]:
     """The shapes that need most room in an engine of so many sequences: of decodes alone, and with chunks."""
     mixed = _mixed(MOST_TOKENS, _bucket(ROW_BUCKETS, min(max_num_seqs, MOST_TOKENS)), CHUNK_BUCKETS[-1])
-    return _decodes_alone(max_num_seqs), mixed
+    return _decodes_alone(max_num_seqs, shared=True), mixed
 
 
 class Draws(Enum):
@@ -148,7 +149,8 @@ class GraphRunner(TorchRunner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Replay a graph where there is one for the step's shape; else as TorchRunner."""
-        shape = shape_of(plan)
+        groups = shared_groups(plan, self.kv.block_size)
+        shape = shape_of(plan, shared=bool(groups))
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
@@ -160,7 +162,7 @@ class GraphRunner(TorchRunner):
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % len(self._stages)
         stage.done.synchronize()  # its last copy was made depth + 2 steps ago
-        self._send(plan, stage, shape, draws)
+        self._send(plan, stage, shape, draws, groups)
         graph, result = captured
         graph.replay()
         if draws is Draws.NONE:
@@ -172,10 +174,12 @@ class GraphRunner(TorchRunner):
         stage.done.record()
         return GraphPending(stage, count)
 
-    def _send(self, plan: StepPlan, stage: Stage, shape: Shape, draws: Draws) -> None:
+    def _send(
+        self, plan: StepPlan, stage: Stage, shape: Shape, draws: Draws, groups: list[tuple[list[int], int]]
+    ) -> None:
         """Bring the step to the device: one copy for all integers, one more if the graph draws by temperature."""
         inputs = views(stage.inputs.numpy(), shape, self._width)
-        used = fill(inputs, plan, self.kv.block_size, self._dummy_slot)
+        used = fill(inputs, plan, self.kv.block_size, self._dummy_slot, groups)
         end = size_of(shape, self._width) - (shape.decodes - used) * self._width
         self._inputs[:end].copy_(stage.inputs[:end], non_blocking=True)
         if plan.sampling is not None and draws in (Draws.WARM, Draws.TRUNCATED):

@@ -74,7 +74,7 @@ class PagedKV:
         keys, values, decodes = self.keys[layer], self.values[layer], len(inputs.decode_lengths)
         rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
         if not len(inputs.chunk_lengths):
-            return paged_decode(query, keys, values, *rows, check=layer == 0)
+            return paged_decode(query, keys, values, *rows, shared=inputs.shared, check=layer == 0)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decodes:
             # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.
