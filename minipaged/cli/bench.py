@@ -121,10 +121,11 @@ def serve(
         table.add_row(*counts, *speeds, *(f"{row[name]:,.1f}" for name in names))
     Console(width=WIDTH).print(table)
     if plot is not None:
-        from minipaged.lab.report.svg import Curve, line_chart
+        from minipaged.lab.paper.figure_types import Curve
+        from minipaged.lab.report.svg import line_chart
 
         curves = [
-            Curve(label, [(row["rate"] or 0.0, row[name]) for row in rows])
+            Curve(label, tuple((row["rate"] or 0.0, row[name]) for row in rows))
             for label, name in (
                 *(("first token, median", "first_p50_ms"), ("first token, P99", "first_p99_ms")),
                 *(("gap, median", "gap_p50_ms"), ("gap, P99", "gap_p99_ms")),

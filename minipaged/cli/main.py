@@ -156,6 +156,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get 429.")] = 1024,
     drain: Annotated[float, typer.Option(help="Seconds that requests have to end after ctrl+c or SIGTERM.")] = 10.0,
     metrics_prefix: Annotated[str, typer.Option(help="Before the names in /metrics: minipaged or vllm.")] = "minipaged",
+    show_prompts: Annotated[
+        bool, typer.Option("--show-prompts", help="Show texts to attached screens; else they see their lengths alone.")
+    ] = False,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that run side by side.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens a step computes at most.")] = 2048,
     max_model_len: Annotated[
@@ -183,6 +186,7 @@ def serve(
             max_waiting=max_waiting,
             drain=drain,
             metrics_prefix=metrics_prefix,
+            show_prompts=show_prompts,
         )
     )
 
@@ -229,6 +233,12 @@ def tui(
             autocompletion=complete.scenarios,
         ),
     ] = None,
+    attach: Annotated[
+        str | None, typer.Option(help="Look on at the server at this address, such as http://localhost:8000.")
+    ] = None,
+    api_key: Annotated[
+        str, typer.Option(help="The server's key, with --attach.", envvar="MINIPAGED_API_KEY", show_envvar=False)
+    ] = "",
     web: Annotated[
         bool, typer.Option("--web", help="Show the screen in a browser on this machine (extra `web`).")
     ] = False,
@@ -254,6 +264,8 @@ def tui(
             ascii_only=ascii_only,
             light=light,
             scenario=scenario,
+            attach=attach,
+            api_key=api_key,
             web=web,
             settings=settings,
         )

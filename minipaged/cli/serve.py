@@ -27,6 +27,7 @@ def serve(
     max_waiting: int,
     drain: float,
     metrics_prefix: str,
+    show_prompts: bool = False,
 ) -> int:
     """Check every argument, then serve until a signal. Returns the exit code."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -47,7 +48,7 @@ def serve(
     from minipaged.serving.http.server import Address
     from minipaged.serving.http.server import serve as run
 
-    options = Options(model, names_of(model, names), tuple(given), max_waiting, metrics_prefix)
+    options = Options(model, names_of(model, names), tuple(given), max_waiting, metrics_prefix, show_prompts)
 
     def say(text: str) -> None:
         note(f"minipaged: {text}", "")

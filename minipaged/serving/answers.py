@@ -2,7 +2,7 @@
 
 A ticket is the server's number for a request. Rows, in the order they happen:
 
-    accepted  ticket, most tokens of an answer            it is queued
+    accepted  ticket, most tokens of an answer, number    it is queued; the trace has it under that number
     refused   ticket, why                                 it can never be served; nothing more comes
     started   ticket, tokens found in the prefix cache    it runs for the first time
     prompt    ticket, log-probabilities of its prompt     one entry a token; None for the first
@@ -77,7 +77,7 @@ class Answers:
             return
         asked = Asked(ticket, output)
         self._by_ticket[ticket] = self._by_request[output.request_id] = self._not_started[ticket] = asked
-        self._rows.append(["accepted", ticket, output.request.params.max_tokens])
+        self._rows.append(["accepted", ticket, output.request.params.max_tokens, output.request_id])
 
     def cancel(self, ticket: int) -> None:
         """Nobody waits for this answer any more."""

@@ -57,6 +57,7 @@ class LiveSource(RecordSource):
         self.idle = False  # whether it has nothing to do
         self.ended = ""  # why no more will come; "" while more may
         self.notes: deque[Note] = deque()  # words for people, not yet taken
+        self.jumps: set[int] = set()  # positions before which deltas are missing: a keyframe stands there
         self._stored: list[Record] = []
         self._folded = Snapshot()  # after all deltas, for the keyframes
         # Position -> delta: the newest, which whoever follows the engine asks for next.
@@ -193,6 +194,11 @@ class LiveSource(RecordSource):
             self.header = Header.from_json(packing.unpack(record.body)[0])
             self.ready = True
             self._open_recording()
+        elif record.kind == Kind.KEYFRAME:  # from a server: the state that it begins with, or jumps to
+            self._folded = codec.decode_keyframe(record.step, record.body)
+            if len(self):
+                self.jumps.add(len(self))
+            self._keep(record)
         else:
             if record.kind == Kind.DELTA and len(self) % KEYFRAME_EVERY == 0:
                 self._keep(Record(Kind.KEYFRAME, self._folded.step, codec.encode_keyframe(self._folded)))

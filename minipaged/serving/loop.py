@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -35,7 +36,9 @@ from minipaged.trace.file import (
     note,
     read_record,
 )
+from minipaged.trace.snapshot import Snapshot
 
+HIDDEN = "·".encode()  # what each token reads to those who may not see texts
 Command = dict[str, Any]
 NO_TOKENS = np.zeros(0, np.int32)
 PIPE_LEVEL = 0  # zlib's: whoever keeps the stream makes it small, in a process that no token waits for
@@ -143,6 +146,7 @@ class EngineLoop:
         self._sent_idle = False
         self._submitted = 0  # prompts received, refused ones included
         self._answers: Answers | None = None  # once a server has asked
+        self._show_text = True
         self._unsubscribe: object = engine.trace.subscribe(sender(writer))
 
     def run(self) -> None:
@@ -204,7 +208,7 @@ class EngineLoop:
             elif do == "serve":
                 self._serve()
             elif do == "watch":
-                self._watch(bool(received["on"]))
+                self._watch(bool(received["on"]), show_text=bool(received.get("show", True)))
             elif do == "keyframe":
                 self._send_keyframe()
             elif do == "ping":
@@ -238,10 +242,11 @@ class EngineLoop:
             Record(Kind.NOTE, 0, packing.pack({"kind": "codec"}, {"codec": codec_bytes}, level=PIPE_LEVEL))
         )
 
-    def _watch(self, on: bool) -> None:
+    def _watch(self, on: bool, *, show_text: bool = True) -> None:
         """Send each step's delta from now on, or no more."""
+        self._show_text = show_text
         if on and self._unsubscribe is None:
-            self._unsubscribe = self.engine.trace.subscribe(sender(self.writer))
+            self._unsubscribe = self.engine.trace.subscribe(sender(self.writer, show_text=show_text))
         elif not on and callable(self._unsubscribe):
             self._unsubscribe()
             self._unsubscribe = None
@@ -249,7 +254,7 @@ class EngineLoop:
     def _send_keyframe(self) -> None:
         """The state that the deltas so far have led to, for a watcher who has not seen them all."""
         trace: Any = self.engine.trace
-        state = trace.state()
+        state = trace.state() if self._show_text else without_text(trace.state())
         self.writer.write(Record(Kind.KEYFRAME, state.step, codec.encode_keyframe(state)))
 
     def _turn(self, name: str, value: object) -> None:
@@ -261,10 +266,23 @@ class EngineLoop:
         )
 
 
-def sender(pipe: RecordPipe) -> Callable[[StepDelta], None]:
-    """A listener that sends each step's delta over the pipe."""
+def sender(pipe: RecordPipe, *, show_text: bool = True) -> Callable[[StepDelta], None]:
+    """A listener that sends each step's delta over the pipe, with the tokens' ids and texts or without."""
 
     def send(delta: StepDelta) -> None:
+        if not show_text:
+            hidden = delta.progress._replace(token_ids=np.zeros_like(delta.progress.token_ids))
+            delta = replace(delta, progress=hidden, token_bytes={0: HIDDEN})
         pipe.write(Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL)))
 
     return send
+
+
+def without_text(state: Snapshot) -> Snapshot:
+    """A state of which nobody can tell what was asked and answered, but how long both are."""
+    twin = state.copy()
+    twin.token_bytes.clear()
+    twin.token_bytes[0] = HIDDEN
+    for sequence in twin.sequences.values():
+        sequence.token_ids[:] = [0] * len(sequence.token_ids)
+    return twin

@@ -110,7 +110,7 @@ class _Stream(asyncio.Protocol):
 async def drive(load: Load, progress: Callable[[int, int], object] | None = None) -> list[Seen]:
     """Send all requests and wait for their ends."""
     parts = urlsplit(load.url)
-    path = parts.path.rstrip("/")
+    host, path = str(parts.hostname), parts.path.rstrip("/")
     path = path if path.endswith("/v1") else f"{path}/v1"
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
@@ -131,12 +131,12 @@ async def drive(load: Load, progress: Callable[[int, int], object] | None = None
                 body["model"] = load.model
             content = json.dumps(body).encode()
             key = f"authorization: Bearer {load.key}\r\n" if load.key else ""
-            head = f"POST {path}/completions HTTP/1.1\r\nhost: {parts.hostname}\r\nconnection: close\r\n{key}"
+            head = f"POST {path}/completions HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{key}"
             head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
             seen = Seen(time.perf_counter())
             try:
                 _, stream = await loop.create_connection(
-                    lambda: _Stream(head.encode() + content, seen), parts.hostname, port, ssl=context
+                    lambda: _Stream(head.encode() + content, seen), host, port, ssl=context
                 )
                 await asyncio.wait_for(stream.done, SECONDS_FOR_ONE)
             except (OSError, TimeoutError) as error:

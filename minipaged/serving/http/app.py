@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs
 from uuid import uuid4
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -37,8 +39,16 @@ from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.link import EngineLink
 from minipaged.serving.http.mailbox import Signal
 from minipaged.serving.http.metrics import Metrics
+from minipaged.serving.http.watch import BlockView, Feed
+from minipaged.trace import packing
+from minipaged.trace.file import Kind, Record
 
 PING_SECONDS = 10.0  # of silence in a stream
+PAGE = Path(__file__).with_name("page.html")
+# It takes nothing from elsewhere and sends nothing elsewhere.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 OPEN_ROUTES = ("/health", "/version")  # without a key
 Handler = Callable[["Call"], Awaitable[None]]
 
@@ -52,6 +62,7 @@ class Options:
     keys: tuple[str, ...] = ()
     max_waiting: int = 1024
     metrics_prefix: str = "minipaged"
+    show_prompts: bool = False  # to those who look on
 
 
 @dataclass(slots=True)
@@ -82,6 +93,7 @@ class App:
         self.metrics = Metrics(options.metrics_prefix, options.names[0])
         self.link: EngineLink | None = None
         self.draining = False
+        self.feed: Feed | None = None
         self.created = int(time.time())
         self._keys = [key.encode() for key in options.keys]
         self.routes: dict[str, dict[str, Handler]] = {
@@ -95,6 +107,9 @@ class App:
             "/tokenize": {"POST": self.tokenize},
             "/detokenize": {"POST": self.detokenize},
             "/tokenizer_info": {"GET": self.tokenizer_info},
+            "/trace": {"GET": self.trace},
+            "/blocks": {"GET": self.blocks},
+            "/": {"GET": self.page},
         }
 
     # ---- from a request to its handler
@@ -141,6 +156,8 @@ class App:
 
     def _check_key(self, scope: Scope) -> None:
         given = header(scope, b"authorization")
+        if not given and scope["path"] == "/":  # a browser's address line has no headers
+            given = f"Bearer {parse_qs(scope['query_string'].decode('latin-1')).get('key', [''])[0]}"
         kind, _, token = given.partition(" ")
         token = token.strip() if kind.lower() == "bearer" else header(scope, b"x-api-key")
         known = [
@@ -280,6 +297,60 @@ class App:
             }
         )
 
+    # ---- looking on
+
+    def _feed(self) -> Feed:
+        link = self._ready()
+        if self.feed is None:
+            self.feed = Feed(link, show_text=self.options.show_prompts)
+        return self.feed
+
+    async def page(self, call: Call) -> None:
+        """The blocks live, for people without a terminal."""
+        call.started = True
+        headers = {**call.headers, "content-type": "text/html; charset=utf-8", "content-security-policy": PAGE_POLICY}
+        await respond(call.send, 200, PAGE.read_bytes(), headers)
+
+    async def blocks(self, call: Call) -> None:
+        """What the page draws, as a stream of documents."""
+        feed = self._feed()
+        watcher = feed.join()
+        watch = asyncio.ensure_future(_watch(call.receive, watcher.signal))
+        try:
+            call.started = True
+            await start_events(call.send, call.headers)
+            async for document in BlockView(self._ready(), watcher).frames():
+                if watcher.signal.gone or self.draining:
+                    break
+                await send_part(call.send, event(document))
+            await send_part(call.send, b"", last=True)
+        finally:
+            watch.cancel()
+            feed.leave(watcher)
+
+    async def trace(self, call: Call) -> None:
+        """The live record stream, as `minipaged tui --attach` reads it."""
+        feed = self._feed()
+        watcher = feed.join()
+        watch = asyncio.ensure_future(_watch(call.receive, watcher.signal))
+        try:
+            call.started = True
+            kind = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-cache")]
+            await call.send({"type": "http.response.start", "status": 200, "headers": kind})
+            await send_part(
+                call.send,
+                feed.header.to_bytes() + Record(Kind.HEADER, 0, packing.pack(feed.header.to_json(), {})).to_bytes(),
+            )
+            while not (watcher.signal.gone or self.draining):
+                await watcher.signal.wait_for(1.0)
+                records = watcher.take()
+                if records:
+                    await send_part(call.send, b"".join([record.to_bytes() for record in records]))
+            await send_part(call.send, b"", last=True)
+        finally:
+            watch.cancel()
+            feed.leave(watcher)
+
     # ---- completions
 
     async def chat(self, call: Call) -> None:
@@ -298,7 +369,7 @@ class App:
         model = self._check_model(data.get("model"))
         job = await prepare(data, link.codec, self._limits(), model)
         call.headers.update(fields.ignored_header(job.ignored))
-        signal = self.ask(job)
+        signal = self.ask(job, call)
         watch = asyncio.ensure_future(_watch(call.receive, signal))
         try:
             await self._accepted(job, signal)
@@ -315,7 +386,7 @@ class App:
             watch.cancel()
             self.cancel(job)
 
-    def ask(self, job: Job) -> Signal:
+    def ask(self, job: Job, call: Call) -> Signal:
         """Send a job's prompts to the engine. 429 where the queue has no place for them."""
         link = self._ready()
         places = link.num_places(self._settings["max_num_seqs"], self.options.max_waiting)
@@ -327,7 +398,9 @@ class App:
             )
         signal = Signal()
         for prompt in job.prompts:
-            prompt.ticket = link.ask(prompt.tokens, job.params, job.width, signal, whole=not job.stream)
+            ticket = prompt.ticket = link.ask(prompt.tokens, job.params, job.width, signal, whole=not job.stream)
+            ticket.client = ":".join(map(str, call.scope.get("client") or ("",)))
+            ticket.method, ticket.request_id = call.scope["path"], call.headers["x-request-id"]
         return signal
 
     def cancel(self, job: Job) -> None:

@@ -41,6 +41,7 @@ class EngineLink(asyncio.Protocol):
         self.tickets: dict[int, Ticket] = {}
         self.heard_at = time.monotonic()
         self.on_trace: Callable[[Record], None] | None = None
+        self.on_request: Callable[[Ticket], None] | None = None  # who looks on is told of each, and of its first token
         metrics.waiting = lambda: self._num_waiting
         self._on_change = on_change
         self._buffer = bytearray()
@@ -178,8 +179,10 @@ class EngineLink(asyncio.Protocol):
             self._num_started += ticket.width
             self.metrics.prompt_tokens += ticket.num_prompt
         elif kind == "accepted":
-            ticket.accepted, ticket.most = True, row[2]
+            ticket.accepted, ticket.most, ticket.request = True, row[2], row[3]
             ticket.signal.set()
+            if self.on_request is not None:
+                self.on_request(ticket)
         elif kind == "prompt":
             ticket.prompt_logprobs = row[2]
         elif kind == "refused":
@@ -202,9 +205,13 @@ class EngineLink(asyncio.Protocol):
             self.metrics.finished(finish)
         now = self._now
         if tokens:
+            ticket.drawn += len(tokens)
             if not ticket.first_at:
                 ticket.first_at = now
                 self.metrics.first_token(now - ticket.asked_at)
+                if self.on_request is not None:
+                    ticket.last_at = now
+                    self.on_request(ticket)
             elif now > ticket.last_at:  # once a step, however many answers the request has
                 self.metrics.inter_token.observe(now - ticket.last_at)
             ticket.last_at = now

@@ -86,11 +86,13 @@ class Ticket:
         "first_at",
         "growth",
         "last_at",
+        "method",
         "most",
         "num_prompt",
         "number",
         "prompt_logprobs",
         "refused",
+        "request",
         "request_id",
         "signal",
         "started_at",
@@ -118,6 +120,8 @@ class Ticket:
         self.status = 500  # what that is to HTTP
         self.drawn = 0  # tokens drawn for it
         self.finish = ""
+        self.request = -1  # its number in the trace
+        self.client = self.method = self.request_id = ""  # for who looks on
 
     def take(self) -> dict[int, Growth]:
         """What came since the last call."""
