@@ -156,6 +156,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get 429.")] = 1024,
     drain: Annotated[float, typer.Option(help="Seconds that requests have to end after ctrl+c or SIGTERM.")] = 10.0,
     metrics_prefix: Annotated[str, typer.Option(help="Before the names in /metrics: minipaged or vllm.")] = "minipaged",
+    tui: Annotated[bool, typer.Option("--tui", help="Show the screen; the server's words go to a file.")] = False,
     show_prompts: Annotated[
         bool, typer.Option("--show-prompts", help="Show texts to attached screens; else they see their lengths alone.")
     ] = False,
@@ -170,6 +171,10 @@ def serve(
     num_blocks: NumBlocks = None,
 ) -> None:
     """Serve the model over HTTP, as OpenAI's API has it."""
+    if tui:
+        from minipaged.cli.serve import serve_with_screen
+
+        raise typer.Exit(serve_with_screen(host, port, next(iter(api_key or ()), "")))
     from minipaged.cli.serve import serve as run
 
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from minipaged.cli.progress import status_line
 from minipaged.cli.terminal import complain, note
 from minipaged.config import check_choice, check_int, check_real
 from minipaged.errors import InputError
+from minipaged.serving.attach import attach
 
 PACKAGES = ("uvicorn", "httptools", "msgspec", "prometheus_client")
 KEY_VARIABLE = "MINIPAGED_API_KEY"
@@ -55,6 +63,41 @@ def serve(
 
     say(f"loading {model}")
     return run(build_engine, {"model": model, "settings": settings}, options, Address(host, port, drain), say)
+
+
+def serve_with_screen(host: str, port: int, key: str) -> int:
+    """The same command without --tui in a process of its own, whose words go to a file, and the screen in front of it.
+
+    Whoever leaves the screen ends the server, as ctrl+c does.
+    """
+    handle, log = tempfile.mkstemp(prefix="minipaged-serve-", suffix=".log")
+    words = [word for word in sys.argv[1:] if word != "--tui"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minipaged", *words], stdin=subprocess.DEVNULL, stdout=handle, stderr=handle
+    )
+    os.close(handle)
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    try:
+        with status_line() as progress:
+            source = None
+            while source is None:
+                if process.poll() is not None:
+                    complain(Path(log).read_text(errors="replace").strip().rpartition("minipaged: ")[2] or f"see {log}")
+                    return process.returncode
+                progress("loading; the server's words are in " + log, 0, 0)
+                time.sleep(0.2)
+                with contextlib.suppress(InputError):
+                    source = attach(url, key)
+        from minipaged.tui.app import run_screen
+
+        return run_screen(source)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def is_loopback(host: str) -> bool:

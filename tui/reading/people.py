@@ -33,10 +33,11 @@ class Person:
         )
 
     def words(self, state: SequenceState, now_ns: int) -> str:
-        """`127.0.0.1:5412 chat/completions 3f2a9c1b, first token 83 ms, 42 tok/s`."""
-        words = [f"{self.client} {self.method.removeprefix('/v1/')} {self.id[:8]}"]
+        """`127.0.0.1 chat 3f2a9c1b, first 83 ms, 42 tok/s`: the first token came so long after the request."""
+        method = self.method.removeprefix("/v1/").partition("/")[0]
+        words = [f"{self.client.rpartition(':')[0]} {method} {self.id[:8]}"]
         if self.first is not None:
-            words.append(f"first token {1000 * self.first:.0f} ms")
+            words.append(f"first {1000 * self.first:.0f} ms")
         drawn = len(state.token_ids) - state.num_prompt
         spent = (now_ns - self.first_ns) / 1e9
         if self.first_ns and drawn > 1 and spent > 0 and state.alive:

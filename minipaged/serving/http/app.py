@@ -10,15 +10,17 @@ import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import parse_qs
 from uuid import uuid4
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from minipaged import __version__
-from minipaged.serving.http import completions, fields
+from minipaged.serving.http import completions, dialects, fields
 from minipaged.serving.http.asgi import (
-    DONE,
+    JSON_TYPE,
     PING,
     ClientLeftError,
     Headers,
@@ -29,7 +31,6 @@ from minipaged.serving.http.asgi import (
     header,
     read_body,
     respond,
-    respond_error,
     respond_json,
     send_part,
     start_events,
@@ -37,7 +38,7 @@ from minipaged.serving.http.asgi import (
 from minipaged.serving.http.completions import Codec, Job, Limits
 from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.link import EngineLink
-from minipaged.serving.http.mailbox import Signal
+from minipaged.serving.http.mailbox import Growth, Signal
 from minipaged.serving.http.metrics import Metrics
 from minipaged.serving.http.watch import BlockView, Feed
 from minipaged.trace import packing
@@ -65,6 +66,30 @@ class Options:
     show_prompts: bool = False  # to those who look on
 
 
+class Writer(Protocol):
+    """Makes bytes of a job's answers. Its class has the static method error(ApiError), which makes an error's body."""
+
+    def whole(self) -> completions.JSON:
+        """The document of a finished request."""
+        ...
+
+    def opening(self) -> bytes:
+        """The first bytes of a stream."""
+        ...
+
+    def growth(self, index: int, growth: Growth) -> bytes:
+        """What a choice gained."""
+        ...
+
+    def closing(self) -> bytes:
+        """The last bytes."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last bytes of a stream that is not finished."""
+        ...
+
+
 @dataclass(slots=True)
 class Call:
     """One request on its way through a handler."""
@@ -74,6 +99,8 @@ class Call:
     send: Send
     headers: Headers  # that the answer will have
     started: bool = False  # whether the answer has begun
+    error: Callable[[ApiError], completions.JSON] = completions.Chunks.error  # an error's body in this route's dialect
+    failure: Callable[[ApiError], bytes] = completions.Chunks.failure  # the same as the last event of a stream
 
     async def body(self) -> dict[str, object]:
         """The request's JSON object."""
@@ -104,6 +131,9 @@ class App:
             "/v1/models": {"GET": self.models},
             "/v1/chat/completions": {"POST": self.chat},
             "/v1/completions": {"POST": self.complete},
+            "/v1/messages": {"POST": self.messages},
+            "/v1/messages/count_tokens": {"POST": self.count_tokens},
+            "/v1/responses": {"POST": self.respond_to},
             "/tokenize": {"POST": self.tokenize},
             "/detokenize": {"POST": self.detokenize},
             "/tokenizer_info": {"GET": self.tokenizer_info},
@@ -135,9 +165,10 @@ class App:
 
     async def _tell(self, call: Call, error: ApiError) -> None:
         if not call.started:
-            await respond_error(call.send, error, call.headers)
+            body = msgspec.json.encode(call.error(error))
+            await respond(call.send, error.status, body, {**JSON_TYPE, **call.headers, **error.headers})
         else:  # clients take a stream that merely ends for a finished one
-            await send_part(call.send, event(error.body), last=True)
+            await send_part(call.send, call.failure(error), last=True)
 
     def _handler(self, scope: Scope) -> Handler:
         path, method = scope["path"], scope["method"]
@@ -361,27 +392,55 @@ class App:
         """POST /v1/completions."""
         await self._complete(call, completions.prepare_completion)
 
+    async def messages(self, call: Call) -> None:
+        """POST /v1/messages, as Anthropic has it."""
+        await self._complete(call, completions.prepare_chat, dialects.Messages, dialects.chat_of_messages)
+
+    async def count_tokens(self, call: Call) -> None:
+        """POST /v1/messages/count_tokens."""
+        call.error = dialects.Messages.error
+        chat = dialects.chat_of_messages(await call.body(), counting=True)
+        codec: Codec = self._ready().codec
+        self._check_model(chat["model"])
+        asked, _ = fields.read_fields(chat, fields.ChatRequest)
+        _, tokens = await completions.chat_tokens(asked, codec)
+        await call.reply({"input_tokens": len(tokens)})
+
+    async def respond_to(self, call: Call) -> None:
+        """POST /v1/responses, as far as it needs no memory."""
+        await self._complete(call, completions.prepare_chat, dialects.Response, dialects.chat_of_response)
+
     async def _complete(
-        self, call: Call, prepare: Callable[[completions.JSON, Codec, Limits, str], Awaitable[Job]]
+        self,
+        call: Call,
+        prepare: Callable[[completions.JSON, Codec, Limits, str], Awaitable[Job]],
+        write: Callable[[Job], Writer] = completions.Chunks,
+        translate: Callable[[completions.JSON], completions.JSON] | None = None,
     ) -> None:
+        """From a body to an answer. translate: makes the body of a chat completion of another dialect's."""
+        call.error = write.error  # type: ignore[attr-defined]  # every writer is a class with this static method
         data = await call.body()
+        if translate is not None:
+            call.headers.update(fields.ignored_header(dialects.ignored(data, translate)))
+            data = translate(data)
         link = self._ready()
         model = self._check_model(data.get("model"))
         job = await prepare(data, link.codec, self._limits(), model)
+        writer = write(job)
         call.headers.update(fields.ignored_header(job.ignored))
         signal = self.ask(job, call)
         watch = asyncio.ensure_future(_watch(call.receive, signal))
         try:
             await self._accepted(job, signal)
             if job.stream:
-                await self._stream(call, job, signal)
+                await self._stream(call, job, signal, writer)
             else:
                 while not job.ended:
                     await _next(signal)
                 failure = job.failure()
                 if failure is not None:
                     raise failure
-                await call.reply(job.whole())
+                await call.reply(writer.whole())
         finally:
             watch.cancel()
             self.cancel(job)
@@ -417,36 +476,24 @@ class App:
             if failure is not None:
                 raise failure
 
-    async def _stream(self, call: Call, job: Job, signal: Signal) -> None:
-        call.started = True
+    async def _stream(self, call: Call, job: Job, signal: Signal, writer: Writer) -> None:
+        call.started, call.failure = True, writer.failure
         await start_events(call.send, call.headers)
-        opening = job.first_chunks()
+        opening = writer.opening()
         if opening:
-            await send_part(call.send, b"".join(map(event, opening)))
-        echoed: set[int] = set()
+            await send_part(call.send, opening)
         while True:
-            found = []
-            for index, growth in job.take():
-                if job.echo and index not in echoed:
-                    echoed.add(index)
-                    found.append(event(job.echo_chunk(index)))
-                chunk = job.chunk(index, growth)
-                if chunk is not None:
-                    found.append(event(chunk))
+            found = b"".join([writer.growth(index, growth) for index, growth in job.take()])
             ended = job.ended
             if found:
-                await send_part(call.send, b"".join(found))
+                await send_part(call.send, found)
             if ended:
                 break
-            try:
-                await _next(signal, call.send)
-            except ClientLeftError:
-                return
+            await _next(signal, call.send)
         failure = job.failure()
         if failure is not None:
             raise failure
-        last = job.last_chunk()
-        await send_part(call.send, (event(last) if last is not None else b"") + DONE, last=True)
+        await send_part(call.send, writer.closing(), last=True)
 
 
 async def _next(signal: Signal, send: Send | None = None) -> None:

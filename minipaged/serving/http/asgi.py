@@ -76,11 +76,6 @@ async def respond_json(send: Send, document: object, headers: Headers) -> None:
     await respond(send, 200, msgspec.json.encode(document), {**JSON_TYPE, **headers})
 
 
-async def respond_error(send: Send, error: ApiError, headers: Headers) -> None:
-    """An error as its status and body say it."""
-    await respond(send, error.status, error.to_json(), {**JSON_TYPE, **headers, **error.headers})
-
-
 async def start_events(send: Send, headers: Headers) -> None:
     """The head of a stream of events."""
     await send({"type": "http.response.start", "status": 200, "headers": _encoded({**EVENT_TYPE, **headers})})

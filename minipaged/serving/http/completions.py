@@ -17,6 +17,7 @@ from uuid import uuid4
 from minipaged.config import NO_LIMIT
 from minipaged.errors import InputError
 from minipaged.serving.http import fields
+from minipaged.serving.http.asgi import DONE, event
 from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.mailbox import Entry, Growth, Ticket
 
@@ -330,6 +331,46 @@ class Job:
 
 def _finish(reason: str | None) -> str | None:
     return reason or None
+
+
+class Chunks:
+    """The writer that completions have: a document, or events without names and [DONE]."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._echoed: set[int] = set()
+
+    def whole(self) -> JSON:
+        """The document of a finished request."""
+        return self._job.whole()
+
+    def opening(self) -> bytes:
+        """The first bytes of a stream."""
+        return b"".join(map(event, self._job.first_chunks()))
+
+    def growth(self, index: int, growth: Growth) -> bytes:
+        """What a choice gained."""
+        before = b""
+        if self._job.echo and index not in self._echoed:
+            self._echoed.add(index)
+            before = event(self._job.echo_chunk(index))
+        chunk = self._job.chunk(index, growth)
+        return before if chunk is None else before + event(chunk)
+
+    def closing(self) -> bytes:
+        """The last bytes."""
+        last = self._job.last_chunk()
+        return (b"" if last is None else event(last)) + DONE
+
+    @staticmethod
+    def error(error: ApiError) -> JSON:
+        """An error's body."""
+        return error.body
+
+    @staticmethod
+    def failure(error: ApiError) -> bytes:
+        """The last bytes of a stream that is not finished."""
+        return event(error.body)
 
 
 # ---- from a body to a job
