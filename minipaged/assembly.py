@@ -16,6 +16,7 @@ from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
+from minipaged.kernels.launch_table import capability
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from minipaged.execution.workers import Ranks
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
+FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
 GPU_POOL_SHARE = 0.9  # of the memory that is free once the weights are loaded
 
 
@@ -99,6 +101,17 @@ def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torc
         host_bytes += count * block_bytes if place == host else 0
 
 
+def check_kv_dtype(cache: CacheConfig, device: torch.device) -> None:
+    """Raise InputError where the device's kernels cannot write what the cache is to keep."""
+    if cache.kv_cache_dtype == "fp8" and device.type == "cuda" and use_triton(torch.empty(0, device=device)):
+        found = capability(device)
+        if found < FLOAT8_CAPABILITY:
+            raise InputError(
+                f"kv_cache_dtype fp8 needs a GPU of compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))}, as Ada and Hopper "
+                f"have; {device} has {'.'.join(map(str, found))}: use int8"
+            )
+
+
 def assemble(
     model: str,
     cache: CacheConfig,
@@ -137,6 +150,7 @@ def assemble(
             use_triton(torch.empty(0, device=chosen))
         except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
             raise InputError(str(error)) from None
+        check_kv_dtype(cache, chosen)
         part = None if ranks is None else ranks.part
         loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress, part=part)
         pipe = None if ranks is None else ranks.connect(loaded.model, loaded.config)

@@ -11,12 +11,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from minipaged.kernels.attention.decode import gather_pages, paged_decode_torch
+from minipaged.kernels.cache.dequantize import dequantize_pages
 from minipaged.kernels.cache.quantize import Scales
 from minipaged.kernels.checks import check_attention, check_integers
 from minipaged.kernels.dispatch import gluon_runs, use_triton
 
 # Queries that the twin attends at a time: enough to keep the processor busy, few enough that causality saves work.
 QUERY_TILE = 256
+# Chunks of so many queries have the codes that they read written out as numbers first, in so many bytes at most.
+LONG_CHUNK = 256
+WRITTEN_OUT_BYTES = 256 << 20
 
 
 def paged_prefill(
@@ -50,9 +54,15 @@ def paged_prefill(
     check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out, scales)
     if max_query_len < 0:
         raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
-    paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
     if not use_triton(query):
+        paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
         return paged_prefill_torch(*paged, scales=scales, window=window, out=out)
+    if scales is not None and is_worth_writing_out(query, key_cache, block_tables, max_query_len):
+        key_cache, value_cache, block_tables = dequantize_pages(
+            key_cache, value_cache, scales, block_tables, context_lens, query.dtype
+        )
+        scales = None
+    paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
     # prefill_hopper brings tiles to shared memory as they are and multiplies them from there, so it takes no codes.
     if scales is None and gluon_runs():
         from minipaged.kernels.launch_table import hopper_prefill_launch
@@ -65,6 +75,22 @@ def paged_prefill(
     from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 
     return paged_prefill_triton(*paged, scales=scales, window=window, out=out)
+
+
+def is_worth_writing_out(query: Tensor, cache: Tensor, block_tables: Tensor, max_query_len: int) -> bool:
+    """Whether a cache of codes is to be written out before long chunks read it.
+
+    Each tile of queries reads, and would convert, all keys and values up to it. From a few tiles on it is less work to convert them once,
+    for the kernels that want numbers. Not where that takes much memory, as in a captured step with room for many long tables.
+    """
+    entries = block_tables.shape[0] * block_tables.shape[-1]
+    out_bytes = 2 * entries * cache[0].numel() * query.element_size()
+    return (
+        query.element_size() == 2
+        and block_tables.dim() == 2
+        and max_query_len >= LONG_CHUNK
+        and out_bytes <= WRITTEN_OUT_BYTES
+    )
 
 
 def paged_prefill_torch(

@@ -1,6 +1,6 @@
 """rope_write_kv on the GPU: one program per (token, some heads); the first of a token's programs take its queries, the rest its keys."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 import torch
 import triton
@@ -115,20 +115,19 @@ def _rope_write_kernel(
         if NORM:
             first, second = _normed(first, second, key_norm_ptr, pair, eps, HALF)
         first, second = _rotate(first, second, cos, sin)
-        first = first.to(key_ptr.dtype.element_ty)
-        second = second.to(key_ptr.dtype.element_ty)
+        first_key = first.to(key_ptr.dtype.element_ty)
+        second_key = second.to(key_ptr.dtype.element_ty)
         first_value = tl.load(value_pointers, mask=mask, other=0.0)
         second_value = tl.load(value_pointers + HALF, mask=mask, other=0.0)
         if LARGEST is not None:
             scale_at = slot // PAGE * stride_scale_block + head * stride_scale_head + slot % PAGE
-            first, second, scale = _quantized(first, second, key_cache_ptr.dtype.element_ty, LARGEST)
-            tl.store(key_scale_ptr + scale_at, scale, mask=head < written_heads)
-            first_value, second_value, scale = _quantized(
-                first_value, second_value, value_cache_ptr.dtype.element_ty, LARGEST
-            )
-            tl.store(value_scale_ptr + scale_at, scale, mask=head < written_heads)
-        tl.store(key_cache_ptr + destination, first, mask=mask)
-        tl.store(key_cache_ptr + destination + HALF, second, mask=mask)
+            CODE: tl.constexpr = key_cache_ptr.dtype.element_ty
+            first_key, second_key, key_scale = _quantized(first_key, second_key, CODE, LARGEST)
+            first_value, second_value, value_scale = _quantized(first_value, second_value, CODE, LARGEST)
+            tl.store(key_scale_ptr + scale_at, key_scale, mask=head < written_heads)
+            tl.store(value_scale_ptr + scale_at, value_scale, mask=head < written_heads)
+        tl.store(key_cache_ptr + destination, first_key, mask=mask)
+        tl.store(key_cache_ptr + destination + HALF, second_key, mask=mask)
         tl.store(value_cache_ptr + destination, first_value, mask=mask)
         tl.store(value_cache_ptr + destination + HALF, second_value, mask=mask)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipaged.assembly import build_engine, choose_num_blocks
+from minipaged.assembly import build_engine, check_kv_dtype, choose_num_blocks
 from minipaged.config import CacheConfig, EngineConfig, ModelConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InputError
@@ -258,6 +258,20 @@ def test_a_quantized_pool_has_nearly_twice_the_blocks() -> None:
     )
     assert int8 == fp8
     assert 1.9 <= int8 / plain <= 2
+
+
+def test_float8_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minipaged.assembly.use_triton", lambda tensor: True)
+    monkeypatch.setattr("torch.empty", lambda *shape, device: None)
+    for found, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
+        monkeypatch.setattr("minipaged.assembly.capability", lambda device, found=found: found)
+        for kept in ("auto", "int8", "fp8"):
+            pool = CacheConfig(4, 30, kv_cache_dtype=kept)  # type: ignore[arg-type]
+            if refused and kept == "fp8":
+                with pytest.raises(InputError, match=r"compute capability 8\.9.*has 8\.0: use int8"):
+                    check_kv_dtype(pool, torch.device("cuda"))
+            else:
+                check_kv_dtype(pool, torch.device("cuda"))
 
 
 def test_a_dtype_that_is_not_offered_is_refused_by_name() -> None:

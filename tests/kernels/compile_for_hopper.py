@@ -26,6 +26,7 @@ from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 from minipaged.kernels.cache import rope_write_triton
 from minipaged.kernels.cache.block_copy_triton import copy_blocks_triton
 from minipaged.kernels.cache.cache_write_triton import write_kv_triton
+from minipaged.kernels.cache.dequantize_triton import dequantize_pages_triton
 from minipaged.kernels.cache.quantize import LARGEST_CODE
 from minipaged.kernels.cache.rope_write_triton import rope_write_kv_triton
 from minipaged.kernels.dispatch import gluon_runs
@@ -137,6 +138,8 @@ def compile_for_codes() -> None:
         new, slots = case.query[:, :kv_heads], torch.zeros(len(case.query), dtype=torch.int64)
         caches = (case.key_cache, case.value_cache)
         write_kv_triton(new, new, *caches, slots, scales)
+        if case.block_tables.dim() == 2:
+            dequantize_pages_triton(*caches, scales, case.block_tables, case.context_lens, dtype)
         rope_write_kv_triton(case.query, new, new, slots, torch.zeros(4, head_dim), *caches, slots, scales=scales)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from minipaged.kernels.attention import paged_decode, paged_prefill
 from minipaged.kernels.attention.decode import paged_decode_torch
-from minipaged.kernels.attention.prefill import paged_prefill_torch
+from minipaged.kernels.attention.prefill import is_worth_writing_out, paged_prefill_torch
 from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
+from minipaged.kernels.cache.dequantize import dequantize_pages_torch
 from minipaged.kernels.cache.quantize import LARGEST_CODE, Scales, dequantize, quantize
 from minipaged.kernels.launch_table import DecodeLaunch, PrefillLaunch
 from tests.kernels.paged_cases import FEW_HEADS, PagedCase, assert_close, examples, make_case, paged_cases
@@ -202,6 +203,42 @@ def test_L60_common_pages_of_codes_are_read_once(
     codes, scales, plain = quantized(case, code)
     out = paged_decode_triton(*codes.decode(), scales=scales, shared=shared, launch=launch)
     assert_close(out, paged_decode_torch(*plain.decode()))
+
+
+@interpreted
+@examples(20)
+@given(PREFILL_CASES, CODES)
+def test_L64_dequantized_pages_equal_twin(case: PagedCase, dtype: torch.dtype) -> None:
+    from minipaged.kernels.cache.dequantize_triton import dequantize_pages_triton
+
+    if case.block_tables.dim() == 3:
+        case = replace(case, block_tables=case.block_tables[:, 0].contiguous())
+    codes, scales, _ = quantized(case, dtype)
+    paged = (codes.key_cache, codes.value_cache, scales, codes.block_tables, codes.context_lens, case.query.dtype)
+    found, expected = dequantize_pages_triton(*paged), dequantize_pages_torch(*paged)
+    block_size = codes.key_cache.shape[1]
+    for row, length in enumerate(case.context_lens.tolist()):
+        pages = expected[2][row, : -(-length // block_size)].long()
+        assert torch.equal(found[2][row, : len(pages)].long(), pages)
+        for one, other in zip(found[:2], expected[:2], strict=True):
+            torch.testing.assert_close(one[pages], other[pages], rtol=0, atol=0, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", LARGEST_CODE)
+@pytest.mark.parametrize("worth", [False, True])
+def test_L60_long_chunks_over_codes_written_out(
+    worth: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIPAGED_KERNELS", "triton")
+    monkeypatch.setattr("minipaged.kernels.attention.prefill.LONG_CHUNK", 32 if worth else 1000)
+    case = make_case([70, 33], [40, 33], kv_heads=2, group=2, head_dim=32, block_size=8, dtype=torch.float16)
+    codes, scales, plain = quantized(case, dtype)
+    assert is_worth_writing_out(codes.query, codes.key_cache, codes.block_tables, codes.max_query_len) is worth
+    out = paged_prefill(*codes.prefill(), scales=scales)
+    assert_close(out, paged_prefill_torch(*plain.prefill()))
+    if worth:
+        assert torch.equal(out, paged_prefill(*plain.prefill()))
 
 
 def empty_like_cache(
