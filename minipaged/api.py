@@ -36,8 +36,10 @@ class LLM:
     model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
     float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
     `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
-    running requests make way for a more urgent one that waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU
-    and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that does not work.
+    running requests make way for a more urgent one that waits; retention: which tokens stay in memory, `all`, `window:W` or
+    `sinks:S+window:W` (StreamingLLM), None for what the model's own windows allow; overlap: steps in flight beside the one being committed,
+    auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value
+    that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;
@@ -57,6 +59,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        retention: str | None = None,
         watermark: float = 0.01,
         preemption: Literal["auto", "recompute", "swap"] = "auto",
         policy: Literal["fcfs", "priority"] = "fcfs",
@@ -85,7 +88,7 @@ class LLM:
         if trust_remote_code:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         # every number is checked before the model is fetched
-        cache = CacheConfig(block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark)
+        cache = CacheConfig(block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, retention)
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -112,17 +112,26 @@ class GraphPending:
 class GraphRunner(TorchRunner):
     """A TorchRunner that replays graphs wherever a step has a shape for one; CUDA only.
 
-    max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with. depth: the engine's, steps in
-    flight beyond the one being committed.
+    max_model_len: longest sequence, in tokens; table_width: entries of the block tables that graphs are captured with, None for as many as
+    such a sequence has. depth: the engine's, steps in flight beyond the one being committed.
     """
 
-    def __init__(self, model: Llama, kv: PagedKV, max_num_seqs: int, max_model_len: int, *, depth: int = 1) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        kv: PagedKV,
+        max_num_seqs: int,
+        max_model_len: int,
+        *,
+        table_width: int | None = None,
+        depth: int = 1,
+    ) -> None:
         super().__init__(model, kv, max_num_seqs)
         if self.device.type != "cuda":
             raise ValueError(f"graphs need a CUDA device, not {self.device}")
         self._dummy_slot = max_num_seqs  # the batch index that padding draws for
         self._newest = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
-        self._width = -(-max_model_len // kv.block_size)
+        self._width = table_width or -(-max_model_len // kv.block_size)
         largest = largest_shapes(max_num_seqs)
         self._rows = max(shape.decodes for shape in largest)
         size = max(size_of(shape, self._width) for shape in largest)
@@ -149,7 +158,8 @@ class GraphRunner(TorchRunner):
     def launch(self, plan: StepPlan) -> Pending:
         """Replay a graph where there is one for the step's shape; else as TorchRunner."""
         shape = shape_of(plan)
-        if shape is None:
+        # A recomputed group may hold more than its policy's width until it has forked again.
+        if shape is None or plan.tables.shape[1] > self._width:
             return super().launch(plan)
         draws = draws_of(plan, shape)
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)

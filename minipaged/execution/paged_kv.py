@@ -13,6 +13,7 @@ from minipaged.config import ModelConfig
 from minipaged.execution.step_inputs import StepInputs
 from minipaged.kernels.attention import paged_decode, paged_prefill
 from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
+from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.model.llama import Layer
 from minipaged.scheduling.plan import Pairs
 
@@ -34,11 +35,15 @@ class PagedKV:
         num_host_blocks: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        retention: Retention = KEEP_ALL,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = torch.device(device)
         self.scale = config.head_dim**-0.5  # of attention scores
+        # Tokens that a query of each layer sees: by the model's own window or the policy's, whichever is the smaller.
+        windows = [(config.window_of(layer), retention.window) for layer in range(config.num_layers)]
+        self.windows = [min((w for w in pair if w is not None), default=None) for pair in windows]
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
         names = [f"{kind}.{layer}" for layer in range(config.num_layers) for kind in ("key", "value")]
         self.tensors = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name in names}
@@ -71,16 +76,17 @@ class PagedKV:
 
         query: [tokens, heads, head_dim], as is what is returned. Decodes and chunks have a kernel each.
         """
-        keys, values, decodes = self.keys[layer], self.values[layer], len(inputs.decode_lengths)
+        keys, values, window = self.keys[layer], self.values[layer], self.windows[layer]
+        decodes = len(inputs.decode_lengths)
         rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
         if not len(inputs.chunk_lengths):
-            return paged_decode(query, keys, values, *rows, check=layer == 0)
+            return paged_decode(query, keys, values, *rows, window=window, check=layer == 0)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decodes:
             # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.
-            paged_decode(query[:decodes], keys, values, *rows, out=out[:decodes], check=layer == 0)
+            paged_decode(query[:decodes], keys, values, *rows, window=window, out=out[:decodes], check=layer == 0)
         chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
-        return paged_prefill(query, keys, values, *chunks, out=out)
+        return paged_prefill(query, keys, values, *chunks, window=window, out=out)
 
     def copy(self, pairs: Pairs) -> None:
         """Copy blocks on the device, in every tensor. pairs: (source, destination); no destination is another pair's source."""

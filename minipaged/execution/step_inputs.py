@@ -42,7 +42,7 @@ class StepInputs(NamedTuple):
     batch_indices: Any  # [tokens] whose sequence's: which of the newest tokens that the device keeps (StepPlan.slots)
     draw_tokens: Any  # [draws] the token whose logits are drawn from
     draw_indices: Any  # [draws] the batch index that the drawn token belongs to
-    decode_lengths: Any  # [decodes] tokens of each context, the new one included
+    decode_lengths: Any  # [decodes] tokens of each context that the table holds, the new one included
     chunk_lengths: Any  # [chunks] the same, the chunk included
     chunk_starts: Any  # [chunks + 1] the first token of each chunk; the last entry is where the last chunk ends
     chunk_tables: Any  # [chunks, width] physical blocks
@@ -98,13 +98,14 @@ def fill(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -
 def _fill_decodes(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> None:
     """Every row is one token: plain columns, since this is written in every step of decoding."""
     rows, width = plan.tables.shape
-    blocks = plan.tables[np.arange(rows), plan.starts // block_size]
+    places = _places(plan, block_size)
+    blocks = plan.tables[np.arange(rows), places // block_size]
     _put(
         (inputs.token_ids, plan.token_ids, 0),
         (inputs.positions, plan.starts, 0),
-        (inputs.slot_mapping, blocks * block_size + plan.starts % block_size, -1),
+        (inputs.slot_mapping, blocks * block_size + places % block_size, -1),
         (inputs.batch_indices, plan.slots, dummy_slot),
-        (inputs.decode_lengths, plan.starts + 1, 0),
+        (inputs.decode_lengths, places + 1, 0),
     )
     inputs.decode_tables[:rows, :width] = plan.tables
     if len(inputs.draw_tokens):
@@ -118,12 +119,13 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     chunks = len(order) - decodes
     row_of = np.repeat(order, lengths[order])
     within = np.arange(plan.num_tokens) - starts[row_of]
-    position = plan.starts[row_of] + within
-    slots = plan.tables[row_of, position // block_size] * block_size + position % block_size
-    context = (plan.starts + plan.lengths)[order]
+    places = _places(plan, block_size)
+    place = places[row_of] + within
+    slots = plan.tables[row_of, place // block_size] * block_size + place % block_size
+    context = (places + plan.lengths)[order]
     _put(
         (inputs.token_ids, plan.token_ids[(np.cumsum(lengths) - lengths)[row_of] + within], 0),
-        (inputs.positions, position, 0),
+        (inputs.positions, plan.starts[row_of] + within, 0),
         (inputs.slot_mapping, slots, -1),
         (inputs.batch_indices, plan.slots[row_of], dummy_slot),
         (inputs.draw_tokens, (starts + lengths - 1)[plan.draw_rows], 0),
@@ -135,6 +137,11 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     inputs.chunk_tables[:chunks, :width] = plan.tables[order[decodes:]]
     inputs.decode_tables[:decodes, :width] = plan.tables[order[:decodes]]
     return decodes
+
+
+def _places(plan: StepPlan, block_size: int) -> np.ndarray:
+    """Where each row's first token stands in its table, [rows]: its position, less the tokens whose blocks were released."""
+    return plan.starts if plan.num_left_out is None else plan.starts - plan.num_left_out * block_size
 
 
 def _put(*columns: tuple[np.ndarray, np.ndarray, int]) -> None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from minipaged.config import EngineConfig
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.types import Allocation, BlockEvent
 from minipaged.scheduling.batch import Batch
 from minipaged.scheduling.policies import PreemptionCost, Rank, RequestQueue, rank_of, wants_swap
 from minipaged.scheduling.request import Request, Sequence, Status
 from minipaged.scheduling.step_builder import StepBuilder
+
+if TYPE_CHECKING:
+    from minipaged.scheduling.plan import StepPlan
 
 Slots = npt.NDArray[np.int64]
 SwapPairs = list[tuple[int, int]]
@@ -62,6 +66,7 @@ class RunningSet:
         self.config = config
         self.manager = manager
         self.block_size = block_size
+        self.retention: Retention = getattr(manager, "retention", KEEP_ALL)  # other systems' managers keep all
         self.cost = cost or PreemptionCost()
         self.batch = Batch(config.max_num_seqs)
         self.counters = Counters()
@@ -179,6 +184,30 @@ class RunningSet:
             for (seq_id, tokens), start, end in zip(running, starts.tolist(), ends.tolist(), strict=True):
                 mark(seq_id, tokens[start:end])
             batch.num_published[slots] = ends
+
+    def release_spare(self, plan: StepPlan) -> None:
+        """Give back the blocks that no later step of the sequences in `plan` reads.
+
+        A step in flight may read them still. That is safe: whoever gets them next writes in a later launch.
+        """
+        batch, size = self.batch, self.block_size
+        slots = plan.slots[batch.seq_id[plan.slots] == plan.seq_ids]
+        front = self.retention.front(size)
+        ends = self.retention.spare_until(batch.num_computed[slots], size)
+        ends = np.minimum(ends, batch.num_published[slots] // size)  # the manager releases what it knows to be full
+        starts = front + batch.num_left_out[slots]
+        rows = (ends > starts).nonzero()[0]
+        for slot, start, end in zip(slots[rows].tolist(), starts[rows].tolist(), ends[rows].tolist(), strict=True):
+            sequence = batch.sequences[slot]
+            if sequence is None:
+                continue
+            # After a recompute, others are still to be forked from it further back, and read on from there.
+            forks = [s.forks_at // size * size for s in sequence.request.to_fork if s.forks_from is sequence]
+            if forks:
+                end = min(end, self.retention.spare_until(min(forks), size))
+            if end > start:
+                self.manager.release(sequence.seq_id, range(start, end))
+                batch.release_entries(slot, front, end - start)
 
     # ---- coming in
 

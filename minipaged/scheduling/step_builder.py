@@ -81,6 +81,7 @@ class StepBuilder:
             top_logprobs=_top_logprobs(batch, owners) if looked_at else -1,
             prompt_queries=_prompt_queries(batch, slots, takes) if looked_at else (),
             adjustments=() if greedy else _adjustments(batch, owners),
+            num_left_out=batch.num_left_out[slots] if batch.any_left_out else None,
         )
         batch.num_computed[slots] += takes
         drawing = owners[draws.first]
