@@ -86,7 +86,8 @@ class Retention:
 
     def spare(self, num_computed: int, block_size: int) -> range:
         """The spare entries once so many tokens are computed."""
-        return range(self.front(block_size), self.spare_until(num_computed, block_size))
+        front = self.front(block_size)
+        return range(front, max(front, self.spare_until(num_computed, block_size)))
 
     def most_blocks(self, num_tokens: int, block_size: int, chunk: int | None = None) -> int:
         """Most blocks that a sequence of num_tokens tokens holds at once, if a step computes at most `chunk` of them (None: all)."""

@@ -197,8 +197,10 @@ def _llama_3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of positions [T], each [T, 1, D], for `rotate`. Computed once a step, in float32."""
-    angles = positions[:, None, None].float() * frequencies
+    """Cosines and signed sines of positions [T], each [T, 1, D], for `rotate`. Computed once a step, in float32; in float64 if `dtype` or
+    the positions are, as those of a stream may be large."""
+    wide = torch.promote_types(torch.promote_types(positions.dtype, torch.float32), dtype)
+    angles = positions[:, None, None].to(wide) * frequencies.to(wide)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 

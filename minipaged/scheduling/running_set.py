@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,6 @@ from minipaged.scheduling.batch import Batch
 from minipaged.scheduling.policies import PreemptionCost, Rank, RequestQueue, rank_of, wants_swap
 from minipaged.scheduling.request import Request, Sequence, Status
 from minipaged.scheduling.step_builder import StepBuilder
-
-if TYPE_CHECKING:
-    from minipaged.scheduling.plan import StepPlan
 
 Slots = npt.NDArray[np.int64]
 SwapPairs = list[tuple[int, int]]
@@ -185,13 +182,12 @@ class RunningSet:
                 mark(seq_id, tokens[start:end])
             batch.num_published[slots] = ends
 
-    def release_spare(self, plan: StepPlan) -> None:
-        """Give back the blocks that no later step of the sequences in `plan` reads.
+    def release_spare(self) -> None:
+        """Give back the blocks that no later step of the running sequences reads.
 
         A step in flight may read them still. That is safe: whoever gets them next writes in a later launch.
         """
-        batch, size = self.batch, self.block_size
-        slots = plan.slots[batch.seq_id[plan.slots] == plan.seq_ids]
+        batch, size, slots = self.batch, self.block_size, self.order()
         front = self.retention.front(size)
         ends = self.retention.spare_until(batch.num_computed[slots], size)
         ends = np.minimum(ends, batch.num_published[slots] // size)  # the manager releases what it knows to be full

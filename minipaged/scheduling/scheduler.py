@@ -109,7 +109,7 @@ class Scheduler:
         outputs = commit_draws(running_set, plan, ids, tokens, self.text_stops)
         # 3) Blocks that the retention policy no longer keeps go back.
         if running_set.retention.window is not None:
-            running_set.release_spare(plan)
+            running_set.release_spare()
         # 4) Requests that ended since the last commit are reported with it.
         if self._ended:
             outputs.extend(output for output in self.take_ended() if output not in outputs)
