@@ -64,24 +64,17 @@ def _ends_longest_first(
         return (in_class + ((classes_before >> shift) & 0xFFFF)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "target"])
+@triton.jit
 def reduce_kernel(
     out_ptr,
     partial_ptr,
     partial_lse_ptr,
-    context_lens_ptr,
-    num_rows,
-    window,
-    target,
+    cuts_ptr,  # int32 [rows, 2]: chunks of each row, and the first of them
     stride_out,
     stride_out_head,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -89,12 +82,11 @@ def reduce_kernel(
     wait_for_previous(DEPENDENT)
     head = tl.program_id(0)
     row = tl.program_id(1)
-    counts, ends = chunks_of_rows(context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK)
-    mine = tl.arange(0, ROWS) == row
-    count = tl.sum(tl.where(mine, counts, 0), 0)
+    # Read, not computed again: where no row is cut, as in a large batch, these programs are many and this is all they do.
+    count = tl.load(cuts_ptr + 2 * row)
     if count <= 1:
         return
-    first = tl.sum(tl.where(mine, ends - counts, 0), 0).to(tl.int64)
+    first = tl.load(cuts_ptr + 2 * row + 1).to(tl.int64)
     dim = tl.arange(0, HEAD_BLOCK)
     accumulated = tl.zeros([HEAD_BLOCK], tl.float32)
     top = tl.full([], float("-inf"), tl.float32)

@@ -6,7 +6,7 @@ multiply-and-sum. The loop over whole tiles has no masks; only a chunk's last ti
 How rows are cut, and joined again, is in decode_chunks.py. A row of one chunk writes its output itself; the reduction passes it by.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803, SIM102, SIM108
 
 import math
 
@@ -76,6 +76,7 @@ def _decode_kernel(
     out_ptr,
     partial_ptr,  # float32 [chunks, heads, HEAD_DIM]: outputs of chunks whose row has several
     partial_lse_ptr,  # float32 [chunks, heads]: base-2 logarithm of each chunk's softmax denominator
+    cuts_ptr,  # int32 [rows, 2], written for the reduction: chunks of each row, and the first of them
     query_ptr,
     key_ptr,
     value_ptr,
@@ -124,6 +125,10 @@ def _decode_kernel(
         part = 0
     if row >= num_rows:
         return
+    if SPLIT:
+        if (kv_head == 0) & (part == 0):
+            tl.store(cuts_ptr + 2 * row, count)
+            tl.store(cuts_ptr + 2 * row + 1, index)
 
     length = tl.load(context_lens_ptr + row)
     low = 0
@@ -227,8 +232,9 @@ def paged_decode_triton(
     if split:
         partial = torch.empty((chunks, heads, head_dim), dtype=torch.float32, device=query.device)
         partial_lse = torch.empty((chunks, heads), dtype=torch.float32, device=query.device)
+        cuts = torch.empty((num_rows, 2), dtype=torch.int32, device=query.device)
     else:
-        partial = partial_lse = out  # not touched
+        partial = partial_lse = cuts = out  # not touched
     per_head = block_tables.dim() == 3
     rows = next_power_of_two(num_rows)
     dependent = dependent_launch(query.device)
@@ -238,6 +244,7 @@ def paged_decode_triton(
         out,
         partial,
         partial_lse,
+        cuts,
         query,
         key_cache,
         value_cache,
@@ -278,19 +285,12 @@ def paged_decode_triton(
             out,
             partial,
             partial_lse,
-            context_lens,
-            num_rows,
-            window or 0,
-            target,
+            cuts,
             out.stride(0),
             out.stride(1),
             HEADS=heads,
             HEAD_DIM=head_dim,
             HEAD_BLOCK=head_block(head_dim),
-            TILE=launch.tile,
-            HAS_WINDOW=window is not None,
-            ROWS=rows,
-            MIN_CHUNK=launch.min_chunk,
             PARTS=16,
             num_warps=4,
             **dependent,

@@ -84,6 +84,32 @@ def test_preemption_in_flight(loaded: LoadedModel, expected: list[list[list[int]
     assert engine.scheduler.counters.preemptions > 0
 
 
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("budget", [7, 2048])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_L65_equal_beginnings_are_computed_once(loaded: LoadedModel, depth: int, budget: int, samples: int) -> None:
+    """Sixteen prompts with 100 tokens in common and 9 of their own: the text of each as if it were alone, the common blocks computed once."""
+    settings = SamplingParams(max_tokens=4, n=samples, temperature=float(samples > 1), seed=1, ignore_eos=True)
+    common = [5 + i % 40 for i in range(100)]
+    asked = [[*common, *(50 + number + i for i in range(9))] for number in range(16)]
+    alone = engine_on(loaded, graphs=False, depth=0)
+    expected = []
+    for prompt in asked:
+        output = alone.ask(prompt, settings)
+        while alone.has_work:
+            alone.step()
+        assert alone.scheduler.manager.reset_prefix_cache()
+        expected.append([o.token_ids for o in output.outputs])
+    engine = engine_on(loaded, graphs=True, depth=depth, max_num_batched_tokens=budget, max_num_seqs=64)
+    outputs = [engine.ask(prompt, settings) for prompt in asked]
+    while engine.has_work:
+        engine.step()
+    assert [[o.token_ids for o in output.outputs] for output in outputs] == expected
+    assert [o.request.sequences[0].num_cached for o in outputs] == [0] + [96] * 15
+    decoded = 16 * samples * 3  # the fourth token's KV is never computed
+    assert engine.scheduler.counters.computed_tokens - decoded == 109 + 15 * 13
+
+
 def test_abort_in_flight(loaded: LoadedModel, expected: list[list[list[int]]]) -> None:
     aborted = (0, 2, 7, 13)
     kept = [answer for i, answer in enumerate(expected) if i not in aborted]
