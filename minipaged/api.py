@@ -21,6 +21,7 @@ from minipaged.config import (
 )
 from minipaged.engine import Engine
 from minipaged.errors import InputError, RequestError
+from minipaged.memory.retention import Retention
 from minipaged.scheduling.request import RequestOutput
 
 # Text, token ids, or a mapping: {"prompt": text}, or {"prompt_token_ids": [...]} with the text beside it or not.
@@ -87,6 +88,8 @@ class LLM:
             )
         if trust_remote_code:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
+        if retention is not None:
+            Retention.parse(retention)
         # every number is checked before the model is fetched
         cache = CacheConfig(block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, retention)
         config = EngineConfig(

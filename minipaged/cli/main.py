@@ -20,6 +20,7 @@ from minipaged.cli.options import (
     Model,
     NumBlocks,
     RepetitionPenalty,
+    RetentionText,
     Seed,
     System,
     Temperature,
@@ -89,6 +90,7 @@ def generate(
     dtype: DTypeName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
+    retention: RetentionText = None,
 ) -> None:
     """Generate text for one or more prompts at once, through paged memory."""
     from minipaged.cli.generate import generate as run
@@ -114,6 +116,7 @@ def generate(
     if not texts:
         raise InputError("there is no prompt: give PROMPT, - to read standard input, or --prompts-file FILE")
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
+    settings["retention"] = retention
     raise typer.Exit(run(model, texts, params, settings, system=system, raw=raw, as_json=as_json))
 
 
@@ -127,12 +130,13 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     dtype: DTypeName = "auto",
+    retention: RetentionText = None,
 ) -> None:
     """Talk with the model. What was said before is found in the prefix cache and not computed again."""
     from minipaged.cli.chat import chat as run
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    raise typer.Exit(run(model, params, {"device": device, "dtype": dtype}, system))
+    raise typer.Exit(run(model, params, {"device": device, "dtype": dtype, "retention": retention}, system))
 
 
 @app.command()
@@ -184,11 +188,13 @@ def tui(
     dtype: DTypeName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
+    retention: RetentionText = None,
 ) -> None:
     """Open the screen: it shows block tables, sharing and waste while a model generates."""
     from minipaged.cli.show import show
 
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
+    settings["retention"] = retention
     raise typer.Exit(
         show(
             model,

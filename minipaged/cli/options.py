@@ -21,6 +21,13 @@ DTypeName = Annotated[
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; measured if left out.")]
+RetentionText = Annotated[
+    str | None,
+    typer.Option(
+        "--retention",
+        help="Which tokens stay in memory: all, window:W or sinks:S+window:W; as the model's own windows allow if left out.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 keeps all.")]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEMO_SETTINGS: dict[str, Any] = {"num_blocks": 50, "max_num_batched_tokens": 64}
 
 # Options of the engine, and what they are if nobody gives them.
-USUAL: dict[str, Any] = {"num_blocks": None, "device": "auto", "dtype": "auto", "block_size": 16}
+USUAL: dict[str, Any] = {"num_blocks": None, "device": "auto", "dtype": "auto", "block_size": 16, "retention": None}
 
 Asked = tuple[tuple[str, SamplingParams], ...]
 

@@ -98,7 +98,7 @@ def fill(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -
 def _fill_decodes(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> None:
     """Every row is one token: plain columns, since this is written in every step of decoding."""
     rows, width = plan.tables.shape
-    places = _places(plan, block_size)
+    places = plan.starts if plan.num_left_out is None else _places(plan, block_size)
     blocks = plan.tables[np.arange(rows), places // block_size]
     _put(
         (inputs.token_ids, plan.token_ids, 0),
