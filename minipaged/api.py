@@ -38,9 +38,9 @@ class LLM:
     float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
     `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
     running requests make way for a more urgent one that waits; retention: which tokens stay in memory, `all`, `window:W` or
-    `sinks:S+window:W` (StreamingLLM), None for what the model's own windows allow; overlap: steps in flight beside the one being committed,
-    auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value
-    that does not work.
+    `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the model's context), None for what the model's own windows allow;
+    overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs
+    where there is a GPU. Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;

@@ -119,7 +119,8 @@ def assemble(
     kind = str(precision).removeprefix("torch.")
     loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress)
     shape = loaded.config
-    if max_model_len is not None and max_model_len > shape.max_position:
+    streams = retention_of(shape, cache).sinks > 0  # behind sinks no position within the cache is beyond the context
+    if max_model_len is not None and max_model_len > shape.max_position and not streams:
         raise InputError(
             f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
         )
@@ -219,6 +220,11 @@ def retention_of(config: ModelConfig, cache: CacheConfig) -> Retention:
         raise InputError(
             f"retention {retention} needs a model that sees all of its context, and {config.name} has a window of its own, "
             f"of {config.sliding_window} tokens: leave retention out"
+        )
+    if retention.sinks and retention.window is not None and retention.sinks + retention.window > config.max_position:
+        raise InputError(
+            f"retention {retention} keeps more than the {config.max_position} tokens of {config.name}'s context: "
+            f"shorten the window to at most {config.max_position - retention.sinks}"
         )
     return retention
 

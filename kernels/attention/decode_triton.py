@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from minipaged.kernels.attention.decode_chunks import MOST_CHUNKS, chunks_of_rows, reduce_kernel
+from minipaged.kernels.attention.sinks import Sinks
+from minipaged.kernels.attention.sinks_triton import sink_arguments, turned_query
 from minipaged.kernels.attention.triton_tiles import load_tile, must_upcast, tile_offsets
 from minipaged.kernels.dependent_launch import PLAIN_LAUNCH, dependent_launch, wait_for_previous
 from minipaged.kernels.launch_table import (
@@ -71,7 +73,7 @@ def _attend_tile(
     return (accumulated, new_top, total)
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head"])
+@triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head", "sinks"])
 def _decode_kernel(
     out_ptr,
     partial_ptr,  # float32 [chunks, heads, HEAD_DIM]: outputs of chunks whose row has several
@@ -95,6 +97,9 @@ def _decode_kernel(
     stride_head,
     stride_table,
     stride_table_head,
+    turn_ptr,  # float32 [rows, HEAD_DIM]: the angles of the second query, for the sinks
+    stride_turn,
+    sinks,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -103,6 +108,7 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -134,6 +140,9 @@ def _decode_kernel(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(length - window, 0)
+    sinks_end = 0
+    if HAS_SINKS:  # those before the window; they come with the row's first chunk, and do not count when rows are cut
+        sinks_end = tl.where(part == 0, tl.minimum(sinks, low), 0)
     high = length
     if SPLIT:
         chunk = ((length - low + count - 1) // count + TILE - 1) // TILE * TILE
@@ -165,6 +174,22 @@ def _decode_kernel(
     value_ptr += kv_head * stride_head
     cache = (key_ptr, value_ptr, table_ptr, stride_block, stride_slot)
     state = (accumulated, top, total)
+    if HAS_SINKS:
+        second = turned_query(
+            query if GROUP > 1 else query[None, :],
+            row_query_ptr + head[:, None] * stride_query_head,
+            turn_ptr + row.to(tl.int64) * stride_turn + 0 * head[:, None],
+            dim[None, :],
+            in_head,
+            HEAD_DIM,
+        )
+        if GROUP == 1:
+            second = tl.reshape(second, [HEAD_BLOCK])
+        second = second.to(query.dtype)
+        for start in tl.range(0, sinks_end, TILE):
+            state = _attend_tile(
+                second, state, cache, start, sinks_end, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, UPCAST
+            )
     whole_end = low + tl.maximum(high - low, 0) // TILE * TILE
     for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
         state = _attend_tile(
@@ -211,6 +236,7 @@ def paged_decode_triton(
     scale: float,
     *,
     window: int | None = None,
+    sinks: Sinks | None = None,
     out: torch.Tensor | None = None,
     launch: DecodeLaunch | None = None,
 ) -> torch.Tensor:
@@ -263,6 +289,7 @@ def paged_decode_triton(
         key_cache.stride(2),
         block_tables.stride(0),
         block_tables.stride(1) if per_head else 0,
+        *sink_arguments(sinks, query),
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_ROWS=1 if group == 1 else max(16, next_power_of_two(group)),
@@ -271,6 +298,7 @@ def paged_decode_triton(
         PAGE=block_size,
         TILE=launch.tile,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         SPLIT=split,
         ROWS=rows,
         MIN_CHUNK=launch.min_chunk,

@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 
 from minipaged.kernels.attention.prefill_loops import attend_in_turn, attend_overlapped, last_product
+from minipaged.kernels.attention.sinks import Sinks
+from minipaged.kernels.attention.sinks_triton import sink_arguments, turned_query
 from minipaged.kernels.attention.triton_tiles import clamped_offsets, clamped_pages, must_upcast
 from minipaged.kernels.dependent_launch import dependent_launch, wait_for_previous
 from minipaged.kernels.launch_table import PrefillLaunch, check_layout, head_block, packed_heads, prefill_launch
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "tiles", "section", "stride_table", "stride_table_head"])
+@triton.jit(do_not_specialize=["num_rows", "window", "tiles", "section", "stride_table", "stride_table_head", "sinks"])
 def _prefill_kernel(
     out_ptr,
     query_ptr,
@@ -46,6 +48,9 @@ def _prefill_kernel(
     stride_head,
     stride_table,
     stride_table_head,
+    turn_ptr,  # float32 [tokens, HEAD_DIM]: the angles of the second query, for the sinks
+    stride_turn,
+    sinks,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -55,6 +60,7 @@ def _prefill_kernel(
     QUERY_TILE: tl.constexpr,
     KV_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     OVERLAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -108,6 +114,21 @@ def _prefill_kernel(
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_TILE], tl.float32)
     state = (accumulated, top, total)
+    if HAS_SINKS:
+        # Those that lie before a query's window: positions up to this one. The others are seen with the window.
+        last_sink = tl.minimum(query_position - window, sinks - 1)
+        second = turned_query(
+            query,
+            query_ptr + (token * stride_query + head * stride_query_head)[:, None],
+            turn_ptr + (token * stride_turn)[:, None],
+            dim[None, :],
+            in_row,
+            HEAD_DIM,
+        ).to(query.dtype)
+        state = attend_in_turn(
+            second, state, cache, (last_sink, 0, length - 1), scale, 0, tl.minimum(high - window, sinks),
+            HEAD_DIM, PAGE, KV_TILE, False, True, UPCAST, WIDE,
+        )  # fmt: skip
     edges = (low, body, diagonal, high)
     FIRST_PART: tl.constexpr = 0 if HAS_WINDOW else 1
     if OVERLAPPED:
@@ -152,6 +173,7 @@ def paged_prefill_triton(
     scale: float,
     *,
     window: int | None = None,
+    sinks: Sinks | None = None,
     out: torch.Tensor | None = None,
     launch: PrefillLaunch | None = None,
 ) -> torch.Tensor:
@@ -203,6 +225,7 @@ def paged_prefill_triton(
         key_cache.stride(2),
         block_tables.stride(0),
         block_tables.stride(1) if block_tables.dim() == 3 else 0,
+        *sink_arguments(sinks, query),
         HEADS=heads,
         GROUP=group,
         PACK=pack,
@@ -212,6 +235,7 @@ def paged_prefill_triton(
         QUERY_TILE=launch.query_tile,
         KV_TILE=launch.kv_tile,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         OVERLAPPED=launch.overlapped,
         UPCAST=must_upcast(query),
         WIDE=(num_blocks - 1) * key_cache.stride(0) + block_size * key_cache.stride(1) >= 2**31,

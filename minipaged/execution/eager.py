@@ -99,10 +99,14 @@ class TorchRunner:
             self.kv.write(layer, key, value, inputs)
             return self.kv.attend(layer, query, inputs)
 
+        positions = inputs.positions
+        if self.kv.retention.sinks:
+            inputs = self.kv.with_sinks(inputs, self.model.frequencies)
+            positions = positions.double()  # a stream behind sinks has no end, and float32 angles become coarse
         # Tokens that the host does not know are the newest of their batch index.
         newest = self._newest.index_select(0, inputs.batch_indices)
         token_ids = torch.where(inputs.token_ids >= 0, inputs.token_ids, newest)
-        hidden: torch.Tensor = self.model(token_ids, inputs.positions, attention)
+        hidden: torch.Tensor = self.model(token_ids, positions, attention)
         return hidden
 
     def _draw(self, plan: StepPlan, logits: torch.Tensor) -> TorchPending:

@@ -20,7 +20,7 @@ from minipaged.execution.sampler import is_truncated
 from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
 from minipaged.kernels.elementwise import embed_tokens
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
-from minipaged.model.llama import Layer, Llama, angle_table
+from minipaged.model.llama import Layer, Llama, angle_rows, angle_table
 from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 
@@ -138,7 +138,8 @@ class GraphRunner(TorchRunner):
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._sampling = torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
-        self._angles = angle_table(model.frequencies, max_model_len)
+        # Of all positions of the context; a stream behind sinks is longer, so its steps make their own.
+        self._angles = angle_table(model.frequencies, 1 if kv.retention.sinks else max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -202,9 +203,14 @@ class GraphRunner(TorchRunner):
 
     def _hidden(self, inputs: StepInputs) -> Tensor:
         """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are."""
+        angles = self._angles
+        if self.kv.retention.sinks:  # a row for each token of the step, behind that of position 0
+            inputs, positions = self.kv.with_sinks(inputs, self.model.frequencies), inputs.positions
+            angles = angle_rows(self.model.frequencies, torch.cat((torch.zeros_like(positions[:1]), positions)))
+            inputs = inputs._replace(positions=torch.arange(1, len(angles), dtype=torch.int32, device=self.device))
 
         def attention(layer: Layer, heads: Tensor) -> Tensor:
-            query = self.kv.rope_write(layer, heads, inputs, self._angles)
+            query = self.kv.rope_write(layer, heads, inputs, angles)
             return self.kv.attend(layer.index, query, inputs)
 
         embedding = self.model.embedding

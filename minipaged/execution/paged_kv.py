@@ -12,9 +12,10 @@ from torch import Tensor
 from minipaged.config import ModelConfig
 from minipaged.execution.step_inputs import StepInputs
 from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.attention.sinks import Sinks
 from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
 from minipaged.memory.retention import KEEP_ALL, Retention
-from minipaged.model.llama import Layer
+from minipaged.model.llama import Layer, angle_rows
 from minipaged.scheduling.plan import Pairs
 
 
@@ -44,6 +45,10 @@ class PagedKV:
         # Tokens that a query of each layer sees: by the model's own window or the policy's, whichever is the smaller.
         windows = [(config.window_of(layer), retention.window) for layer in range(config.num_layers)]
         self.windows = [min((w for w in pair if w is not None), default=None) for pair in windows]
+        self.retention = retention
+        self._unrotated = config.unrotated_layers
+        half = config.head_dim // 2
+        self._no_turn = torch.cat((torch.ones(1, half), torch.zeros(1, half)), dim=1).to(self.device)
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
         names = [f"{kind}.{layer}" for layer in range(config.num_layers) for kind in ("key", "value")]
         self.tensors = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name in names}
@@ -71,22 +76,41 @@ class PagedKV:
         rope_write_kv(query, key, value, inputs.positions, layer.angles(angles), *where, **layer.head_norms())
         return query
 
+    def with_sinks(self, inputs: StepInputs, frequencies: Tensor) -> StepInputs:
+        """A step's inputs, with what turns its queries for the sinks: from positions in the text to those within the cache."""
+        last = self.retention.sinks + (self.retention.window or 0) - 1
+        positions = inputs.positions
+        return inputs._replace(sink_turn=angle_rows(frequencies, positions.clamp(max=last) - positions))
+
+    def _sinks(self, layer: int, turn: Tensor) -> Sinks:
+        # A layer without rope knows no distances: its queries stay as they are.
+        return Sinks(self.retention.sinks, self._no_turn.expand_as(turn) if layer in self._unrotated else turn)
+
     def attend(self, layer: int, query: Tensor, inputs: StepInputs) -> Tensor:
         """Attention of the step's tokens over their block tables; the step's own keys and values are written already.
 
         query: [tokens, heads, head_dim], as is what is returned. Decodes and chunks have a kernel each.
         """
         keys, values, window = self.keys[layer], self.values[layer], self.windows[layer]
-        decodes = len(inputs.decode_lengths)
+        decodes, sinks = len(inputs.decode_lengths), None
+        if inputs.sink_turn is not None:
+            sinks = self._sinks(layer, inputs.sink_turn)
         rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
         if not len(inputs.chunk_lengths):
-            return paged_decode(query, keys, values, *rows, window=window, check=layer == 0)
+            return paged_decode(query, keys, values, *rows, window=window, sinks=sinks, check=layer == 0)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decodes:
             # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.
-            paged_decode(query[:decodes], keys, values, *rows, window=window, out=out[:decodes], check=layer == 0)
+            for_decodes = None if sinks is None else sinks._replace(turn=sinks.turn[:decodes])
+            paged_decode(
+                *(query[:decodes], keys, values, *rows),
+                window=window,
+                sinks=for_decodes,
+                out=out[:decodes],
+                check=layer == 0,
+            )
         chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
-        return paged_prefill(query, keys, values, *chunks, window=window, out=out)
+        return paged_prefill(query, keys, values, *chunks, window=window, sinks=sinks, out=out)
 
     def copy(self, pairs: Pairs) -> None:
         """Copy blocks on the device, in every tensor. pairs: (source, destination); no destination is another pair's source."""

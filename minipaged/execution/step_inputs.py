@@ -48,6 +48,7 @@ class StepInputs(NamedTuple):
     chunk_tables: Any  # [chunks, width] physical blocks
     decode_tables: Any  # [decodes, width]; last in the buffer, so that unused rows need not be sent
     longest_chunk: int  # no chunk has more tokens
+    sink_turn: Any  # float32 [tokens, head_dim]: what turns each query for attention sinks; None without them
 
 
 @lru_cache(maxsize=1024)
@@ -71,7 +72,7 @@ def views(buffer: Any, shape: Shape, width: int) -> StepInputs:
     """The inputs of a shape in a flat buffer of at least size_of integers. longest_chunk: the most that the shape allows."""
     *flat, chunk_tables, decode_tables = (buffer[start:end] for start, end in _layout(shape, width))
     tables = (chunk_tables.reshape(shape.chunks, width), decode_tables.reshape(shape.decodes, width))
-    return StepInputs._make((*flat, *tables, shape.tokens))
+    return StepInputs._make((*flat, *tables, shape.tokens, None))
 
 
 def inputs_of(plan: StepPlan, block_size: int, device: torch.device) -> StepInputs:

@@ -111,7 +111,8 @@ class Llama(nn.Module):
         self.frequencies: Tensor
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T]."""
+        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T]; positions may be whole
+        numbers in float64, in which their angles are computed then."""
         cos, sin = rope_angles(self.frequencies, positions, self.dtype)
 
         def rotated_first(layer: Layer, heads: Tensor) -> Tensor:
@@ -209,6 +210,12 @@ def angle_table(frequencies: Tensor, num_positions: int) -> Tensor:
     """Cosines, then sines, of the angles of positions 0, 1, ...: float32 [num_positions, D], for rope_write_kv."""
     angles = torch.arange(num_positions, device=frequencies.device, dtype=torch.float32)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def angle_rows(frequencies: Tensor, positions: Tensor) -> Tensor:
+    """Cosines, then sines, of the angles of these positions: float32 [T, D], by way of float64, as a stream's positions are large."""
+    angles = positions.double()[:, None] * frequencies.double()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

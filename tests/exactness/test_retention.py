@@ -133,3 +133,57 @@ def test_windows_by_layer(full: tuple[int, ...]) -> None:
     engine, runner = engine_of(model, retention, block_size=4, num_blocks=30, max_num_batched_tokens=9)
     run_watched(engine, [([i % 50 for i in range(20)], GREEDY), ([3], GREEDY)], retention)
     assert_as_defined(runner, model, retention)
+
+
+SINKS = st.builds(Retention, window=st.integers(1, 24), sinks=st.integers(1, 9))
+
+
+@settings(deadline=None)
+@given(retention=SINKS, asked=workloads(), arrangement=arrangements, slack=st.sampled_from([0, 3, 200]))
+def test_L57_L58_L71_sinks_are_their_definition(
+    retention: Retention, asked: list[tuple[list[int], SamplingParams]], arrangement: dict[str, Any], slack: int
+) -> None:
+    """StreamingLLM over pages: every position of every step as the definition has it, with the positions within the cache."""
+    pool = tight_pool(retention, asked, arrangement) + slack
+    engine, runner = engine_of(MODEL, retention, num_blocks=pool, **arrangement)
+    run_watched(engine, asked, retention)
+    run_watched(engine, asked, retention)
+    assert_as_defined(runner, MODEL, retention)
+
+
+def test_L57_a_stream_behind_sinks_has_no_end() -> None:
+    """Far beyond what the model's context holds, with a table of a few blocks; the sinks' whole blocks stay."""
+    model = tiny_model(replace(TINY, max_position=24))
+    retention = Retention(14, 5)
+    engine, runner = engine_of(model, retention, block_size=4, num_blocks=10, max_num_batched_tokens=6)
+    output, first = engine.ask([1, 2, 3], replace(GREEDY, max_tokens=300)), ()
+    while engine.has_work:
+        engine.step()
+        for sequence in engine.scheduler.sequences.values():
+            table = engine.scheduler.manager.table(sequence.seq_id)
+            if len(table) == 2:
+                first = table[:2]
+            assert table[:2] == first or len(table) < 2
+            assert sum(map(bool, table)) <= retention.most_blocks(303, 4, 6)
+    assert len(output.outputs[0].token_ids) == 300
+    assert runner.widest <= 2 + -(-(14 - 1) // 4) + 2
+    assert_as_defined(runner, model, retention)
+
+
+@pytest.mark.parametrize("retention", [Retention(9, 3), Retention(9)], ids=str)
+def test_layers_without_rope(retention: Retention) -> None:
+    """What knows no distances sees the sinks as they are."""
+    model = tiny_model(replace(TINY, unrotated_layers=(1,)))
+    engine, runner = engine_of(model, retention, block_size=4, num_blocks=30, max_num_batched_tokens=9)
+    run_watched(engine, [([i % 50 for i in range(20)], GREEDY), ([3], GREEDY)], retention)
+    assert_as_defined(runner, model, retention)
+
+
+def test_L58_nothing_is_published_behind_sinks_once_a_block_went() -> None:
+    retention = Retention(8, 4)
+    engine, _ = engine_of(MODEL, retention, block_size=4, num_blocks=60, max_num_batched_tokens=4)
+    prompt = [i % 60 for i in range(60)]
+    run_watched(engine, [(prompt, GREEDY)], retention)
+    # Blocks 0 to 3 were full before the first one went, when 16 tokens were computed.
+    published = engine.scheduler.manager.match_prefix(prompt)
+    assert published <= 16
