@@ -148,4 +148,5 @@ def paged_prefill_torch(
 
 def _by_head(query: Tensor, kv_heads: int) -> Tensor:
     """[tokens, heads, head_dim] -> [kv_heads, group, tokens, head_dim]."""
-    return query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    tokens, heads, head_dim = query.shape
+    return query.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)

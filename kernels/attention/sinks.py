@@ -20,7 +20,7 @@ from minipaged.kernels.checks import shape_of
 class Sinks(NamedTuple):
     """The first `count` positions of each row are seen by every query behind them, by way of the second query."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of the name
     turn: Tensor  # float32 [tokens, head_dim]: cosines, then sines, of the angle by which each query is turned for the sinks
 
 

@@ -39,6 +39,7 @@ arrangements = st.fixed_dictionaries(
         "prefix_caching": st.booleans(),
         "preemption": st.sampled_from(["recompute", "swap"]),
         "max_num_batched_tokens": st.sampled_from([4, 9, 500]),
+        "depth": st.sampled_from([0, 1]),
     }
 )
 
