@@ -6,19 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.config import SamplingParams
 from minipaged.memory.retention import KEEP_ALL, Retention
 from tests.exactness.retained import TINY, assert_as_defined, engine_of, run_watched, tiny_model
+from tests.kernels.paged_cases import examples
 
 MODEL = tiny_model()
 GREEDY = SamplingParams(max_tokens=30, ignore_eos=True)
 KINDS = {
-    "greedy": GREEDY,
-    "samples": SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=20, ignore_eos=True),
-    "beams": SamplingParams(beam_width=3, max_tokens=15, ignore_eos=True),
+    "greedy": SamplingParams(max_tokens=20, ignore_eos=True),
+    "samples": SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=14, ignore_eos=True),
+    "beams": SamplingParams(beam_width=3, max_tokens=10, ignore_eos=True),
 }
 
 
@@ -26,7 +27,7 @@ KINDS = {
 def workloads(draw: st.DrawFn) -> list[tuple[list[int], SamplingParams]]:
     stem = draw(st.lists(st.integers(0, 66), min_size=1, max_size=30))
     asked = []
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, 3))):
         tail = draw(st.lists(st.integers(0, 66), max_size=12))
         asked.append((stem[: draw(st.integers(1, len(stem)))] + tail, KINDS[draw(st.sampled_from(sorted(KINDS)))]))
     return asked
@@ -53,7 +54,7 @@ def tight_pool(retention: Retention, asked: list[tuple[list[int], SamplingParams
     )
 
 
-@settings(deadline=None)
+@examples(20)
 @given(window=st.integers(1, 24), asked=workloads(), arrangement=arrangements, slack=st.sampled_from([0, 3, 200]))
 def test_L56_L71_a_window_is_its_definition(
     window: int, asked: list[tuple[list[int], SamplingParams]], arrangement: dict[str, Any], slack: int
@@ -139,7 +140,7 @@ def test_windows_by_layer(full: tuple[int, ...]) -> None:
 SINKS = st.builds(Retention, window=st.integers(1, 24), sinks=st.integers(1, 9))
 
 
-@settings(deadline=None)
+@examples(20)
 @given(retention=SINKS, asked=workloads(), arrangement=arrangements, slack=st.sampled_from([0, 3, 200]))
 def test_L57_L58_L71_sinks_are_their_definition(
     retention: Retention, asked: list[tuple[list[int], SamplingParams]], arrangement: dict[str, Any], slack: int
