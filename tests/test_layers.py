@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": "kernels config",
     "scheduling": "memory config",
     "text": "config",
-    "execution": "scheduling model kernels config",
+    "execution": "scheduling memory model kernels config",
     "trace": "scheduling memory text config",
     "engine": "scheduling execution text trace memory model kernels config",
     "baselines": "engine scheduling trace memory config",
