@@ -155,10 +155,9 @@ class GraphRunner(TorchRunner):
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
+        # A stage may end before the head, and ranks put their logits together outside of the graph.
         if not self.model.draws or (self.model.split is not None and draws is not Draws.GREEDY):
-            draws = (
-                Draws.NONE
-            )  # of a stage that ends before the head, or of ranks whose logits are put together outside of the graph
+            draws = Draws.NONE
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
             return super().launch(plan)

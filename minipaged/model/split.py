@@ -102,24 +102,41 @@ class Part:
         rows = -(-config.vocab_size // self.ranks)
         return self.rank * rows, min((self.rank + 1) * rows, config.vocab_size)
 
-    def cut(self, config: ModelConfig, name: str, values: Tensor) -> Tensor:
-        """This part of one of the whole model's tensors, named as in a checkpoint: rows, columns, or all of it."""
-        *_, module, kind = name.split(".")
+    def piece(self, config: ModelConfig, name: str) -> tuple[int, int, int] | None:
+        """Which part of one of the whole model's matrices is here, named as in a checkpoint: (0 for rows or 1 for columns, first, count).
+
+        None for all of it.
+        """
+        *_, module, _ = name.split(".")
         match module:
             case "embed_tokens" | "lm_head":
                 first, last = self.vocabulary(config)
-                return values[first:last]
-            case "q_proj" | "gate_proj" | "up_proj":
-                return values.tensor_split(self.ranks, dim=0)[self.rank]
+                return 0, first, last - first
+            case "q_proj":
+                size = config.num_heads * config.head_dim // self.ranks
+                return 0, self.rank * size, size
             case "k_proj" | "v_proj":
                 # Fewer KV heads than ranks: each head lies on several ranks, those whose query heads read it.
                 parts = min(self.ranks, config.num_kv_heads)
-                return values.tensor_split(parts, dim=0)[self.rank * parts // self.ranks]
-            case "o_proj" | "down_proj" if kind == "weight":
-                return values.tensor_split(self.ranks, dim=1)[self.rank]
-            case "o_proj" | "down_proj":
-                return values if self.rank == 0 else torch.zeros_like(values)  # the sum over ranks has the bias once
-        return values
+                size = config.num_kv_heads * config.head_dim // parts
+                return 0, self.rank * parts // self.ranks * size, size
+            case "gate_proj" | "up_proj" | "down_proj":
+                size = config.intermediate_size // self.ranks
+                return int(module == "down_proj"), self.rank * size, size
+            case "o_proj":
+                size = config.num_heads * config.head_dim // self.ranks
+                return 1, self.rank * size, size
+        return None
+
+    def cut(self, config: ModelConfig, name: str, values: Tensor) -> Tensor:
+        """This part of one of the whole model's tensors, named as in a checkpoint."""
+        piece = self.piece(config, name)
+        if piece is None:
+            return values
+        dim, first, count = piece
+        if values.dim() == 1 and dim == 1:  # the bias of a product that is summed over ranks: the sum has it once
+            return values if self.rank == 0 else torch.zeros_like(values)
+        return values.narrow(dim, first, count)
 
     def random(
         self, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str, std: float = INITIAL_STD
