@@ -231,6 +231,7 @@ BAD = [
     ({}, "prompt"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
     ({"prompt": "a", "response_format": {"type": "json_objekt"}}, "response_format"),
+    ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format"),
     ({"prompt": "a", "stream_options": 3}, "stream_options"),
     ({"prompt": "a", "use_beam_search": True, "temperature": 0.5}, "temperature"),
     ({"prompt": "a", "n": 3, "best_of": 2}, "best_of"),
