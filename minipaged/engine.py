@@ -120,6 +120,12 @@ class Engine:
         if isinstance(prompt, str):
             if self.codec is None:
                 raise RequestError("this engine has no tokenizer: give the prompt as token ids")
+            # A text that is far too long is refused before its tokens are made, which would take a minute for 100 MB.
+            fewest, most = self.codec.fewest_tokens(prompt), self.scheduler.config.max_model_len
+            if fewest > most:
+                raise RequestError(
+                    f"the prompt has {len(prompt):,} characters, which are at least {fewest:,} tokens; this engine's context holds {most:,}"
+                )
             return self.codec.encode(prompt)
         try:
             tokens = [plain_value(token) for token in plain_value(prompt)]
@@ -139,7 +145,7 @@ class Engine:
     def _fit_context(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
         """Answers end where the context does; those without a limit also where the pool does, so that they are not refused for its size."""
         most = self.scheduler.config.max_model_len
-        if params.max_tokens == NO_LIMIT:
+        if params.max_tokens == NO_LIMIT and self.scheduler.running_set.retention.window is None:
             size, width = self.scheduler.block_size, params.num_sequences
             usable, shared = self.scheduler.manager.usage().total - 1, num_prompt // size
             most = min(most, (shared + max(0, usable - shared) // width) * size)

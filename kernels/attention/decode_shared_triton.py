@@ -24,6 +24,8 @@ def shared_kernel(
     block_tables_ptr,
     rows_ptr,  # of SharedPrefixes
     tile_tokens_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     scale,
     stride_query,
     stride_query_head,
@@ -32,6 +34,8 @@ def shared_kernel(
     stride_head,
     stride_table,
     stride_table_head,
+    stride_scale_block,
+    stride_scale_head,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,  # the power of two from GROUP up
@@ -42,6 +46,7 @@ def shared_kernel(
     TILE_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     wait_for_previous(DEPENDENT)
@@ -67,14 +72,22 @@ def shared_kernel(
 
     first = tl.load(rows_ptr + tile * TILE_ROWS)
     table_ptr = block_tables_ptr + first.to(tl.int64) * stride_table + kv_head * stride_table_head
-    cache = (key_ptr + kv_head * stride_head, value_ptr + kv_head * stride_head, table_ptr, stride_block, stride_slot)
+    key_ptr += kv_head * stride_head
+    value_ptr += kv_head * stride_head
+    key_scale_ptr += kv_head * stride_scale_head
+    value_scale_ptr += kv_head * stride_scale_head
+    cache = (
+        key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block
+    )  # fmt: skip
     state = (accumulated, top, total)
     whole_end = low + (high - low) // TILE * TILE
     for start in range(low, whole_end, TILE):
-        state = attend_tile(query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, 0, PAGE, TILE, False, UPCAST)
+        state = attend_tile(
+            query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, 0, PAGE, TILE, False, QUANTIZED
+        )
     if whole_end < high:
         state = attend_tile(
-            query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, 0, PAGE, TILE, True, UPCAST
+            query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, 0, PAGE, TILE, True, QUANTIZED
         )
     accumulated, top, total = state
 

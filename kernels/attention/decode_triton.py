@@ -3,6 +3,8 @@
 The heads of a KV group are the rows of one dot, so each key and value is read once per group; with one head per group the dot is a
 multiply-and-sum. The loop over whole tiles has no masks; only a chunk's last tile does.
 
+Where a cache holds codes, and queries have sixteen bits and stand in groups, the tiles are decode_codes.py's, of far fewer instructions.
+
 How rows are cut, and joined again, is in decode_chunks.py. A row of one chunk writes its output itself; the reduction passes it by.
 Where rows begin with the same pages, decode_shared_triton.py attends to those first, for many rows at once; here a row starts behind them.
 """
@@ -16,11 +18,17 @@ import triton
 import triton.language as tl
 
 from minipaged.kernels.attention.decode_chunks import MOST_CHUNKS, chunks_of_rows, reduce_kernel
+from minipaged.kernels.attention.decode_codes import attend_codes, queries_for_codes
 from minipaged.kernels.attention.decode_shared import TILE_ROWS, SharedPrefixes
 from minipaged.kernels.attention.decode_shared_triton import shared_kernel
 from minipaged.kernels.attention.decode_tile import attend_tile
+from minipaged.kernels.attention.sinks import Sinks
+from minipaged.kernels.attention.sinks_triton import sink_arguments, turned_query
 from minipaged.kernels.attention.triton_tiles import must_upcast
+from minipaged.kernels.cache.quantize import Scales
+from minipaged.kernels.cache.quantize_triton import scale_arguments
 from minipaged.kernels.dependent_launch import PLAIN_LAUNCH, dependent_launch, wait_for_previous
+from minipaged.kernels.dispatch import triton_interpreted
 from minipaged.kernels.launch_table import (
     DecodeLaunch,
     check_layout,
@@ -31,7 +39,7 @@ from minipaged.kernels.launch_table import (
 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head"])
+@triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head", "sinks"])
 def _decode_kernel(
     out_ptr,
     partial_ptr,  # float32 [chunks, heads, HEAD_DIM]: outputs of chunks whose row has several
@@ -43,6 +51,8 @@ def _decode_kernel(
     block_tables_ptr,
     context_lens_ptr,
     shared_tokens_ptr,  # int32 [rows]: leading tokens of each that shared_kernel attends to
+    key_scale_ptr,
+    value_scale_ptr,
     num_rows,
     scale,
     window,
@@ -56,6 +66,11 @@ def _decode_kernel(
     stride_head,
     stride_table,
     stride_table_head,
+    stride_scale_block,
+    stride_scale_head,
+    turn_ptr,  # float32 [rows, HEAD_DIM]: the angles of the second query, for the sinks
+    stride_turn,
+    sinks,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -64,12 +79,17 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    PAIRS: tl.constexpr,  # codes are read as words of two; keys, values and their strides are in words
+    FLOAT8: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     wait_for_previous(DEPENDENT)
@@ -98,6 +118,9 @@ def _decode_kernel(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(length - window, 0)
+    sinks_end = 0
+    if HAS_SINKS:  # those before the window; they come with the row's first chunk, and do not count when rows are cut
+        sinks_end = tl.where(part == 0, tl.minimum(sinks, low), 0)
     if HAS_SHARED:
         shared = tl.load(shared_tokens_ptr + row)
         low = shared
@@ -114,7 +137,14 @@ def _decode_kernel(
     head = kv_head * GROUP + group_row
     in_head = (group_row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     row_query_ptr = query_ptr + row.to(tl.int64) * stride_query
-    if GROUP == 1:
+    if PAIRS:
+        head_ptr = row_query_ptr + head * stride_query_head
+        queries = queries_for_codes(head_ptr, group_row < GROUP, HEAD_DIM // 2, HEAD_BLOCK // 2, FLOAT8)
+        accumulated_even = tl.zeros([GROUP_ROWS, HEAD_BLOCK // 2], tl.float32)
+        accumulated_odd = tl.zeros([GROUP_ROWS, HEAD_BLOCK // 2], tl.float32)
+        top = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_ROWS], tl.float32)
+    elif GROUP == 1:
         query = tl.load(row_query_ptr + kv_head * stride_query_head + dim, mask=dim < HEAD_DIM, other=0.0).to(
             tl.float32
         )
@@ -132,18 +162,56 @@ def _decode_kernel(
     table_ptr = block_tables_ptr + row.to(tl.int64) * stride_table + kv_head * stride_table_head
     key_ptr += kv_head * stride_head
     value_ptr += kv_head * stride_head
-    cache = (key_ptr, value_ptr, table_ptr, stride_block, stride_slot)
-    state = (accumulated, top, total)
+    key_scale_ptr += kv_head * stride_scale_head
+    value_scale_ptr += kv_head * stride_scale_head
+    cache = (
+        key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block
+    )  # fmt: skip
     whole_end = low + tl.maximum(high - low, 0) // TILE * TILE
-    for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
-        state = attend_tile(
-            query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, False, UPCAST
-        )
-    if whole_end < high:
-        state = attend_tile(
-            query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, UPCAST
-        )
-    accumulated, top, total = state
+    if PAIRS:
+        halves = (accumulated_even, accumulated_odd, top, total)
+        for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
+            halves = attend_codes(
+                queries, halves, cache, start, high, scale,
+                HEAD_DIM // 2, HEAD_BLOCK // 2, PAGE, TILE, False, FLOAT8, ASSEMBLY,
+            )  # fmt: skip
+        if whole_end < high:
+            halves = attend_codes(
+                queries, halves, cache, whole_end, high, scale,
+                HEAD_DIM // 2, HEAD_BLOCK // 2, PAGE, TILE, True, FLOAT8, ASSEMBLY,
+            )  # fmt: skip
+        accumulated_even, accumulated_odd, top, total = halves
+        accumulated = tl.interleave(accumulated_even, accumulated_odd)
+        if not FLOAT8:
+            accumulated = accumulated * 0.0078125  # 1 / 128, which attend_codes multiplied by
+    else:
+        state = (accumulated, top, total)
+        if HAS_SINKS:
+            second = turned_query(
+                query if GROUP > 1 else query[None, :],
+                row_query_ptr + head[:, None] * stride_query_head,
+                turn_ptr + row.to(tl.int64) * stride_turn + 0 * head[:, None],
+                dim[None, :],
+                in_head,
+                HEAD_DIM,
+            )
+            if GROUP == 1:
+                second = tl.reshape(second, [HEAD_BLOCK])
+            second = second.to(query.dtype)
+            for start in tl.range(0, sinks_end, TILE):
+                state = attend_tile(
+                    second, state, cache, start, sinks_end, scale,
+                    HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, QUANTIZED,
+                )  # fmt: skip
+        for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
+            state = attend_tile(
+                query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, False, QUANTIZED
+            )
+        if whole_end < high:
+            state = attend_tile(
+                query, state, cache, whole_end, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, QUANTIZED
+            )
+        accumulated, top, total = state
 
     total = tl.where(total == 0.0, 1.0, total)  # an empty row's output is 0, its top stays -inf
     inverse = 1.0 / total
@@ -171,6 +239,14 @@ def fills_one_wave(rows_and_heads: int, most_programs: int, slots: int) -> bool:
     return 2 * rows_and_heads <= slots < most_programs
 
 
+def pairs_up(*caches: torch.Tensor) -> bool:
+    """Whether caches of one-byte codes can be read as words of two."""
+    return all(
+        cache.shape[3] % 2 == 0 and cache.data_ptr() % 2 == 0 and all(stride % 2 == 0 for stride in cache.stride()[:3])
+        for cache in caches
+    )
+
+
 def paged_decode_triton(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -179,7 +255,9 @@ def paged_decode_triton(
     context_lens: torch.Tensor,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
     launch: DecodeLaunch | None = None,
@@ -208,7 +286,7 @@ def paged_decode_triton(
         partial = partial_lse = cuts = out  # not touched
     per_head = block_tables.dim() == 3
     table_strides = (block_tables.stride(0), block_tables.stride(1) if per_head else 0)
-    cache_strides = (key_cache.stride(0), key_cache.stride(1), key_cache.stride(2))
+    key_scale, value_scale, *scale_strides = scale_arguments(scales, query)
     rows = next_power_of_two(num_rows)
     dependent = dependent_launch(query.device)
     most_programs = num_rows * kv_heads * -(-longest // launch.min_chunk)
@@ -226,11 +304,14 @@ def paged_decode_triton(
             block_tables,
             shared.rows,
             shared.tile_tokens,
+            key_scale,
+            value_scale,
             scale * math.log2(math.e),
             query.stride(0),
             query.stride(1),
-            *cache_strides,
+            *key_cache.stride()[:3],
             *table_strides,
+            *scale_strides,
             KV_HEADS=kv_heads,
             GROUP=group,
             GROUP_BLOCK=group_block,
@@ -241,6 +322,7 @@ def paged_decode_triton(
             TILE_ROWS=TILE_ROWS,
             PARTS=parts,
             UPCAST=must_upcast(query),
+            QUANTIZED=scales is not None,
             num_warps=8 if group_block > 4 else 4,
             num_stages=launch.num_stages,
             **dependent,
@@ -249,6 +331,11 @@ def paged_decode_triton(
     else:
         parts, shared_partial, shared_lse, shared_tokens = 1, partial, partial_lse, context_lens  # not read
     alone = split and shared is None and fills_one_wave(num_rows * kv_heads, most_programs, programs)
+    float8 = key_cache.dtype == torch.float8_e4m3fn
+    pairs = scales is not None and group > 1 and query.element_size() == 2 and pairs_up(key_cache, value_cache)
+    pairs = pairs and sinks is None  # the second query is not taken apart in two
+    if pairs:
+        key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
     _decode_kernel[(kv_heads, chunks)](
         out,
         partial,
@@ -260,6 +347,8 @@ def paged_decode_triton(
         block_tables,
         context_lens,
         shared_tokens,
+        key_scale,
+        value_scale,
         num_rows,
         scale * math.log2(math.e),
         window or 0,
@@ -268,8 +357,10 @@ def paged_decode_triton(
         out.stride(1),
         query.stride(0),
         query.stride(1),
-        *cache_strides,
+        *key_cache.stride()[:3],
         *table_strides,
+        *scale_strides,
+        *sink_arguments(sinks, query),
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_ROWS=1 if group == 1 else max(16, next_power_of_two(group)),
@@ -278,12 +369,17 @@ def paged_decode_triton(
         PAGE=block_size,
         TILE=launch.tile,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         HAS_SHARED=shared is not None,
         SPLIT=split,
         ROWS=rows,
         MIN_CHUNK=launch.min_chunk,
         LOOP_STAGES=launch.loop_stages,
         UPCAST=must_upcast(query),
+        QUANTIZED=scales is not None,
+        PAIRS=pairs,
+        FLOAT8=float8,
+        ASSEMBLY=not triton_interpreted(),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **(PLAIN_LAUNCH if alone else dependent),

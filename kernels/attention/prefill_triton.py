@@ -18,12 +18,16 @@ import triton
 import triton.language as tl
 
 from minipaged.kernels.attention.prefill_loops import attend_in_turn, attend_overlapped, last_product
+from minipaged.kernels.attention.sinks import Sinks
+from minipaged.kernels.attention.sinks_triton import sink_arguments, turned_query
 from minipaged.kernels.attention.triton_tiles import clamped_offsets, clamped_pages, must_upcast
+from minipaged.kernels.cache.quantize import Scales
+from minipaged.kernels.cache.quantize_triton import scale_arguments
 from minipaged.kernels.dependent_launch import dependent_launch, wait_for_previous
 from minipaged.kernels.launch_table import PrefillLaunch, check_layout, head_block, packed_heads, prefill_launch
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "tiles", "section", "stride_table", "stride_table_head"])
+@triton.jit(do_not_specialize=["num_rows", "window", "tiles", "section", "stride_table", "stride_table_head", "sinks"])
 def _prefill_kernel(
     out_ptr,
     query_ptr,
@@ -32,6 +36,8 @@ def _prefill_kernel(
     block_tables_ptr,
     context_lens_ptr,
     query_starts_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     num_rows,
     scale,  # above 0; with log2(e) in it, for the softmax is in base 2
     window,
@@ -46,6 +52,11 @@ def _prefill_kernel(
     stride_head,
     stride_table,
     stride_table_head,
+    stride_scale_block,
+    stride_scale_head,
+    turn_ptr,  # float32 [tokens, HEAD_DIM]: the angles of the second query, for the sinks
+    stride_turn,
+    sinks,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -55,8 +66,10 @@ def _prefill_kernel(
     QUERY_TILE: tl.constexpr,
     KV_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     OVERLAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     WIDE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -102,12 +115,31 @@ def _prefill_kernel(
     table_ptr = block_tables_ptr + row.to(tl.int64) * stride_table + kv_head * stride_table_head
     key_ptr += kv_head.to(tl.int64) * stride_head
     value_ptr += kv_head.to(tl.int64) * stride_head
-    cache = (key_ptr, value_ptr, table_ptr, stride_block, stride_slot)
+    key_scale_ptr += kv_head.to(tl.int64) * stride_scale_head
+    value_scale_ptr += kv_head.to(tl.int64) * stride_scale_head
+    cache = (
+        key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block
+    )  # fmt: skip
     sight = (query_position, window, length - 1)
     accumulated = tl.zeros([QUERY_TILE, HEAD_BLOCK], tl.float32)
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_TILE], tl.float32)
     state = (accumulated, top, total)
+    if HAS_SINKS:
+        # Those that lie before a query's window: positions up to this one. The others are seen with the window.
+        last_sink = tl.minimum(query_position - window, sinks - 1)
+        second = turned_query(
+            query,
+            query_ptr + (token * stride_query + head * stride_query_head)[:, None],
+            turn_ptr + (token * stride_turn)[:, None],
+            dim[None, :],
+            in_row,
+            HEAD_DIM,
+        ).to(query.dtype)
+        state = attend_in_turn(
+            second, state, cache, (last_sink, 0, length - 1), scale, 0, tl.minimum(high - window, sinks),
+            HEAD_DIM, PAGE, KV_TILE, False, True, QUANTIZED, WIDE,
+        )  # fmt: skip
     edges = (low, body, diagonal, high)
     FIRST_PART: tl.constexpr = 0 if HAS_WINDOW else 1
     if OVERLAPPED:
@@ -119,14 +151,14 @@ def _prefill_kernel(
         for part in tl.static_range(FIRST_PART, 3):  # three loops, of which the middle one has no masks
             state, late = attend_overlapped(
                 query, state, late, cache, sight, scale, edges[part], edges[part + 1],
-                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, UPCAST, WIDE,
+                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, QUANTIZED, WIDE,
             )  # fmt: skip
-        state = last_product(state, late, cache, HEAD_DIM, UPCAST)
+        state = last_product(state, late, cache, HEAD_DIM, query.dtype)
     else:
         for part in tl.static_range(FIRST_PART, 3):
             state = attend_in_turn(
                 query, state, cache, sight, scale, edges[part], edges[part + 1],
-                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, UPCAST, WIDE,
+                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, QUANTIZED, WIDE,
             )  # fmt: skip
     accumulated, top, total = state
 
@@ -151,7 +183,9 @@ def paged_prefill_triton(
     max_query_len: int,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     out: torch.Tensor | None = None,
     launch: PrefillLaunch | None = None,
 ) -> torch.Tensor:
@@ -181,6 +215,7 @@ def paged_prefill_triton(
     pairs = num_rows * heads // pack
     kv_heads_together = max(1, launch.section_bytes // (2 * longest * head_dim * key_cache.element_size()))
     section = min(pairs, kv_heads_together * (group // pack))
+    key_scale, value_scale, *scale_strides = scale_arguments(scales, query)
     _prefill_kernel[(triton.cdiv(pairs, section) * section * tiles,)](
         out,
         query,
@@ -189,6 +224,8 @@ def paged_prefill_triton(
         block_tables,
         context_lens,
         query_starts,
+        key_scale,
+        value_scale,
         num_rows,
         scale * math.log2(math.e),
         window or 0,
@@ -203,6 +240,8 @@ def paged_prefill_triton(
         key_cache.stride(2),
         block_tables.stride(0),
         block_tables.stride(1) if block_tables.dim() == 3 else 0,
+        *scale_strides,
+        *sink_arguments(sinks, query),
         HEADS=heads,
         GROUP=group,
         PACK=pack,
@@ -212,8 +251,10 @@ def paged_prefill_triton(
         QUERY_TILE=launch.query_tile,
         KV_TILE=launch.kv_tile,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         OVERLAPPED=launch.overlapped,
         UPCAST=must_upcast(query),
+        QUANTIZED=scales is not None,
         WIDE=(num_blocks - 1) * key_cache.stride(0) + block_size * key_cache.stride(1) >= 2**31,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -21,7 +21,7 @@ from minipaged.execution.shared_prefixes import shared_groups, tile_room
 from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
 from minipaged.kernels.elementwise import embed_tokens
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
-from minipaged.model.llama import Layer, Llama, angle_table
+from minipaged.model.llama import Layer, Llama, angle_rows, angle_table
 from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 
@@ -113,24 +113,35 @@ class GraphPending:
 class GraphRunner(TorchRunner):
     """A TorchRunner that replays graphs wherever a step has a shape for one; CUDA only.
 
-    max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with. depth: the engine's, steps in
-    flight beyond the one being committed.
+    max_model_len: longest sequence, in tokens; table_width: entries of the block tables that graphs are captured with, None for as many as
+    such a sequence has. depth: the engine's, steps in flight beyond the one being committed.
     """
 
-    def __init__(self, model: Llama, kv: PagedKV, max_num_seqs: int, max_model_len: int, *, depth: int = 1) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        kv: PagedKV,
+        max_num_seqs: int,
+        max_model_len: int,
+        *,
+        table_width: int | None = None,
+        depth: int = 1,
+    ) -> None:
         super().__init__(model, kv, max_num_seqs)
         if self.device.type != "cuda":
             raise ValueError(f"graphs need a CUDA device, not {self.device}")
         self._dummy_slot = max_num_seqs  # the batch index that padding draws for
         self._newest = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
-        self._width = -(-max_model_len // kv.block_size)
+        self._width = table_width or -(-max_model_len // kv.block_size)
         largest = largest_shapes(max_num_seqs)
         self._rows = max(shape.decodes for shape in largest)
         size = max(size_of(shape, self._width) for shape in largest)
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._sampling = torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
-        self._angles = angle_table(model.frequencies, max_model_len)
+        self._hidden_in: Tensor | None = None
+        # Of all positions of the context; a stream behind sinks is longer, so its steps make their own.
+        self._angles = angle_table(model.frequencies, 1 if kv.retention.sinks else max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -149,11 +160,16 @@ class GraphRunner(TorchRunner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Replay a graph where there is one for the step's shape; else as TorchRunner."""
-        groups = shared_groups(plan, self.kv.block_size)
+        # Rows with a window may have left what they share behind.
+        groups = shared_groups(plan, self.kv.block_size) if self.kv.retention.window is None else []
         shape = shape_of(plan, shared=bool(groups))
-        if shape is None:
+        # A recomputed group may hold more than its policy's width until it has forked again.
+        if shape is None or plan.tables.shape[1] > self._width:
             return super().launch(plan)
         draws = draws_of(plan, shape)
+        # A stage may end before the head, and ranks put their logits together outside of the graph.
+        if not self.model.draws or (self.model.split is not None and draws is Draws.TRUNCATED):
+            draws = Draws.NONE
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
             return super().launch(plan)
@@ -164,7 +180,13 @@ class GraphRunner(TorchRunner):
         stage.done.synchronize()  # its last copy was made depth + 2 steps ago
         self._send(plan, stage, shape, draws, groups)
         graph, result = captured
+        received = self._received(plan.num_tokens)
+        if received is not None:
+            self._entering[: plan.num_tokens].copy_(received)
         graph.replay()
+        if not self.model.draws:
+            stage.done.record()
+            return self._give_on(result[: plan.num_tokens])
         if draws is Draws.NONE:
             stage.done.record()
             if shape.chunks or np.array_equal(plan.draw_rows, np.arange(len(plan.seq_ids))):
@@ -191,18 +213,32 @@ class GraphRunner(TorchRunner):
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, for the steps that are not replayed."""
-        hidden: Tensor = self.model.norm(self._hidden(inputs))
-        return hidden
+        hidden = self._hidden(inputs, self._received(len(inputs.token_ids)))
+        return self.model.norm(hidden) if self.model.draws else hidden
 
-    def _hidden(self, inputs: StepInputs) -> Tensor:
-        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are."""
+    def _hidden(self, inputs: StepInputs, received: Tensor | None) -> Tensor:
+        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are.
+
+        received: of the stage before, in place of embeddings.
+        """
+        angles = self._angles
+        if self.kv.retention.sinks:  # a row for each token of the step, behind that of position 0
+            inputs, positions = self.kv.with_sinks(inputs, self.model.frequencies), inputs.positions
+            angles = angle_rows(self.model.frequencies, torch.cat((torch.zeros_like(positions[:1]), positions)))
+            inputs = inputs._replace(positions=torch.arange(1, len(angles), dtype=torch.int32, device=self.device))
 
         def attention(layer: Layer, heads: Tensor) -> Tensor:
-            query = self.kv.rope_write(layer, heads, inputs, self._angles)
+            query = self.kv.rope_write(layer, heads, inputs, angles)
             return self.kv.attend(layer.index, query, inputs)
 
-        embedding = self.model.embedding
-        embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        embedding, split = self.model.embedding, self.model.split
+        if received is not None:
+            embedded = received
+        elif split is None:
+            embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        else:
+            newest = self._newest.index_select(0, inputs.batch_indices).clamp(min=0)
+            embedded = split.embed(embedding, torch.where(inputs.token_ids >= 0, inputs.token_ids, newest))
         return self.model.run_layers(embedded, attention)
 
     def _step(self, shape: Shape, draws: Draws) -> Tensor:
@@ -210,7 +246,11 @@ class GraphRunner(TorchRunner):
         decode in its row, or, where there are chunks, of each draw.
         """
         inputs = views(self._inputs, shape, self._width)
-        hidden, drawn_for = self._hidden(inputs), inputs.batch_indices
+        enters = self.pipe is not None and self.pipe.before is not None
+        hidden = self._hidden(inputs, self._entering[: shape.tokens].clone() if enters else None)
+        if not self.model.draws:
+            return hidden
+        drawn_for = inputs.batch_indices
         if shape.draws:
             hidden, drawn_for = hidden.index_select(0, inputs.draw_tokens), inputs.draw_indices
         logits = self.model.head(hidden, norm=self.model.norm)
@@ -222,9 +262,12 @@ class GraphRunner(TorchRunner):
 
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
+        split = self.model.split
         if draws is Draws.GREEDY:
-            return draw_tokens(logits)
+            return draw_tokens(logits) if split is None else split.most_likely(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
+        if split is not None:
+            return split.draw(logits, temperature, uniform)
         threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
         return draw_tokens(logits, temperature, uniform, threshold)
 
@@ -236,9 +279,18 @@ class GraphRunner(TorchRunner):
             )
         return self._logits
 
+    @property
+    def _entering(self) -> Tensor:
+        """Where hidden states of the stage before are put for the graphs, [most tokens, hidden_size]."""
+        if self._hidden_in is None:
+            most = max(MOST_TOKENS, self._rows)
+            size, dtype = self.model.config.hidden_size, self.model.dtype
+            self._hidden_in = torch.zeros(most, size, dtype=dtype, device=self.device)
+        return self._hidden_in
+
     def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """Capture the graph of a shape, over inputs of padding alone, so that warming it up writes nothing; None where the memory is
-        short.
+        short. Ranks that share the model must capture alike, so there a shortage is an error.
         """
         if (shape, draws) in self._too_large:
             return None
@@ -252,9 +304,13 @@ class GraphRunner(TorchRunner):
         try:
             with torch.cuda.stream(self._capturing):
                 self._step(shape, draws)
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing):
+            # NCCL has threads of its own, which may ask the device something meanwhile.
+            mode = "global" if self.model.split is None else "thread_local"
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing, capture_error_mode=mode):
                 result = self._step(shape, draws)
         except torch.OutOfMemoryError:
+            if self.model.split is not None:
+                raise
             self._too_large.add((shape, draws))
             return None
         finally:

@@ -11,8 +11,8 @@ with it. Below, T is the number of tokens in the step, H the query heads, KH the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,27 @@ RawAttention = Callable[["Layer", Tensor], Tensor]
 """attention(layer, heads [T, H + 2 KH, D]) -> [T, H, D]: the same for heads as projected, queries first, then keys, then values.
 
 For those who norm and rotate while they write to the cache."""
+
+
+class Vocabulary(Protocol):
+    """The rows of embedding and head where several ranks share them (split.py)."""
+
+    def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        """Embeddings of any tokens, [T, hidden_size], for this rank's table [rows, hidden_size]."""
+        ...
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, [R, vocab_size], for those of this rank, [R, rows]."""
+        ...
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """draw_tokens(whole(logits)) without gathering them: int64 [R]."""
+        ...
+
+    def draw(self, logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+        """draw_tokens(whole(logits), temperature, uniform) without gathering them: int64 [R]."""
+        ...
+
 
 INITIAL_STD = 0.02  # of drawn weights: `initializer_range` of every published config
 
@@ -55,9 +76,10 @@ class Layer(nn.Module):
         self.down = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, attention: RawAttention) -> Tensor:
-        """The layer's output, [T, hidden_size]; `hidden` is changed in place and returned."""
+        """The layer's output, [T, hidden_size]; `hidden` may be changed in place and returned."""
         heads = self.qkv(hidden, norm=self.attention_norm).view(hidden.shape[0], -1, self.head_dim)
-        self.output(attention(self, heads).reshape(hidden.shape[0], -1), residual=hidden)
+        # Where ranks share the layer the sum is a new tensor, so it is what is returned that goes on.
+        hidden = self.output(attention(self, heads).reshape(hidden.shape[0], -1), residual=hidden)
         after: Tensor = self.down(self.gate_up.gated(hidden, norm=self.mlp_norm), residual=hidden)
         return after
 
@@ -92,42 +114,74 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them."""
+    """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them.
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    embeds, draws: whether it begins with the embedding and ends with the head; a stage of a pipeline may do neither (split.py).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        embeds: bool = True,
+        draws: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.draws = draws
+        reads_table = embeds or (draws and config.tie_embeddings)
+        table_device = device if reads_table else "meta"
+        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=table_device)
         layers = nn.ModuleList(Layer(config, i, dtype=dtype, device=device) for i in range(config.num_layers))
         self.layers = cast(list[Layer], layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        head_device = "meta" if config.tie_embeddings else device
+        head_device = device if draws and not config.tie_embeddings else "meta"
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=head_device)
         if config.tie_embeddings:
             self.head.format = Dense(self.embedding)
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
         self.frequencies: Tensor
+        self.split: Vocabulary | None = None  # the vocabulary is shared by ranks
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T]."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, received: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T] (or whole numbers in
+        float64, in which their angles are computed then).
+
+        received: in place of the embeddings, what the stage before gives. A stage that does not draw gives on what is before the norm.
+        """
         cos, sin = rope_angles(self.frequencies, positions, self.dtype)
 
         def rotated_first(layer: Layer, heads: Tensor) -> Tensor:
             return attention(layer.index, *layer.rotated(heads, cos, sin))
 
-        hidden: Tensor = self.norm(self.run_layers(functional.embedding(token_ids, self.embedding), rotated_first))
-        return hidden
+        if received is not None:
+            embedded = received
+        elif self.split is not None:
+            embedded = self.split.embed(self.embedding, token_ids)
+        else:
+            embedded = functional.embedding(token_ids, self.embedding)
+        hidden = self.run_layers(embedded, rotated_first)
+        return self.norm(hidden) if self.draws else hidden
 
     def run_layers(self, hidden: Tensor, attention: RawAttention) -> Tensor:
-        """Hidden states before the last norm, for those after the embedding: [T, hidden_size], changed in place and returned."""
+        """Hidden states before the last norm, for those after the embedding: [T, hidden_size], which may be changed in place."""
         for layer in self.layers:
             hidden = layer(hidden, attention)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, float32 [R, vocab_size], for hidden states after the last norm, [R, hidden_size]."""
+        scores = self.own_logits(hidden)
+        return scores if self.split is None else self.split.whole(scores)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, of the tokens whose rows this rank has."""
         scores: Tensor = self.head(hidden)
         return scores.float()
 
@@ -137,9 +191,9 @@ class Llama(nn.Module):
         Only float32 on a CPU with oneDNN is touched: there the plain layout leaves most of the memory bandwidth unused.
         """
         onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        if onednn and self.dtype == torch.float32 and self.embedding.device.type == "cpu":
+        if onednn and self.dtype == torch.float32 and self.norm.weight.device.type == "cpu":
             for module in self.modules():
-                if isinstance(module, Linear):
+                if isinstance(module, Linear) and (self.draws or module is not self.head):
                     module.pack()
         return self
 
@@ -160,11 +214,26 @@ class Llama(nn.Module):
         model = Llama(config, dtype=dtype, device=device)
         generator = torch.Generator(device=device).manual_seed(seed)
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, std, generator=generator)
+            _draw(name, parameter, std, generator)
         return model
+
+
+def draw_parameters(
+    parameters: Mapping[str, Tensor], seed: int, dtype: torch.dtype, device: torch.device | str, std: float
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of each of a model's parameters, as Llama.random draws them, one at a time: the model itself may have none."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in parameters.items():
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
+        _draw(name, values, std, generator)
+        yield name, values
+
+
+def _draw(name: str, values: Tensor, std: float, generator: torch.Generator) -> None:
+    if name.endswith("norm.weight"):
+        values.fill_(1.0)
+    else:
+        values.normal_(0.0, std, generator=generator)
 
 
 def rope_frequencies(
@@ -197,8 +266,10 @@ def _llama_3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of positions [T], each [T, 1, D], for `rotate`. Computed once a step, in float32."""
-    angles = positions[:, None, None].float() * frequencies
+    """Cosines and signed sines of positions [T], each [T, 1, D], for `rotate`. Computed once a step, in float32; in float64 if `dtype` or
+    the positions are, as those of a stream may be large."""
+    wide = torch.promote_types(torch.promote_types(positions.dtype, torch.float32), dtype)
+    angles = positions[:, None, None].to(wide) * frequencies.to(wide)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
@@ -207,6 +278,12 @@ def angle_table(frequencies: Tensor, num_positions: int) -> Tensor:
     """Cosines, then sines, of the angles of positions 0, 1, ...: float32 [num_positions, D], for rope_write_kv."""
     angles = torch.arange(num_positions, device=frequencies.device, dtype=torch.float32)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def angle_rows(frequencies: Tensor, positions: Tensor) -> Tensor:
+    """Cosines, then sines, of the angles of these positions: float32 [T, D], by way of float64, as a stream's positions are large."""
+    angles = positions.double()[:, None] * frequencies.double()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from minipaged.errors import ModelError
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
 from minipaged.model.loading.hf_folder import FolderCheckpoint
+
+if TYPE_CHECKING:
+    from minipaged.model.split import Part
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -52,9 +55,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    part: Part | None = None,
 ) -> Llama:
-    """Build the network and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen tensor."""
+    """Build the network, or one rank's part of it, and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen
+    tensor.
+    """
     last = f"model.layers.{checkpoint.config.num_layers - 1}.input_layernorm.weight"
     if last not in checkpoint.shapes():  # asked first, since a damaged count of layers could be in the billions
         raise ModelError(
@@ -63,12 +73,18 @@ def load_model(
     with torch.device("meta"):  # the rotary frequencies as well
         model = Llama(checkpoint.config, dtype=dtype, device="meta")
     check_shapes(checkpoint, {name: tuple(slot.shape) for name, slot in model.slots().items()})
-    model = Llama(checkpoint.config, dtype=dtype, device=device)
-    slots = model.slots()
+    config = checkpoint.config
+    if part is None:
+        model = Llama(config, dtype=dtype, device=device)
+        slots = model.slots()
+    else:
+        model = part.build(config, dtype, device)
+        slots = part.slots(model, config)
     for done, (name, slot) in enumerate(slots.items()):
         if progress is not None:
             progress("loading weights", done, len(slots))
-        slot.copy_(work_in(checkpoint.config, name, checkpoint.read(name)))
+        values = work_in(config, name, checkpoint.read(name))
+        slot.copy_(values if part is None else part.cut(config, name, values))
     if progress is not None:
         progress("loading weights", len(slots), len(slots))
     return model

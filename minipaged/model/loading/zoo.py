@@ -23,6 +23,7 @@ from minipaged.model.loading.tokenizer import ByteTokenizer, IdTokenizer, Tokeni
 
 if TYPE_CHECKING:
     from minipaged.model.loading.weights import Checkpoint
+    from minipaged.model.split import Part
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "shape"]
 
@@ -34,9 +35,9 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A network with its weights, and the tokenizer that goes with it."""
+    """A network with its weights, or one rank's part of it, and the tokenizer that goes with it."""
 
-    config: ModelConfig
+    config: ModelConfig  # of the whole: model.config is the part's
     model: Llama
     tokenizer: Tokenizer
 
@@ -48,24 +49,26 @@ def load(
     dtype: str | torch.dtype = "auto",
     progress: Progress | None = None,
     seed: int = 0,
+    part: Part | None = None,
 ) -> LoadedModel:
     """The model called `name`, on `device`, ready to run.
 
     `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
-    drawn on the device from `seed`. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
+    drawn on the device from `seed`. part: what of it one rank is to hold. ModelError says in a line what is wrong with a name or a
+    file; InputError with the rest.
     """
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     if name == "toy":
-        return _toy(precision, place)
+        return _toy(precision, place, part)
     if name.startswith("random:"):
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
-        check_weights(name, config, precision, place)
-        model = Llama.random(config, seed, precision, place)
-        return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
-    return _from_disk(find(name, progress), precision, place, progress)
+        check_weights(name, config if part is None else part.share(config), precision, place)
+        draw = Llama.random if part is None else part.random
+        return LoadedModel(config, draw(config, seed, precision, place).pack(), ByteTokenizer(config.vocab_size))
+    return _from_disk(find(name, progress), precision, place, progress, part)
 
 
 def check_weights(
@@ -112,7 +115,9 @@ def find(name: str, progress: Progress | None = None) -> Path:
     )
 
 
-def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LoadedModel:
+def _from_disk(
+    path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None, part: Part | None
+) -> LoadedModel:
     from minipaged.model.loading.weights import load_model, open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -124,8 +129,8 @@ def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: P
         )
     if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
         config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
-    check_weights(str(path), config, dtype, device)
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    check_weights(str(path), config if part is None else part.share(config), dtype, device)
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, part=part)
     return LoadedModel(config, model.pack(), tokenizer)
 
 
@@ -146,7 +151,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return IdTokenizer(config.vocab_size, why, config.eos_token_ids)
 
 
-def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _toy(dtype: torch.dtype, device: torch.device, part: Part | None) -> LoadedModel:
     """Two layers with weights large enough that each token depends on all before it: one wrong key or value anywhere changes
     the text. It can say small letters and spaces only. Drawn on the CPU, so that it is the same everywhere."""
     config = shape("toy")
@@ -157,9 +162,11 @@ def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
     silent = torch.ones(config.vocab_size, dtype=torch.bool)
     silent[said] = False
     scores[silent] = 0
-    placed = Llama(config, dtype=dtype, device=device)
-    for slot, values in zip(placed.slots().values(), model.slots().values(), strict=True):
-        slot.copy_(values)
+    placed = Llama(config, dtype=dtype, device=device) if part is None else part.build(config, dtype, device)
+    slots = placed.slots() if part is None else part.slots(placed, config)
+    whole = model.slots()
+    for name, slot in slots.items():
+        slot.copy_(whole[name] if part is None else part.cut(config, name, whole[name]))
     return LoadedModel(config, placed.pack(), ByteTokenizer(config.vocab_size))
 
 
