@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+import minipaged
 from tests.serving.engines import scripted
 from tests.serving.running import Serving, serving
 
@@ -209,6 +212,19 @@ def test_metrics_have_vllms_names_and_count(server: Serving) -> None:
     assert before["minipaged:num_requests_running", ""] == before["minipaged:kv_cache_usage_perc", ""] == 0
 
 
+def test_the_boards_queries_ask_for_metrics_that_there_are(server: Serving) -> None:
+    server.refusal({"prompt": 3})
+    text = server.http.get("/metrics").text
+    there = {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}
+    labels = set(re.findall(r'(\w+)="', text))
+    board = json.loads((Path(minipaged.__file__).parent / "serving/grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(queries) > 12
+    for query in queries:
+        assert set(re.findall(r"minipaged:\w+", query)) <= there, query
+        assert set(re.findall(r"(\w+)=~", query)) <= labels, query
+
+
 BAD = [
     ({"prompt": "a", "temperature": -1}, "temperature"),
     ({"prompt": "a", "top_p": 0}, "top_p"),
@@ -231,6 +247,7 @@ BAD = [
     ({}, "prompt"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
     ({"prompt": "a", "response_format": {"type": "json_objekt"}}, "response_format"),
+    ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format"),
     ({"prompt": "a", "stream_options": 3}, "stream_options"),
     ({"prompt": "a", "use_beam_search": True, "temperature": 0.5}, "temperature"),
     ({"prompt": "a", "n": 3, "best_of": 2}, "best_of"),

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
+import msgspec
+
 from minipaged.config import NO_LIMIT
 from minipaged.errors import InputError
 from minipaged.serving.http import fields
 from minipaged.serving.http.asgi import DONE, event
 from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.mailbox import Entry, Growth, Ticket
+from minipaged.text.grammar import ANY_OBJECT
 
 LONG_TEXT = 4096  # characters: longer prompts are tokenized in a thread, so that streams go on meanwhile
 Result = TypeVar("Result")
@@ -389,7 +392,6 @@ async def off_loop(size: int, call: Callable[[], Result]) -> Result:
 async def prepare_chat(data: JSON, codec: Codec, limits: Limits, model: str) -> Job:
     """A job of the body of /v1/chat/completions. ApiError says what is wrong with it."""
     asked, ignored = fields.read_fields(data, fields.ChatRequest)
-    _refuse_formats(asked.response_format)
     top = asked.top_logprobs
     if top is not None and not 0 <= top <= fields.MAX_TOP_LOGPROBS:
         raise bad_request(f"top_logprobs must be from 0 to {fields.MAX_TOP_LOGPROBS}, not {top}", "top_logprobs")
@@ -428,7 +430,6 @@ async def chat_tokens(asked: fields.ChatRequest | fields.TokenizeRequest, codec:
 async def prepare_completion(data: JSON, codec: Codec, limits: Limits, model: str) -> Job:
     """A job of the body of /v1/completions. ApiError says what is wrong with it."""
     asked, ignored = fields.read_fields(data, fields.CompletionRequest)
-    _refuse_formats(asked.response_format)
     if asked.logprobs is not None and not 0 <= asked.logprobs <= 100:
         raise bad_request(f"logprobs must be from 0 to 100, not {asked.logprobs}", "logprobs")
     prompts = []
@@ -471,12 +472,19 @@ def _is_token(item: object) -> bool:
     return isinstance(item, int) and not isinstance(item, bool)
 
 
-def _refuse_formats(asked: fields.ResponseFormat | None) -> None:
-    if asked is not None and asked.type != "text":
+def _schema_of(asked: fields.ResponseFormat | None) -> str | None:
+    """The JSON schema that answers must follow, as text; None for any text."""
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return ANY_OBJECT
+    if asked.type != "json_schema":
         kind = asked.type[:40]
-        raise bad_request(
-            f"response_format {kind!r} is not supported by this server", "response_format", "unsupported_parameter"
-        )
+        raise bad_request(f"response_format {kind!r} is not supported", "response_format", "unsupported_parameter")
+    schema = (asked.json_schema or {}).get("schema")
+    if not isinstance(schema, dict):
+        raise bad_request("response_format.json_schema.schema must be an object", "response_format")
+    return msgspec.json.encode(schema).decode()
 
 
 def _finish_job(
@@ -487,6 +495,9 @@ def _finish_job(
     if job.echo and job.logprobs is not None:
         scored = max(job.logprobs, scored or 0)
     job.params = fields.sampling_params(asked, logprobs=job.logprobs, prompt_logprobs=scored, most=most)
+    schema = _schema_of(asked.response_format)
+    if schema is not None:
+        job.params["json_schema"] = schema
     job.prompt_logprobs = asked.prompt_logprobs is not None
     job.n = job.params.get("n", 1)
     job.width = job.params.get("beam_width") or job.params.get("best_of") or job.n

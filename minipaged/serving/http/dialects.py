@@ -212,11 +212,9 @@ def chat_of_response(data: JSON) -> JSON:
             raise bad_request(f"{name} is not supported: this server keeps nothing", name, "unsupported_parameter")
     if asked.reasoning and any(value is not None for value in asked.reasoning.values()):
         raise bad_request("reasoning is not supported by this server", "reasoning", "unsupported_parameter")
-    form = (asked.text or {}).get("format") or {}
-    if not isinstance(form, dict) or form.get("type", "text") != "text":
-        raise bad_request(
-            "text.format other than text is not supported by this server", "text", "unsupported_parameter"
-        )
+    form = (asked.text or {}).get("format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        form = {"type": "json_schema", "json_schema": form}
     messages: list[JSON] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     if isinstance(asked.input, str):
         messages.append({"role": "user", "content": asked.input})
@@ -233,7 +231,7 @@ def chat_of_response(data: JSON) -> JSON:
         "max_tokens": asked.max_output_tokens,
         "stream": asked.stream,
     }
-    return {**chat, "temperature": asked.temperature, "top_p": asked.top_p}
+    return {**chat, "temperature": asked.temperature, "top_p": asked.top_p, "response_format": form}
 
 
 class Response(NamedEvents):

@@ -72,6 +72,13 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
+class ResponseFormat(msgspec.Struct):
+    """text, json_object or json_schema."""
+
+    type: str
+    json_schema: dict[str, Any] | None = None
+
+
 class Common(msgspec.Struct, kw_only=True):
     """The fields of both completions. Null is absent."""
 
@@ -107,6 +114,7 @@ class Common(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     use_beam_search: bool | None = None
     add_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -119,20 +127,12 @@ class ChatMessage(msgspec.Struct):
     tool_call_id: str | None = None
 
 
-class ResponseFormat(msgspec.Struct):
-    """text, json_object or json_schema."""
-
-    type: str
-    json_schema: dict[str, Any] | None = None
-
-
 class ChatRequest(Common, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -144,7 +144,6 @@ class CompletionRequest(Common, kw_only=True):
     prompt: str | list[Any] | None = None
     logprobs: int | None = None
     echo: bool | None = None
-    response_format: ResponseFormat | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
