@@ -173,6 +173,44 @@ def quality(
         typer.echo(note)
 
 
+def retention(
+    model: Annotated[str, typer.Option(help="A zoo name.")] = "smollm2-135m",
+    budget: Annotated[int, typer.Option(help="Tokens that a window, and sinks with a window, keep.")] = 192,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text that are read.")] = 700,
+    stream: Annotated[int, typer.Option(help="Then draw so many tokens behind sinks; 0: none.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what forgetting costs and saves: a text's perplexity and the blocks held, and a long stream's memory and time."""
+    from dataclasses import asdict
+
+    from minipaged.cli.progress import status_line
+    from minipaged.lab.measure import retention as lab
+    from minipaged.lab.measure.results import Results
+    from minipaged.lab.report.tables import table
+
+    names, kept = lab.policies(budget), Results(json_file)
+    with status_line() as progress:
+        found = list(lab.measure(model, names, tokens=tokens, device=device, progress=progress))
+        kept.add(asdict(row) for row in found)
+        marks = list(lab.stream(model, names[-1], tokens=stream, device=device, progress=progress)) if stream else []
+        kept.add(asdict(mark) for mark in marks)
+    rows = [
+        (
+            row.retention,
+            f"{row.perplexity:.3f}",
+            f"{row.most_blocks} of {row.all_blocks}",
+            f"{row.kv_bytes / 2**20:.2f}",
+        )
+        for row in found
+    ]
+    title = f"{model}: {tokens} tokens of text, blocks of {lab.BLOCK}, chunks of {lab.CHUNK}"
+    table(title, ("what stays", "perplexity", "most blocks", "MiB"), rows)
+    if marks:
+        steps = [(f"{mark.tokens:,}", f"{mark.step_ms:.2f}", str(mark.blocks)) for mark in marks]
+        table(f"{model}: a stream with {names[-1]}", ("tokens drawn", "ms a step", "blocks held"), steps)
+
+
 def plot(
     results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
     out: Annotated[Path, typer.Argument(help="The .svg file to write.")],

@@ -123,13 +123,13 @@ def engine_of(
 def run_watched(
     engine: Engine, asked: list[tuple[list[int], SamplingParams]], retention: Retention
 ) -> list[RequestOutput]:
-    """Run to the end. After every step no sequence holds an entry that the policy would release."""
+    """Run to the end. After every step no sequence holds an entry that the policy would release (where every step is committed at once)."""
     scheduler = engine.scheduler
     outputs = [engine.ask(prompt, params) for prompt, params in asked]
     while engine.has_work:
         engine.step()
         for sequence in scheduler.sequences.values():
-            if sequence.slot >= 0 and not sequence.request.to_fork:
+            if sequence.slot >= 0 and not sequence.request.to_fork and not scheduler.config.depth:
                 table = scheduler.manager.table(sequence.seq_id)
                 published = int(scheduler.batch.num_published[sequence.slot]) // scheduler.block_size
                 spare = retention.spare(sequence.num_computed, scheduler.block_size)
