@@ -105,11 +105,15 @@ class TorchRunner:
             self.kv.write(layer, key, value, inputs)
             return self.kv.attend(layer, query, inputs)
 
+        positions = inputs.positions
+        if self.kv.retention.sinks:
+            inputs = self.kv.with_sinks(inputs, self.model.frequencies)
+            positions = positions.double()  # a stream behind sinks has no end, and float32 angles become coarse
         # Tokens that the host does not know are the newest of their batch index.
         newest = self._newest.index_select(0, inputs.batch_indices)
         token_ids = torch.where(inputs.token_ids >= 0, inputs.token_ids, newest)
         received = None if self.pipe is None else self._received(len(token_ids))
-        hidden: torch.Tensor = self.model(token_ids, inputs.positions, attention, received)
+        hidden: torch.Tensor = self.model(token_ids, positions, attention, received)
         return hidden
 
     def _received(self, num_tokens: int) -> torch.Tensor | None:

@@ -79,6 +79,7 @@ class Part:
             config,
             num_layers=end - start,
             unrotated_layers=tuple(layer - start for layer in config.unrotated_layers if start <= layer < end),
+            full_layers=tuple(layer - start for layer in config.full_layers if start <= layer < end),
             num_heads=config.num_heads // ranks,
             num_kv_heads=max(1, config.num_kv_heads // ranks),
             intermediate_size=config.intermediate_size // ranks,
