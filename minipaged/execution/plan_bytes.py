@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,26 @@ from minipaged.scheduling.plan import (
     StepTokens,
 )
 
-ARRAYS = ("seq_ids", "slots", "starts", "lengths", "token_ids", "tables", "draw_rows", "draw_slots")
+ARRAYS = tuple(field.name for field in fields(StepPlan) if "Array" in str(field.type))  # of a plan; one may be None
 COLUMNS = ("token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")
 _LENGTH = struct.Struct("<I")
 
 
 def pack_plan(plan: StepPlan) -> bytes:
     """All of a plan."""
-    arrays = [getattr(plan, name) for name in ARRAYS] + list(plan.sampling or ())
+    present = [name for name in ARRAYS if getattr(plan, name) is not None]
+    masks = [each.mask for each in plan.adjustments if each is not None and each.mask is not None]
+    arrays = [getattr(plan, name) for name in present] + list(plan.sampling or ())
+    arrays += [np.frombuffer(mask, np.uint8) for mask in masks]
     head = {
         "step": plan.step,
+        "present": present,
         "pairs": (plan.swap_outs, plan.swap_ins, plan.copies),
+        "sampling": plan.sampling is not None,
         "top": plan.top_logprobs,
         "queries": plan.prompt_queries,
-        "adjustments": plan.adjustments,
+        # True for a mask, which is one of the arrays
+        "adjustments": [each and each._replace(mask=None if each.mask is None else True) for each in plan.adjustments],  # type: ignore[arg-type]
     }
     return _join(head, arrays)
 
@@ -41,8 +48,8 @@ def pack_plan(plan: StepPlan) -> bytes:
 def unpack_plan(body: bytes) -> StepPlan:
     """The plan that was packed."""
     head, arrays = _take_apart(body)
-    named = dict(zip(ARRAYS, arrays, strict=False))
-    sampling = arrays[len(ARRAYS) :]
+    named = {name: arrays.pop(0) for name in head["present"]}
+    sampling = [arrays.pop(0) for _ in SamplingColumns._fields] if head["sampling"] else None
     swap_outs, swap_ins, copies = (_pairs(pairs) for pairs in head["pairs"])
     return StepPlan(
         step=head["step"],
@@ -50,10 +57,10 @@ def unpack_plan(body: bytes) -> StepPlan:
         swap_ins=swap_ins,
         copies=copies,
         **named,
-        sampling=SamplingColumns(*sampling) if sampling else None,
+        sampling=SamplingColumns(*sampling) if sampling is not None else None,
         top_logprobs=head["top"],
         prompt_queries=tuple(PromptQuery(row, tuple(targets), top) for row, targets, top in head["queries"]),
-        adjustments=tuple(None if each is None else _adjustments(each) for each in head["adjustments"]),
+        adjustments=tuple(each and _adjustments(each, arrays) for each in head["adjustments"]),
     )
 
 
@@ -100,15 +107,11 @@ def _pairs(pairs: list[list[int]]) -> Pairs:
     return tuple((first, second) for first, second in pairs)
 
 
-def _adjustments(told: list[Any]) -> LogitAdjustments:
-    allowed, banned, bias, seen, repetition, drawn, presence, frequency = told
-    return LogitAdjustments(
-        None if allowed is None else tuple(allowed),
-        tuple(banned),
-        tuple((token, value) for token, value in bias),
-        tuple(seen),
-        repetition,
-        tuple((token, count) for token, count in drawn),
-        presence,
-        frequency,
-    )
+def _adjustments(told: list[Any], masks: list[Any]) -> LogitAdjustments:
+    found = LogitAdjustments(*map(_tuples, told))
+    return found if found.mask is None else found._replace(mask=masks.pop(0).tobytes())
+
+
+def _tuples(told: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, told)) if isinstance(told, list) else told

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from minipaged import LLM, SamplingParams
-from minipaged.execution.plan_bytes import pack_plan, pack_tokens, unpack_plan, unpack_tokens
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.execution.plan_bytes import ARRAYS, pack_plan, pack_tokens, unpack_plan, unpack_tokens
+from minipaged.scheduling.plan import LogitAdjustments, StepPlan, StepTokens
+from tests.execution.plans import plan_of
+
+
+def test_no_field_of_a_plan_is_forgotten() -> None:
+    told = {"step", "swap_outs", "swap_ins", "copies", "sampling", "top_logprobs", "prompt_queries", "adjustments"}
+    assert {*told, *ARRAYS} == {field.name for field in fields(StepPlan)}
 
 
 def assert_same(found: Any, sent: Any) -> None:
@@ -74,3 +80,26 @@ def test_every_field_arrives(params: SamplingParams) -> None:
         assert number == step
         for field in fields(StepTokens):
             assert_same(getattr(found_tokens, field.name), getattr(tokens, field.name))
+
+
+def test_what_a_window_leaves_out_arrives() -> None:
+    llm = LLM("toy", device="cpu", num_blocks=48, block_size=4, retention="window:8")
+    runner, plans = llm.engine.runner, []
+    launch = runner.launch
+
+    def spy(plan: StepPlan) -> Any:
+        plans.append(plan)
+        return launch(plan)
+
+    runner.launch = spy  # type: ignore[method-assign]
+    llm.generate("a prompt that is longer than a window", SamplingParams(max_tokens=20, ignore_eos=True))
+    assert any(plan.num_left_out is not None for plan in plans)
+    for plan in plans:
+        assert_same(unpack_plan(pack_plan(plan)).num_left_out, plan.num_left_out)
+
+
+def test_masks_of_grammars_arrive() -> None:
+    none = LogitAdjustments(banned=(3,))
+    masked = [none._replace(mask=bytes([i, 255, 0])) for i in range(2)]
+    plan = replace(plan_of([(0, 3), (4, 1), (7, 1), (2, 2)]), adjustments=(masked[0], None, none, masked[1]))
+    assert_same(unpack_plan(pack_plan(plan)).adjustments, plan.adjustments)
