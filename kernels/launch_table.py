@@ -85,6 +85,21 @@ class LinearLaunch:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLaunch:
+    """How a product of few rows with a packed weight runs: rows of x and outputs per tile, and blocks of inputs that are taken at once.
+
+    prefetch: a program asks for the beginnings of its rows of the weight before the kernel before it has ended.
+    """
+
+    rows: int
+    columns: int
+    split: int
+    num_warps: int
+    num_stages: int
+    prefetch: bool = False
+
+
 # (head dimension up to, bytes per element) -> launch. Sixteen-bit products run on tensor cores; float32 ones are computed exactly
 # ("ieee") on the ordinary ones and need small tiles.
 DECODE: dict[tuple[int, int], DecodeLaunch] = {
@@ -124,6 +139,19 @@ def one_row_launch(n_size: int, gated: bool) -> LinearLaunch:
     if n_size <= 2048:  # few programs: each keeps more of the weight in flight
         return LinearLaunch(rows=1, columns=4, depth=1024, num_warps=8, num_stages=1)
     return LinearLaunch(rows=1, columns=4, depth=512, num_warps=4, num_stages=1)
+
+
+PACKED: dict[int, PackedLaunch] = {  # by rows of x, at most
+    8: PackedLaunch(rows=8, columns=32, split=4, num_warps=4, num_stages=4),
+    16: PackedLaunch(rows=16, columns=32, split=4, num_warps=4, num_stages=3),
+    32: PackedLaunch(rows=32, columns=64, split=2, num_warps=4, num_stages=3),
+    64: PackedLaunch(rows=64, columns=128, split=1, num_warps=8, num_stages=3),
+}
+
+
+def packed_launch(num_rows: int) -> PackedLaunch:
+    """The launch for num_rows rows of x and a packed weight."""
+    return PACKED[max(8, next_power_of_two(min(num_rows, 64)))]
 
 
 def next_power_of_two(n: int) -> int:

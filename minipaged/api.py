@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from minipaged.config import (
     DEFAULT_MODEL,
+    WEIGHTS,
     CacheConfig,
     EngineConfig,
     SamplingParams,
+    Weights,
     check_bool,
     check_choice,
     check_int,
@@ -34,8 +36,9 @@ class LLM:
     """A model ready to generate.
 
     model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
-    float16 or bfloat16; num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto, recompute or swap (to
-    `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
+    float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them, auto packs
+    where that is faster (a GPU, or a CPU in bfloat16); num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto,
+    recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
     running requests make way for a more urgent one that waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU
     and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that does not work.
 
@@ -50,6 +53,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        weights: Weights = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         num_host_blocks: int = 0,
@@ -70,6 +74,7 @@ class LLM:
         trust_remote_code: bool = False,
     ) -> None:
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
+        check_choice("weights", weights, WEIGHTS)
         if overlap != "auto":
             check_int("overlap", overlap, 0, 1)
         if num_blocks is not None:
@@ -102,6 +107,7 @@ class LLM:
             config,
             device=device,
             dtype=dtype,
+            weights=weights,
             num_blocks=num_blocks,
             max_model_len=max_model_len,
             progress=progress,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress, Weights
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
@@ -97,6 +97,7 @@ def assemble(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: Weights = "auto",
     num_blocks: int | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
@@ -116,7 +117,7 @@ def assemble(
         raise InputError(str(error)) from None
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
-    loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress)
+    loaded = zoo.load(model, device=chosen, dtype=precision, weights=weights, progress=progress)
     shape = loaded.config
     if max_model_len is not None and max_model_len > shape.max_position:
         raise InputError(

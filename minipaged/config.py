@@ -21,6 +21,8 @@ Preemption = Literal["auto", "recompute", "swap"]
 PREEMPTION: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+Weights = Literal["auto", "packed", "dense"]
+WEIGHTS: tuple[Weights, ...] = ("auto", "packed", "dense")
 MAX_BLOCK_SIZE = 256
 NO_LIMIT = 2**31 - 1  # what max_tokens=None is kept as: an engine ends every answer at the end of its context
 DEFAULT_MODEL = "smollm2-135m"

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.cli.options import WeightsName
 from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
 from minipaged.lab.measure.results import Results
@@ -105,6 +106,7 @@ def engine(
         bool, typer.Option("--plain", help="Also run minipaged without graphs, fusions and overlap.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
+    weights: WeightsName = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Measure output tokens per second of whole engines on this device, each in a process of its own."""
@@ -113,7 +115,7 @@ def engine(
 
     peers = _names(against)
     check_contenders(peers, model)
-    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device)
+    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device, weights)
     results = Results(json_file, device="unknown: no engine could be started")
     console = Console(width=WIDTH)
     table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")

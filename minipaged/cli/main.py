@@ -25,6 +25,7 @@ from minipaged.cli.options import (
     Temperature,
     TopK,
     TopP,
+    WeightsName,
 )
 from minipaged.cli.terminal import read_stdin
 from minipaged.config import DEFAULT_MODEL, SamplingParams
@@ -87,6 +88,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
     device: Device = "auto",
     dtype: DTypeName = "auto",
+    weights: WeightsName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
 ) -> None:
@@ -113,7 +115,13 @@ def generate(
         texts += [text for text, _ in read_prompts(prompts_file)]
     if not texts:
         raise InputError("there is no prompt: give PROMPT, - to read standard input, or --prompts-file FILE")
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
+    settings: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "weights": weights,
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+    }
     raise typer.Exit(run(model, texts, params, settings, system=system, raw=raw, as_json=as_json))
 
 
@@ -127,12 +135,13 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     dtype: DTypeName = "auto",
+    weights: WeightsName = "auto",
 ) -> None:
     """Talk with the model. What was said before is found in the prefix cache and not computed again."""
     from minipaged.cli.chat import chat as run
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    raise typer.Exit(run(model, params, {"device": device, "dtype": dtype}, system))
+    raise typer.Exit(run(model, params, {"device": device, "dtype": dtype, "weights": weights}, system))
 
 
 @app.command()
@@ -182,13 +191,20 @@ def tui(
     ] = False,
     device: Device = "auto",
     dtype: DTypeName = "auto",
+    weights: WeightsName = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
 ) -> None:
     """Open the screen: it shows block tables, sharing and waste while a model generates."""
     from minipaged.cli.show import show
 
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
+    settings: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "weights": weights,
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+    }
     raise typer.Exit(
         show(
             model,

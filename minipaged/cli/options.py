@@ -19,6 +19,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", autocomp
 DTypeName = Annotated[
     str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.", autocompletion=complete.dtypes)
 ]
+WeightsName = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        help="packed keeps the codes of a quantized model, dense makes floats of them, auto packs where that is faster.",
+        autocompletion=complete.weights,
+    ),
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; measured if left out.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipaged.cli.demo import DEMO
-from minipaged.config import DEFAULT_MODEL, SamplingParams, check_choice, check_int
+from minipaged.config import DEFAULT_MODEL, WEIGHTS, SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
 from minipaged.errors import InputError, RequestError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEMO_SETTINGS: dict[str, Any] = {"num_blocks": 50, "max_num_batched_tokens": 64}
 
 # Options of the engine, and what they are if nobody gives them.
-USUAL: dict[str, Any] = {"num_blocks": None, "device": "auto", "dtype": "auto", "block_size": 16}
+USUAL: dict[str, Any] = {"num_blocks": None, "device": "auto", "dtype": "auto", "weights": "auto", "block_size": 16}
 
 Asked = tuple[tuple[str, SamplingParams], ...]
 
@@ -53,6 +53,7 @@ def show(
         check_int("steps", steps, 1)
     check_int("block_size", chosen.get("block_size", 16), 1, 256)
     check_choice("dtype", chosen.get("dtype", "auto"), ("auto", "float32", "float16", "bfloat16"))
+    check_choice("weights", chosen.get("weights", "auto"), WEIGHTS)
     cells = parse_size(size)
     in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
     terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())

@@ -27,7 +27,11 @@ def make_llm(model: str, **settings: Any) -> LLM:
 def load(name: str, job: Job) -> Runs:
     """The fast path, or the plain one for minipaged-plain."""
     llm = make_llm(
-        job.model, max_num_seqs=job.max_num_seqs, device=job.device, **(PLAIN if name == "minipaged-plain" else {})
+        job.model,
+        max_num_seqs=job.max_num_seqs,
+        device=job.device,
+        weights=job.weights,
+        **(PLAIN if name == "minipaged-plain" else {}),
     )
 
     def answer(workload: str, asked: list[Draw], temperature: float) -> int:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipaged.config import Progress, check_choice, check_int, check_real
+from minipaged.config import WEIGHTS, Progress, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.lab.simulation.workloads import Draw, engine_draws
 
@@ -43,11 +43,13 @@ class Job:
     max_num_seqs: int = 256
     limit_seconds: float = 900.0
     device: str = "auto"
+    weights: str = "auto"  # of minipaged
 
     def __post_init__(self) -> None:
         check_int("repeats", self.repeats, 1)
         check_int("long_repeats", self.long_repeats, 1)
         check_int("max_num_seqs", self.max_num_seqs, 1)
+        check_choice("weights", self.weights, WEIGHTS)
         check_real("limit_seconds", self.limit_seconds, 1.0)
         if not self.workloads:
             raise InputError("workload names nothing; there are nano, sharegpt and batch:N, with commas between them")

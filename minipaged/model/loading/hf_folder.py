@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minipaged.errors import ModelError
 from minipaged.model.loading.hf_config import read_config, read_json
+from minipaged.model.loading.quantized import QuantizedMatrix
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,6 +56,9 @@ class FolderCheckpoint:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.path / file}: tensor {name} cannot be read: {_first_line(error)}") from None
         return values
+
+    def read_packed(self, name: str) -> QuantizedMatrix | None:
+        return None
 
     def _has_own_head(self) -> bool:
         """Whether an lm_head is stored that differs from the embeddings, whatever tie_word_embeddings says."""

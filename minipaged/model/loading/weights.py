@@ -7,7 +7,7 @@ values go straight into the parameters, so that no more than one tensor is held 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from minipaged.config import ModelConfig, Progress, RopeDivisors
 from minipaged.errors import ModelError
+from minipaged.model.linear import Packed
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
 from minipaged.model.loading.hf_folder import FolderCheckpoint
+from minipaged.model.loading.quantized import QuantizedMatrix, stack
 
+StaysPacked = Callable[[QuantizedMatrix], bool]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -37,6 +40,10 @@ class Checkpoint(Protocol):
         """One tensor's values, in whatever float type they are held."""
         ...
 
+    def read_packed(self, name: str) -> QuantizedMatrix | None:
+        """A matrix's codes and scales, its rows in the order of `read`; None if it is not stored as such."""
+        ...
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a GGUF file or a Hugging Face folder and read its config; ModelError says what is wrong with it."""
@@ -52,9 +59,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    stays_packed: StaysPacked | None = None,
 ) -> Llama:
-    """Build the network and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen tensor."""
+    """Build the network and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen tensor.
+
+    stays_packed: which of the matrices that are stored as codes are kept so; the others, and all if it is None, become dense.
+    """
     last = f"model.layers.{checkpoint.config.num_layers - 1}.input_layernorm.weight"
     if last not in checkpoint.shapes():  # asked first, since a damaged count of layers could be in the billions
         raise ModelError(
@@ -63,7 +78,12 @@ def load_model(
     with torch.device("meta"):  # the rotary frequencies as well
         model = Llama(checkpoint.config, dtype=dtype, device="meta")
     check_shapes(checkpoint, {name: tuple(slot.shape) for name, slot in model.slots().items()})
-    model = Llama(checkpoint.config, dtype=dtype, device=device)
+    model = Llama(checkpoint.config, dtype=dtype, device=device, weight_device="meta" if stays_packed else None)
+    if stays_packed is not None:
+        for linear, pieces in model.linears():
+            matrix = _read_stacked(checkpoint, pieces)
+            keep = matrix is not None and stays_packed(matrix)
+            linear.format = Packed(matrix.packed(device)) if matrix is not None and keep else linear.dense_on(device)
     slots = model.slots()
     for done, (name, slot) in enumerate(slots.items()):
         if progress is not None:
@@ -72,6 +92,20 @@ def load_model(
     if progress is not None:
         progress("loading weights", len(slots), len(slots))
     return model
+
+
+def _read_stacked(checkpoint: Checkpoint, pieces: Iterable[str]) -> QuantizedMatrix | None:
+    """The matrices that a Linear holds one below the other, if all are stored as codes and none is changed on its way in."""
+    matrices = []
+    for name in pieces:
+        matrix = checkpoint.read_packed(f"{name}.weight")
+        if matrix is None:
+            return None
+        probe = torch.empty(matrix.codes.shape[0], 1)
+        if work_in(checkpoint.config, f"{name}.weight", probe) is not probe:
+            return None
+        matrices.append(matrix)
+    return stack(matrices)
 
 
 def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress
-from minipaged.errors import ModelError
+from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress, Weights
+from minipaged.errors import InputError, ModelError
+from minipaged.model.linear import Packed, int4_on_cpu
 from minipaged.model.llama import Llama
 from minipaged.model.loading.placement import ROOM_SHARE, check_room, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from minipaged.model.loading.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
 
 if TYPE_CHECKING:
-    from minipaged.model.loading.weights import Checkpoint
+    from minipaged.model.loading.weights import Checkpoint, StaysPacked
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "shape"]
 
@@ -46,26 +47,43 @@ def load(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    weights: Weights = "auto",
     progress: Progress | None = None,
     seed: int = 0,
 ) -> LoadedModel:
     """The model called `name`, on `device`, ready to run.
 
     `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
-    drawn on the device from `seed`. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
+    drawn on the device from `seed`. weights: see choose_weights; of random:SHAPE, packed draws four-bit codes. ModelError says in a line
+    what is wrong with a name or a file; InputError with the rest.
     """
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     if name == "toy":
+        if weights == "packed":
+            raise InputError("toy has no packed weights: it is drawn in floats")
         return _toy(precision, place)
     if name.startswith("random:"):
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
         check_weights(name, config, precision, place)
-        model = Llama.random(config, seed, precision, place)
+        model = Llama.random(config, seed, precision, place, packed=weights == "packed")
         return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
-    return _from_disk(find(name, progress), precision, place, progress)
+    return _from_disk(find(name, progress), precision, place, weights, progress)
+
+
+def choose_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> StaysPacked | None:
+    """Which quantized matrices stay packed: all, none (None), or with `auto` those whose products are faster so.
+
+    On a GPU that is all in sixteen bits; on a CPU those that torch's own kernel takes, which is faster in bfloat16 alone.
+    """
+    sixteen_bits = dtype.itemsize == 2
+    if weights == "packed" or (weights == "auto" and device.type == "cuda" and sixteen_bits):
+        return lambda matrix: True
+    if weights == "auto" and device.type == "cpu" and dtype == torch.bfloat16:
+        return lambda matrix: matrix.bits == 4 and int4_on_cpu(matrix.codes.shape[0], matrix.group)
+    return None
 
 
 def check_weights(
@@ -112,7 +130,9 @@ def find(name: str, progress: Progress | None = None) -> Path:
     )
 
 
-def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LoadedModel:
+def _from_disk(
+    path: Path, dtype: torch.dtype, device: torch.device, weights: Weights, progress: Progress | None
+) -> LoadedModel:
     from minipaged.model.loading.weights import load_model, open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -125,7 +145,10 @@ def _from_disk(path: Path, dtype: torch.dtype, device: torch.device, progress: P
     if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
         config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
     check_weights(str(path), config, dtype, device)
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    stays_packed = choose_weights(weights, device, dtype)
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, stays_packed=stays_packed)
+    if weights == "packed" and not any(isinstance(linear.format, Packed) for linear, _ in model.linears()):
+        raise ModelError(f"{path}: holds no weights that can stay packed; `minipaged quantize` makes a folder of such")
     return LoadedModel(config, model.pack(), tokenizer)
 
 
