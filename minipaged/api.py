@@ -38,9 +38,10 @@ class LLM:
     model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
     float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them, auto packs
     where that is faster (a GPU, or a CPU in bfloat16); num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto,
-    recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and
-    running requests make way for a more urgent one that waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU
-    and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises InputError naming the value that does not work.
+    recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller
+    SamplingParams.priority is served first and running requests make way for a more urgent one that waits; overlap: steps in flight beside
+    the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises
+    InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;

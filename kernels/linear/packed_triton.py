@@ -15,7 +15,7 @@ from minipaged.kernels.attention.triton_tiles import must_upcast
 from minipaged.kernels.dependent_launch import dependent_launch, wait_for_previous
 from minipaged.kernels.dispatch import triton_interpreted
 from minipaged.kernels.launch_table import PackedLaunch, next_power_of_two, packed_launch
-from minipaged.kernels.linear.packed import PackedMatrix
+from minipaged.kernels.linear.packed_matrix import PackedMatrix
 
 MAX_ROWS = 64
 
@@ -291,7 +291,7 @@ def packed_rows_triton(
 
 
 def dequantize_triton(weight: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """See minipaged.kernels.linear.packed.dequantize. Moves the packed bytes and those of the result."""
+    """See minipaged.kernels.linear.packed_matrix.dequantize. Moves the packed bytes and those of the result."""
     outputs, blocks, planes, width = weight.words.shape
     out = torch.empty(outputs, weight.inputs, dtype=dtype, device=weight.words.device)
     blocks_a_program = min(32, next_power_of_two(blocks))

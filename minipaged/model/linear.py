@@ -21,7 +21,7 @@ from minipaged.kernels.linear import (
     packed_gated_linear,
     packed_linear,
 )
-from minipaged.kernels.linear.packed import codes_of
+from minipaged.kernels.linear.packed_matrix import codes_of
 
 RANDOM_GROUP = 128
 UNIFORM_STD = (255 / 12) ** 0.5  # of the numbers 0 to 15
@@ -81,7 +81,7 @@ class Dense(nn.Module):
 
 
 class Packed(nn.Module):
-    """Codes of four or eight bits with a scale for each group of them (kernels/linear/packed.py), as they came from a checkpoint."""
+    """Codes of four or eight bits with a scale for each group of them (kernels/linear/packed_matrix.py), as they came from a checkpoint."""
 
     def __init__(self, matrix: PackedMatrix) -> None:
         super().__init__()

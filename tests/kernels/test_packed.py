@@ -10,15 +10,12 @@ from torch import Tensor
 
 from minipaged.kernels.launch_table import PackedLaunch
 from minipaged.kernels.linear.packed import (
-    PackedMatrix,
-    codes_of,
-    dequantize,
-    pack,
     packed_gated_linear,
     packed_gated_linear_torch,
     packed_linear,
     packed_linear_torch,
 )
+from minipaged.kernels.linear.packed_matrix import PackedMatrix, codes_of, dequantize, pack
 from tests.kernels.paged_cases import assert_close, examples
 
 pytestmark = pytest.mark.usefixtures("unset_choice")

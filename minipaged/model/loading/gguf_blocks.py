@@ -17,11 +17,15 @@ from minipaged.model.loading.quantized import QuantizedMatrix
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """One type: values and bytes a block, and how rows of it, uint8 [outputs, blocks, bytes], become a matrix."""
+    """One type: values and bytes a block, and how rows of it, uint8 [outputs, blocks, bytes], become a matrix.
+
+    group: values that share a scale. bits: what a value takes as it stays packed, scales included.
+    """
 
     values: int
     num_bytes: int
     group: int
+    bits: float
     read: Callable[[Tensor], QuantizedMatrix]
 
 
@@ -39,6 +43,11 @@ def _matrix(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, *, zero_poi
 
 def _constant(scale: Tensor, zero_point: float) -> Tensor:
     return torch.full_like(scale, zero_point)
+
+
+def _cut(packed: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The last dimension as several."""
+    return packed.reshape(*packed.shape[:-1], *sizes)
 
 
 def _nibbles(packed: Tensor) -> Tensor:
@@ -83,7 +92,7 @@ def _q8_0(raw: Tensor) -> QuantizedMatrix:
 
 def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Eight 6-bit scales and eight 6-bit minimums from 12 bytes: four each in low bits, the other four's pieces around them."""
-    first, second, third = packed.split(4, dim=-1)
+    first, second, third = torch.split(packed, 4, dim=-1)
     scale = torch.cat((first & 63, third & 15 | (first >> 2) & 48), dim=-1)
     minimum = torch.cat((second & 63, third >> 4 | (second >> 2) & 48), dim=-1)
     return scale.float(), minimum.float()
@@ -92,7 +101,7 @@ def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _q4_k(raw: Tensor) -> QuantizedMatrix:
     """d, dmin, 12 bytes of scales, 128 bytes: d * scale * q - dmin * minimum, in groups of 32."""
     scale, minimum = _k_scales(raw[..., 4:16])
-    codes = _nibbles(raw[..., 16:].unflatten(-1, (4, 32))).flatten(-2)
+    codes = _nibbles(_cut(raw[..., 16:], (4, 32))).flatten(-2)
     return _k_matrix(raw, codes, scale, minimum, 4)
 
 
@@ -100,7 +109,7 @@ def _q5_k(raw: Tensor) -> QuantizedMatrix:
     """d, dmin, 12 bytes of scales, 32 bytes of fifth bits, 128 bytes: as Q4_K; bit i of the fifth bits' bytes is of group i."""
     scale, minimum = _k_scales(raw[..., 4:16])
     fifth = (raw[..., 16:48, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    codes = _nibbles(raw[..., 48:].unflatten(-1, (4, 32))).flatten(-2) | fifth.transpose(-1, -2).flatten(-2) << 4
+    codes = _nibbles(_cut(raw[..., 48:], (4, 32))).flatten(-2) | fifth.transpose(-1, -2).flatten(-2) << 4
     return _k_matrix(raw, codes, scale, minimum, 8)
 
 
@@ -111,8 +120,8 @@ def _k_matrix(raw: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor, bits: 
 
 def _q6_k(raw: Tensor) -> QuantizedMatrix:
     """128 bytes of low halves, 64 of high pairs of bits, 16 signed scales, d: d * scale * (q - 32), in groups of 16."""
-    low = _nibbles(raw[..., :128].unflatten(-1, (2, 64)))  # of each half block of 128 inputs: 64 low, 64 high
-    pairs = raw[..., 128:192].unflatten(-1, (2, 1, 32)) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    low = _nibbles(_cut(raw[..., :128], (2, 64)))  # of each half block of 128 inputs: 64 low, 64 high
+    pairs = _cut(raw[..., 128:192], (2, 1, 32)) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
     codes = low.flatten(-2) | (pairs & 3).flatten(-3) << 4
     scale = _half(raw, 208).float()[..., None] * raw[..., 192:208].contiguous().view(torch.int8).float()
     return _matrix(codes, scale, _constant(scale, 32), 8, zero_points=True)
@@ -120,12 +129,12 @@ def _q6_k(raw: Tensor) -> QuantizedMatrix:
 
 # By ggml's number of the type.
 PACKABLE: dict[int, Blocks] = {
-    2: Blocks(32, 18, 32, _q4_0),
-    3: Blocks(32, 20, 32, _q4_1),
-    6: Blocks(32, 22, 32, _q5_0),
-    7: Blocks(32, 24, 32, _q5_1),
-    8: Blocks(32, 34, 32, _q8_0),
-    12: Blocks(256, 144, 32, _q4_k),
-    13: Blocks(256, 176, 32, _q5_k),
-    14: Blocks(256, 210, 16, _q6_k),
+    2: Blocks(32, 18, 32, 5, _q4_0),
+    3: Blocks(32, 20, 32, 5, _q4_1),
+    6: Blocks(32, 22, 32, 9, _q5_0),
+    7: Blocks(32, 24, 32, 9, _q5_1),
+    8: Blocks(32, 34, 32, 9, _q8_0),
+    12: Blocks(256, 144, 32, 6, _q4_k),
+    13: Blocks(256, 176, 32, 10, _q5_k),
+    14: Blocks(256, 210, 16, 12, _q6_k),
 }

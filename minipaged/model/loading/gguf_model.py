@@ -84,14 +84,20 @@ class GGUFCheckpoint:
     def read_packed(self, name: str) -> QuantizedMatrix | None:
         stored = self._stored[name]
         info = self.file.tensors[stored]
-        blocks = PACKABLE.get(info.type)
-        if blocks is None or not can_pack(info.shape[-1], blocks.group):
+        if self.packed_bits(name) is None:
             return None
+        blocks = PACKABLE[info.type]
         matrix = blocks.read(self.file.read_blocks(stored))
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
         if self.architecture != "llama" or heads is None:
             return matrix
         return matrix.rows(_undo_permutation(torch.arange(info.shape[0]), heads))
+
+    def packed_bits(self, name: str) -> float | None:
+        info = self.file.tensors[self._stored[name]]
+        blocks = PACKABLE.get(info.type)
+        product = len(info.shape) == 2 and "embed_tokens" not in name
+        return blocks.bits if blocks is not None and product and can_pack(info.shape[-1], blocks.group) else None
 
     def _config(self) -> ModelConfig:
         self._refuse_what_would_be_ignored()

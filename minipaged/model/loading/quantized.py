@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minipaged.kernels.linear import PackedMatrix, pack
-from minipaged.kernels.linear.packed import SMALLEST_GROUP
+from minipaged.kernels.linear.packed_matrix import SMALLEST_GROUP
 
 
 class QuantizedMatrix(NamedTuple):

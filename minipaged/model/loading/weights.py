@@ -44,6 +44,10 @@ class Checkpoint(Protocol):
         """A matrix's codes and scales, its rows in the order of `read`; None if it is not stored as such."""
         ...
 
+    def packed_bits(self, name: str) -> float | None:
+        """Bits that an element of such a matrix takes as it stays packed, scales included; None of other tensors."""
+        ...
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a GGUF file or a Hugging Face folder and read its config; ModelError says what is wrong with it."""

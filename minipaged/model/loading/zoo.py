@@ -7,6 +7,7 @@ file is named: `toy` and `random:SHAPE` need none of them.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,10 +88,17 @@ def choose_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -
 
 
 def check_weights(
-    name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, fixed_dtype: bool = False
+    name: str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fixed_dtype: bool = False,
+    num_bytes: int | None = None,
 ) -> None:
     """Raise InputError, before a weight is drawn or read, if the weights do not fit on the device. The error says what would fit;
-    another dtype is named only if the caller can choose one (`fixed_dtype` False).
+    another dtype is named only if the caller can choose one (`fixed_dtype` False). num_bytes: what they take, if not num_parameters
+    in `dtype`.
     """
 
     def takes(other: ModelConfig, kind: torch.dtype) -> int:
@@ -104,7 +112,15 @@ def check_weights(
         largest = max(smaller, key=lambda other: takes(other, dtype))
         ways.append(f"the largest shape that fits is random:{largest.name}, {takes(largest, dtype) / 2**30:,.1f}")
     kind = str(dtype).removeprefix("torch.")
-    check_room(f"{name} in {kind}", takes(config, dtype), device, "; ".join(ways) or "take a smaller model")
+    check_room(
+        f"{name} in {kind}", num_bytes or takes(config, dtype), device, "; ".join(ways) or "take a smaller model"
+    )
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """What a checkpoint's weights take if those that are stored as codes stay so."""
+    bits = {name: checkpoint.packed_bits(name) or 8 * dtype.itemsize for name in checkpoint.shapes()}
+    return round(sum(math.prod(shape) * bits[name] for name, shape in checkpoint.shapes().items()) / 8)
 
 
 def find(name: str, progress: Progress | None = None) -> Path:
@@ -137,22 +153,22 @@ def _from_disk(
 
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the network only {config.vocab_size}; they do not belong together"
         )
     if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
         config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
-    check_weights(str(path), config, dtype, device)
     stays_packed = choose_weights(weights, device, dtype)
+    check_weights(str(path), config, dtype, device, num_bytes=weight_bytes(checkpoint, dtype) if stays_packed else None)
     model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, stays_packed=stays_packed)
     if weights == "packed" and not any(isinstance(linear.format, Packed) for linear, _ in model.linears()):
         raise ModelError(f"{path}: holds no weights that can stay packed; `minipaged quantize` makes a folder of such")
     return LoadedModel(config, model.pack(), tokenizer)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer beside the weights, or one that takes token ids only where there is none."""
     from minipaged.model.loading.gguf_model import GGUFCheckpoint
     from minipaged.model.loading.subword_tokenizer import folder_tokenizer, gguf_tokenizer
