@@ -141,17 +141,33 @@ def one_row_launch(n_size: int, gated: bool) -> LinearLaunch:
     return LinearLaunch(rows=1, columns=4, depth=512, num_warps=4, num_stages=1)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedOneRowLaunch:
+    """How a product of one row with a packed weight runs: outputs of a program; its warps share each of their rows."""
+
+    rows: int
+    num_warps: int
+
+
+def packed_one_row_launch(n_size: int, k_size: int, gated: bool) -> PackedOneRowLaunch:
+    """The launch for one row of k_size inputs and n_size outputs of a packed weight, twice as many if gated."""
+    return PackedOneRowLaunch(rows=4 if gated or n_size <= 8192 else 8, num_warps=4 if k_size <= 16384 else 8)
+
+
+FEW_PACKED_ROWS = 16  # beyond, a product with a packed weight runs by tiles
+MOST_TILE_ROWS = 128  # beyond, the weight is dequantized and the product is torch's
 PACKED: dict[int, PackedLaunch] = {  # by rows of x, at most
     8: PackedLaunch(rows=8, columns=32, split=4, num_warps=4, num_stages=4),
     16: PackedLaunch(rows=16, columns=32, split=4, num_warps=4, num_stages=3),
-    32: PackedLaunch(rows=32, columns=64, split=2, num_warps=4, num_stages=3),
-    64: PackedLaunch(rows=64, columns=128, split=1, num_warps=8, num_stages=3),
+    32: PackedLaunch(rows=32, columns=64, split=1, num_warps=4, num_stages=4),
+    64: PackedLaunch(rows=64, columns=64, split=1, num_warps=4, num_stages=3),
+    128: PackedLaunch(rows=128, columns=64, split=1, num_warps=4, num_stages=3),
 }
 
 
 def packed_launch(num_rows: int) -> PackedLaunch:
     """The launch for num_rows rows of x and a packed weight."""
-    return PACKED[max(8, next_power_of_two(min(num_rows, 64)))]
+    return PACKED[max(8, next_power_of_two(min(num_rows, 128)))]
 
 
 def next_power_of_two(n: int) -> int:

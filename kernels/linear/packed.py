@@ -9,8 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from minipaged.kernels.checks import FLOAT_DTYPES, shape_of
-from minipaged.kernels.dispatch import use_triton
+from minipaged.kernels.dispatch import gluon_runs, use_triton
+from minipaged.kernels.elementwise.activation import silu_mul
 from minipaged.kernels.elementwise.norm import rms_norm
+from minipaged.kernels.launch_table import FEW_PACKED_ROWS, MOST_TILE_ROWS
 from minipaged.kernels.linear.matmul import gated_linear_torch, linear_torch
 from minipaged.kernels.linear.packed_matrix import PackedMatrix, dequantize
 
@@ -30,12 +32,17 @@ def packed_linear(
     is small. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     _check(x, weight, 1)
-    if use_triton(x):
-        from minipaged.kernels.linear.packed_triton import packed_rows_triton, takes_packed_rows
+    if use_triton(x) and x.element_size() == 2:
+        if x.shape[0] == 1 and gluon_runs():
+            from minipaged.kernels.linear.packed_one_row import packed_one_row
 
-        if takes_packed_rows(x):
+            return packed_one_row(x, weight, bias, norm=norm, eps=eps, residual=residual)
+        if x.shape[0] <= MOST_TILE_ROWS:
+            from minipaged.kernels.linear.packed_triton import packed_rows_triton, packed_tile_triton
+
             normed = x if norm is None else rms_norm(x, norm, eps)
-            return packed_rows_triton(normed, weight, bias, residual=residual)
+            multiply = packed_rows_triton if x.shape[0] <= FEW_PACKED_ROWS else packed_tile_triton
+            return multiply(normed, weight, bias, residual=residual)
     return packed_linear_torch(x, weight, bias, norm=norm, eps=eps, residual=residual)
 
 
@@ -44,12 +51,17 @@ def packed_gated_linear(
 ) -> Tensor:
     """`gated_linear` with a packed weight: silu(gate) * up, the halves of n(x) W^T + bias, [T, outputs / 2]."""
     _check(x, weight, 2)
-    if use_triton(x):
-        from minipaged.kernels.linear.packed_triton import packed_rows_triton, takes_packed_rows
+    if use_triton(x) and x.element_size() == 2:
+        if x.shape[0] == 1 and gluon_runs():
+            from minipaged.kernels.linear.packed_one_row import packed_one_row
 
-        if takes_packed_rows(x):
-            normed = x if norm is None else rms_norm(x, norm, eps)
-            return packed_rows_triton(normed, weight, bias, gated=True)
+            return packed_one_row(x, weight, bias, norm=norm, eps=eps, gated=True)
+        if x.shape[0] <= FEW_PACKED_ROWS:
+            from minipaged.kernels.linear.packed_triton import packed_rows_triton
+
+            return packed_rows_triton(x if norm is None else rms_norm(x, norm, eps), weight, bias, gated=True)
+        if x.shape[0] <= MOST_TILE_ROWS:
+            return silu_mul(packed_linear(x, weight, bias, norm=norm, eps=eps))
     return packed_gated_linear_torch(x, weight, bias, norm=norm, eps=eps)
 
 

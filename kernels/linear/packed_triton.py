@@ -17,8 +17,6 @@ from minipaged.kernels.dispatch import triton_interpreted
 from minipaged.kernels.launch_table import PackedLaunch, next_power_of_two, packed_launch
 from minipaged.kernels.linear.packed_matrix import PackedMatrix
 
-MAX_ROWS = 64
-
 
 def _or_magic(quarter: int, magic: int) -> str:
     """Machine code: two words' codes number `quarter`, each or-ed into the mantissa of `magic`."""
@@ -188,6 +186,94 @@ def _packed_rows_kernel(
 
 
 @triton.jit
+def _packed_tile_kernel(
+    out_ptr,
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    bias_ptr,
+    residual_ptr,
+    num_rows,
+    n_size,
+    k_size,
+    blocks,
+    groups,
+    stride_x,
+    stride_out,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ZERO_POINTS: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """The same for more rows: one tile of outputs after the other blocks, by the tensor cores of a whole warp group. Zero points are
+    taken off the codes, exactly; only offsets need the sums of x."""
+    DTYPE: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
+    MAGIC: tl.constexpr = 0 if PLAIN else (128 if tl.bfloat16 == DTYPE else 1024)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    line = tl.minimum(column, n_size - 1).to(tl.int64)  # rows past the last are computed and not stored
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    x_row = tl.minimum(row, num_rows - 1).to(tl.int64) * stride_x
+    j = tl.arange(0, WIDTH)
+    ones = tl.full([COLUMNS, WIDTH], 1.0, DTYPE)
+    wait_for_previous(DEPENDENT)
+    sums = tl.zeros([COLUMNS, ROWS], tl.float32)
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        at = line[:, None] * (blocks * PLANES * WIDTH) + (block * (PLANES * WIDTH) + j)[None, :]
+        low = tl.load(words_ptr + at, eviction_policy="evict_first")
+        if PLANES == 2:
+            high = tl.load(words_ptr + at + WIDTH, eviction_policy="evict_first")
+        for first in tl.static_range(0, 4, SPAN):
+            of_group = (block * (4 * WIDTH) + first * WIDTH) // GROUP
+            scale, offset = _load_scales(scales_ptr, line * groups + of_group)
+            if ZERO_POINTS:
+                zero = (offset + MAGIC).to(DTYPE) if PLANES == 1 else (offset % 16 + MAGIC).to(DTYPE)
+                high_zero = ((offset - offset % 16) / 16 + MAGIC).to(DTYPE)
+            products = tl.zeros([COLUMNS, ROWS], tl.float32)
+            high_products = tl.zeros([COLUMNS, ROWS], tl.float32)
+            x_sums = tl.zeros([COLUMNS, ROWS], tl.float32)
+            for quarter in tl.static_range(first, first + SPAN):
+                k = block * (4 * WIDTH) + quarter * WIDTH + j
+                if WHOLE:
+                    x = tl.load(x_ptr + (x_row[None, :] + k[:, None])).to(DTYPE)
+                else:
+                    x = tl.load(x_ptr + (x_row[None, :] + k[:, None]), mask=(k < k_size)[:, None], other=0.0).to(DTYPE)
+                codes = _unpack(low, quarter, DTYPE, PLAIN)
+                if ZERO_POINTS:
+                    codes = codes - zero[:, None]
+                else:
+                    x_sums = tl.dot(ones, x, x_sums, input_precision="ieee")
+                products = tl.dot(codes, x, products, input_precision="ieee")
+                if PLANES == 2:
+                    codes = _unpack(high, quarter, DTYPE, PLAIN)
+                    if ZERO_POINTS:
+                        codes = codes - high_zero[:, None]
+                    high_products = tl.dot(codes, x, high_products, input_precision="ieee")
+            if PLANES == 2:
+                products += 16.0 * high_products
+            sums += products * scale[:, None]
+            if not ZERO_POINTS:
+                sums += x_sums * (offset - scale * (MAGIC * (1 if PLANES == 1 else 17)))[:, None]
+    inside_n = column < n_size
+    mask = inside_n[:, None] & (row < num_rows)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[:, None]
+    at = row.to(tl.int64)[None, :] * stride_out + column[:, None]
+    if HAS_RESIDUAL:
+        sums += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _dequantize_kernel(
     out_ptr,
     words_ptr,
@@ -227,14 +313,14 @@ def _dequantize_kernel(
         tl.store(out_ptr + line * k_size + k, values.to(out_ptr.dtype.element_ty), mask=mask & (k < k_size))
 
 
-def _pairs(weight: PackedMatrix) -> torch.Tensor:
+def pairs_of(weight: PackedMatrix) -> torch.Tensor:
     """The scales with each pair as one integer."""
     return weight.scales.view(torch.int32 if weight.scales.element_size() == 2 else torch.int64)
 
 
-def takes_packed_rows(x: torch.Tensor) -> bool:
-    """Whether a product is the few-rows kernel's. float32 is there for exactness: the twin's."""
-    return 0 < x.shape[0] <= MAX_ROWS and x.element_size() == 2
+def span_of(weight: PackedMatrix) -> int:
+    """Quarters of a block that share a scale."""
+    return next(span for span in (4, 2, 1) if weight.group % (span * weight.words.shape[3]) == 0)
 
 
 def packed_rows_triton(
@@ -258,7 +344,7 @@ def packed_rows_triton(
         out,
         x,
         weight.words,
-        _pairs(weight),
+        pairs_of(weight),
         bias if bias is not None else x,
         out,
         num_rows,
@@ -275,13 +361,59 @@ def packed_rows_triton(
         ZERO_POINTS=weight.has_zero_points,
         PLANES=planes,
         WIDTH=width,
-        SPAN=next(span for span in (4, 2, 1) if weight.group % (span * width) == 0),
+        SPAN=span_of(weight),
         ROWS=launch.rows,
         COLUMNS=launch.columns,
         SPLIT=launch.split,
         WHOLE=blocks % launch.split == 0 and weight.inputs % (4 * width) == 0,
         STAGES=launch.num_stages,
         PREFETCH=launch.prefetch and not triton_interpreted(),
+        PLAIN=triton_interpreted(),
+        UPCAST=must_upcast(x),
+        num_warps=launch.num_warps,
+        **dependent_launch(x.device),
+    )
+    return out
+
+
+def packed_tile_triton(
+    x: torch.Tensor,
+    weight: PackedMatrix,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    launch: PackedLaunch | None = None,
+) -> torch.Tensor:
+    """See packed_linear; for more rows than packed_rows_triton is for. `launch` overrides the launch table; its split is unused."""
+    num_rows = x.shape[0]
+    _, blocks, planes, width = weight.words.shape
+    out = x.new_empty(num_rows, weight.outputs) if residual is None else residual
+    launch = launch or packed_launch(num_rows)
+    _packed_tile_kernel[(triton.cdiv(weight.outputs, launch.columns), triton.cdiv(num_rows, launch.rows))](
+        out,
+        x,
+        weight.words,
+        pairs_of(weight),
+        bias if bias is not None else x,
+        out,
+        num_rows,
+        weight.outputs,
+        weight.inputs,
+        blocks,
+        weight.scales.shape[1],
+        x.stride(0),
+        out.stride(0),
+        GROUP=weight.group,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ZERO_POINTS=weight.has_zero_points,
+        PLANES=planes,
+        WIDTH=width,
+        SPAN=span_of(weight),
+        ROWS=launch.rows,
+        COLUMNS=launch.columns,
+        WHOLE=weight.inputs == blocks * 4 * width,
+        STAGES=launch.num_stages,
         PLAIN=triton_interpreted(),
         UPCAST=must_upcast(x),
         num_warps=launch.num_warps,
@@ -298,7 +430,7 @@ def dequantize_triton(weight: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
     _dequantize_kernel[(outputs, triton.cdiv(blocks, blocks_a_program))](
         out,
         weight.words,
-        _pairs(weight),
+        pairs_of(weight),
         weight.inputs,
         blocks,
         weight.scales.shape[1],
