@@ -6,7 +6,7 @@ a float by half a shift and one operation on bits: in the mantissa of 1 it is 1 
 conversion; what the 1 and the zero point add is taken off once a group. Gluon, since Triton chooses layouts for
 itself, and would carry x and the scales through shared memory to reach the words' one.
 
-Bytes: the packed weight once, weight.num_bytes. Operations: two and a half a code (half a shift, bits, multiply-add), and per thread and step what x costs.
+Bytes: the packed weight once, weight.num_bytes. Operations: two and a half a code (half a shift, bits, multiply-add), and what x costs.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: N803, N806
