@@ -87,17 +87,13 @@ class LinearLaunch:
 
 @dataclass(frozen=True, slots=True)
 class PackedLaunch:
-    """How a product of few rows with a packed weight runs: rows of x and outputs per tile, and blocks of inputs that are taken at once.
-
-    prefetch: a program asks for the beginnings of its rows of the weight before the kernel before it has ended.
-    """
+    """How a product of few rows with a packed weight runs: rows of x and outputs per tile, and blocks of inputs that are taken at once."""
 
     rows: int
     columns: int
     split: int
     num_warps: int
     num_stages: int
-    prefetch: bool = False
 
 
 # (head dimension up to, bytes per element) -> launch. Sixteen-bit products run on tensor cores; float32 ones are computed exactly

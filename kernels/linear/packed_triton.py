@@ -29,9 +29,6 @@ _BF16_0, _BF16_1, _BF16_2, _BF16_3 = (tl.constexpr(_or_magic(quarter, 0x43004300
 _FP16_0, _FP16_1, _FP16_2, _FP16_3 = (tl.constexpr(_or_magic(quarter, 0x64006400)) for quarter in range(4))
 
 
-_PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
-
-
 @triton.jit
 def _unpack(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
     """Codes number QUARTER of int16 words as floats, plus the magic number unless PLAIN (the interpreter has no machine code)."""
@@ -55,14 +52,6 @@ def _unpack(words, QUARTER: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.constex
             return tl.inline_asm_elementwise(_FP16_2, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
         else:
             return tl.inline_asm_elementwise(_FP16_3, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-
-
-@triton.jit
-def _prefetch(words_ptr, line, row_words):
-    """Ask for the first 16 lines of 128 bytes of some rows to come into the second cache; nobody waits for them."""
-    word = tl.minimum(tl.arange(0, 16) * 64, row_words - 1)
-    at = words_ptr + (line[:, None] * row_words + word[None, :])
-    tl.inline_asm_elementwise(_PREFETCH, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -105,7 +94,6 @@ def _packed_rows_kernel(
     SPLIT: tl.constexpr,  # neighbouring blocks at once, each summed by itself
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PLAIN: tl.constexpr,
     UPCAST: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -121,10 +109,6 @@ def _packed_rows_kernel(
     x_row = row.to(tl.int64) * stride_x
     part = tl.arange(0, SPLIT)
     j = tl.arange(0, WIDTH)
-    if PREFETCH:
-        _prefetch(words_ptr, line, blocks * (PLANES * WIDTH))
-        if GATED:
-            _prefetch(words_ptr, line + n_size, blocks * (PLANES * WIDTH))
     ones = tl.full([SPLIT, COLUMNS, WIDTH], 1.0, DTYPE)
     wait_for_previous(DEPENDENT)
     sums = tl.zeros([SPLIT, COLUMNS, ROWS], tl.float32)
@@ -294,11 +278,11 @@ def _dequantize_kernel(
     j = tl.arange(0, WIDTH)
     at = (line * blocks + block[:, None]) * (PLANES * WIDTH) + j[None, :]
     mask = (block < blocks)[:, None]
+    wait_for_previous(DEPENDENT)
     low = tl.load(words_ptr + at, mask=mask, other=0)
     high = low
     if PLANES == 2:
         high = tl.load(words_ptr + at + WIDTH, mask=mask, other=0)
-    wait_for_previous(DEPENDENT)
     for quarter in tl.static_range(4):
         codes = (low >> (4 * quarter)) & 15
         if PLANES == 2:
@@ -367,7 +351,6 @@ def packed_rows_triton(
         SPLIT=launch.split,
         WHOLE=blocks % launch.split == 0 and weight.inputs % (4 * width) == 0,
         STAGES=launch.num_stages,
-        PREFETCH=launch.prefetch and not triton_interpreted(),
         PLAIN=triton_interpreted(),
         UPCAST=must_upcast(x),
         num_warps=launch.num_warps,

@@ -114,20 +114,24 @@ def launches() -> st.SearchStrategy[PackedLaunch]:
 
 
 @pytest.mark.usefixtures("interpreted")
-@examples(30)
+@examples(15)
 @given(cases(st.sampled_from([1, 2, 5, 16, 64]), (torch.float32, torch.float16, torch.bfloat16)), launches())
 def test_L64_packed_rows_equal_twin(case: PackedCase, launch: PackedLaunch) -> None:
-    from minipaged.kernels.linear.packed_triton import packed_rows_triton
+    from minipaged.kernels.linear.packed_triton import packed_rows_triton, packed_tile_triton
 
-    residual = None if case.residual is None else case.residual.clone()
-    expected = packed_linear_torch(case.x, case.weight, case.bias, residual=residual)
-    assert_close(packed_rows_triton(case.x, case.weight, case.bias, residual=case.residual, launch=launch), expected)
+    kept = case.residual
+    for multiply in (packed_rows_triton, packed_tile_triton):
+        residual, case.residual = (None if kept is None else kept.clone() for _ in range(2))
+        expected = packed_linear_torch(case.x, case.weight, case.bias, residual=residual)
+        found = multiply(case.x, case.weight, case.bias, residual=case.residual, launch=launch)
+        assert_close(found, expected)
+        assert kept is None or found is case.residual
     gated = packed_gated_linear_torch(case.x, case.weight, case.bias)
     assert_close(packed_rows_triton(case.x, case.weight, case.bias, gated=True, launch=launch), gated)
 
 
 @pytest.mark.usefixtures("interpreted")
-@examples(30)
+@examples(8)
 @given(cases(st.just(1), (torch.float32,)))
 def test_L64_dequantized_on_the_device_equals_twin(case: PackedCase) -> None:
     from minipaged.kernels.linear.packed_triton import dequantize_triton
@@ -151,23 +155,31 @@ def test_arguments_that_do_not_fit_are_named() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("groups", "group"), [(9, 64), (18, 32), (32, 128), (12, 16), (5, 48), (1, 576)])
-def test_packed_products_on_a_gpu(dtype: torch.dtype, bits: int, groups: int, group: int) -> None:
-    """Every number of rows that has a launch of its own, beside the dense product in float64."""
+@pytest.mark.parametrize(
+    ("groups", "group", "bits", "zero_points", "dtype"),
+    [
+        (32, 128, 4, True, torch.bfloat16),
+        (9, 64, 4, True, torch.bfloat16),
+        (18, 32, 4, False, torch.float16),
+        (12, 16, 8, True, torch.bfloat16),
+        (36, 32, 8, False, torch.float16),
+        (1, 576, 4, True, torch.float32),
+    ],
+)
+def test_packed_products_on_a_gpu(groups: int, group: int, bits: int, zero_points: bool, dtype: torch.dtype) -> None:
+    """Every number of rows that has a kernel or a launch of its own, beside the dense product in float64."""
     from minipaged.kernels.linear.packed_triton import dequantize_triton
 
-    for rows, zero_points in ((1, True), (2, False), (5, True), (16, False), (33, True), (64, False), (200, True)):
+    for rows in (1, 5, 16, 40, 100, 200):
         case = PackedCase(
             rows, 150, groups, group, bits, zero_points, dtype=dtype, bias=True, residual=True, device="cuda"
         )
         assert torch.equal(dequantize_triton(case.weight, dtype), dequantize(case.weight, dtype))
-        exact = case.x.double() @ case.dense().T + case.bias.double()
-        gate, up = exact.chunk(2, 1)
-        assert_close(packed_gated_linear(case.x, case.weight, case.bias), gate * torch.sigmoid(gate) * up)
-        exact += case.residual.double()
-        assert_close(packed_linear(case.x, case.weight, case.bias, residual=case.residual), exact)
-        x = case.x.double()
+        weight, x = case.dense(), case.x.double()
         normed = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * case.norm.double()
-        assert_close(packed_linear(case.x, case.weight, norm=case.norm, eps=EPS), normed @ case.dense().T)
+        exact = normed @ weight.T + case.bias.double()
+        gate, up = exact.chunk(2, 1)
+        gated = packed_gated_linear(case.x, case.weight, case.bias, norm=case.norm, eps=EPS)
+        assert_close(gated, gate * torch.sigmoid(gate) * up)
+        exact = x @ weight.T + case.residual.double()
+        assert_close(packed_linear(case.x, case.weight, residual=case.residual), exact)
