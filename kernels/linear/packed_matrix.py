@@ -77,13 +77,13 @@ def codes_of(matrix: PackedMatrix) -> Tensor:
     pairs = matrix.words.view(torch.uint8).view(outputs, blocks, planes, width, 2).movedim(-1, 3)
     nibbles = torch.stack((pairs & 15, pairs >> 4), dim=4)  # [outputs, blocks, planes, 2, 2, width]
     codes = nibbles[:, :, 0] if planes == 1 else nibbles[:, :, 0] | nibbles[:, :, 1] << 4
-    return codes.reshape(outputs, -1)[:, : matrix.inputs]
+    return codes.reshape(outputs, -1)[:, : matrix.inputs].contiguous()
 
 
 def dequantize(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """W, [outputs, inputs], computed in float32 and rounded once."""
-    codes = codes_of(matrix).float()
-    of_input = torch.arange(matrix.inputs, device=codes.device) // matrix.group
-    scale, offset = matrix.scales.float()[:, of_input].unbind(-1)
+    groups = matrix.inputs // matrix.group
+    codes = codes_of(matrix).view(matrix.outputs, groups, matrix.group).float()
+    scale, offset = matrix.scales[:, :groups, :, None].float().unbind(2)
     values = codes.sub_(offset).mul_(scale) if matrix.has_zero_points else codes.mul_(scale).add_(offset)
-    return values.to(dtype)
+    return values.view(matrix.outputs, matrix.inputs).to(dtype)

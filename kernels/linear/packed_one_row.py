@@ -75,6 +75,49 @@ def _add(words, x, sums_12, sums_16, NUMBER: gl.constexpr):
 
 
 @gluon.jit
+def wait_for_previous(DEPENDENT: gl.constexpr):
+    """As in dependent_launch.py, which is not in Gluon."""
+    if DEPENDENT:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; // dummy $0",
+            "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _load_step(
+    words_ptr,
+    scales_ptr,
+    line,  # rows of the weight, int64
+    thread,
+    STEP: gl.constexpr,
+    blocks,
+    groups,
+    PLANES: gl.constexpr,
+    WIDTH: gl.constexpr,
+    GROUP: gl.constexpr,
+    WHOLE_STEPS: gl.constexpr,
+    words_layout: gl.constexpr,
+):
+    """Of each row and thread: the block, its four words of the low and of the high plane, and the scales of the block's first group."""
+    HALF: gl.constexpr = WIDTH // 2
+    first = STEP * (4 * thread.shape[0]) + thread * 4
+    if STEP >= WHOLE_STEPS:
+        first = gl.minimum(first, blocks * HALF - 4)  # what lies past the end meets zeros of x
+    block = first // HALF
+    at = block * (PLANES * HALF) + first % HALF
+    place = gl.expand_dims(line * (blocks * (PLANES * HALF)), 1) + gl.expand_dims(at, 0)
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, words_layout)))
+    places = gl.expand_dims(place, 2) + gl.expand_dims(gl.expand_dims(word, 0), 0)
+    low = gl.load(words_ptr + places, eviction_policy="evict_first")
+    high = low
+    if PLANES == 2:
+        high = gl.load(words_ptr + places + HALF, eviction_policy="evict_first")
+    group = gl.expand_dims((block * (4 * WIDTH)) // GROUP, 0)
+    return block, low, high, gl.load(scales_ptr + gl.expand_dims(line * groups, 1) + group)
+
+
+@gluon.jit
 def _packed_one_row_kernel(
     out_ptr,
     x_ptr,  # x and norm as int32: pairs of their numbers; words as int32
@@ -106,53 +149,70 @@ def _packed_one_row_kernel(
 ):
     HALF: gl.constexpr = WIDTH // 2  # words of a block and plane
     THREADS: gl.constexpr = 32 * num_warps
-    HALVES: gl.constexpr = 2 if GATED else 1
     PLANES_SUM: gl.constexpr = 1.0 if PLANES == 1 else 17.0
     words_layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, num_warps, 1], [2, 1, 0])
     sums_layout: gl.constexpr = gl.SliceLayout(2, words_layout)  # [ROWS, THREADS]
     x_layout: gl.constexpr = gl.SliceLayout(0, words_layout)  # [THREADS, 4]
     thread_layout: gl.constexpr = gl.SliceLayout(0, sums_layout)
-    row_layout: gl.constexpr = gl.SliceLayout(1, sums_layout)
-    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, row_layout)
-    line = gl.minimum(row, n_size - 1)
+    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, sums_layout))
+    line = gl.minimum(row, n_size - 1).to(gl.int64)
     thread = gl.arange(0, THREADS, thread_layout)
     thread_x = gl.arange(0, THREADS, gl.SliceLayout(1, x_layout))
     word = gl.arange(0, 4, gl.SliceLayout(0, x_layout))
-    word_3d = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, words_layout))), 0), 0)
-    row_words = blocks * (PLANES * HALF)
-    last = blocks * HALF - 4
 
+    block, low, high, scale_pair = _load_step(
+        words_ptr, scales_ptr, line, thread, 0, blocks, groups, PLANES, WIDTH, GROUP, WHOLE_STEPS, words_layout
+    )
+    up_low, up_high, up_scale_pair = low, high, scale_pair
+    if GATED:
+        block, up_low, up_high, up_scale_pair = _load_step(
+            words_ptr,
+            scales_ptr,
+            line + n_size,
+            thread,
+            0,
+            blocks,
+            groups,
+            PLANES,
+            WIDTH,
+            GROUP,
+            WHOLE_STEPS,
+            words_layout,
+        )
+    wait_for_previous(DEPENDENT)
     sums = gl.zeros([ROWS, THREADS], gl.float32, sums_layout)
     up_sums = gl.zeros([ROWS, THREADS], gl.float32, sums_layout)
     squares = gl.zeros([THREADS, 4], gl.float32, x_layout)
-    # the first step's words and scales of every half and plane, then the wait, then x
     for step in gl.static_range(STEPS):
-        first = step * (4 * THREADS) + thread * 4
-        if step >= WHOLE_STEPS:
-            first = gl.minimum(first, last)  # what lies past the end meets zeros of x
-        block = first // HALF
-        at = block * (PLANES * HALF) + first % HALF
+        if step > 0:
+            block, low, high, scale_pair = _load_step(
+                words_ptr,
+                scales_ptr,
+                line,
+                thread,
+                step,
+                blocks,
+                groups,
+                PLANES,
+                WIDTH,
+                GROUP,
+                WHOLE_STEPS,
+                words_layout,
+            )
+            if GATED:
+                block, up_low, up_high, up_scale_pair = _load_step(
+                    words_ptr, scales_ptr, line + n_size, thread, step, blocks, groups, PLANES, WIDTH, GROUP, WHOLE_STEPS,
+                    words_layout,
+                )  # fmt: skip
         first_x = step * (4 * THREADS) + thread_x * 4
         pair_of_x = (first_x // HALF) * (2 * WIDTH) + first_x % HALF
         at_x = gl.expand_dims(pair_of_x, 1) + gl.expand_dims(word, 0)
-        for half in gl.static_range(HALVES):
-            matrix_row = (line + half * n_size).to(gl.int64)
-            place = gl.expand_dims(matrix_row * row_words, 1) + gl.expand_dims(at, 0)
-            places = gl.expand_dims(place, 2) + word_3d
-            low = gl.load(words_ptr + places, eviction_policy="evict_first")
-            high = low
-            if PLANES == 2:
-                high = gl.load(words_ptr + places + HALF, eviction_policy="evict_first")
-            of_row = gl.expand_dims(matrix_row * groups, 1)
-            group = gl.expand_dims((block * (4 * WIDTH)) // GROUP, 0)
-            scale_pair = gl.load(scales_ptr + of_row + group)
-            if step == 0 and half == 0 and DEPENDENT:
-                gl.inline_asm_elementwise(
-                    "griddepcontrol.launch_dependents; griddepcontrol.wait; // dummy $0",
-                    "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-                )  # fmt: skip
+        for half in gl.static_range(2 if GATED else 1):
+            if half == 1:
+                low, high, scale_pair = up_low, up_high, up_scale_pair
             for begin in gl.static_range(0, 4, SPAN):
                 if begin > 0:
+                    of_row = gl.expand_dims((line + half * n_size) * groups, 1)
                     group = gl.expand_dims((block * (4 * WIDTH) + begin * WIDTH) // GROUP, 0)
                     scale_pair = gl.load(scales_ptr + of_row + group)
                 sums_12 = gl.zeros([ROWS, THREADS, 4], gl.float32, words_layout)

@@ -14,7 +14,7 @@ import triton.language as tl
 from minipaged.kernels.attention.triton_tiles import must_upcast
 from minipaged.kernels.dependent_launch import dependent_launch, wait_for_previous
 from minipaged.kernels.dispatch import triton_interpreted
-from minipaged.kernels.launch_table import PackedLaunch, next_power_of_two, packed_launch
+from minipaged.kernels.launch_table import PackedLaunch, next_power_of_two, packed_rows_launch, packed_tile_launch
 from minipaged.kernels.linear.packed_matrix import PackedMatrix
 
 
@@ -99,6 +99,7 @@ def _packed_rows_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """out[m, n] = sum over k of x[m, k] W[n, k]. Outputs are the rows of the dot, so that the weight goes to it through registers."""
+    wait_for_previous(DEPENDENT)
     DTYPE: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     MAGIC: tl.constexpr = 0 if PLAIN else (128 if tl.bfloat16 == DTYPE else 1024)
     SUM_MAGIC: tl.constexpr = MAGIC * (1 if PLANES == 1 else 17)
@@ -110,7 +111,6 @@ def _packed_rows_kernel(
     part = tl.arange(0, SPLIT)
     j = tl.arange(0, WIDTH)
     ones = tl.full([SPLIT, COLUMNS, WIDTH], 1.0, DTYPE)
-    wait_for_previous(DEPENDENT)
     sums = tl.zeros([SPLIT, COLUMNS, ROWS], tl.float32)
     up_sums = tl.zeros([SPLIT, COLUMNS, ROWS], tl.float32)
     for start in tl.range(0, blocks, SPLIT, num_stages=STAGES):
@@ -201,6 +201,7 @@ def _packed_tile_kernel(
 ):
     """The same for more rows: one tile of outputs after the other blocks, by the tensor cores of a whole warp group. Zero points are
     taken off the codes, exactly; only offsets need the sums of x."""
+    wait_for_previous(DEPENDENT)
     DTYPE: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     MAGIC: tl.constexpr = 0 if PLAIN else (128 if tl.bfloat16 == DTYPE else 1024)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -209,7 +210,6 @@ def _packed_tile_kernel(
     x_row = tl.minimum(row, num_rows - 1).to(tl.int64) * stride_x
     j = tl.arange(0, WIDTH)
     ones = tl.full([COLUMNS, WIDTH], 1.0, DTYPE)
-    wait_for_previous(DEPENDENT)
     sums = tl.zeros([COLUMNS, ROWS], tl.float32)
     for block in tl.range(0, blocks, num_stages=STAGES):
         at = line[:, None] * (blocks * PLANES * WIDTH) + (block * (PLANES * WIDTH) + j)[None, :]
@@ -323,7 +323,7 @@ def packed_rows_triton(
     out = x.new_empty(num_rows, n_size) if residual is None else residual
     if out.numel() == 0:
         return out
-    launch = launch or packed_launch(num_rows)
+    launch = launch or packed_rows_launch(num_rows)
     _packed_rows_kernel[(triton.cdiv(n_size, launch.columns), triton.cdiv(num_rows, launch.rows))](
         out,
         x,
@@ -371,7 +371,7 @@ def packed_tile_triton(
     num_rows = x.shape[0]
     _, blocks, planes, width = weight.words.shape
     out = x.new_empty(num_rows, weight.outputs) if residual is None else residual
-    launch = launch or packed_launch(num_rows)
+    launch = launch or packed_tile_launch(num_rows, weight.outputs, weight.inputs)
     _packed_tile_kernel[(triton.cdiv(weight.outputs, launch.columns), triton.cdiv(num_rows, launch.rows))](
         out,
         x,
