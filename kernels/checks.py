@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)  # of a quantized cache
 INDEX_DTYPES = (torch.int64, torch.int32)
 # A hidden score is -inf, and times 0 that would be NaN. Bounded well inside float32, in which the kernels multiply by the scale.
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
@@ -62,10 +63,10 @@ def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
             f"key_cache {shape_of(key_cache)} and value_cache {shape_of(value_cache)}: both must be "
             "[num_blocks, block_size, kv_heads, head_dim]"
         )
-    if key_cache.dtype != value_cache.dtype or key_cache.dtype not in FLOAT_DTYPES:
+    if key_cache.dtype != value_cache.dtype or key_cache.dtype not in (*FLOAT_DTYPES, *CODE_DTYPES):
         raise ValueError(
             f"key_cache is {key_cache.dtype} and value_cache {value_cache.dtype}; both must be the same one of "
-            "float32, float16, bfloat16"
+            "float32, float16, bfloat16 or, with scales, int8, float8_e4m3fn"
         )
     if key_cache.device != value_cache.device:
         raise ValueError(f"key_cache is on {key_cache.device} and value_cache on {value_cache.device}")
@@ -78,9 +79,28 @@ def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
         raise ValueError(f"key_cache {shape_of(key_cache)}: block_size, kv_heads and head_dim must be at least 1")
 
 
+def check_scales(scales: tuple[torch.Tensor, torch.Tensor] | None, cache: torch.Tensor) -> None:
+    """A quantized cache comes with scales of keys and of values, float32 [num_blocks, kv_heads, block_size]; no other one does."""
+    if (scales is not None) != (cache.dtype in CODE_DTYPES):
+        raise ValueError(f"the cache is {cache.dtype}; scales go with int8 and float8_e4m3fn, and with these alone")
+    if scales is None:
+        return
+    num_blocks, block_size, kv_heads, _ = cache.shape
+    for name, scale in zip(("key", "value"), scales, strict=True):
+        if scale.shape != (num_blocks, kv_heads, block_size) or scale.dtype != torch.float32:
+            raise ValueError(
+                f"the {name} scales are {scale.dtype} {shape_of(scale)}; they must be torch.float32 "
+                f"[{num_blocks}, {kv_heads}, {block_size}]"
+            )
+        if scale.device != cache.device or not scale.is_contiguous():
+            raise ValueError(
+                f"the {name} scales have strides {scale.stride()} on {scale.device}; they must be contiguous, on {cache.device}"
+            )
+
+
 def check_like_cache(name: str, tensor: torch.Tensor, cache: torch.Tensor) -> None:
-    """dtype and device of `tensor` are the cache's, and its last dimension is contiguous."""
-    if tensor.dtype != cache.dtype:
+    """dtype and device of `tensor` are the cache's (any floating dtype where that holds codes), and its last dimension is contiguous."""
+    if tensor.dtype != cache.dtype and (cache.dtype not in CODE_DTYPES or tensor.dtype not in FLOAT_DTYPES):
         raise ValueError(f"{name} is {tensor.dtype}, but the cache is {cache.dtype}")
     if tensor.device != cache.device:
         raise ValueError(f"{name} is on {tensor.device}, but the cache is on {cache.device}")
@@ -98,9 +118,11 @@ def check_attention(
     scale: float,
     window: int | None,
     out: torch.Tensor | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """What paged_decode and paged_prefill demand alike."""
     check_caches(key_cache, value_cache)
+    check_scales(scales, key_cache)
     _, _, kv_heads, head_dim = key_cache.shape
     if query.dim() != 3 or query.shape[2] != head_dim or query.shape[1] < 1 or query.shape[1] % kv_heads != 0:
         raise ValueError(
@@ -130,3 +152,5 @@ def check_attention(
         if out.shape != query.shape:
             raise ValueError(f"out has shape {shape_of(out)}; it must be the query's, {shape_of(query)}")
         check_like_cache("out", out, key_cache)
+        if out.dtype != query.dtype:
+            raise ValueError(f"out is {out.dtype}, but the query is {query.dtype}")

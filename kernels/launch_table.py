@@ -32,6 +32,10 @@ class DecodeLaunch:
     programs_per_multiprocessor: int = 4
     enough_waves: int = 8
 
+    def shared_parts(self, tiles_and_heads: int, programs: int) -> int:
+        """Into how many parts the tokens that rows share are cut: a power of two, so that about `programs` run if all tiles are used."""
+        return min(16, max(4, next_power_of_two(programs // tiles_and_heads)))
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillLaunch:
@@ -286,6 +290,10 @@ def hopper_prefill_settings(
         return HopperPrefillLaunch(kv_tile=64, num_stages=4, persistent=True)
     if 2 * max_query_len <= longest and tiles_per_full_tile <= 2:  # chunks after a prefix: tiles are about equally long
         return HopperPrefillLaunch(kv_tile=128, num_stages=2, persistent=longest <= 2048)
+    if (
+        fits_cache and 1.05 < tiles_per_full_tile <= 2
+    ):  # a step of unlike chunks: one list would be all the long ones' to some
+        return HopperPrefillLaunch(kv_tile=128, num_stages=2, persistent=True)
     if fits_cache:  # tiles of all lengths: a fixed list is balanced if there is one section
         return HopperPrefillLaunch(kv_tile=128, num_stages=2, persistent=True, section_bytes=CACHE_BYTES)
     return HopperPrefillLaunch(kv_tile=128, num_stages=2, persistent=False)

@@ -13,6 +13,7 @@ from minipaged.config import (
     WEIGHTS,
     CacheConfig,
     EngineConfig,
+    KVCacheDType,
     SamplingParams,
     Weights,
     check_bool,
@@ -22,7 +23,7 @@ from minipaged.config import (
     plain_value,
 )
 from minipaged.engine import Engine
-from minipaged.errors import InputError, RequestError
+from minipaged.errors import RequestError
 from minipaged.scheduling.request import RequestOutput
 
 # Text, token ids, or a mapping: {"prompt": text}, or {"prompt_token_ids": [...]} with the text beside it or not.
@@ -31,21 +32,27 @@ Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams]
 Message = Mapping[str, str]
 
+MOST_RANKS = 64
+
 
 class LLM:
     """A model ready to generate.
 
-    model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto, float32,
-    float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them, auto packs
-    where that is faster (a GPU, or a CPU in bfloat16); num_blocks: blocks of the KV pool, None to measure what fits; preemption: auto,
-    recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the smaller
-    SamplingParams.priority is served first and running requests make way for a more urgent one that waits; overlap: steps in flight beside
-    the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU. Raises
-    InputError naming the value that does not work.
+    model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto,
+    float32, float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them,
+    auto packs where that is faster (a GPU, or a CPU in bfloat16); kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or
+    fp8, which take about half the memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV
+    pool, None to measure what fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or
+    priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
+    waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA
+    graphs where there is a GPU; tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU;
+    pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others, unless torchrun has
+    started all of them: then each makes the same LLM, and only rank 0 comes back from it (execution/README.md). Raises InputError naming
+    the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
-    that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size, which must be 1;
-    trust_remote_code, which is ignored with a warning, since no code of a model is ever run.
+    that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for
+    tensor_parallel; trust_remote_code, which is ignored with a warning, since no code of a model is ever run.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         weights: Weights = "auto",
+        kv_cache_dtype: KVCacheDType = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         num_host_blocks: int = 0,
@@ -68,12 +76,15 @@ class LLM:
         overlap: Literal["auto"] | int = "auto",
         graphs: bool = True,
         seed: int = 0,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
         progress: Callable[[str, int, int], None] | None = None,
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
-        tensor_parallel_size: int = 1,
+        tensor_parallel_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "progress")}
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
         check_choice("weights", weights, WEIGHTS)
         if overlap != "auto":
@@ -84,14 +95,15 @@ class LLM:
             check_int("max_model_len", max_model_len, 2)
         check_real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_low=True)
         check_bool("enforce_eager", enforce_eager)
-        if check_int("tensor_parallel_size", tensor_parallel_size, 1) != 1:
-            raise InputError(
-                f"tensor_parallel_size must be 1, not {tensor_parallel_size}: a model runs on one device here"
-            )
+        ranks = check_int("tensor_parallel", tensor_parallel, 1, MOST_RANKS)
+        if tensor_parallel_size is not None:
+            ranks = check_int("tensor_parallel_size", tensor_parallel_size, ranks, MOST_RANKS)
         if trust_remote_code:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         # every number is checked before the model is fetched
-        cache = CacheConfig(block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark)
+        cache = CacheConfig(
+            block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype
+        )
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -115,10 +127,18 @@ class LLM:
             overlap=None if overlap == "auto" else overlap,
             graphs=graphs and not enforce_eager,
             gpu_share=gpu_memory_utilization,
+            tensor_parallel=ranks,
+            pipeline_parallel=check_int("pipeline_parallel", pipeline_parallel, 1, MOST_RANKS),
+            arguments=arguments,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer
         self.model_config = self._parts.model_config
+
+    def close(self) -> None:
+        """End the other ranks, where there are any; they end with this process at the latest. Nothing can be generated afterwards."""
+        if self._parts.ranks is not None:
+            self._parts.ranks.close()
 
     def generate(
         self,

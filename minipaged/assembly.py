@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,14 +16,21 @@ from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
+from minipaged.kernels.launch_table import capability
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.tokenizer import Tokenizer
 from minipaged.model.loading.zoo import LoadedModel
+from minipaged.scheduling.plan import Runner
 from minipaged.scheduling.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from minipaged.execution.collectives import Pipe
+    from minipaged.execution.workers import Ranks
+
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
+FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
 GPU_POOL_SHARE = 0.9  # of the memory that is free once the weights are loaded
 
 
@@ -34,6 +44,7 @@ class Parts:
     cache: CacheConfig
     device: torch.device
     dtype: str
+    ranks: Ranks | None = None  # that share the model
 
 
 def choose_num_blocks(
@@ -44,8 +55,8 @@ def choose_num_blocks(
     step_bytes: int = 0,
     gpu_share: float = GPU_POOL_SHARE,
 ) -> int:
-    """How many blocks fit: `gpu_share` of a GPU's free memory less `step_bytes`, which the largest step takes, or a fixed share of a
-    host's. Null block included. InputError if not even two fit."""
+    """How many blocks of keys and values kept as `dtype` fit: `gpu_share` of a GPU's free memory less `step_bytes`, which the largest
+    step takes, or a fixed share of a host's. Null block included. InputError if not even two fit."""
     block_bytes = config.kv_bytes_per_token(dtype) * block_size
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -74,7 +85,7 @@ def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torc
     On a CPU both lie in the same memory. The error says what the blocks take and how many would fit.
     """
     host = torch.device("cpu")
-    block_bytes = config.kv_bytes_per_token(dtype) * cache.block_size
+    block_bytes = config.kv_bytes_per_token(cache.kv_dtype(dtype)) * cache.block_size
     pools = (
         ("a pool", "num_blocks", cache.num_blocks, device),
         ("a host pool", "num_host_blocks", cache.num_host_blocks, host),
@@ -88,6 +99,17 @@ def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torc
                 f"{place} has {max(0, room) / 2**30:,.1f} GiB left for it: lower {name} to at most {max(0, room) // block_bytes:,}"
             )
         host_bytes += count * block_bytes if place == host else 0
+
+
+def check_kv_dtype(cache: CacheConfig, device: torch.device) -> None:
+    """Raise InputError where the device's kernels cannot write what the cache is to keep."""
+    if cache.kv_cache_dtype == "fp8" and device.type == "cuda" and use_triton(torch.empty(0, device=device)):
+        found = capability(device)
+        if found < FLOAT8_CAPABILITY:
+            raise InputError(
+                f"kv_cache_dtype fp8 needs a GPU of compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))}, as Ada and Hopper "
+                f"have; {device} has {'.'.join(map(str, found))}: use int8"
+            )
 
 
 def assemble(
@@ -104,34 +126,63 @@ def assemble(
     overlap: int | None = None,
     graphs: bool = True,
     gpu_share: float = GPU_POOL_SHARE,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Parts:
     """Load the model and build an engine around it.
 
     Replaced: cache.num_blocks by what fits if `num_blocks` is None, config.max_model_len by the model's context if `max_model_len` is
-    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None.
+    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. tensor_parallel: ranks that share the model;
+    arguments: of the LLM that each of the others makes, if this process is to start them. In a process that is one of the others this
+    serves until rank 0 ends, and ends the process (SystemExit).
     """
     chosen = choose_device(device)
-    try:
-        use_triton(torch.empty(0, device=chosen))
-    except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
-        raise InputError(str(error)) from None
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
-    loaded = zoo.load(model, device=chosen, dtype=precision, weights=weights, progress=progress)
-    shape = loaded.config
-    if max_model_len is not None and max_model_len > shape.max_position:
-        raise InputError(
-            f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
+    ranks = None
+    if tensor_parallel * pipeline_parallel > 1:
+        from minipaged.execution.workers import start_ranks
+
+        ranks = start_ranks(tensor_parallel * pipeline_parallel, chosen, arguments or {}, stages=pipeline_parallel)
+        chosen = ranks.device
+    with nullcontext() if ranks is None else ranks.failing_together():
+        try:
+            use_triton(torch.empty(0, device=chosen))
+        except ValueError as error:  # what MINIPAGED_KERNELS asks for cannot be
+            raise InputError(str(error)) from None
+        check_kv_dtype(cache, chosen)
+        part = None if ranks is None else ranks.part
+        loaded = zoo.load(model, device=chosen, dtype=precision, weights=weights, progress=progress, part=part)
+        pipe = None if ranks is None else ranks.connect(loaded.model, loaded.config)
+        shape, held = loaded.config, loaded.model.config  # of the whole model, and of what is here
+        if max_model_len is not None and max_model_len > shape.max_position:
+            raise InputError(
+                f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
+            )
+        if pipeline_parallel > 1:  # a step in each stage
+            depth = pipeline_parallel - 1 + (overlap or 0)
+        else:
+            depth = overlap if overlap is not None else int(chosen.type == "cuda")
+        config = replace(
+            config,
+            max_model_len=max_model_len or shape.max_position,
+            depth=depth,
+            pipeline_parallel=pipeline_parallel,
         )
-    depth = overlap if overlap is not None else int(chosen.type == "cuda")
-    config = replace(config, max_model_len=max_model_len or shape.max_position, depth=depth)
-    if num_blocks is None:
-        step = _step_bytes(loaded, cache, config, chosen, kind, graphs) if chosen.type == "cuda" else 0
-        num_blocks = choose_num_blocks(shape, cache.block_size, kind, chosen, step, gpu_share)
-    cache = replace(cache, num_blocks=num_blocks)
-    check_pool(shape, cache, kind, chosen)
-    engine = build_engine(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
-    return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind)
+        if num_blocks is None:
+            step = _step_bytes(loaded, cache, config, chosen, kind, graphs, pipe) if chosen.type == "cuda" else 0
+            num_blocks = choose_num_blocks(held, cache.block_size, cache.kv_dtype(kind), chosen, step, gpu_share)
+        if ranks is not None:
+            num_blocks = ranks.least(num_blocks)  # the same block ids everywhere: the smallest pool is everybody's
+        cache = replace(cache, num_blocks=num_blocks)
+        check_pool(held, cache, kind, chosen)
+        runner = build_runner(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
+        runner.pipe = pipe
+    engine = assemble_engine(loaded, cache, config, runner if ranks is None else ranks.drive(runner), dtype=kind)
+    if ranks is not None:
+        engine.about |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind, ranks)
 
 
 def build_engine(
@@ -145,6 +196,13 @@ def build_engine(
 ) -> Engine:
     """An engine with a KV pool of its own around a model that is loaded already. graphs: replay CUDA graphs where steps can be captured."""
     runner = build_runner(loaded, cache, config, device=device, dtype=dtype, graphs=graphs)
+    return assemble_engine(loaded, cache, config, runner, dtype=dtype)
+
+
+def assemble_engine(
+    loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, runner: Runner, *, dtype: str
+) -> Engine:
+    """An engine over a runner that has its KV pool."""
     manager = BlockManager(
         cache.num_blocks,
         cache.block_size,
@@ -155,7 +213,8 @@ def build_engine(
     scheduler = Scheduler(config, manager, cache.block_size)
     about = {
         "model": loaded.config.name,
-        "kv_bytes_per_token": loaded.config.kv_bytes_per_token(dtype),
+        "kv_cache_dtype": cache.kv_dtype(dtype),
+        "kv_bytes_per_token": loaded.config.kv_bytes_per_token(cache.kv_dtype(dtype)),
         "watermark": cache.watermark,
         "num_host_blocks": cache.num_host_blocks,
     }
@@ -180,11 +239,12 @@ def build_runner(
 ) -> TorchRunner:
     """A runner with a KV pool of its own."""
     kv = PagedKV(
-        loaded.config,
+        loaded.model.config,
         cache.num_blocks,
         cache.block_size,
         num_host_blocks=cache.num_host_blocks,
         dtype=getattr(torch, dtype),
+        kept_as=cache.kv_dtype(dtype),
         device=device,
     )
     if graphs and can_capture(kv.keys[0]):
@@ -200,10 +260,18 @@ def can_capture(cache: torch.Tensor) -> bool:
 
 
 def _step_bytes(
-    loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, device: torch.device, dtype: str, graphs: bool
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: str,
+    graphs: bool,
+    pipe: Pipe | None,
 ) -> int:
     """What the largest step takes beside the weights and the pool, measured on a pool of two blocks that is gone afterwards."""
     from minipaged.execution.largest_step import peak_bytes
 
     tiny = replace(cache, num_blocks=2, num_host_blocks=0)
-    return peak_bytes(build_runner(loaded, tiny, config, device=device, dtype=dtype, graphs=graphs), config)
+    runner = build_runner(loaded, tiny, config, device=device, dtype=dtype, graphs=graphs)
+    runner.pipe = pipe
+    return peak_bytes(runner, config)

@@ -23,6 +23,9 @@ DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 Weights = Literal["auto", "packed", "dense"]
 WEIGHTS: tuple[Weights, ...] = ("auto", "packed", "dense")
+KVCacheDType = Literal["auto", "int8", "fp8"]
+KV_CACHE_DTYPES: tuple[KVCacheDType, ...] = ("auto", "int8", "fp8")
+SCALE_BYTES = 4  # of quantized keys or values: one scale for each token and KV head
 MAX_BLOCK_SIZE = 256
 NO_LIMIT = 2**31 - 1  # what max_tokens=None is kept as: an engine ends every answer at the end of its context
 DEFAULT_MODEL = "smollm2-135m"
@@ -184,8 +187,12 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
-        """Bytes of keys and values that one token holds over all layers: 2 * layers * kv_heads * head_dim * bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        """Bytes of keys and values that one token holds over all layers, and of their scales where one byte is an element:
+        2 * layers * kv_heads * (head_dim * bytes + bytes of a scale).
+        """
+        element = DTYPE_BYTES[dtype]
+        head = self.head_dim * element + (SCALE_BYTES if element == 1 else 0)
+        return 2 * self.num_layers * self.num_kv_heads * head
 
     def num_parameters(self) -> int:
         """Weights of the network, embeddings counted once when tied."""
@@ -199,20 +206,30 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The pool of KV blocks. `num_blocks` includes block 0, the null block."""
+    """The pool of KV blocks. `num_blocks` includes block 0, the null block.
+
+    kv_cache_dtype: what keys and values are kept as: auto (the model's dtype), or int8 or fp8 (e4m3) with a scale for each token and
+    KV head.
+    """
 
     block_size: int = 16
     num_blocks: int = 512
     num_host_blocks: int = 0
     enable_prefix_caching: bool = True
     watermark: float = 0.01
+    kv_cache_dtype: KVCacheDType = "auto"
 
     def __post_init__(self) -> None:
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         check_int("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         check_int("num_blocks", self.num_blocks, 2)
         check_int("num_host_blocks", self.num_host_blocks, 0)
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_real("watermark", self.watermark, 0.0, 0.5)
+
+    def kv_dtype(self, dtype: str) -> str:
+        """The dtype that keys and values of a model of `dtype` are kept as, by torch's name."""
+        return {"auto": dtype, "int8": "int8", "fp8": "float8_e4m3fn"}[self.kv_cache_dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +243,7 @@ class EngineConfig:
     preemption: Preemption = "auto"
     batching: Batching = "continuous"  # who may join the running: anybody, nobody once they write, nobody at all
     depth: int = 0  # steps in flight beyond the one being committed: 0 plain, 1 overlap
+    pipeline_parallel: int = 1  # stages; above 1, steps in flight have no drawing sequence in common
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -236,6 +254,7 @@ class EngineConfig:
         check_choice("preemption", self.preemption, PREEMPTION)
         check_choice("batching", self.batching, BATCHING)
         check_int("depth", self.depth, 0, 64)
+        check_int("pipeline_parallel", self.pipeline_parallel, 1, 64)
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
 
 
@@ -249,7 +268,9 @@ class SamplingParams:
     Numbers may be numpy's or a tensor's, lists any sequence. What other engines say otherwise is taken as they mean it: `max_tokens` None
     or beyond the context is the end of the context, `top_k` -1 all tokens, `seed` -1 or None one of the engine's, `stop` None no string.
     `skip_special_tokens` False writes special tokens into the text; `include_stop_str_in_output` keeps the stop string, or the stop token's
-    text, at its end.
+    text, at its end. `logprobs` k asks for each token's log-probability and those of the k likeliest, up to 100; `prompt_logprobs` the
+    same of the prompt. `best_of` draws so many samples and returns the `n` best. `beam_width` searches instead of sampling, and
+    `length_penalty` and `early_stopping` are transformers'. `cache_salt` keeps a prompt's blocks apart from those of other salts.
 
     What changes the logits of a draw, in this order: only `allowed_token_ids` can be drawn (None: all), `bad_words` cannot, `logit_bias`
     {token: number} is added, `repetition_penalty` divides what the prompt or the answer has (Keskar et al. 2019), `presence_penalty` is

@@ -116,6 +116,12 @@ class Engine:
         if isinstance(prompt, str):
             if self.codec is None:
                 raise RequestError("this engine has no tokenizer: give the prompt as token ids")
+            # A text that is far too long is refused before its tokens are made, which would take a minute for 100 MB.
+            fewest, most = self.codec.fewest_tokens(prompt), self.scheduler.config.max_model_len
+            if fewest > most:
+                raise RequestError(
+                    f"the prompt has {len(prompt):,} characters, which are at least {fewest:,} tokens; this engine's context holds {most:,}"
+                )
             return self.codec.encode(prompt)
         try:
             tokens = [plain_value(token) for token in plain_value(prompt)]

@@ -1,4 +1,7 @@
-"""The errors a user can cause. Each names the value that was wrong and what would work; the command line turns them into exit code 2."""
+"""The errors a user can cause. Each names the value that was wrong and what would work; the command line turns them into exit code 2.
+
+And one that nobody caused, with a word for it: a rank that is gone.
+"""
 
 
 class InputError(ValueError):
@@ -11,6 +14,10 @@ class ModelError(InputError):
 
 class RequestError(InputError):
     """A request that this engine can never serve (empty, too long, larger than the pool)."""
+
+
+class RankError(RuntimeError):
+    """One of the processes that share a model died, hangs or failed: nothing can be run any more. The text says which and why."""
 
 
 class TraceError(InputError):

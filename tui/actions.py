@@ -279,9 +279,11 @@ class Actions(App[int]):
         self.paint()
 
     def action_leave_lesson(self) -> None:
-        """All panes again, or back to where the lesson was opened."""
+        """All panes again, the map in the place of other systems, or back to where the lesson was opened."""
         if self.screen.has_class("-alone"):
             self.action_maximise()
+        elif self.screen_stack[0].has_class("-compare"):
+            self.action_compare()
         elif self._outer is not None:
             self.session, self._outer = self._outer, None
             self.view = replace(self.view, block=-1, watched=-1, only=-1)

@@ -14,7 +14,7 @@ from typing import Any
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.serving.live import EngineProcess, LiveSource
-from minipaged.text.safe import clean
+from minipaged.text.safe import clean, printable
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
 from minipaged.tui.keys import load_keys
@@ -82,7 +82,7 @@ def run_screen(
             session.playback.seek(len(session.source))  # the run is summed up, wherever in it somebody was looking
             code = _say_what_it_came_to(session, guided and not headless)
         if code == 1 and (words := runner.last_words()):
-            print(f"minipaged: {words}", file=sys.stderr)
+            print(f"minipaged: {printable(words)}", file=sys.stderr)
         return code
     finally:
         runner.close()
@@ -180,11 +180,11 @@ def _show(
     if headless:
         code = asyncio.run(_headless(app, steps, screenshot, display.size))
         if code:
-            print(f"minipaged: {session.failed or session.message}", file=sys.stderr)
+            print(f"minipaged: {printable(session.failed or session.message)}", file=sys.stderr)
         return code
     found = app.run()
     if session.failed and not session.playback.ready:
-        print(f"minipaged: {session.failed}", file=sys.stderr)
+        print(f"minipaged: {printable(session.failed)}", file=sys.stderr)
     return found if found is not None else 0
 
 

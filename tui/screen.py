@@ -100,7 +100,9 @@ class ScreenApp(Actions):
         Binding("t", "journey", "a token's journey", id="journey"),
         Binding("c", "compare", "compare", id="compare"),
         Binding("L", "lessons", "lessons", id="lessons"),
-        Binding("escape", "leave_lesson", "leave the pane or the lesson", show=False, id="lesson.leave"),
+        Binding(
+            "escape", "leave_lesson", "leave the pane, the comparison or the lesson", show=False, id="lesson.leave"
+        ),
         Binding("question_mark,f1", "help", "help", id="help"),
         *(
             Binding(str(n + 1), f"pane('{name}')", name, show=False, id=f"pane.{name}")

@@ -377,6 +377,6 @@ if __name__ == "__main__":
 #
 # - `kernels/attention/decode.py`: `paged_decode_torch` gathers, for a few rows at a time: on a CPU that is the faster
 #   way. `gather_pages` is task 1.
-# - `kernels/attention/decode_triton.py`: `_attend_tile` is task 2, in base 2 and with several pages at once.
+# - `kernels/attention/decode_tile.py`: `attend_tile` is task 2, in base 2 and with several pages at once.
 # - `kernels/attention/prefill.py`: `paged_prefill`, the same for many new tokens.
 # - `tests/kernels`: each kernel against its twin, tables permuted, unused slots poisoned, as you did.

@@ -482,8 +482,8 @@ if __name__ == "__main__":
 #
 # ## Where this lives in minipaged
 #
-# - `kernels/attention/decode_triton.py`: `_attend_tile` is one turn of your loop; `_decode_kernel` has the loop without
-#   masks, and the chunks.
-# - `kernels/attention/triton_tiles.py`: `tile_offsets` and `load_tile` are task 2 for several pages at once.
+# - `kernels/attention/decode_tile.py`: `attend_tile` is one turn of your loop.
+# - `kernels/attention/decode_triton.py`: the loop without masks, and the chunks.
+# - `kernels/attention/triton_tiles.py`: `tile_blocks` and `load_tile` are task 2 for several pages at once.
 # - `kernels/attention/decode.py`: `paged_decode` chooses between the kernel and its twin.
 # - `tests/kernels`: every kernel against its twin, in the interpreter, as you ran it.

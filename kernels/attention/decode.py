@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from minipaged.kernels.attention.decode_shared import SharedPrefixes
+from minipaged.kernels.cache.quantize import Scales, dequantize
 from minipaged.kernels.checks import check_attention
 from minipaged.kernels.dispatch import use_triton
 
@@ -28,7 +30,9 @@ def paged_decode(
     context_lens: Tensor,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: Tensor | None = None,
     check: bool = True,
 ) -> Tensor:
@@ -37,20 +41,25 @@ def paged_decode(
     query: [B, heads, head_dim]; query head h reads KV head h // (heads // kv_heads).
     key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim]. block_tables: int32 [B, width], or [B, kv_heads, width] for
     a table per KV head. context_lens: int32 [B], the new token included (it is in the cache already); a row of length 0 gives zeros.
-    window: only the last `window` tokens are seen. out: written and returned, if given.
-    Reads 2 * sum(context_lens) * kv_heads * head_dim elements. Raises ValueError on a scale that is not above 0, and on
-    shapes, dtypes or devices that do not fit, unless `check` is False: for a caller that has had such tensors checked, as those of the
-    step's first layer.
+    scales: of keys and of values, where the cache holds codes (as in write_kv); the query has a floating dtype then, of its own.
+    window: only the last `window` tokens are seen. shared: rows whose tables begin alike, so that the kernel reads those pages once for
+    many; not together with a window. It changes no result, and the twin does without. out: written and returned, if given.
+    Reads 2 * sum(context_lens) * kv_heads * head_dim elements, and a scale for each head_dim of them. Raises ValueError on a scale that
+    is not above 0, and on shapes, dtypes or devices that do not fit, unless `check` is False: for a caller that has had such tensors
+    checked, as those of the step's first layer.
     """
     if check:
-        check_attention(query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out)
+        check_attention(
+            query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out, scales
+        )
+        if shared is not None and window is not None:
+            raise ValueError("rows that share their first tokens cannot have a window, which may leave these out")
+    paged = (query, key_cache, value_cache, block_tables, context_lens, scale)
     if use_triton(query):
         from minipaged.kernels.attention.decode_triton import paged_decode_triton
 
-        return paged_decode_triton(
-            query, key_cache, value_cache, block_tables, context_lens, scale, window=window, out=out
-        )
-    return paged_decode_torch(query, key_cache, value_cache, block_tables, context_lens, scale, window=window, out=out)
+        return paged_decode_triton(*paged, scales=scales, window=window, shared=shared, out=out)
+    return paged_decode_torch(*paged, scales=scales, window=window, out=out)
 
 
 def paged_decode_torch(
@@ -61,6 +70,7 @@ def paged_decode_torch(
     context_lens: Tensor,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -85,7 +95,9 @@ def paged_decode_torch(
         if window:
             seen &= position >= length - window
         k, v = gather_pages(
-            key_cache, value_cache, block_tables.index_select(0, rows), page, page * block_size < length
+            *(key_cache, value_cache, block_tables.index_select(0, rows), page, page * block_size < length),
+            scales=scales,
+            dtype=query.dtype,
         )
         unseen = (~seen).flatten().nonzero().squeeze(1)
         mask = None
@@ -108,26 +120,41 @@ def paged_decode_torch(
 
 
 def gather_pages(
-    key_cache: Tensor, value_cache: Tensor, tables: Tensor, page: Tensor, present: Tensor
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    page: Tensor,
+    present: Tensor,
+    *,
+    scales: Scales | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of some table entries, as [rows, tokens, kv_heads, head_dim] of their own.
+    """Keys and values of some table entries, as `dtype` [rows, tokens, kv_heads, head_dim] of their own.
 
     tables: int32 [rows, width] or [rows, kv_heads, width]. page: int64 [rows, pages], indices into the tables. present: bool, as
-    page; where it is False the entry is not read and the tokens are those of block 0.
+    page; where it is False the entry is not read and the tokens are those of block 0. scales: of a cache that holds codes, of which each
+    becomes what it stands for; else `dtype` is the cache's.
     """
     num_rows, num_pages = page.shape
     block_size, kv_heads, head_dim = key_cache.shape[1:]
     page = torch.where(present, page, 0)
+    shape = (num_rows, num_pages * block_size, kv_heads, head_dim)
     if tables.dim() == 2:
         blocks = torch.where(present, tables.gather(1, page), 0).flatten()
-        shape = (num_rows, num_pages * block_size, kv_heads, head_dim)
-        return key_cache.index_select(0, blocks).view(shape), value_cache.index_select(0, blocks).view(shape)
+        k, v = (cache.index_select(0, blocks).view(shape) for cache in (key_cache, value_cache))
+        if scales is None:
+            return k, v
+        # [rows * pages, kv_heads, block_size] -> [rows, tokens, kv_heads]
+        k_scale, v_scale = (x.index_select(0, blocks).transpose(1, 2).reshape(shape[:3]) for x in scales)
+        return dequantize(k, k_scale, dtype), dequantize(v, v_scale, dtype)
     page, present = (x[:, None].expand(-1, kv_heads, -1) for x in (page, present))
     blocks = torch.where(present, tables.gather(2, page), 0).transpose(1, 2)[..., None]
     slot = torch.arange(block_size, device=page.device)
     head = torch.arange(kv_heads, device=page.device)[:, None]
     # [rows, pages, kv_heads, block_size, head_dim] each
     k, v = (cache[blocks, slot, head] for cache in (key_cache, value_cache))
+    if scales is not None:
+        k, v = (dequantize(x, kept[blocks, head, slot], dtype) for x, kept in zip((k, v), scales, strict=True))
     return k.transpose(2, 3).flatten(1, 2).contiguous(), v.transpose(2, 3).flatten(1, 2).contiguous()
 
 

@@ -18,10 +18,12 @@ MOST_CHUNKS = 2**16  # of all rows together: what a field of _ends_longest_first
 @triton.jit
 def chunks_of_rows(
     context_lens_ptr,
+    shared_tokens_ptr,  # leading tokens of each row that are not to be cut: others attend to them
     num_rows,
     window,
     target,
     HAS_WINDOW: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -31,6 +33,8 @@ def chunks_of_rows(
     span = tl.load(context_lens_ptr + row, mask=row < num_rows, other=0)
     if HAS_WINDOW:
         span = tl.minimum(span, window)
+    if HAS_SHARED:
+        span -= tl.load(shared_tokens_ptr + row, mask=row < num_rows, other=0)
     chunk = (tl.sum(span, 0) + target - 1) // target
     chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
     count = tl.maximum((span + chunk // 2) // chunk, 1)  # a row a little over one chunk is not worth a reduction
@@ -64,55 +68,89 @@ def _ends_longest_first(
         return (in_class + ((classes_before >> shift) & 0xFFFF)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "target"])
+@triton.jit
 def reduce_kernel(
     out_ptr,
     partial_ptr,
     partial_lse_ptr,
-    context_lens_ptr,
-    num_rows,
-    window,
-    target,
+    cuts_ptr,  # int32 [rows, 2]: chunks of each row, and the first of them
+    shared_partial_ptr,  # of shared_kernel
+    shared_lse_ptr,
+    shared_tokens_ptr,
     stride_out,
     stride_out_head,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    SHARED_TILE: tl.constexpr,
+    SHARED_PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One (row, head): the chunks' outputs weighed by their softmax denominators."""
+    """One (row, head): the outputs of its chunks, and of the tokens it shares, weighed by their softmax denominators."""
     wait_for_previous(DEPENDENT)
     head = tl.program_id(0)
     row = tl.program_id(1)
-    counts, ends = chunks_of_rows(context_lens_ptr, num_rows, window, target, HAS_WINDOW, ROWS, TILE, MIN_CHUNK)
-    mine = tl.arange(0, ROWS) == row
-    count = tl.sum(tl.where(mine, counts, 0), 0)
-    if count <= 1:
+    # Read, not computed again: where no row is cut, as in a large batch, these programs are many and this is all they do.
+    count = tl.load(cuts_ptr + 2 * row)
+    shared = 0
+    if HAS_SHARED:
+        shared = tl.load(shared_tokens_ptr + row)
+    if (count <= 1) & (shared == 0):
         return
-    first = tl.sum(tl.where(mine, ends - counts, 0), 0).to(tl.int64)
+    first = tl.load(cuts_ptr + 2 * row + 1).to(tl.int64)
     dim = tl.arange(0, HEAD_BLOCK)
     accumulated = tl.zeros([HEAD_BLOCK], tl.float32)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    for start in range(0, count, PARTS):
+    for start in range(0, count, PARTS):  # a row's first chunk is never empty
         part = start + tl.arange(0, PARTS)
         at = (first + part) * HEADS + head
-        lse = tl.load(partial_lse_ptr + at, mask=part < count, other=float("-inf"))
-        partial = tl.load(
-            partial_ptr + at[:, None] * HEAD_DIM + dim[None, :],
-            mask=(part < count)[:, None] & (dim < HEAD_DIM)[None, :],
-            other=0.0,
+        accumulated, top, total = _join(
+            (accumulated, top, total), partial_ptr, partial_lse_ptr, at, part < count, HEAD_DIM, HEAD_BLOCK
         )
-        new_top = tl.maximum(top, tl.max(lse, 0))  # a row's first chunk is never empty, so this is finite
-        weight = tl.exp2(lse - new_top)
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weight, 0)
-        accumulated = accumulated * decay + tl.sum(weight[:, None] * partial, 0)
-        top = new_top
+    if HAS_SHARED:
+        part = tl.arange(0, SHARED_PARTS)
+        low, high = shared_part(shared, part, SHARED_TILE, SHARED_PARTS)
+        at = (row.to(tl.int64) * SHARED_PARTS + part) * HEADS + head
+        accumulated, top, total = _join(
+            (accumulated, top, total), shared_partial_ptr, shared_lse_ptr, at, low < high, HEAD_DIM, HEAD_BLOCK
+        )
     pointers = out_ptr + row.to(tl.int64) * stride_out + head * stride_out_head + dim
     tl.store(pointers, (accumulated / total).to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+@triton.jit
+def _join(
+    state,  # as of attend_tile, of one (row, head)
+    partial_ptr,
+    lse_ptr,
+    at,  # where each part's output lies: int64 [parts]
+    present,  # whether it is to be read
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):
+    """The state with the outputs of these parts; some part so far, or one of these, is present."""
+    accumulated, top, total = state
+    dim = tl.arange(0, HEAD_BLOCK)
+    lse = tl.load(lse_ptr + at, mask=present, other=float("-inf"))
+    partial = tl.load(
+        partial_ptr + at[:, None] * HEAD_DIM + dim[None, :],
+        mask=present[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    new_top = tl.maximum(top, tl.max(lse, 0))
+    weight = tl.exp2(lse - new_top)
+    decay = tl.exp2(top - new_top)
+    total = total * decay + tl.sum(weight, 0)
+    accumulated = accumulated * decay + tl.sum(weight[:, None] * partial, 0)
+    return (accumulated, new_top, total)
+
+
+@triton.jit
+def shared_part(tokens, part, TILE: tl.constexpr, PARTS: tl.constexpr):
+    """Which of a tile's common tokens a part has: [low, high), whole tiles of keys but for the last; empty past the end."""
+    size = ((tokens + PARTS - 1) // PARTS + TILE - 1) // TILE * TILE
+    low = part * size
+    return low, tl.minimum(low + size, tokens)

@@ -11,11 +11,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from minipaged.kernels.attention.decode import gather_pages, paged_decode_torch
+from minipaged.kernels.cache.dequantize import dequantize_pages
+from minipaged.kernels.cache.quantize import Scales
 from minipaged.kernels.checks import check_attention, check_integers
 from minipaged.kernels.dispatch import gluon_runs, use_triton
 
 # Queries that the twin attends at a time: enough to keep the processor busy, few enough that causality saves work.
 QUERY_TILE = 256
+# Chunks of so many queries have the codes that they read written out as numbers first, in so many bytes at most.
+LONG_CHUNK = 256
+WRITTEN_OUT_BYTES = 256 << 20
 
 
 def paged_prefill(
@@ -28,6 +33,7 @@ def paged_prefill(
     max_query_len: int,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -45,13 +51,20 @@ def paged_prefill(
     check_integers("query_starts", query_starts, torch.int32, None, query.device)
     if num_rows < 0:
         raise ValueError("query_starts is empty; it must hold rows + 1 cumulative counts, at least the leading 0")
-    check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out)
+    check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out, scales)
     if max_query_len < 0:
         raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
-    paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
     if not use_triton(query):
-        return paged_prefill_torch(*paged, window=window, out=out)
-    if gluon_runs():
+        paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
+        return paged_prefill_torch(*paged, scales=scales, window=window, out=out)
+    if scales is not None and is_worth_writing_out(query, key_cache, block_tables, max_query_len):
+        key_cache, value_cache, block_tables = dequantize_pages(
+            key_cache, value_cache, scales, block_tables, context_lens, query.dtype
+        )
+        scales = None
+    paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
+    # prefill_hopper brings tiles to shared memory as they are and multiplies them from there, so it takes no codes.
+    if scales is None and gluon_runs():
         from minipaged.kernels.launch_table import hopper_prefill_launch
 
         launch = hopper_prefill_launch(query, key_cache, value_cache, block_tables, max_query_len, window)
@@ -61,7 +74,23 @@ def paged_prefill(
             return paged_prefill_hopper(*paged, out=out, launch=launch)
     from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 
-    return paged_prefill_triton(*paged, window=window, out=out)
+    return paged_prefill_triton(*paged, scales=scales, window=window, out=out)
+
+
+def is_worth_writing_out(query: Tensor, cache: Tensor, block_tables: Tensor, max_query_len: int) -> bool:
+    """Whether a cache of codes is to be written out before long chunks read it.
+
+    Each tile of queries reads, and would convert, all keys and values up to it. From a few tiles on it is less work to convert them once,
+    for the kernels that want numbers. Not where that takes much memory, as in a captured step with room for many long tables.
+    """
+    entries = block_tables.shape[0] * block_tables.shape[-1]
+    out_bytes = 2 * entries * cache[0].numel() * query.element_size()
+    return (
+        query.element_size() == 2
+        and block_tables.dim() == 2
+        and max_query_len >= LONG_CHUNK
+        and out_bytes <= WRITTEN_OUT_BYTES
+    )
 
 
 def paged_prefill_torch(
@@ -74,6 +103,7 @@ def paged_prefill_torch(
     max_query_len: int,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -98,6 +128,7 @@ def paged_prefill_torch(
             block_tables.index_select(0, rows),
             context_lens.index_select(0, rows),
             scale,
+            scales=scales,
             window=window,
         )
     for row, length in enumerate(lengths):
@@ -108,7 +139,9 @@ def paged_prefill_torch(
         first_page = max(0, offset - window + 1) // block_size if window else 0
         page = torch.arange(first_page, -(-length // block_size), device=device)[None]
         k, v = gather_pages(
-            key_cache, value_cache, block_tables[row : row + 1], page, torch.ones_like(page, dtype=torch.bool)
+            *(key_cache, value_cache, block_tables[row : row + 1], page, torch.ones_like(page, dtype=torch.bool)),
+            scales=scales,
+            dtype=query.dtype,
         )
         # [kv_heads, group, tokens, head_dim]; expand repeats no memory
         k, v = (x[0].transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))

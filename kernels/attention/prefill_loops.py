@@ -1,8 +1,10 @@
 """The loops of the prefill kernel over tiles of keys: in turn (scores, softmax, values), or with the values' product a tile late.
 
 Both keep the online softmax in base 2 and float32. Arguments go in tuples: `state` is (accumulated output, top: each row's largest score
-so far, unscaled, total: the sum of its weights), `cache` (keys, values, block table, stride of a block, of a slot), `sight` (each row's
-query position, window, the row's last position). Without MASKED every position of the tiles is seen by every query of the tile.
+so far, unscaled, total: the sum of its weights), `cache` (keys, values, block table, stride of a block, of a slot, scales of keys, of
+values, stride of a block of scales), `sight` (each row's query position, window, the row's last position). QUANTIZED: keys and values are
+codes; the key's scale multiplies the scores, the value's the weights. Without MASKED every position of the tiles is seen by every query
+of the tile.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: N803, N806
@@ -52,21 +54,26 @@ def attend_in_turn(
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The state (accumulated, top, total) after the tiles from begin to end."""
     accumulated, top, total = state
-    key_ptr, value_ptr, table_ptr, stride_block, stride_slot = cache
+    key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block = cache
     last = sight[2]
     HEAD_BLOCK: tl.constexpr = query.shape[1]
     for start in tl.range(begin, end, TILE):
         pages = clamped_pages(table_ptr, start, last, PAGE, TILE, MASKED)
         offset = clamped_offsets(pages, start, last, stride_block, stride_slot, PAGE, TILE, MASKED, WIDE)
-        key = load_tokens(key_ptr, offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
-        value = load_tokens(value_ptr, offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
+        key = load_tokens(key_ptr, offset, HEAD_DIM, HEAD_BLOCK, query.dtype)
+        value = load_tokens(value_ptr, offset, HEAD_DIM, HEAD_BLOCK, query.dtype)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if QUANTIZED:
+            scale_offset = clamped_offsets(pages, start, last, stride_scale_block, 1, PAGE, TILE, MASKED, WIDE)
+            score = score * tl.load(key_scale_ptr + scale_offset)[None, :]
         weight, decay, top, total = _softmax(score, top, total, scale, start, sight, HAS_WINDOW, MASKED)
+        if QUANTIZED:
+            weight = weight * tl.load(value_scale_ptr + scale_offset)[None, :]
         accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
     return (accumulated, top, total)
 
@@ -86,7 +93,7 @@ def attend_overlapped(
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """As attend_in_turn, but the values' product of the tile before (weight, decay, offset) runs beside this tile's softmax.
@@ -96,27 +103,33 @@ def attend_overlapped(
     """
     accumulated, top, total = state
     weight, decay, offset, pages = late
-    key_ptr, value_ptr, table_ptr, stride_block, stride_slot = cache
+    key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block = cache
     last = sight[2]
     HEAD_BLOCK: tl.constexpr = query.shape[1]
     for start in tl.range(begin, end, TILE):
         next_offset = clamped_offsets(pages, start, last, stride_block, stride_slot, PAGE, TILE, MASKED, WIDE)
-        key = load_tokens(key_ptr, next_offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
-        value = load_tokens(value_ptr, offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
+        key = load_tokens(key_ptr, next_offset, HEAD_DIM, HEAD_BLOCK, query.dtype)
+        value = load_tokens(value_ptr, offset, HEAD_DIM, HEAD_BLOCK, query.dtype)
+        if QUANTIZED:
+            scale_offset = clamped_offsets(pages, start, last, stride_scale_block, 1, PAGE, TILE, MASKED, WIDE)
         pages = clamped_pages(table_ptr, start + TILE, last, PAGE, TILE, True)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if QUANTIZED:
+            score = score * tl.load(key_scale_ptr + scale_offset)[None, :]
         accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
         weight, decay, top, total = _softmax(score, top, total, scale, start, sight, HAS_WINDOW, MASKED)
+        if QUANTIZED:  # the total is of the weights alone; what is due is their product with the values
+            weight = weight * tl.load(value_scale_ptr + scale_offset)[None, :]
         offset = next_offset
     return (accumulated, top, total), (weight, decay, offset, pages)
 
 
 @triton.jit
-def last_product(state, late, cache, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
+def last_product(state, late, cache, HEAD_DIM: tl.constexpr, dtype: tl.constexpr):
     """The state with the product that attend_overlapped left due."""
     accumulated, top, total = state
     weight, decay, offset, _ = late
     HEAD_BLOCK: tl.constexpr = accumulated.shape[1]
-    value = load_tokens(cache[1], offset, HEAD_DIM, HEAD_BLOCK, UPCAST)
+    value = load_tokens(cache[1], offset, HEAD_DIM, HEAD_BLOCK, dtype)
     accumulated = tl.dot(weight.to(value.dtype), value, accumulated * decay[:, None], input_precision="ieee")
     return (accumulated, top, total)

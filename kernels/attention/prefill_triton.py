@@ -19,6 +19,8 @@ import triton.language as tl
 
 from minipaged.kernels.attention.prefill_loops import attend_in_turn, attend_overlapped, last_product
 from minipaged.kernels.attention.triton_tiles import clamped_offsets, clamped_pages, must_upcast
+from minipaged.kernels.cache.quantize import Scales
+from minipaged.kernels.cache.quantize_triton import scale_arguments
 from minipaged.kernels.dependent_launch import dependent_launch, wait_for_previous
 from minipaged.kernels.launch_table import PrefillLaunch, check_layout, head_block, packed_heads, prefill_launch
 
@@ -32,6 +34,8 @@ def _prefill_kernel(
     block_tables_ptr,
     context_lens_ptr,
     query_starts_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     num_rows,
     scale,  # above 0; with log2(e) in it, for the softmax is in base 2
     window,
@@ -46,6 +50,8 @@ def _prefill_kernel(
     stride_head,
     stride_table,
     stride_table_head,
+    stride_scale_block,
+    stride_scale_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -57,6 +63,7 @@ def _prefill_kernel(
     HAS_WINDOW: tl.constexpr,
     OVERLAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     WIDE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -102,7 +109,11 @@ def _prefill_kernel(
     table_ptr = block_tables_ptr + row.to(tl.int64) * stride_table + kv_head * stride_table_head
     key_ptr += kv_head.to(tl.int64) * stride_head
     value_ptr += kv_head.to(tl.int64) * stride_head
-    cache = (key_ptr, value_ptr, table_ptr, stride_block, stride_slot)
+    key_scale_ptr += kv_head.to(tl.int64) * stride_scale_head
+    value_scale_ptr += kv_head.to(tl.int64) * stride_scale_head
+    cache = (
+        key_ptr, value_ptr, table_ptr, stride_block, stride_slot, key_scale_ptr, value_scale_ptr, stride_scale_block
+    )  # fmt: skip
     sight = (query_position, window, length - 1)
     accumulated = tl.zeros([QUERY_TILE, HEAD_BLOCK], tl.float32)
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
@@ -119,14 +130,14 @@ def _prefill_kernel(
         for part in tl.static_range(FIRST_PART, 3):  # three loops, of which the middle one has no masks
             state, late = attend_overlapped(
                 query, state, late, cache, sight, scale, edges[part], edges[part + 1],
-                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, UPCAST, WIDE,
+                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, QUANTIZED, WIDE,
             )  # fmt: skip
-        state = last_product(state, late, cache, HEAD_DIM, UPCAST)
+        state = last_product(state, late, cache, HEAD_DIM, query.dtype)
     else:
         for part in tl.static_range(FIRST_PART, 3):
             state = attend_in_turn(
                 query, state, cache, sight, scale, edges[part], edges[part + 1],
-                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, UPCAST, WIDE,
+                HEAD_DIM, PAGE, KV_TILE, HAS_WINDOW, part != 1, QUANTIZED, WIDE,
             )  # fmt: skip
     accumulated, top, total = state
 
@@ -151,6 +162,7 @@ def paged_prefill_triton(
     max_query_len: int,
     scale: float,
     *,
+    scales: Scales | None = None,
     window: int | None = None,
     out: torch.Tensor | None = None,
     launch: PrefillLaunch | None = None,
@@ -181,6 +193,7 @@ def paged_prefill_triton(
     pairs = num_rows * heads // pack
     kv_heads_together = max(1, launch.section_bytes // (2 * longest * head_dim * key_cache.element_size()))
     section = min(pairs, kv_heads_together * (group // pack))
+    key_scale, value_scale, *scale_strides = scale_arguments(scales, query)
     _prefill_kernel[(triton.cdiv(pairs, section) * section * tiles,)](
         out,
         query,
@@ -189,6 +202,8 @@ def paged_prefill_triton(
         block_tables,
         context_lens,
         query_starts,
+        key_scale,
+        value_scale,
         num_rows,
         scale * math.log2(math.e),
         window or 0,
@@ -203,6 +218,7 @@ def paged_prefill_triton(
         key_cache.stride(2),
         block_tables.stride(0),
         block_tables.stride(1) if block_tables.dim() == 3 else 0,
+        *scale_strides,
         HEADS=heads,
         GROUP=group,
         PACK=pack,
@@ -214,6 +230,7 @@ def paged_prefill_triton(
         HAS_WINDOW=window is not None,
         OVERLAPPED=launch.overlapped,
         UPCAST=must_upcast(query),
+        QUANTIZED=scales is not None,
         WIDE=(num_blocks - 1) * key_cache.stride(0) + block_size * key_cache.stride(1) >= 2**31,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -18,21 +18,28 @@ def must_upcast(tensor: torch.Tensor) -> bool:
 
 
 @triton.jit
-def tile_offsets(
+def tile_blocks(
     table_ptr,  # this row's (and KV head's) block table
     position,  # [TILE] KV positions
     limit,  # positions from here on are not read
-    stride_block,
-    stride_slot,
     PAGE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Where in the cache each position's token begins, in elements: int64 [TILE]."""
+    """The block of each position: int64 [TILE]."""
     if MASKED:
         block = tl.load(table_ptr + position // PAGE, mask=position < limit, other=0)
     else:
         block = tl.load(table_ptr + position // PAGE)
-    return block.to(tl.int64) * stride_block + (position % PAGE) * stride_slot
+    return block.to(tl.int64)
+
+
+@triton.jit
+def load_scales(ptr, offset, position, limit, MASKED: tl.constexpr):
+    """The scales at these offsets, float32 [TILE]; if MASKED, zeros from `limit` on."""
+    if MASKED:
+        return tl.load(ptr + offset, mask=position < limit, other=0.0)
+    else:
+        return tl.load(ptr + offset)
 
 
 @triton.jit
@@ -44,9 +51,10 @@ def load_tile(
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    dtype: tl.constexpr,
 ):
-    """[TILE, HEAD_BLOCK] of keys or values; zeros past HEAD_DIM and, if MASKED, from `limit` on (whatever the cache holds there)."""
+    """[TILE, HEAD_BLOCK] of keys or values, or their codes, as `dtype`; zeros past HEAD_DIM and, if MASKED, from `limit` on (whatever
+    the cache holds there)."""
     dim = tl.arange(0, HEAD_BLOCK)
     pointers = ptr + offset[:, None] + dim[None, :]
     if MASKED:
@@ -55,9 +63,7 @@ def load_tile(
         tile = tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
     else:
         tile = tl.load(pointers)
-    if UPCAST:
-        tile = tile.to(tl.float32)
-    return tile
+    return tile.to(dtype)
 
 
 @triton.jit
@@ -98,14 +104,12 @@ def clamped_offsets(
 
 
 @triton.jit
-def load_tokens(ptr, offset, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, UPCAST: tl.constexpr):
-    """[TILE, HEAD_BLOCK] of keys or values at offsets that may all be read; zeros past HEAD_DIM."""
+def load_tokens(ptr, offset, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """[TILE, HEAD_BLOCK] of keys or values (or their codes) as `dtype`, at offsets that may all be read; zeros past HEAD_DIM."""
     dim = tl.arange(0, HEAD_BLOCK)
     pointers = ptr + (offset[:, None] + dim[None, :])  # summed before the pointer: in 32 bits where the offsets are
     if HEAD_DIM < HEAD_BLOCK:
         tile = tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
     else:
         tile = tl.load(pointers)
-    if UPCAST:
-        tile = tile.to(tl.float32)
-    return tile
+    return tile.to(dtype)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minipaged.kernels.cache.quantize import movable
 from minipaged.kernels.checks import shape_of
 from minipaged.kernels.dispatch import use_triton
 
@@ -42,5 +43,5 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:
 def copy_blocks_torch(caches: Sequence[Tensor], pairs: Tensor) -> None:
     """The twin of copy_blocks_triton."""
     source, destination = pairs.to(caches[0].device).unbind(1)
-    for cache in caches:
+    for cache in map(movable, caches):
         cache.index_copy_(0, destination, cache.index_select(0, source))

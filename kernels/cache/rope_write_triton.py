@@ -1,11 +1,13 @@
 """rope_write_kv on the GPU: one program per (token, some heads); the first of a token's programs take its queries, the rest its keys."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 import torch
 import triton
 import triton.language as tl
 
+from minipaged.kernels.cache.quantize import LARGEST_CODE, Scales
+from minipaged.kernels.cache.quantize_triton import codes_of, largest_finite, scale_arguments, scale_of
 from minipaged.kernels.dependent_launch import dependent_launch, wait_for_previous
 from minipaged.kernels.launch_table import check_layout, next_power_of_two
 
@@ -35,6 +37,15 @@ def _normed(first, second, norm_ptr, pair, eps, HALF: tl.constexpr):
 
 
 @triton.jit
+def _quantized(first, second, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """(codes of the first halves of some heads, of the second halves, scale of each head)."""
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
+    scale = scale_of(tl.maximum(largest_finite(first), largest_finite(second)), LARGEST)
+    return codes_of(first, scale, dtype, LARGEST), codes_of(second, scale, dtype, LARGEST), scale
+
+
+@triton.jit
 def _rope_write_kernel(
     query_ptr,
     key_ptr,
@@ -46,6 +57,8 @@ def _rope_write_kernel(
     slot_mapping_ptr,
     query_norm_ptr,
     key_norm_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     eps,
     stride_query,
     stride_query_head,
@@ -57,6 +70,8 @@ def _rope_write_kernel(
     stride_block,
     stride_slot,
     stride_head,
+    stride_scale_block,
+    stride_scale_head,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -64,6 +79,7 @@ def _rope_write_kernel(
     HALF_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     NORM: tl.constexpr,
+    LARGEST: tl.constexpr,  # code of a quantized cache; None without scales
     DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -99,10 +115,21 @@ def _rope_write_kernel(
         if NORM:
             first, second = _normed(first, second, key_norm_ptr, pair, eps, HALF)
         first, second = _rotate(first, second, cos, sin)
-        tl.store(key_cache_ptr + destination, first.to(key_ptr.dtype.element_ty), mask=mask)
-        tl.store(key_cache_ptr + destination + HALF, second.to(key_ptr.dtype.element_ty), mask=mask)
-        tl.store(value_cache_ptr + destination, tl.load(value_pointers, mask=mask, other=0.0), mask=mask)
-        tl.store(value_cache_ptr + destination + HALF, tl.load(value_pointers + HALF, mask=mask, other=0.0), mask=mask)
+        first_key = first.to(key_ptr.dtype.element_ty)
+        second_key = second.to(key_ptr.dtype.element_ty)
+        first_value = tl.load(value_pointers, mask=mask, other=0.0)
+        second_value = tl.load(value_pointers + HALF, mask=mask, other=0.0)
+        if LARGEST is not None:
+            scale_at = slot // PAGE * stride_scale_block + head * stride_scale_head + slot % PAGE
+            CODE: tl.constexpr = key_cache_ptr.dtype.element_ty
+            first_key, second_key, key_scale = _quantized(first_key, second_key, CODE, LARGEST)
+            first_value, second_value, value_scale = _quantized(first_value, second_value, CODE, LARGEST)
+            tl.store(key_scale_ptr + scale_at, key_scale, mask=head < written_heads)
+            tl.store(value_scale_ptr + scale_at, value_scale, mask=head < written_heads)
+        tl.store(key_cache_ptr + destination, first_key, mask=mask)
+        tl.store(key_cache_ptr + destination + HALF, second_key, mask=mask)
+        tl.store(value_cache_ptr + destination, first_value, mask=mask)
+        tl.store(value_cache_ptr + destination + HALF, second_value, mask=mask)
 
 
 def rope_write_kv_triton(
@@ -115,6 +142,7 @@ def rope_write_kv_triton(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
+    scales: Scales | None = None,
     query_norm: torch.Tensor | None = None,
     key_norm: torch.Tensor | None = None,
     eps: float = 0.0,
@@ -130,6 +158,7 @@ def rope_write_kv_triton(
     half_block = next_power_of_two(half)
     heads_tile = min(next_power_of_two(heads), max(1, PROGRAM_PAIRS // half_block))
     grid = (num_tokens, triton.cdiv(heads, heads_tile) + triton.cdiv(kv_heads, heads_tile))
+    key_scale, value_scale, *scale_strides = scale_arguments(scales, query)
     _rope_write_kernel[grid](
         query,
         key,
@@ -141,6 +170,8 @@ def rope_write_kv_triton(
         slot_mapping,
         query_norm if query_norm is not None else query,
         key_norm if key_norm is not None else query,
+        key_scale,
+        value_scale,
         eps,
         query.stride(0),
         query.stride(1),
@@ -152,6 +183,7 @@ def rope_write_kv_triton(
         key_cache.stride(0),
         key_cache.stride(1),
         key_cache.stride(2),
+        *scale_strides,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=half,
@@ -159,6 +191,7 @@ def rope_write_kv_triton(
         HALF_BLOCK=half_block,
         PAGE=block_size,
         NORM=query_norm is not None,
+        LARGEST=None if scales is None else LARGEST_CODE[key_cache.dtype],
         num_warps=4,
         **dependent_launch(query.device),
     )

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from minipaged.cli.options import WeightsName
+from minipaged.cli.options import KVCacheDTypeName, WeightsName
 from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
 from minipaged.lab.measure.results import Results
+from minipaged.lab.report.tables import table
+from minipaged.text.safe import printable
 
 WIDTH = 130  # columns of the wide tables
 
@@ -34,10 +34,11 @@ def control_plane(json_file: JsonFile = None) -> None:
     from minipaged.lab.measure.control_plane import measure
 
     rows = measure()
-    table = Table("what", "measured", "unit", "goal", title="Control plane")
-    for row in rows:
-        table.add_row(row.what, f"{row.value:.3f}", row.unit, "" if row.goal is None else f"≤ {row.goal:g}")
-    Console().print(table)
+    table(
+        "Control plane",
+        ("what", "measured", "unit", "goal"),
+        [(row.what, f"{row.value:.3f}", row.unit, "" if row.goal is None else f"≤ {row.goal:g}") for row in rows],
+    )
     results.add(row._asdict() for row in rows)
 
 
@@ -45,22 +46,25 @@ def control_plane(json_file: JsonFile = None) -> None:
 def soak(
     requests: Annotated[int, typer.Option(help="Simulated requests.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
+    depth: Annotated[int, typer.Option(help="Steps in flight beside the one being committed.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Serve simulated requests with forks, aborts, swaps and priorities in a pool that is too small, and check the invariants."""
+    """Serve simulated requests with forks, aborts, swaps and priorities in a pool that is too small, and check the laws of sharing."""
     check_int("requests", requests, 1)
+    check_int("depth", depth, 0, 64)
     results = Results(json_file)
-    from rich.progress import Progress
-
+    from minipaged.cli.progress import status_line
     from minipaged.lab.measure.soak import soak as run
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("requests", total=requests)
-        report = run(requests, seed=seed, progress=lambda done: bar.advance(task, done))
-    table = Table("what", "seen", title="Soak: nothing was lost")
-    for name, value in report.rows():
-        table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value}")
-    Console().print(table)
+    with status_line() as progress:
+        report = run(
+            requests,
+            seed=seed,
+            depth=depth,
+            progress=lambda done: progress(f"{100 * done // requests} % of the requests", done, requests),
+        )
+    seen = [(name, f"{value:,.1f}" if isinstance(value, float) else f"{value}") for name, value in report.rows()]
+    table("Soak: nothing was lost", ("what", "seen"), seen)
     results.add([dict(report.rows())])
 
 
@@ -78,15 +82,14 @@ def kernels(
     results = Results(json_file)
     from minipaged.lab.measure.kernels import measure
 
-    console = Console(width=WIDTH)
-    table = Table("kernel", "shape", "contender", "us", "", "of ceiling", "minipaged is", title="Kernels")
+    rows = []
     for row in measure(peers, results.note):
         results.add([row.as_json()])
         share = "" if row.share is None else f"{100 * row.share:.0f} %"
         value = f"{row.value:,.0f} {row.unit}"
-        table.add_row(row.kernel, row.shape, row.contender, f"{row.microseconds:.1f}", value, share, _times(row.ratio))
-    console.print(table)
-    _say_notes(results, console)
+        rows.append((row.kernel, row.shape, row.contender, f"{row.microseconds:.1f}", value, share, _times(row.ratio)))
+    columns = ("kernel", "shape", "contender", "us", "", "of ceiling", "minipaged is")
+    table("Kernels", columns, rows, words=3, width=WIDTH, notes=_left_out(results))
 
 
 @app.command()
@@ -107,6 +110,9 @@ def engine(
     ] = False,
     device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
     weights: WeightsName = "auto",
+    kv_cache_dtype: KVCacheDTypeName = "auto",
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model, of minipaged and vllm.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages of the layers, of minipaged and vllm.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Measure output tokens per second of whole engines on this device, each in a process of its own."""
@@ -115,25 +121,40 @@ def engine(
 
     peers = _names(against)
     check_contenders(peers, model)
-    job = Job(model, _names(workload), repeats, long_repeats, max_num_seqs, limit, device, weights)
+    job = Job(
+        model,
+        _names(workload),
+        repeats,
+        long_repeats,
+        max_num_seqs,
+        limit,
+        device,
+        weights,
+        kv_cache_dtype,
+        tensor_parallel,
+        pipeline_parallel,
+    )
     results = Results(json_file, device="unknown: no engine could be started")
-    console = Console(width=WIDTH)
-    table = Table("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is", title=f"Engine, {model}")
+    shown: list[tuple[str, ...]] = []
+    title = f"Engine, {model}" + ("" if kv_cache_dtype == "auto" else f", KV in {kv_cache_dtype}")
     contenders = (OURS, *(["minipaged-plain"] if plain else []), *peers)
     with status_line() as progress:
         for outcome, rows in measure(contenders, job, results.note, progress=progress):
             results.device = outcome.device or results.device
             results.add(row.as_json() for row in rows)
-            for row in rows:
-                table.add_row(
+            shown += [
+                (
                     row.contender, row.workload, f"{row.requests}", f"{row.output_tokens:,}", f"{row.seconds:.2f}",
                     f"{row.tokens_per_second:,.1f}", _times(row.ratio),
-                )  # fmt: skip
-    if results.rows:
-        console.print(table)
-    _say_notes(results, console)
+                )
+                for row in rows
+            ]  # fmt: skip
     if not results.rows:
+        for note in _left_out(results):
+            print(printable(note))
         raise typer.Exit(1)
+    columns = ("contender", "workload", "requests", "tokens", "s", "tok/s", "minipaged is")
+    table(title, columns, shown, words=2, width=WIDTH, notes=_left_out(results))
 
 
 @app.command()
@@ -149,12 +170,12 @@ def host(
     from minipaged.lab.measure.contender_minipaged import make_llm
     from minipaged.lab.measure.host import measure
 
-    table = Table("what", "measured", "goal", title=f"Host, {model}, batch {batch}")
+    rows = []
     for row in measure(make_llm(model, max_num_seqs=batch, device=device), batch):
         results.add([{**row._asdict(), "model": model, "batch": batch}])
         goal = "" if row.goal is None else f"< {row.goal:g} {row.unit}"
-        table.add_row(row.what, f"{row.value:,.1f} {row.unit}", goal)
-    Console(width=WIDTH).print(table)
+        rows.append((row.what, f"{row.value:,.1f} {row.unit}", goal))
+    table(f"Host, {model}, batch {batch}", ("what", "measured", "goal"), rows, width=WIDTH)
 
 
 @app.command()
@@ -187,11 +208,8 @@ def screen(
     settings = {"num_blocks": num_blocks, "device": device, "max_num_batched_tokens": 2048}
     folder = "" if pictures is None else str(pictures.resolve())
     outcome = measure(Plan(model, settings, requests, max_tokens, pairs, threads, folder))
-    table = Table(
-        "round", "screen", "tokens", "steps", "seconds", "engine's CPU s", "tok/s", title=f"The screen, {model}"
-    )
-    for number, (on, figures) in enumerate(outcome.rounds):
-        table.add_row(
+    rows = [
+        (
             f"{number // 2 + 1}",
             "on" if on else "off",
             f"{figures['tokens']:.0f}",
@@ -200,7 +218,10 @@ def screen(
             f"{figures['cpu_seconds']:.2f}",
             f"{figures['tokens_per_second']:,.1f}",
         )
-    Console(width=110).print(table)
+        for number, (on, figures) in enumerate(outcome.rounds)
+    ]
+    columns = ("round", "screen", "tokens", "steps", "seconds", "engine's CPU s", "tok/s")
+    table(f"The screen, {model}", columns, rows, words=2, width=110)
     pairwise = ", ".join(f"{ratio:.1%}" for ratio in outcome.ratios)
     print(f"with the screen: {outcome.ratio:.1%} of the tokens per second without (median; pairs {pairwise})")
     print(
@@ -224,7 +245,7 @@ def report(
 
     tables = tables_of(folder, _names(only))
     if into is None:
-        typer.echo(tables, nl=False)
+        typer.echo(printable(tables), nl=False)
         return
     try:
         text = into.read_text(encoding="utf-8")
@@ -241,6 +262,5 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def _say_notes(results: Results, console: Console) -> None:
-    for note in results.notes:
-        console.print(f"Left out: {note}", highlight=False, markup=False)
+def _left_out(results: Results) -> list[str]:
+    return [f"Left out: {note}" for note in results.notes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 
-from minipaged.config import DTYPES, WEIGHTS
+from minipaged.config import DTYPES, KV_CACHE_DTYPES, WEIGHTS
 
 
 def models(incomplete: str) -> list[str]:
@@ -23,13 +23,18 @@ def devices(incomplete: str) -> list[str]:
 
 
 def dtypes(incomplete: str) -> list[str]:
-    """Words for the precision of weights and KV."""
+    """Words for the precision of weights and of what is computed."""
     return _beginning(incomplete, ("auto", *DTYPES))
 
 
 def weights(incomplete: str) -> list[str]:
     """Words for how quantized weights are kept."""
     return _beginning(incomplete, WEIGHTS)
+
+
+def kv_cache_dtypes(incomplete: str) -> list[str]:
+    """Words for what keys and values are kept as."""
+    return _beginning(incomplete, KV_CACHE_DTYPES)
 
 
 def downloads(incomplete: str) -> list[str]:

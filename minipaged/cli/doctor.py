@@ -54,6 +54,7 @@ def examine() -> list[Finding]:
         *_torch(),
         _triton(),
         _kernels(),
+        _kv_cache(),
         *map(_package, ("numpy", "tokenizers", "safetensors", "gguf", "jinja2", "textual")),
         _model(),
         *(_extra(name, use) for name, use in EXTRAS.items()),
@@ -114,6 +115,16 @@ def _kernels() -> Finding:
         return Finding("kernels", "torch on every device (triton is not installed)")
     how = "interpreted (TRITON_INTERPRET is set)" if dispatch.triton_interpreted() else "compiled"
     return Finding("kernels", f"torch on the CPU, triton on a GPU, {how}")
+
+
+def _kv_cache() -> Finding:
+    """What keys and values may be kept as, and what a token of the default model takes then."""
+    from minipaged.config import DEFAULT_MODEL
+    from minipaged.model.loading.shapes import shape
+
+    sizes = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
+    taken = ", ".join(f"{name} {shape(DEFAULT_MODEL).kv_bytes_per_token(kept):,}" for name, kept in sizes.items())
+    return Finding("kv cache", f"bytes a token of {DEFAULT_MODEL}: {taken} (--kv-cache-dtype)")
 
 
 def _package(name: str) -> Finding:

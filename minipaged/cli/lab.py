@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from minipaged.cli.lab_advise import advise, plan
-from minipaged.cli.lab_measured import ablate, beams, plot
+from minipaged.cli.lab_measured import ablate, beams, plot, quality
 from minipaged.cli.lab_paper import claims, figures
 from minipaged.cli.lab_simulated import compare, gpus, shadow, simulate
 
@@ -20,5 +20,5 @@ def lab() -> None:
     """The systems lab: what PagedAttention is compared with, simulated, measured and calculated."""
 
 
-for command in (compare, simulate, shadow, ablate, beams, plot, plan, advise, figures, claims, gpus):
+for command in (compare, simulate, shadow, ablate, beams, quality, plot, plan, advise, figures, claims, gpus):
     app.command()(command)

@@ -11,6 +11,7 @@ import typer
 from minipaged.cli.lab_options import HtmlFile, JsonFile, whole
 from minipaged.config import check_choice, check_real
 from minipaged.errors import InputError
+from minipaged.text.safe import printable
 
 
 def compare_on_device(
@@ -126,6 +127,46 @@ def beams(
     table(title, ("a request", "blocks saved %", "steps", "answer tokens"), rows)
 
 
+def quality(
+    model: Annotated[str, typer.Option(help="A zoo name.")] = "smollm2-135m",
+    formats: Annotated[
+        str, typer.Option(help="Formats of keys and values, with commas between them; float32 is read in any case.")
+    ] = "bfloat16,int8,fp8,fp8-tensor",
+    window: Annotated[int, typer.Option(help="Tokens of each piece of the text.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="Pieces of the text that are read; all if left out.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what number formats cost in quality: a text's perplexity and how far predictions move, beside bytes and speed."""
+    from dataclasses import asdict
+
+    from minipaged.cli.progress import status_line
+    from minipaged.lab.measure import quality as lab
+    from minipaged.lab.measure.results import Results
+    from minipaged.lab.report.tables import table
+
+    names = [name.strip() for name in formats.split(",") if name.strip()]
+    kept = Results(json_file)
+    with status_line() as progress:
+        found = list(lab.measure(model, names, window=window, most_windows=windows, device=device, progress=progress))
+    kept.add(asdict(row) for row in found)
+    rows = [
+        (
+            row.format,
+            f"{row.perplexity:.3f}",
+            f"{row.ratio:.4f}",
+            f"{row.kl:.1e}",
+            f"{row.same:.3f}",
+            f"{row.kv_bytes_per_token:,}",
+            f"{row.tokens_per_second:,.0f}",
+        )
+        for row in found
+    ]
+    title = f"{model}: {found[0].tokens:,} tokens in windows of {window}"
+    columns = ("keys and values", "perplexity", "x float32", "KL", "same first", "bytes a token", "tok/s")
+    table(title, columns, rows)
+
+
 def plot(
     results: Annotated[Path, typer.Argument(help="A file that `compare --device` or `ablate` wrote with --json.")],
     out: Annotated[Path, typer.Argument(help="The .svg file to write.")],
@@ -139,4 +180,4 @@ def plot(
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}") from None
-    typer.echo(f"wrote {out}")
+    typer.echo(printable(f"wrote {out}"))

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -18,9 +18,10 @@ from minipaged.learn.catalog import Lesson, lesson, lessons, task_of
 from minipaged.learn.checking import Result
 from minipaged.learn.checking import check as run_check
 from minipaged.learn.workspace import Workspace
+from minipaged.text.safe import printable
 
 app = typer.Typer(help="Rebuild PagedAttention in twelve lessons, each one checked.", pretty_exceptions_enable=False)
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 NOTE_LINES, PRINTED_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
 
 Number = Annotated[int, typer.Argument(metavar="N", help="The lesson's number.")]
@@ -202,6 +203,11 @@ def show_list(folder: Path | None) -> None:
         )
 
 
+def escape(text: str) -> str:
+    """A learner's text (paths, output, messages) as it is: nothing in it is markup, nothing steers the terminal."""
+    return markup.escape(printable(text))
+
+
 def _done(workspace: Workspace, one: Lesson) -> bool:
     return len(workspace.solved(one)) == len(one.tasks)
 
@@ -235,7 +241,7 @@ def _check(workspace: Workspace, one: Lesson) -> Result:
             for line in result.notes.get(task.number, "").splitlines()[-NOTE_LINES:]:
                 console.print(f"      [dim]{escape(line)}[/dim]")
         elif failed is not None and failed.task == task.number and not failed.stub:
-            console.print(f"  [red]✗[/red] task {task.number}: {task.name}   [dim]{failed.test}[/dim]")
+            console.print(f"  [red]✗[/red] task {task.number}: {task.name}   [dim]{escape(failed.test)}[/dim]")
         else:
             console.print(f"  [dim]·[/dim] task {task.number}: {task.name}")
     if failed is None:
@@ -253,7 +259,7 @@ def _check(workspace: Workspace, one: Lesson) -> Result:
             console.print(f"[dim]{escape(failed.where)}[/dim]")
         console.print(escape(failed.message))
         if failed.printed and failed.test:
-            console.print(f"\n[dim]printed while {failed.test} ran:[/dim]")
+            console.print(f"\n[dim]printed while {escape(failed.test)} ran:[/dim]")
             console.print(escape("\n".join(failed.printed.rstrip().splitlines()[-PRINTED_LINES:])))
         if result.printed and not failed.test:  # the file could not be loaded
             console.print(escape(result.printed[-2000:]))

@@ -13,23 +13,20 @@ from minipaged.cli.bench import app as bench_app
 from minipaged.cli.lab import app as lab_app
 from minipaged.cli.learn import app as learn_app
 from minipaged.cli.options import (
-    BlockSize,
-    Device,
-    DTypeName,
     MinP,
     Model,
-    NumBlocks,
     RepetitionPenalty,
     Seed,
     System,
     Temperature,
     TopK,
     TopP,
-    WeightsName,
+    with_engine_options,
 )
 from minipaged.cli.terminal import read_stdin
 from minipaged.config import DEFAULT_MODEL, SamplingParams
 from minipaged.errors import InputError
+from minipaged.text.safe import printable
 
 app = typer.Typer(
     name="minipaged",
@@ -64,6 +61,7 @@ def home(
 
 
 @app.command()
+@with_engine_options
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads standard input.")
@@ -86,11 +84,8 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave the prompt as it is: no chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
-    device: Device = "auto",
-    dtype: DTypeName = "auto",
-    weights: WeightsName = "auto",
-    block_size: BlockSize = 16,
-    num_blocks: NumBlocks = None,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Generate text for one or more prompts at once, through paged memory."""
     from minipaged.cli.generate import generate as run
@@ -115,17 +110,11 @@ def generate(
         texts += [text for text, _ in read_prompts(prompts_file)]
     if not texts:
         raise InputError("there is no prompt: give PROMPT, - to read standard input, or --prompts-file FILE")
-    settings: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "weights": weights,
-        "block_size": block_size,
-        "num_blocks": num_blocks,
-    }
     raise typer.Exit(run(model, texts, params, settings, system=system, raw=raw, as_json=as_json))
 
 
 @app.command()
+@with_engine_options
 def chat(
     model: Model = DEFAULT_MODEL,
     system: System = None,
@@ -133,15 +122,14 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    device: Device = "auto",
-    dtype: DTypeName = "auto",
-    weights: WeightsName = "auto",
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Talk with the model. What was said before is found in the prefix cache and not computed again."""
     from minipaged.cli.chat import chat as run
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    raise typer.Exit(run(model, params, {"device": device, "dtype": dtype, "weights": weights}, system))
+    raise typer.Exit(run(model, params, settings, system))
 
 
 @app.command()
@@ -154,7 +142,7 @@ def pull(
 
     with status_line() as progress:
         path = download(model, progress)
-    typer.echo(f"{model}: {path}")
+    typer.echo(printable(f"{model}: {path}"))
 
 
 @app.command()
@@ -183,6 +171,7 @@ def doctor() -> None:
 
 
 @app.command()
+@with_engine_options
 def tui(
     model: Model = DEFAULT_MODEL,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
@@ -206,22 +195,12 @@ def tui(
     web: Annotated[
         bool, typer.Option("--web", help="Show the screen in a browser on this machine (extra `web`).")
     ] = False,
-    device: Device = "auto",
-    dtype: DTypeName = "auto",
-    weights: WeightsName = "auto",
-    block_size: BlockSize = 16,
-    num_blocks: NumBlocks = None,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Open the screen: it shows block tables, sharing and waste while a model generates."""
     from minipaged.cli.show import show
 
-    settings: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "weights": weights,
-        "block_size": block_size,
-        "num_blocks": num_blocks,
-    }
     raise typer.Exit(
         show(
             model,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -27,8 +30,22 @@ WeightsName = Annotated[
         autocompletion=complete.weights,
     ),
 ]
+KVCacheDTypeName = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="auto, int8 or fp8: what keys and values are kept as.",
+        autocompletion=complete.kv_cache_dtypes,
+    ),
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens a block.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; measured if left out.")]
+TensorParallel = Annotated[
+    int, typer.Option(help="Processes that share the model, each on a GPU of its own, or all on the CPU.")
+]
+PipelineParallel = Annotated[
+    int, typer.Option(help="Stages that the layers are cut into, each of --tensor-parallel processes.")
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 keeps all.")]
@@ -38,3 +55,38 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 System = Annotated[str | None, typer.Option(help="The system prompt: it comes before everything else.")]
+
+# The engine's own options, in the order in which --help lists them, and what each is if nobody gives it: arguments of LLM by the same name.
+ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "device": (Device, "auto"),
+    "dtype": (DTypeName, "auto"),
+    "weights": (WeightsName, "auto"),
+    "kv_cache_dtype": (KVCacheDTypeName, "auto"),
+    "block_size": (BlockSize, 16),
+    "num_blocks": (NumBlocks, None),
+    "tensor_parallel": (TensorParallel, 1),
+    "pipeline_parallel": (PipelineParallel, 1),
+}
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with ENGINE_OPTIONS behind its own options; it gets them as one dict, its argument `settings`."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        settings = {name: given.pop(name) for name in ENGINE_OPTIONS}
+        command(**given, settings=settings)
+
+    hints = get_type_hints(command, include_extras=True)
+    del hints["settings"]
+    parameters = {name: inspect.signature(command).parameters[name].default for name in hints if name != "return"}
+    for name, (hint, default) in ENGINE_OPTIONS.items():
+        hints[name], parameters[name] = hint, default
+    run.__annotations__ = hints
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what typer reads
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+            for name, default in parameters.items()
+        ]
+    )
+    return run

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipaged.cli.demo import DEMO
-from minipaged.config import DEFAULT_MODEL, WEIGHTS, SamplingParams, check_choice, check_int
+from minipaged.cli.options import ENGINE_OPTIONS
+from minipaged.config import DEFAULT_MODEL, KV_CACHE_DTYPES, WEIGHTS, SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
 from minipaged.errors import InputError, RequestError
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 # A pool that a screen can show whole and that the demo fills, so that somebody must make way; and prompts read in chunks, so that
 # later ones find the beginnings of earlier ones in the cache.
 DEMO_SETTINGS: dict[str, Any] = {"num_blocks": 50, "max_num_batched_tokens": 64}
-
-# Options of the engine, and what they are if nobody gives them.
-USUAL: dict[str, Any] = {"num_blocks": None, "device": "auto", "dtype": "auto", "weights": "auto", "block_size": 16}
 
 Asked = tuple[tuple[str, SamplingParams], ...]
 
@@ -54,6 +52,7 @@ def show(
     check_int("block_size", chosen.get("block_size", 16), 1, 256)
     check_choice("dtype", chosen.get("dtype", "auto"), ("auto", "float32", "float16", "bfloat16"))
     check_choice("weights", chosen.get("weights", "auto"), WEIGHTS)
+    check_choice("kv_cache_dtype", chosen.get("kv_cache_dtype", "auto"), KV_CACHE_DTYPES)
     cells = parse_size(size)
     in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
     terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())
@@ -63,7 +62,10 @@ def show(
             raise InputError("--scenario and --replay both name a recording: give one of them")
         given = {"--prompts": prompts is not None, "--record": record is not None, "--model": model != DEFAULT_MODEL}
         asked_for = settings or {}
-        given |= {f"--{name.replace('_', '-')}": asked_for.get(name, usual) != usual for name, usual in USUAL.items()}
+        given |= {
+            f"--{name.replace('_', '-')}": asked_for.get(name, usual) != usual
+            for name, (_, usual) in ENGINE_OPTIONS.items()
+        }
         refuse(given, f"{recording} shows a recording, which is over: it takes no")
     on_screen = (web or terminal) and not headless
     if on_screen or (not headless and replay is None and scenario is None):  # the second prints lines instead
@@ -136,6 +138,7 @@ class ChatCodec:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.vocab_size = tokenizer.vocab_size
         self.token_bytes = tokenizer.token_bytes
+        self.fewest_tokens = tokenizer.fewest_tokens
         self._tokenizer = tokenizer
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minipaged.errors import InputError
+from minipaged.errors import InputError, RankError
 from minipaged.text.safe import printable
 
 MAX_STDIN = 64 * 2**20  # characters; no context is that long, and an endless input must end somewhere
@@ -49,6 +49,9 @@ def _run(command: Callable[..., Any]) -> int:
     except InputError as error:
         complain(str(error))
         return 2
+    except RankError as error:
+        complain(str(error))
+        return 1
     except (typer.Abort, KeyboardInterrupt):
         if sys.stderr.isatty():
             print(file=sys.stderr)  # the shell's prompt begins a line
@@ -57,6 +60,8 @@ def _run(command: Callable[..., Any]) -> int:
         show = getattr(error, "show", None)  # click's usage errors
         if show is None:
             raise
+        if hasattr(error, "message"):  # it quotes what was typed or pasted
+            error.message = printable(error.message)
         show()
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0

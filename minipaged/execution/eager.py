@@ -5,7 +5,7 @@ CPUs run this. On a GPU it is the reference that the graphs (graphs.py) must agr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from minipaged.kernels.sampling import draw_tokens
 from minipaged.model.llama import Llama
 from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import Pending, PromptLogprobs, StepPlan, StepTokens
+
+if TYPE_CHECKING:
+    from minipaged.execution.collectives import Pipe
 
 PROMPT_ROWS = 256  # prompt tokens whose log-probabilities are computed at a time
 
@@ -62,6 +65,7 @@ class TorchRunner:
         self.model = model
         self.kv = kv
         self.device = kv.device
+        self.pipe: Pipe | None = None  # the model is one stage of several
         # The token that each batch index drew last: the next step may be launched before the host has read it.
         self._newest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
 
@@ -78,7 +82,9 @@ class TorchRunner:
             return TorchPending(torch.zeros(0, dtype=torch.int64))
         inputs = inputs_of(plan, self.kv.block_size, self.device)
         hidden = self._forward(inputs)
-        pending = self._draw(plan, self.model.logits(hidden.index_select(0, inputs.draw_tokens)))
+        if not self.model.draws:
+            return self._give_on(hidden)
+        pending = self._draw(plan, self.model.own_logits(hidden.index_select(0, inputs.draw_tokens)))
         if plan.prompt_queries:
             pending.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         return pending
@@ -102,14 +108,29 @@ class TorchRunner:
         # Tokens that the host does not know are the newest of their batch index.
         newest = self._newest.index_select(0, inputs.batch_indices)
         token_ids = torch.where(inputs.token_ids >= 0, inputs.token_ids, newest)
-        hidden: torch.Tensor = self.model(token_ids, inputs.positions, attention)
+        received = None if self.pipe is None else self._received(len(token_ids))
+        hidden: torch.Tensor = self.model(token_ids, inputs.positions, attention, received)
         return hidden
 
+    def _received(self, num_tokens: int) -> torch.Tensor | None:
+        """Hidden states of the stage before; None where the model begins here."""
+        return None if self.pipe is None or self.pipe.before is None else self.pipe.receive(num_tokens)
+
+    def _give_on(self, hidden: torch.Tensor) -> TorchPending:
+        """Hidden states for the next stage, where the tokens are drawn."""
+        if self.pipe is not None:
+            self.pipe.send(hidden)
+        return TorchPending(torch.zeros(0, dtype=torch.int64))
+
     def _draw(self, plan: StepPlan, logits: torch.Tensor) -> TorchPending:
-        """One token for each draw. logits: float32 [draws, vocab]."""
+        """One token for each draw. logits: float32 [draws, vocab], of the tokens whose rows this rank has."""
+        split = self.model.split
+        only_greedy = plan.sampling is None and plan.top_logprobs < 0
+        if split is not None and not only_greedy:
+            logits = split.whole(logits)
         raw = logits
         if plan.sampling is None:
-            drawn = draw_tokens(logits)
+            drawn = draw_tokens(logits) if split is None or not only_greedy else split.most_likely(logits)
         else:
             if plan.adjustments:
                 logits = sampler.adjust(logits.clone(), plan.adjustments)

@@ -17,6 +17,7 @@ from torch import Tensor
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.sampler import is_truncated
+from minipaged.execution.shared_prefixes import shared_groups, tile_room
 from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
 from minipaged.kernels.elementwise import embed_tokens
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
@@ -42,13 +43,13 @@ def bucket_of(rows: int) -> int:
     raise ValueError(f"no bucket holds {rows} rows")
 
 
-def shape_of(plan: StepPlan) -> Shape | None:
-    """The shape whose graph can run this plan; None if it is to be launched kernel by kernel."""
+def shape_of(plan: StepPlan, *, shared: bool = False) -> Shape | None:
+    """The shape whose graph can run this plan; None if it is to be launched kernel by kernel. shared: decodes alone have common blocks."""
     rows, tokens = len(plan.seq_ids), plan.num_tokens
     if not rows or plan.prompt_queries:
         return None
     if tokens == rows:
-        return _decodes_alone(rows)
+        return _decodes_alone(rows, shared=shared)
     decodes = int((plan.lengths == 1).sum())
     needed = max(decodes, len(plan.draw_rows), 1)
     if tokens > MOST_TOKENS or rows - decodes > CHUNK_BUCKETS[-1] or needed > MOST_TOKENS:
@@ -56,8 +57,8 @@ def shape_of(plan: StepPlan) -> Shape | None:
     return _mixed(_bucket(TOKEN_BUCKETS, tokens), _bucket(ROW_BUCKETS, needed), _bucket(CHUNK_BUCKETS, rows - decodes))
 
 
-def _decodes_alone(rows: int) -> Shape:
-    return Shape(bucket_of(rows), bucket_of(rows), 0, 0)
+def _decodes_alone(rows: int, *, shared: bool) -> Shape:
+    return Shape(bucket_of(rows), bucket_of(rows), 0, 0, tile_room(bucket_of(rows)) if shared else 0)
 
 
 def _mixed(tokens: int, rows: int, chunks: int) -> Shape:
@@ -72,7 +73,7 @@ def _bucket(buckets: tuple[int, ...], needed: int) -> int:
 def largest_shapes(max_num_seqs: int) -> tuple[Shape, Shape]:
     """The shapes that need most room in an engine of so many sequences: of decodes alone, and with chunks."""
     mixed = _mixed(MOST_TOKENS, _bucket(ROW_BUCKETS, min(max_num_seqs, MOST_TOKENS)), CHUNK_BUCKETS[-1])
-    return _decodes_alone(max_num_seqs), mixed
+    return _decodes_alone(max_num_seqs, shared=True), mixed
 
 
 class Draws(Enum):
@@ -129,6 +130,7 @@ class GraphRunner(TorchRunner):
         self._inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._sampling = torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
+        self._hidden_in: Tensor | None = None
         self._angles = angle_table(model.frequencies, max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
@@ -148,10 +150,14 @@ class GraphRunner(TorchRunner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Replay a graph where there is one for the step's shape; else as TorchRunner."""
-        shape = shape_of(plan)
+        groups = shared_groups(plan, self.kv.block_size)
+        shape = shape_of(plan, shared=bool(groups))
         if shape is None:
             return super().launch(plan)
         draws = draws_of(plan, shape)
+        # A stage may end before the head, and ranks put their logits together outside of the graph.
+        if not self.model.draws or (self.model.split is not None and draws is not Draws.GREEDY):
+            draws = Draws.NONE
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
             return super().launch(plan)
@@ -160,9 +166,15 @@ class GraphRunner(TorchRunner):
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % len(self._stages)
         stage.done.synchronize()  # its last copy was made depth + 2 steps ago
-        self._send(plan, stage, shape, draws)
+        self._send(plan, stage, shape, draws, groups)
         graph, result = captured
+        received = self._received(plan.num_tokens)
+        if received is not None:
+            self._entering[: plan.num_tokens].copy_(received)
         graph.replay()
+        if not self.model.draws:
+            stage.done.record()
+            return self._give_on(result[: plan.num_tokens])
         if draws is Draws.NONE:
             stage.done.record()
             if shape.chunks or np.array_equal(plan.draw_rows, np.arange(len(plan.seq_ids))):
@@ -172,10 +184,12 @@ class GraphRunner(TorchRunner):
         stage.done.record()
         return GraphPending(stage, count)
 
-    def _send(self, plan: StepPlan, stage: Stage, shape: Shape, draws: Draws) -> None:
+    def _send(
+        self, plan: StepPlan, stage: Stage, shape: Shape, draws: Draws, groups: list[tuple[list[int], int]]
+    ) -> None:
         """Bring the step to the device: one copy for all integers, one more if the graph draws by temperature."""
         inputs = views(stage.inputs.numpy(), shape, self._width)
-        used = fill(inputs, plan, self.kv.block_size, self._dummy_slot)
+        used = fill(inputs, plan, self.kv.block_size, self._dummy_slot, groups)
         end = size_of(shape, self._width) - (shape.decodes - used) * self._width
         self._inputs[:end].copy_(stage.inputs[:end], non_blocking=True)
         if plan.sampling is not None and draws in (Draws.WARM, Draws.TRUNCATED):
@@ -187,18 +201,27 @@ class GraphRunner(TorchRunner):
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, for the steps that are not replayed."""
-        hidden: Tensor = self.model.norm(self._hidden(inputs))
-        return hidden
+        hidden = self._hidden(inputs, self._received(len(inputs.token_ids)))
+        return self.model.norm(hidden) if self.model.draws else hidden
 
-    def _hidden(self, inputs: StepInputs) -> Tensor:
-        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are."""
+    def _hidden(self, inputs: StepInputs, received: Tensor | None) -> Tensor:
+        """Hidden states before the last norm, [tokens, hidden_size]; keys and values are written on the way, rotated while they are.
+
+        received: of the stage before, in place of embeddings.
+        """
 
         def attention(layer: Layer, heads: Tensor) -> Tensor:
             query = self.kv.rope_write(layer, heads, inputs, self._angles)
             return self.kv.attend(layer.index, query, inputs)
 
-        embedding = self.model.embedding
-        embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        embedding, split = self.model.embedding, self.model.split
+        if received is not None:
+            embedded = received
+        elif split is None:
+            embedded = embed_tokens(embedding, inputs.token_ids, self._newest, inputs.batch_indices)
+        else:
+            newest = self._newest.index_select(0, inputs.batch_indices).clamp(min=0)
+            embedded = split.embed(embedding, torch.where(inputs.token_ids >= 0, inputs.token_ids, newest))
         return self.model.run_layers(embedded, attention)
 
     def _step(self, shape: Shape, draws: Draws) -> Tensor:
@@ -206,7 +229,11 @@ class GraphRunner(TorchRunner):
         decode in its row, or, where there are chunks, of each draw.
         """
         inputs = views(self._inputs, shape, self._width)
-        hidden, drawn_for = self._hidden(inputs), inputs.batch_indices
+        enters = self.pipe is not None and self.pipe.before is not None
+        hidden = self._hidden(inputs, self._entering[: shape.tokens].clone() if enters else None)
+        if not self.model.draws:
+            return hidden
+        drawn_for = inputs.batch_indices
         if shape.draws:
             hidden, drawn_for = hidden.index_select(0, inputs.draw_tokens), inputs.draw_indices
         logits = self.model.head(hidden, norm=self.model.norm)
@@ -219,7 +246,8 @@ class GraphRunner(TorchRunner):
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
         if draws is Draws.GREEDY:
-            return draw_tokens(logits)
+            split = self.model.split
+            return draw_tokens(logits) if split is None else split.most_likely(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
         threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
         return draw_tokens(logits, temperature, uniform, threshold)
@@ -232,9 +260,18 @@ class GraphRunner(TorchRunner):
             )
         return self._logits
 
+    @property
+    def _entering(self) -> Tensor:
+        """Where hidden states of the stage before are put for the graphs, [most tokens, hidden_size]."""
+        if self._hidden_in is None:
+            most = max(MOST_TOKENS, self._rows)
+            size, dtype = self.model.config.hidden_size, self.model.dtype
+            self._hidden_in = torch.zeros(most, size, dtype=dtype, device=self.device)
+        return self._hidden_in
+
     def _capture(self, shape: Shape, draws: Draws) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """Capture the graph of a shape, over inputs of padding alone, so that warming it up writes nothing; None where the memory is
-        short.
+        short. Ranks that share the model must capture alike, so there a shortage is an error.
         """
         if (shape, draws) in self._too_large:
             return None
@@ -248,9 +285,13 @@ class GraphRunner(TorchRunner):
         try:
             with torch.cuda.stream(self._capturing):
                 self._step(shape, draws)
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing):
+            # NCCL has threads of its own, which may ask the device something meanwhile.
+            mode = "global" if self.model.split is None else "thread_local"
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._capturing, capture_error_mode=mode):
                 result = self._step(shape, draws)
         except torch.OutOfMemoryError:
+            if self.model.split is not None:
+                raise
             self._too_large.add((shape, draws))
             return None
         finally:

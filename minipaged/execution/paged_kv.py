@@ -1,7 +1,7 @@
 """The tensors that hold keys and values: written and read by attention, and moved block by block (copy, swap out, swap in).
 
 The store is a named list of per-block tensors. Copies and swaps act on all of them alike; `write`, `rope_write` and `attend` are the only
-ones that say which tensor is what. So the scales of a quantized KV are one more name here and one more argument of the kernels.
+ones that say which tensor is what. The scales of quantized keys and values are tensors like the others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from minipaged.config import ModelConfig
 from minipaged.execution.step_inputs import StepInputs
 from minipaged.kernels.attention import paged_decode, paged_prefill
 from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
+from minipaged.kernels.cache.quantize import LARGEST_CODE, Scales
 from minipaged.model.llama import Layer
 from minipaged.scheduling.plan import Pairs
 
@@ -20,9 +21,11 @@ from minipaged.scheduling.plan import Pairs
 class PagedKV:
     """Keys and values of every layer, on the device and, for swapping, on the host.
 
-    Each tensor is [num_blocks, block_size, num_kv_heads, head_dim]; a token's slot is block * block_size + offset. A step's keys and
-    values are written before anyone attends, layer by layer, so a sequence may attend to blocks that another sequence of the same step
-    fills.
+    Keys and values are [num_blocks, block_size, num_kv_heads, head_dim] each; a token's slot is block * block_size + offset. A step's
+    keys and values are written before anyone attends, layer by layer, so a sequence may attend to blocks that another sequence of the
+    same step fills. dtype: of what is written and attends; kept_as: what the cache keeps of it, as CacheConfig.kv_dtype names it: a
+    floating dtype, which must be that one, or int8 or float8_e4m3fn codes, with scales [num_blocks, num_kv_heads, block_size] beside
+    them (kernels/cache/quantize.py).
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class PagedKV:
         *,
         num_host_blocks: int = 0,
         dtype: torch.dtype = torch.float32,
+        kept_as: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_blocks = num_blocks
@@ -40,20 +44,34 @@ class PagedKV:
         self.device = torch.device(device)
         self.scale = config.head_dim**-0.5  # of attention scores
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        names = [f"{kind}.{layer}" for layer in range(config.num_layers) for kind in ("key", "value")]
-        self.tensors = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name in names}
-        self.keys = [self.tensors[f"key.{i}"] for i in range(config.num_layers)]
-        self.values = [self.tensors[f"value.{i}"] for i in range(config.num_layers)]
+        kept = dtype if kept_as is None else getattr(torch, kept_as)
+        kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"key": (shape[1:], kept), "value": (shape[1:], kept)}
+        if kept in LARGEST_CODE:
+            scales = (config.num_kv_heads, block_size), torch.float32
+            kinds |= {"key_scale": scales, "value_scale": scales}
+        layers = range(config.num_layers)
+        blocks = {f"{kind}.{layer}": block for layer in layers for kind, block in kinds.items()}  # of each tensor
+        self.tensors = {
+            name: torch.zeros((num_blocks, *block), dtype=dtype, device=self.device)
+            for name, (block, dtype) in blocks.items()
+        }
+        self.keys = [self.tensors[f"key.{i}"] for i in layers]
+        self.values = [self.tensors[f"value.{i}"] for i in layers]
+        self.scales: list[Scales | None] = [
+            (self.tensors[f"key_scale.{i}"], self.tensors[f"value_scale.{i}"]) if "key_scale" in kinds else None
+            for i in layers
+        ]
         pinned = self.device.type == "cuda"
-        host_shape = (num_host_blocks, *shape[1:])
         self.host = {
-            name: torch.zeros(host_shape, dtype=dtype, pin_memory=pinned) for name in (names if num_host_blocks else ())
+            name: torch.zeros((num_host_blocks, *block), dtype=dtype, pin_memory=pinned)
+            for name, (block, dtype) in (blocks.items() if num_host_blocks else ())
         }
 
     def write(self, layer: int, key: Tensor, value: Tensor, inputs: StepInputs) -> None:
         """Put each token's key and value, [tokens, kv_heads, head_dim], into its slot; the key comes rotated."""
         # The layers' tensors differ in their numbers alone, so the first layer's are checked for all of a step; as in `attend`.
-        write_kv(key, value, self.keys[layer], self.values[layer], inputs.slot_mapping, check=layer == 0)
+        where = (self.keys[layer], self.values[layer], inputs.slot_mapping)
+        write_kv(key, value, *where, scales=self.scales[layer], check=layer == 0)
 
     def rope_write(self, layer: Layer, heads: Tensor, inputs: StepInputs, angles: Tensor) -> Tensor:
         """`write` for heads as projected, [tokens, heads + 2 kv_heads, head_dim], in one pass with what comes before it.
@@ -63,7 +81,10 @@ class PagedKV:
         """
         query, key, value = layer.split(heads)
         where = (self.keys[layer.index], self.values[layer.index], inputs.slot_mapping)
-        rope_write_kv(query, key, value, inputs.positions, layer.angles(angles), *where, **layer.head_norms())
+        scales = self.scales[layer.index]
+        rope_write_kv(
+            query, key, value, inputs.positions, layer.angles(angles), *where, scales=scales, **layer.head_norms()
+        )
         return query
 
     def attend(self, layer: int, query: Tensor, inputs: StepInputs) -> Tensor:
@@ -71,16 +92,21 @@ class PagedKV:
 
         query: [tokens, heads, head_dim], as is what is returned. Decodes and chunks have a kernel each.
         """
-        keys, values, decodes = self.keys[layer], self.values[layer], len(inputs.decode_lengths)
+        keys, values, scales, decodes = (
+            self.keys[layer],
+            self.values[layer],
+            self.scales[layer],
+            len(inputs.decode_lengths),
+        )
         rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
         if not len(inputs.chunk_lengths):
-            return paged_decode(query, keys, values, *rows, check=layer == 0)
+            return paged_decode(query, keys, values, *rows, scales=scales, shared=inputs.shared, check=layer == 0)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decodes:
             # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.
-            paged_decode(query[:decodes], keys, values, *rows, out=out[:decodes], check=layer == 0)
+            paged_decode(query[:decodes], keys, values, *rows, scales=scales, out=out[:decodes], check=layer == 0)
         chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
-        return paged_prefill(query, keys, values, *chunks, out=out)
+        return paged_prefill(query, keys, values, *chunks, scales=scales, out=out)
 
     def copy(self, pairs: Pairs) -> None:
         """Copy blocks on the device, in every tensor. pairs: (source, destination); no destination is another pair's source."""

@@ -8,12 +8,14 @@ whatever stood there before: they are never read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from minipaged.kernels.attention.decode_shared import TILE_ROWS, SharedPrefixes, tiles_of
 from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import StepPlan
 
@@ -28,6 +30,7 @@ class Shape(NamedTuple):
     decodes: int  # rows of one token
     chunks: int  # rows of several tokens
     draws: int  # 0 also where every decode draws its own next token, as in a graph of decodes alone
+    tiles: int = 0  # of decodes that share their first blocks (SharedPrefixes)
 
 
 class StepInputs(NamedTuple):
@@ -45,16 +48,27 @@ class StepInputs(NamedTuple):
     decode_lengths: Any  # [decodes] tokens of each context, the new one included
     chunk_lengths: Any  # [chunks] the same, the chunk included
     chunk_starts: Any  # [chunks + 1] the first token of each chunk; the last entry is where the last chunk ends
+    shared_rows: Any  # [tiles, TILE_ROWS] decodes that share their first blocks; -1: none
+    shared_tile_tokens: Any  # [tiles] how many tokens those of a tile share; 0: the tile is not used
+    shared_row_tokens: Any  # [decodes], or [0] without tiles: the same, of each decode
     chunk_tables: Any  # [chunks, width] physical blocks
     decode_tables: Any  # [decodes, width]; last in the buffer, so that unused rows need not be sent
     longest_chunk: int  # no chunk has more tokens
+
+    @property
+    def shared(self) -> SharedPrefixes | None:
+        """The decodes that share their first blocks, where the shape has room for any."""
+        if not len(self.shared_tile_tokens):
+            return None
+        return SharedPrefixes(self.shared_rows, self.shared_tile_tokens, self.shared_row_tokens)
 
 
 @lru_cache(maxsize=1024)
 def _layout(shape: Shape, width: int) -> tuple[tuple[int, int], ...]:
     """Where each of StepInputs' views begins and ends in the buffer. Tables have rows of `width` entries."""
-    tokens, decodes, chunks, draws = shape
-    flat = (tokens, tokens, tokens, tokens, draws, draws, decodes, chunks, chunks + 1)
+    tokens, decodes, chunks, draws, tiles = shape
+    shared = (tiles * TILE_ROWS, tiles, decodes if tiles else 0)
+    flat = (tokens, tokens, tokens, tokens, draws, draws, decodes, chunks, chunks + 1, *shared)
     places, start = [], 0
     for size in (*flat, chunks * width, decodes * width):
         places.append((start, start + size))
@@ -71,7 +85,8 @@ def views(buffer: Any, shape: Shape, width: int) -> StepInputs:
     """The inputs of a shape in a flat buffer of at least size_of integers. longest_chunk: the most that the shape allows."""
     *flat, chunk_tables, decode_tables = (buffer[start:end] for start, end in _layout(shape, width))
     tables = (chunk_tables.reshape(shape.chunks, width), decode_tables.reshape(shape.decodes, width))
-    return StepInputs._make((*flat, *tables, shape.tokens))
+    inputs = StepInputs._make((*flat, *tables, shape.tokens))
+    return inputs._replace(shared_rows=inputs.shared_rows.reshape(shape.tiles, TILE_ROWS))
 
 
 def inputs_of(plan: StepPlan, block_size: int, device: torch.device) -> StepInputs:
@@ -84,11 +99,21 @@ def inputs_of(plan: StepPlan, block_size: int, device: torch.device) -> StepInpu
     return views(to_device(host, device), shape, width)._replace(longest_chunk=longest)
 
 
-def fill(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> int:
+def fill(
+    inputs: StepInputs,
+    plan: StepPlan,
+    block_size: int,
+    dummy_slot: int,
+    groups: Sequence[tuple[list[int], int]] = (),
+) -> int:
     """Write a plan into inputs that have room for it; returns how many rows of decode_tables, the last part, are in use.
 
-    dummy_slot: the batch index of padding: what is drawn for it, nobody reads.
+    dummy_slot: the batch index of padding: what is drawn for it, nobody reads. groups: of shared_prefixes.shared_groups.
     """
+    if len(inputs.shared_tile_tokens):
+        rows, tile_tokens, row_tokens = tiles_of(groups, len(plan.seq_ids))
+        inputs.shared_rows[: len(rows)] = rows
+        _put((inputs.shared_tile_tokens, tile_tokens, 0), (inputs.shared_row_tokens, row_tokens, 0))
     if len(plan.token_ids) == len(plan.seq_ids):
         _fill_decodes(inputs, plan, block_size, dummy_slot)
         return len(plan.seq_ids)
@@ -137,7 +162,7 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     return decodes
 
 
-def _put(*columns: tuple[np.ndarray, np.ndarray, int]) -> None:
+def _put(*columns: tuple[np.ndarray, np.ndarray | list[int], int]) -> None:
     """Write each (view, column, padding): the column, and padding behind it."""
     for view, column, padding in columns:
         view[: len(column)] = column

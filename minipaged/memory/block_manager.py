@@ -279,15 +279,7 @@ class BlockManager:
         """
         parent = self._sequences.on_device(parent_id)
         self._sequences.check_new(child_id)
-        if parent.reserved != parent.computed:
-            raise InputError(
-                f"sequence {parent_id} has room for {parent.reserved - parent.computed} tokens that are not computed: "
-                "truncate it first"
-            )
-        if parent.promised_from is not None:
-            raise InputError(
-                f"sequence {parent_id} has tokens that the step being planned is to write: fork it after end_step"
-            )
+        parent.check_fork()
         child = parent.child(child_id)
         self._sequences.add(child)
         for block in child.table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 from minipaged.config import check_int
@@ -51,6 +52,18 @@ class SequenceBlocks:
         # The step being planned is to write [promised_from, computed); None: nothing.
         self.promised_from: int | None = None
         self.publishes = True  # False for good once an entry was released: what is computed then may differ
+
+    def check_fork(self) -> None:
+        """InputError while it has reserved tokens that are not computed, or computed ones that the step being planned is to write."""
+        if self.reserved != self.computed:
+            raise InputError(
+                f"sequence {self.seq_id} has room for {self.reserved - self.computed} tokens that are not computed: "
+                "truncate it first"
+            )
+        if self.promised_from is not None:
+            raise InputError(
+                f"sequence {self.seq_id} has tokens that the step being planned is to write: fork it after end_step"
+            )
 
     def child(self, seq_id: int) -> SequenceBlocks:
         """A twin under another number, with lists of its own."""
@@ -212,6 +225,8 @@ class Promises:
 
 # ---- edits
 
+_as_event = partial(tuple.__new__, BlockEvent)  # BlockEvent._make, without a call of Python's for each event
+
 
 class TableEditor:
     """Edits tables of blocks of `block_size` tokens over one pool of `num_blocks`: the only place where tables change."""
@@ -227,7 +242,7 @@ class TableEditor:
     def take_events(self) -> tuple[BlockEvent, ...]:
         """What happened since the last call."""
         events, self._events = self._events, []
-        return tuple(map(BlockEvent._make, events))
+        return tuple(map(_as_event, events))
 
     def emit(self, kind: str, seq_id: int, block: int, other: int, index: int, tier: str = "device") -> None:
         """Note an event; types.BlockEvent says what each field means."""

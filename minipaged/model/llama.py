@@ -11,9 +11,9 @@ with it. Below, T is the number of tokens in the step, H the query heads, KH the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,23 @@ RawAttention = Callable[["Layer", Tensor], Tensor]
 """attention(layer, heads [T, H + 2 KH, D]) -> [T, H, D]: the same for heads as projected, queries first, then keys, then values.
 
 For those who norm and rotate while they write to the cache."""
+
+
+class Vocabulary(Protocol):
+    """The rows of embedding and head where several ranks share them (split.py)."""
+
+    def embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        """Embeddings of any tokens, [T, hidden_size], for this rank's table [rows, hidden_size]."""
+        ...
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, [R, vocab_size], for those of this rank, [R, rows]."""
+        ...
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """draw_tokens(whole(logits)) without gathering them: int64 [R]."""
+        ...
+
 
 INITIAL_STD = 0.02  # of drawn weights: `initializer_range` of every published config
 
@@ -65,9 +82,10 @@ class Layer(nn.Module):
         self.down = linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor, attention: RawAttention) -> Tensor:
-        """The layer's output, [T, hidden_size]; `hidden` is changed in place and returned."""
+        """The layer's output, [T, hidden_size]; `hidden` may be changed in place and returned."""
         heads = self.qkv(hidden, norm=self.attention_norm).view(hidden.shape[0], -1, self.head_dim)
-        self.output(attention(self, heads).reshape(hidden.shape[0], -1), residual=hidden)
+        # Where ranks share the layer the sum is a new tensor, so it is what is returned that goes on.
+        hidden = self.output(attention(self, heads).reshape(hidden.shape[0], -1), residual=hidden)
         after: Tensor = self.down(self.gate_up.gated(hidden, norm=self.mlp_norm), residual=hidden)
         return after
 
@@ -104,6 +122,7 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them.
 
+    embeds, draws: whether it begins with the embedding and ends with the head; a stage of a pipeline may do neither (split.py).
     weight_device: where the matrices of the products are made, if not on `device`: "meta" where each is to be given a format.
     """
 
@@ -114,42 +133,64 @@ class Llama(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         weight_device: torch.device | str | None = None,
+        embeds: bool = True,
+        draws: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.draws = draws
+        reads_table = embeds or (draws and config.tie_embeddings)
+        table_device = device if reads_table else "meta"
+        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=table_device)
         layers = nn.ModuleList(
             Layer(config, i, dtype=dtype, device=device, weight_device=weight_device) for i in range(config.num_layers)
         )
         self.layers = cast(list[Layer], layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        head_device = "meta" if config.tie_embeddings else weight_device or device
+        head_device = weight_device or device if draws and not config.tie_embeddings else "meta"
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=head_device)
         if config.tie_embeddings:
             self.head.format = Dense(self.embedding)
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
         self.frequencies: Tensor
+        self.split: Vocabulary | None = None  # the vocabulary is shared by ranks
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T]."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, received: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T].
+
+        received: in place of the embeddings, what the stage before gives. A stage that does not draw gives on what is before the norm.
+        """
         cos, sin = rope_angles(self.frequencies, positions, self.dtype)
 
         def rotated_first(layer: Layer, heads: Tensor) -> Tensor:
             return attention(layer.index, *layer.rotated(heads, cos, sin))
 
-        hidden: Tensor = self.norm(self.run_layers(functional.embedding(token_ids, self.embedding), rotated_first))
-        return hidden
+        if received is not None:
+            embedded = received
+        elif self.split is not None:
+            embedded = self.split.embed(self.embedding, token_ids)
+        else:
+            embedded = functional.embedding(token_ids, self.embedding)
+        hidden = self.run_layers(embedded, rotated_first)
+        return self.norm(hidden) if self.draws else hidden
 
     def run_layers(self, hidden: Tensor, attention: RawAttention) -> Tensor:
-        """Hidden states before the last norm, for those after the embedding: [T, hidden_size], changed in place and returned."""
+        """Hidden states before the last norm, for those after the embedding: [T, hidden_size], which may be changed in place."""
         for layer in self.layers:
             hidden = layer(hidden, attention)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, float32 [R, vocab_size], for hidden states after the last norm, [R, hidden_size]."""
+        scores = self.own_logits(hidden)
+        return scores if self.split is None else self.split.whole(scores)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, of the tokens whose rows this rank has."""
         scores: Tensor = self.head(hidden)
         return scores.float()
 
@@ -160,9 +201,9 @@ class Llama(nn.Module):
         codes have a kernel of torch's for bfloat16.
         """
         onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        if onednn and self.embedding.device.type == "cpu":
+        if onednn and self.norm.weight.device.type == "cpu":
             for module in self.modules():
-                if isinstance(module, Linear):
+                if isinstance(module, Linear) and (self.draws or module is not self.head):
                     module.pack()
         return self
 
@@ -177,7 +218,7 @@ class Llama(nn.Module):
 
     def linears(self) -> Iterator[tuple[Linear, dict[str, int]]]:
         """Each Linear with a weight of its own, and the matrices that it holds one below the other: Hugging Face's name -> rows."""
-        if not self.config.tie_embeddings:
+        if self.draws and not self.config.tie_embeddings:
             yield self.head, {"lm_head": self.config.vocab_size}
         for layer in self.layers:
             query, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
@@ -214,13 +255,27 @@ class Llama(nn.Module):
                 else:
                     linear.format = Packed.random(linear.out_features, linear.in_features, std, device, generator)
         for name, parameter in model.named_parameters():
-            if name.endswith((".words", ".scales")):
-                continue
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, std, generator=generator)
+            if not name.endswith((".words", ".scales")):
+                _draw(name, parameter, std, generator)
         return model
+
+
+def draw_parameters(
+    parameters: Mapping[str, Tensor], seed: int, dtype: torch.dtype, device: torch.device | str, std: float
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of each of a model's parameters, as Llama.random draws them, one at a time: the model itself may have none."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in parameters.items():
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
+        _draw(name, values, std, generator)
+        yield name, values
+
+
+def _draw(name: str, values: Tensor, std: float, generator: torch.Generator) -> None:
+    if name.endswith("norm.weight"):
+        values.fill_(1.0)
+    else:
+        values.normal_(0.0, std, generator=generator)
 
 
 def rope_frequencies(

@@ -21,10 +21,11 @@ MOST = 1e30  # what a temperature or a penalty beyond counts as: all tokens are 
 
 
 class Batch:
-    """Columns of the running sequences, by slot."""
+    """Columns of the running sequences, by slot. results_come_late: no draw may follow one whose token the host does not know."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, *, results_come_late: bool = False) -> None:
         n = num_slots
+        self.results_come_late = results_come_late
         self.sequences: list[Sequence | None] = [None] * n
         self.token_ids = np.full(n, None, object)  # each sequence's own list
         self.outputs = np.full(n, None, object)  # the RequestOutput that each belongs to
@@ -94,7 +95,7 @@ class Batch:
         words = request.bad_words
         limited = params.allowed_token_ids is not None or bool(params.logit_bias or words)
         self.adjusts_logits[slot] = penalized or limited
-        self.reads_answer[slot] = penalized or any(len(word) > 1 for word in words)
+        self.reads_answer[slot] = self.results_come_late or penalized or any(len(word) > 1 for word in words)
         self.seed[slot] = seed
         self.sample_index[slot] = sequence.index
         self.set_sampling(sequence)

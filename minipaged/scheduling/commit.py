@@ -45,8 +45,7 @@ def commit_draws(
 ) -> list[RequestOutput]:
     """Append what the step drew and end what is complete. Returns the outputs of the requests that changed, each once."""
     batch = running_set.batch
-    rows = plan.draw_rows
-    slots, drawers = plan.slots[rows].astype(np.int64), plan.seq_ids[rows]
+    slots, drawers = plan.draw_slots.astype(np.int64), plan.seq_ids[plan.draw_rows]
     if not np.count_nonzero((batch.seq_id[slots] != drawers) | batch.needs_slow_path[slots] | (ids < 0)):
         outputs: list[RequestOutput] = batch.outputs[slots].tolist()
         _append_to_all(running_set, slots, ids)

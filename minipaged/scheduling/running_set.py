@@ -17,6 +17,7 @@ from minipaged.config import EngineConfig
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.types import Allocation, BlockEvent
 from minipaged.scheduling.batch import Batch
+from minipaged.scheduling.plan import IntArray
 from minipaged.scheduling.policies import PreemptionCost, Rank, RequestQueue, rank_of, wants_swap
 from minipaged.scheduling.request import Request, Sequence, Status
 from minipaged.scheduling.step_builder import StepBuilder
@@ -26,7 +27,10 @@ SwapPairs = list[tuple[int, int]]
 
 
 class SchedulerEvent(NamedTuple):
-    """A thing that happened to a request: submit admit preempt prune finish refuse abort. `amount` is tokens; `detail` a word."""
+    """A thing that happened to a request: submit admit rejoin preempt prune finish refuse abort. `amount` is tokens; `detail` a word.
+
+    rejoin: after a recompute, a further sequence of a request that runs already runs again, beside the one it is forked from.
+    """
 
     kind: str
     seq_id: int
@@ -63,7 +67,8 @@ class RunningSet:
         self.manager = manager
         self.block_size = block_size
         self.cost = cost or PreemptionCost()
-        self.batch = Batch(config.max_num_seqs)
+        # The first stage of a pipeline computes the next step before the last one has drawn this step's tokens.
+        self.batch = Batch(config.max_num_seqs, results_come_late=config.pipeline_parallel > 1)
         self.counters = Counters()
         self.running: list[Request] = []  # by rank
         self._rank = rank_of(config.policy)
@@ -124,7 +129,7 @@ class RunningSet:
 
     # ---- memory
 
-    def reserve(self, step: StepBuilder, slots: Slots, ends: Slots) -> int:
+    def reserve(self, step: StepBuilder, slots: Slots, ends: IntArray) -> int:
         """Reserve memory for positions below ends[i] of slots[i], up to the end of a block: the manager is asked once a block, not once
         a token. Returns how many got it: the first for whom there is none ends the round.
         """
@@ -166,19 +171,21 @@ class RunningSet:
             self.manager.mark_computed(sequence.seq_id, sequence.token_ids[published:upto])
             self.batch.num_published[sequence.slot] = upto
 
-    def publish_full_blocks(self, slots: Slots, ends: Slots) -> None:
+    def publish_full_blocks(self, slots: Slots, ends: IntArray) -> None:
         """Publish the blocks of these running sequences that are full of known tokens below `ends`."""
         batch, size, mark = self.batch, self.block_size, self.manager.mark_computed
-        ends, starts = np.minimum(ends, batch.num_tokens[slots]), batch.num_published[slots]
-        # Tokens that a step in flight draws are not known, so they end no block yet: published up to num_tokens at most. Those that were
-        # sent away while the step was planned have no number any more.
-        rows = ((ends // size > starts // size) & (batch.seq_id[slots] >= 0)).nonzero()[0]
-        if len(rows):
-            slots, starts, ends = slots[rows], starts[rows], ends[rows]
-            running = zip(batch.seq_id[slots].tolist(), batch.token_ids[slots].tolist(), strict=True)
-            for (seq_id, tokens), start, end in zip(running, starts.tolist(), ends.tolist(), strict=True):
+        # Tokens that a step in flight draws are not known, so they fill no block yet.
+        full = np.minimum(ends, batch.num_tokens[slots]) // size * size
+        rows = (full > batch.num_published[slots]).nonzero()[0]
+        if not len(rows):
+            return
+        slots, full = slots[rows], full[rows]
+        seq_ids, token_ids = batch.seq_id[slots].tolist(), batch.token_ids[slots].tolist()
+        starts = batch.num_published[slots].tolist()
+        for seq_id, tokens, start, end in zip(seq_ids, token_ids, starts, full.tolist(), strict=True):
+            if seq_id >= 0:  # else it was sent away while the step was planned
                 mark(seq_id, tokens[start:end])
-            batch.num_published[slots] = ends
+        batch.num_published[slots] = full
 
     # ---- coming in
 
@@ -225,7 +232,7 @@ class RunningSet:
             if parent is not None and parent.slot >= 0 and parent.num_computed >= sequence.forks_at:
                 self._come_back(parent, sequence)
                 sequence.forks_from = None
-                self.log("admit", sequence, sequence.num_computed)
+                self.log("rejoin", sequence, sequence.num_computed)
         if not request.to_fork and request in self.regrouping:
             self.regrouping.remove(request)
 

@@ -10,7 +10,6 @@ from collections import deque
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from minipaged.config import EngineConfig, check_int
 from minipaged.errors import InputError
@@ -21,15 +20,13 @@ from minipaged.memory.types import Admission, BlockEvent
 from minipaged.scheduling import sequence_groups
 from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.commit import TextStops, commit_draws, drawn_ids, note_prompt_logprobs
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.policies import PreemptionCost, Rank, may_join
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import RunningSet, SchedulerEvent, Slots
 from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.step_builder import StepBuilder
 from minipaged.scheduling.validation import check_request
-
-Counts = npt.NDArray[np.int64]
 
 
 class Scheduler:
@@ -176,24 +173,27 @@ class Scheduler:
         need = pending - computed
         # Those that draw their last token in a step in flight, or go on by what it draws, wait for its commit.
         need[(pending >= batch.max_length[slots]) | batch.awaiting_result[slots]] = 0
+        if batch.results_come_late:  # the stages of a pipeline share the running requests
+            need[sequence_groups.of_later_steps(self.running, need > 0, self.config.depth + 1)] = 0
         take = self._share_budget(step.budget, need)
         ends = computed + take
         short = (ends > batch.num_reserved[slots]).nonzero()[0]
         served = self.running_set.reserve(step, slots[short], ends[short]) if len(short) else 0
-        for i in short[served:].tolist():
-            if take[i]:
-                self._make_room(step, slots, take, ends, i)
-        self.running_set.publish_full_blocks(slots, computed + take)
+        if served < len(short):
+            for i in short[served:].tolist():
+                if take[i]:
+                    self._make_room(step, slots, take, ends, i)
+            ends = computed + take
+        self.running_set.publish_full_blocks(slots, ends)
         step.add(slots, take)
 
-    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
+    def _share_budget(self, budget: int, need: IntArray) -> IntArray:
         """Tokens for each running slot: all it needs, first come first served."""
         if self.running_set.num_groups:
             return sequence_groups.share_budget(self.running, budget, need)
-        want = need.astype(np.int64)
-        return want if int(want.sum()) <= budget else sequence_groups.in_turn(want, budget)
+        return need if int(need.sum()) <= budget else sequence_groups.in_turn(need, budget)
 
-    def _make_room(self, step: StepBuilder, slots: Slots, take: Counts, ends: Slots, i: int) -> None:
+    def _make_room(self, step: StepBuilder, slots: Slots, take: IntArray, ends: IntArray, i: int) -> None:
         """Find room for slots[i] up to ends[i]; the last of the running make way until there is, or will be in the next step."""
         sequence = self.batch.sequences[int(slots[i])]
         if sequence is None:
@@ -239,9 +239,10 @@ class Scheduler:
         if not victims or self._can_start(step, first) or not self._would_help(first, victims):
             return
         while victims and not self._can_start(step, first):
-            self._preempt(step, victims.pop())
-            if step.swap_outs:  # their blocks are handed out from the next step on
+            # Blocks that are swapped out are handed out from the next step on (L52): they count, though nobody can have them yet.
+            if step.swap_outs and self._will_start(step, first):
                 return
+            self._preempt(step, victims.pop())
 
     def _can_start(self, step: StepBuilder, request: Request) -> bool:
         """Whether a waiting request would find slots, budget and blocks now."""
@@ -249,6 +250,12 @@ class Scheduler:
             return False
         _, end, hit = self._first_tokens(step, request)
         return self.manager.can_admit(end, hit=hit) is Admission.OK
+
+    def _will_start(self, step: StepBuilder, request: Request) -> bool:
+        """Whether a waiting request finds slots and blocks in the next step, when what this one swaps out is free."""
+        found, end, _ = self._first_tokens(step, request)
+        need = -(-end // self.block_size) - found // self.block_size
+        return need <= self.manager.usage().free and self.running_set.width(request) <= self.batch.num_free
 
     def _would_help(self, request: Request, victims: list[Request]) -> bool:
         """Whether the request could start if all of these left: they may share their blocks with others that stay."""

@@ -14,38 +14,33 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.scheduling.beam import BeamSearch, Candidate
-from minipaged.scheduling.plan import PromptLogprobs, StepTokens
+from minipaged.scheduling.plan import IntArray, PromptLogprobs, StepTokens
 from minipaged.scheduling.request import Request, Sequence, TokenLogprobs
-
-Counts = npt.NDArray[np.int64]
-
 
 # ---- the budget
 
 
-def lockstep(need: npt.NDArray[np.int32] | Counts, budget: int) -> Counts:
+def lockstep(need: IntArray, budget: int) -> IntArray:
     """Tokens for each sequence of one request out of `budget`: all that they need, or as much as leaves none ahead of the others."""
-    want = need.astype(np.int64)
-    if len(want) > 1 and int(want.sum()) > budget:
-        want = np.maximum(want - 1, 0)
+    want = np.maximum(need - 1, 0) if len(need) > 1 and int(need.sum()) > budget else need
     return in_turn(want, budget)
 
 
-def in_turn(want: Counts, budget: int) -> Counts:
+def in_turn(want: IntArray, budget: int) -> IntArray:
     """As much of `want` as the budget has, first come first served."""
     before = np.cumsum(want) - want
-    take: Counts = np.clip(budget - before, 0, want)
+    take: IntArray = np.clip(budget - before, 0, want).astype(np.int32)
     return take
 
 
-def share_of(request: Request, budget: int, need: npt.NDArray[np.int32] | Counts) -> Counts:
+def share_of(request: Request, budget: int, need: IntArray) -> IntArray:
     """Tokens for each sequence of the request that is in the batch, out of `budget`."""
     to_fork = request.to_fork
     if not to_fork:
         return lockstep(need, budget)
     # Each goes on to where the next one is forked from it; nobody draws before all are there.
     present = [s for s in request.sequences if s.slot >= 0]
-    want = need.astype(np.int64)
+    want = need.copy()
     for i, sequence in enumerate(present):
         forks = [s.forks_at for s in to_fork if s.forks_from is sequence]
         stop = min([*forks, len(sequence.token_ids) - 1])
@@ -53,9 +48,9 @@ def share_of(request: Request, budget: int, need: npt.NDArray[np.int32] | Counts
     return in_turn(want, budget)
 
 
-def share_budget(running: list[Request], budget: int, need: npt.NDArray[np.int32]) -> Counts:
+def share_budget(running: list[Request], budget: int, need: IntArray) -> IntArray:
     """Tokens for each running slot, request by request in serving order."""
-    take = np.zeros(len(need), np.int64)
+    take = np.zeros(len(need), np.int32)
     at = 0
     for request in running:
         width = sum(s.slot >= 0 for s in request.sequences)
@@ -64,6 +59,21 @@ def share_budget(running: list[Request], budget: int, need: npt.NDArray[np.int32
             budget -= int(take[at : at + width].sum())
         at += width
     return take
+
+
+def of_later_steps(running: list[Request], ready: npt.NDArray[np.bool_], steps: int) -> npt.NDArray[np.bool_]:
+    """Which running slots to leave to the steps that follow, where `steps` of them share the sequences: the first requests that are ready,
+    up to an even share of all sequences, go now. ready: [slots], in serving order.
+    """
+    share = -(-len(ready) // steps)
+    later = np.zeros(len(ready), bool)
+    at = taken = 0
+    for request in running:
+        width = sum(s.slot >= 0 for s in request.sequences)
+        later[at : at + width] = taken >= share  # a request's sequences go together
+        taken += int(np.count_nonzero(ready[at : at + width]))
+        at += width
+    return later
 
 
 # ---- after a recompute

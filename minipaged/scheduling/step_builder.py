@@ -14,7 +14,7 @@ from minipaged.scheduling.plan import IntArray, LogitAdjustments, PromptQuery, S
 from minipaged.scheduling.request import Sequence
 
 Index = npt.NDArray[np.int64]
-_NO_ROWS = np.zeros(0, np.int64)
+_NO_ROWS, _NO_TAKES = np.zeros(0, np.int64), np.zeros(0, np.int32)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
 
 
@@ -22,9 +22,9 @@ class Draws(NamedTuple):
     """The tokens to sample in a step."""
 
     rows: Index  # [draws] row whose logits are read
-    first: Index  # [drawing rows] the first draw of each such row
     slots: Index  # [draws] the slot each token belongs to
     samples: Index  # [draws] which of the request's samples
+    drawing: Index  # [drawing rows] the slots of the rows that draw, each once
     awaits_result: npt.NDArray[np.bool_]  # [drawing rows] whether what is drawn decides how the sequence goes on
 
 
@@ -33,22 +33,25 @@ class StepBuilder:
     """What the step is to do, as far as it is known. budget: tokens that may still be scheduled."""
 
     budget: int
+    num_tokens: int = 0  # tokens that are scheduled
     slots: list[Index] = field(default_factory=list)
-    takes: list[Index] = field(default_factory=list)  # tokens to compute of each slot
+    takes: list[IntArray] = field(default_factory=list)  # tokens to compute of each slot
     copies: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)  # by sequence
     swap_outs: list[tuple[int, int]] = field(default_factory=list)
     swap_ins: list[tuple[int, int]] = field(default_factory=list)
     preempted: bool = False
 
-    def add(self, slots: Index, takes: Index) -> None:
+    def add(self, slots: Index, takes: IntArray) -> None:
         """Schedule `takes[i]` tokens of slots[i]; slots with nothing to take are left out."""
-        chosen = takes.nonzero()[0]
-        if len(chosen) < len(slots):
+        if np.count_nonzero(takes) < len(takes):
+            chosen = takes.nonzero()[0]
             slots, takes = slots[chosen], takes[chosen]
         if len(slots):
             self.slots.append(slots)
             self.takes.append(takes)
-            self.budget -= int(takes.sum())
+            num_tokens = int(takes.sum())
+            self.num_tokens += num_tokens
+            self.budget -= num_tokens
 
     def add_copies(self, seq_id: int, copies: tuple[tuple[int, int], ...]) -> None:
         """Block copies that this sequence's writes need."""
@@ -59,11 +62,15 @@ class StepBuilder:
         if not (self.slots or self.swap_outs or self.swap_ins):
             return None
         slots = np.concatenate(self.slots) if self.slots else _NO_ROWS
-        takes = np.concatenate(self.takes) if self.takes else _NO_ROWS
-        draws = _draws_of(batch, slots, takes)
+        takes = np.concatenate(self.takes) if self.takes else _NO_TAKES
+        starts = batch.num_computed[slots]
+        ends = starts + takes
+        slow = bool(np.count_nonzero(batch.needs_slow_path[slots]))
+        # Those draw that reach their last token.
+        draws = _draws_of(batch, slots, (ends == batch.num_with_pending[slots]).nonzero()[0], slow)
         owners = slots[draws.rows]
         greedy = np.count_nonzero(batch.only_greedy[owners]) == len(owners)
-        looked_at = not greedy or np.count_nonzero(batch.needs_slow_path[slots]) > 0
+        only_decodes = self.num_tokens == len(slots) == len(draws.drawing)
         plan = StepPlan(
             step=number,
             swap_outs=tuple(self.swap_outs),
@@ -71,33 +78,30 @@ class StepBuilder:
             copies=tuple(pair for pairs in self.copies.values() for pair in pairs) if self.copies else (),
             seq_ids=batch.seq_id[slots],
             slots=slots.astype(np.int32),
-            starts=batch.num_computed[slots],
-            lengths=takes.astype(np.int32),
-            token_ids=_token_ids(batch, slots, takes, len(draws.first)),
+            starts=starts,
+            lengths=takes,
+            token_ids=batch.last_token[slots] if only_decodes else _token_ids(batch, slots, takes),
             tables=batch.table_rows(slots),
             draw_rows=draws.rows.astype(np.int32),
             draw_slots=draws.slots.astype(np.int32),
             sampling=None if greedy else _sampling(batch, owners, draws.samples),
-            top_logprobs=_top_logprobs(batch, owners) if looked_at else -1,
-            prompt_queries=_prompt_queries(batch, slots, takes) if looked_at else (),
+            top_logprobs=_top_logprobs(batch, owners) if slow else -1,
+            prompt_queries=_prompt_queries(batch, slots, takes) if slow else (),
             adjustments=() if greedy else _adjustments(batch, owners),
         )
-        batch.num_computed[slots] += takes
-        drawing = owners[draws.first]
-        batch.draw_pending(drawing)
-        batch.awaiting_result[drawing] = draws.awaits_result
+        batch.num_computed[slots] = ends
+        batch.draw_pending(draws.drawing)
+        batch.awaiting_result[draws.drawing] = draws.awaits_result
         return plan
 
 
-def _draws_of(batch: Batch, slots: Index, takes: Index) -> Draws:
-    """One draw for each row that reaches its last token; n of them where n samples are forked from it."""
-    rows = (batch.num_computed[slots] + takes == batch.num_with_pending[slots]).nonzero()[0]
+def _draws_of(batch: Batch, slots: Index, rows: Index, slow: bool) -> Draws:
+    """One draw for each of `rows`; n of them where n samples are forked from it. slow: some slot needs the slow path."""
     owners = slots[rows]
-    if not np.count_nonzero(batch.needs_slow_path[owners]):
-        return Draws(rows, np.arange(len(rows)), owners, batch.sample_index[owners], batch.reads_answer[owners])
+    if not slow:
+        return Draws(rows, owners, batch.sample_index[owners], owners, batch.reads_answer[owners])
     awaits_result = np.zeros(len(rows), np.bool_)
     all_rows: list[int] = []
-    first: list[int] = []
     targets: list[int] = []
     samples: list[int] = []
     for i, (row, slot) in enumerate(zip(rows.tolist(), owners.tolist(), strict=True)):
@@ -105,19 +109,16 @@ def _draws_of(batch: Batch, slots: Index, takes: Index) -> Draws:
         if sequence is None:
             raise RuntimeError(f"slot {slot} is scheduled but empty")
         request = sequence.request
-        first.append(len(all_rows))
         children = request.reserved_slots if request.beams is None and not request.forked else []
         all_rows.extend([row] * (1 + len(children)))
         targets.extend([slot, *children])
         samples.extend([sequence.index, *range(1, 1 + len(children))])
         awaits_result[i] = bool(children) or request.beams is not None or bool(batch.reads_answer[slot])
-    as_index = [np.array(column, np.int64) for column in (all_rows, first, targets, samples)]
-    return Draws(as_index[0], as_index[1], as_index[2], as_index[3], awaits_result)
+    as_index = [np.array(column, np.int64) for column in (all_rows, targets, samples)]
+    return Draws(as_index[0], as_index[1], as_index[2], owners, awaits_result)
 
 
-def _token_ids(batch: Batch, slots: Index, takes: Index, num_drawing: int) -> IntArray:
-    if int(takes.sum()) == len(slots) == num_drawing:
-        return batch.last_token[slots]  # nothing but decodes
+def _token_ids(batch: Batch, slots: Index, takes: IntArray) -> IntArray:
     parts: list[npt.ArrayLike] = []
     for slot, take in zip(slots.tolist(), takes.tolist(), strict=True):
         start = int(batch.num_computed[slot])
@@ -155,7 +156,7 @@ def _top_logprobs(batch: Batch, owners: Index) -> int:
     return most
 
 
-def _prompt_queries(batch: Batch, slots: Index, takes: Index) -> tuple[PromptQuery, ...]:
+def _prompt_queries(batch: Batch, slots: Index, takes: IntArray) -> tuple[PromptQuery, ...]:
     queries = []
     for row in np.flatnonzero(batch.needs_slow_path[slots]).tolist():
         slot = int(slots[row])

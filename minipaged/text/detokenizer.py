@@ -25,6 +25,10 @@ class TextCodec(Protocol):
         """The tokens of a prompt, or of a bare text without what the model wants around it."""
         ...
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number that the tokens of `text` reach at least, found at once; 0 where nothing is known."""
+        ...
+
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """The exact bytes of one token; b"" for a special token, unless those are wanted."""
         ...

@@ -257,9 +257,7 @@ class TraceBuilder:
             return max(causes.get((kind, sequence), -1) for kind in _ENDS)
         if item.kind == "cache_hit" and isinstance(item, BlockEvent):
             return causes.get(("publish", -2 - item.block), -1)
-        if item.kind == "swap_in":
-            return causes.get(("preempt", sequence), -1)
-        if item.kind == "admit":
+        if item.kind in ("swap_in", "admit", "rejoin"):
             return causes.get(("preempt", sequence), -1)
         return -1
 

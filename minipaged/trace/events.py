@@ -28,9 +28,9 @@ class Event(NamedTuple):
     """One thing that happened. Events stand in causal order.
 
     kind: a block event's (alloc free fork copy cache_hit publish evict swap_out swap_in release) or one of
-    admit append preempt prune finish refuse abort knob. memory.types.BlockEvent says what each of the former does to tables and counts;
-    `amount` is its index. `cause` is the id of the event that led to it, -1 if none. Kind `count`, rare: somebody looked at a manager
-    whose reference count of a block is not what its events say; it is `amount`.
+    admit rejoin append preempt prune finish refuse abort knob. memory.types.BlockEvent says what each of the former does to tables and
+    counts; `amount` is its index. `cause` is the id of the event that led to it, -1 if none. Kind `count`, rare: somebody looked at a
+    manager whose reference count of a block is not what its events say; it is `amount`.
     """
 
     id: int

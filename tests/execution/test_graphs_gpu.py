@@ -10,6 +10,7 @@ import torch
 from minipaged.assembly import build_engine
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.engine import Engine
+from minipaged.execution import step_inputs
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.step_inputs import inputs_of
 from minipaged.model.llama import Layer, angle_table
@@ -82,6 +83,59 @@ def test_preemption_in_flight(loaded: LoadedModel, expected: list[list[list[int]
     engine = engine_on(loaded, graphs=True, depth=1, blocks=40, preemption=preemption)
     assert texts(engine) == expected
     assert engine.scheduler.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("budget", [7, 2048])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_L65_equal_beginnings_are_computed_once(loaded: LoadedModel, depth: int, budget: int, samples: int) -> None:
+    """Sixteen prompts with 100 tokens in common and 9 of their own: each answered as if it were alone, the common blocks computed once."""
+    settings = SamplingParams(max_tokens=4, n=samples, temperature=float(samples > 1), seed=1, ignore_eos=True)
+    common = [5 + i % 40 for i in range(100)]
+    asked = [[*common, *(50 + number + i for i in range(9))] for number in range(16)]
+    alone = engine_on(loaded, graphs=False, depth=0)
+    expected = []
+    for prompt in asked:
+        output = alone.ask(prompt, settings)
+        while alone.has_work:
+            alone.step()
+        assert alone.scheduler.manager.reset_prefix_cache()
+        expected.append([o.token_ids for o in output.outputs])
+    engine = engine_on(loaded, graphs=True, depth=depth, max_num_batched_tokens=budget, max_num_seqs=64)
+    outputs = [engine.ask(prompt, settings) for prompt in asked]
+    while engine.has_work:
+        engine.step()
+    assert [[o.token_ids for o in output.outputs] for output in outputs] == expected
+    assert [o.request.sequences[0].num_cached for o in outputs] == [0] + [96] * 15
+    decoded = 16 * samples * 3  # the fourth token's KV is never computed
+    assert engine.scheduler.counters.computed_tokens - decoded == 109 + 15 * 13
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_same_text_where_common_blocks_are_read_once(
+    loaded: LoadedModel, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two system prompts, questions that come and go, samples of one request, and some that share nothing."""
+    beginnings = [[5 + i % 40 for i in range(100)], [7 + i % 30 for i in range(70)], [], []]
+    asked = [(beginnings[i % 4] + prompt, params(i)) for i, prompt in enumerate(prompts(40))]
+
+    def answers(graphs: bool) -> list[list[list[int]]]:
+        engine = engine_on(loaded, graphs=graphs, depth=depth if graphs else 0, max_num_seqs=64)
+        outputs = [engine.ask(*each) for each in asked]
+        while engine.has_work:
+            engine.step()
+        return [[o.token_ids for o in output.outputs] for output in outputs]
+
+    expected = answers(graphs=False)
+    monkeypatch.setattr("minipaged.execution.shared_prefixes.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("minipaged.execution.shared_prefixes.FEWEST_COMMON", 16)
+    seen = []
+    tiles_of = step_inputs.tiles_of
+    monkeypatch.setattr(
+        step_inputs, "tiles_of", lambda groups, rows: seen.append(len(groups)) or tiles_of(groups, rows)
+    )
+    assert answers(graphs=True) == expected
+    assert max(seen) >= 3
 
 
 def test_abort_in_flight(loaded: LoadedModel, expected: list[list[list[int]]]) -> None:

@@ -20,15 +20,11 @@ MOVES = st.lists(st.tuples(st.sampled_from(["copy", "out", "in"]), st.integers(0
 
 
 def with_scales(kind: type[PagedKV]) -> PagedKV:
-    """A pool with one scale a block and head beside its keys and values, every number of it another."""
-    store = kind(shape("toy"), BLOCKS, 2, num_host_blocks=HOST)
-    heads = next(iter(store.tensors.values())).shape[2]
-    store.tensors["scale.0"] = torch.zeros(BLOCKS, heads)
-    store.host["scale.0"] = torch.zeros(HOST, heads)
-    at = 0
-    for tensor in (*store.tensors.values(), *store.host.values()):
-        tensor.copy_(torch.arange(at, at + tensor.numel(), dtype=torch.float32).reshape(tensor.shape))
-        at += tensor.numel()
+    """A pool of int8 codes and their scales, every block of every tensor another."""
+    store = kind(shape("toy"), BLOCKS, 2, num_host_blocks=HOST, kept_as="int8")
+    for at, tensor in enumerate((*store.tensors.values(), *store.host.values())):
+        for block, content in enumerate(tensor):
+            content.copy_((torch.arange(content.numel()) * (block + 1) + 7 * at).reshape(content.shape) % 127)
     return store
 
 
@@ -56,7 +52,7 @@ def follow(kind: type[PagedKV], moves: list[tuple[str, int, int]]) -> None:
 
 
 @given(MOVES)
-def test_all_tensors_of_a_block_travel_together(moves: list[tuple[str, int, int]]) -> None:
+def test_L70_all_tensors_of_a_block_travel_together(moves: list[tuple[str, int, int]]) -> None:
     follow(PagedKV, moves)
 
 
@@ -64,18 +60,18 @@ class ScalesLostInCopies(PagedKV):
     """A copy moves keys and values and leaves the scales behind."""
 
     def copy(self, pairs: Pairs) -> None:
-        kept = self.tensors["scale.0"].clone()
+        kept = self.tensors["value_scale.0"].clone()
         super().copy(pairs)
-        self.tensors["scale.0"].copy_(kept)
+        self.tensors["value_scale.0"].copy_(kept)
 
 
 class ScalesLostInSwaps(PagedKV):
     """A block comes back from the host with the scales of whoever was there before."""
 
     def swap_in(self, pairs: Pairs) -> None:
-        kept = self.tensors["scale.0"].clone()
+        kept = self.tensors["value_scale.0"].clone()
         super().swap_in(pairs)
-        self.tensors["scale.0"].copy_(kept)
+        self.tensors["value_scale.0"].copy_(kept)
 
 
 class ValuesStay(PagedKV):
@@ -88,6 +84,6 @@ class ValuesStay(PagedKV):
 
 
 @pytest.mark.parametrize("mutant", [ScalesLostInCopies, ScalesLostInSwaps, ValuesStay])
-def test_what_is_left_behind_is_found(mutant: type[PagedKV]) -> None:
+def test_L70_what_is_left_behind_is_found(mutant: type[PagedKV]) -> None:
     with pytest.raises(AssertionError, match="did not come along"):
         follow(mutant, [("copy", 1, 2), ("out", 2, 0), ("in", 0, 3)])

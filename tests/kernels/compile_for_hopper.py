@@ -26,6 +26,8 @@ from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 from minipaged.kernels.cache import rope_write_triton
 from minipaged.kernels.cache.block_copy_triton import copy_blocks_triton
 from minipaged.kernels.cache.cache_write_triton import write_kv_triton
+from minipaged.kernels.cache.dequantize_triton import dequantize_pages_triton
+from minipaged.kernels.cache.quantize import LARGEST_CODE
 from minipaged.kernels.cache.rope_write_triton import rope_write_kv_triton
 from minipaged.kernels.dispatch import gluon_runs
 from minipaged.kernels.elementwise import activation_triton, embed_triton, norm_triton
@@ -39,7 +41,9 @@ from minipaged.kernels.sampling import draw_triton, truncate_triton
 from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
 from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
 from tests.kernels.paged_cases import make_case
+from tests.kernels.test_decode_shared import shared_case
 from tests.kernels.test_gpu import DTYPES, SHAPES, names
+from tests.kernels.test_quantized import quantized
 
 SHARED_MEMORY = 227 << 10
 
@@ -138,6 +142,35 @@ def compile_packed() -> None:
             packed_one_row.packed_one_row(x[:1], weight, weight.scales[:, 0, 0].to(dtype), gated=True)
 
 
+# As SHAPES; every width of heads, in groups and not.
+CODED_SHAPES = [
+    shape for shape in SHAPES if shape[:3] in {(64, 3, 3), (80, 2, 7), (128, 2, 4), (128, 4, 1), (256, 2, 8)}
+]
+
+
+def compile_for_codes() -> None:
+    """The kernels that write and read a quantized cache."""
+    for shape, dtype, codes in itertools.product(CODED_SHAPES, (torch.float32, torch.bfloat16), LARGEST_CODE):
+        print(triton.__version__, names(shape), dtype, codes)
+        head_dim, kv_heads, group, block_size, window, per_head = shape
+        form = {"block_size": block_size, "window": window, "table_per_head": per_head, "dtype": dtype}
+        case, shared = shared_case([(2, 1)], 0, kv_heads=kv_heads, group=group, head_dim=head_dim, **form)
+        case, scales, _ = quantized(case, codes)
+        settings = launch_table.decode_launch(head_dim, dtype.itemsize, torch.device("cpu"))
+        for enough_waves in (0, 1000):
+            launch = replace(settings, enough_waves=enough_waves, min_chunk=1)
+            paged_decode_triton(*case.decode(), scales=scales, window=window, launch=launch)
+        if window is None:
+            paged_decode_triton(*case.decode(), scales=scales, shared=shared)
+        paged_prefill_triton(*case.prefill(), scales=scales, window=window)
+        new, slots = case.query[:, :kv_heads], torch.zeros(len(case.query), dtype=torch.int64)
+        caches = (case.key_cache, case.value_cache)
+        write_kv_triton(new, new, *caches, slots, scales)
+        if case.block_tables.dim() == 2:
+            dequantize_pages_triton(*caches, scales, case.block_tables, case.context_lens, dtype)
+        rope_write_kv_triton(case.query, new, new, slots, torch.zeros(4, head_dim), *caches, slots, scales=scales)
+
+
 def main() -> None:
     driver.set_active(HopperDriver())
     JITFunction.run = compile_only
@@ -169,6 +202,7 @@ def main() -> None:
             draw_tokens_triton(x, numbers, numbers, truncation_threshold_triton(x, numbers, numbers, numbers, numbers))
     compile_packed()
     compile_prefill_hopper()
+    compile_for_codes()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         print(triton.__version__, names(shape), dtype)

@@ -202,6 +202,7 @@ SHORT, LISTS, ONE_LIST, APART = (
         (8704, 512, 34, 1.0, APART),  # 1 x 512 after 8192
         (2048, 2048, 32, 4.0, ONE_LIST),  # captured for 2048 queries a row, run with 4 x 512
         (2048, 2048, 64, 4.0, None),
+        (3904, 3900, 46, 1.43, LISTS),  # a step of 700 after 3200, 3900 and 3592
         (2048, 512, 8, 8.0, None),
     ],
 )

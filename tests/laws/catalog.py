@@ -105,9 +105,17 @@ LAWS: tuple[Law, ...] = (
         _RETENTION,
         "Heavy hitters stay within their budget, and a shared block is never taken from its other owner.",
     ),
-    Law("L60", _RETENTION, "Scales live with their quantized block and travel wherever it goes."),
+    Law(
+        "L60",
+        _RETENTION,
+        "Scales live with their quantized block, travel wherever it goes, and every read applies them.",
+    ),
     Law("L61", _DEVICES, "Every tensor-parallel rank sees the same block ids, and the pool is the smallest of them."),
-    Law("L62", _DEVICES, "Pipeline stages share block ids, and none is reused while a batch in flight names it."),
+    Law(
+        "L62",
+        _DEVICES,
+        "Pipeline stages share block ids, and each stage is done with a block before it is reused there.",
+    ),
     Law("L63", _DEVICES, "Kernels do not care which physical blocks hold what, and never read unused slots."),
     Law("L64", _DEVICES, "Every kernel equals its torch twin for all shapes it accepts."),
     Law(

@@ -40,8 +40,8 @@ class SharingMachine(StepMachine):
             return
         if parent.reserved > parent.computed or parent.promised is not None:
             watch.refused("L12 L09 L29", ValueError, "fork", parent.seq_id, self.next_id)
-        if watch.planning and parent.computed != parent.written:
-            return  # what is marked now is written by this step, and a copy of it would come too early
+        if watch.planning and (parent.computed != parent.written or parent.promised is not None):
+            return  # what is marked while a step is planned is written by it, and a copy of that would come too early
         self._truncate(parent, parent.written)  # in the planning of a step this gives up its copy
         self._mark(parent, parent.written - parent.computed)
         child = self.next_id

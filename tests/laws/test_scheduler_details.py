@@ -45,7 +45,7 @@ def test_counters_are_sums_over_the_steps(
         )
         # Whoever returns from the host, or is forked again after a recompute, has found nothing in the cache.
         back = {e.seq_id for e in step.events if isinstance(e, BlockEvent) and e.kind in ("swap_in", "fork")}
-        for event in of_kind(step, "admit"):
+        for event in of_kind(step, "admit", "rejoin"):
             if event.seq_id in back or event.sequence is None:
                 continue
             seen = any(

@@ -124,7 +124,7 @@ def test_L38_any_chunking_gives_the_same_output(
     assert chunked.texts(chunked.outputs) == whole.texts(whole.outputs)
     done: dict[int, int] = {}
     for step in chunked.history():
-        for event in of_kind(step, "admit"):
+        for event in of_kind(step, "admit", "rejoin"):
             done[event.seq_id] = event.amount
         if step.plan is not None:
             for seq_id, start, length in zip(step.plan.seq_ids, step.plan.starts, step.plan.lengths, strict=True):
@@ -140,12 +140,13 @@ def test_L39_running_before_waiting(
     world = ran(block_manager_class, scheduler_class, workload, arrangement, policy=policy)
     before: set[int] = set()
     for step in world.history():
-        # Samples that are forked again (after a recompute) belong to a request that runs already.
-        admitted = {
-            e.seq_id
-            for e in of_kind(step, "admit")
-            if e.sequence is not None and e.sequence.request.request_id not in before
-        }
+        admitted = {e.seq_id for e in of_kind(step, "admit")}
+        came = {e.sequence.request.request_id for e in of_kind(step, "admit") if e.sequence is not None}
+        for event in of_kind(step, "rejoin"):  # forked again in a request that runs already, or that has just come back
+            assert event.sequence is not None
+            assert event.sequence.request.request_id in before | came, "forked again in a request that does not run"
+            if event.sequence.request.request_id in came:
+                admitted.add(event.seq_id)
         if of_kind(step, "preempt"):
             assert not admitted, f"a step that preempted admitted {sorted(admitted)}"
         if step.plan is not None and admitted:
@@ -281,6 +282,30 @@ def test_L45_priority(
             taken_back = {(e.block, e.other) for e in copies}
             assert not taken_back & set(step.plan.copies), "a victim's copy is still in the plan"
         running = step.running
+
+
+@given(priorities=st.lists(st.integers(0, 3), min_size=3, max_size=3), urgent=st.integers(0, 3))
+def test_L45_a_waiting_request_displaces_the_less_urgent(
+    block_manager_class: type, scheduler_class: type, priorities: list[int], urgent: int
+) -> None:
+    """Three that hold all blocks, and one that arrives after them: the least urgent, latest arrival makes way if it is less urgent, and the
+    new one comes in with the next step. Arrival alone displaces nobody."""
+    everybody = [*priorities, urgent]
+    workload = [
+        Asked((number,) * 5, SamplingParams(max_tokens=8, priority=priority, ignore_eos=True), arrives=number)
+        for number, priority in enumerate(everybody)
+    ]
+    limits = {"policy": "priority", "preemption": "recompute"}
+    world = World(block_manager_class, scheduler_class, num_blocks=4, block_size=16, limits=limits)
+    world.run(workload)
+    less = [i for i in range(3) if priorities[i] > urgent]
+    victim = max(less, key=lambda i: (priorities[i], i), default=None)
+    stay = sorted({0, 1, 2} - {victim}, key=lambda i: (priorities[i], i))
+    arrival = world.steps[3]
+    left = [e.sequence.request.request_id for e in of_kind(arrival, "preempt") if e.sequence is not None]
+    assert (left, arrival.running) == ([] if victim is None else [victim], stay)
+    expected = stay if victim is None else sorted([*stay, 3], key=lambda i: (everybody[i], i))
+    assert world.steps[4].running == expected
 
 
 @given(workload=workloads(), arrangement=tight)
@@ -466,3 +491,30 @@ def test_L55_outputs_do_not_depend_on_the_schedule(
             length = stops[0] + 1 if stops else asked.params.max_tokens
             assert (len(answer.token_ids), answer.finish_reason) == (length, "stop" if stops else "length")
     together.assert_nothing_is_held()
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=4),
+    penalty=st.sampled_from(["repetition_penalty", "presence_penalty", "frequency_penalty"]),
+    depth=st.sampled_from([1, 3]),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_L55_a_penalty_knows_all_of_the_answer(
+    block_manager_class: type,
+    scheduler_class: type,
+    prompts: list[list[int]],
+    penalty: str,
+    depth: int,
+    temperature: float,
+) -> None:
+    """With steps in flight as without: who is penalized for what it has drawn waits until that is known. Neighbours do not."""
+    asked = SamplingParams(max_tokens=7, ignore_eos=True, seed=3, temperature=temperature, **{penalty: 1.5})  # type: ignore[arg-type]
+    plain = SamplingParams(max_tokens=7, ignore_eos=True)
+    workload = [Asked(tuple(p), plain if i % 3 == 2 else asked) for i, p in enumerate(prompts)]
+    ahead = ran(block_manager_class, scheduler_class, workload, {}, depth=depth)
+    calm = ran(block_manager_class, scheduler_class, workload, {})
+    assert ahead.texts(ahead.outputs) == calm.texts(calm.outputs)
+    if not calm.outputs[2:]:
+        return
+    neighbour = [step.rows.get(2, 0) for step in ahead.steps if step.plan is not None]
+    assert sum(neighbour[:7]) == 7, "one that reads nothing draws in each step"

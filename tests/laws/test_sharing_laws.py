@@ -136,7 +136,8 @@ def one_by_one(world: World) -> list[int]:
         helped = {
             e.seq_id for e in step.events if isinstance(e, BlockEvent) and e.kind in ("fork", "cache_hit", "swap_in")
         }
-        alone = [e.sequence for e in of_kind(step, "admit") if e.seq_id not in helped and e.sequence is not None]
+        came = of_kind(step, "admit", "rejoin")
+        alone = [e.sequence for e in came if e.seq_id not in helped and e.sequence is not None]
         counts = Counter(sequence.request.request_id for sequence in alone)
         wrong += [request_id for request_id, count in counts.items() if count > 1]
     return wrong

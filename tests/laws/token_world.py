@@ -90,6 +90,9 @@ class TokenRunner:
         chance = 0
         if plan.sampling is not None and plan.sampling.temperature[draw] > 0:
             chance = int(plan.sampling.uniform[draw] * 2**40)
+        changed = plan.adjustments[draw] if plan.adjustments else None
+        if changed is not None:  # what is done to the logits changes the draw
+            return _hash((*context, changed), chance) % VOCAB
         return _hash(context, chance) % VOCAB
 
 
@@ -103,7 +106,7 @@ class TokenPending:
         return self.drawn
 
 
-def _hash(context: tuple[int, ...], chance: int = 0) -> int:
+def _hash(context: tuple[object, ...], chance: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(repr((context, chance)).encode(), digest_size=6).digest(), "little")
 
 

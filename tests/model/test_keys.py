@@ -55,6 +55,33 @@ def test_every_rope_parameter_that_transformers_reads_is_in_the_table() -> None:
     assert sorted(found - set(keys.ROPE_KEYS)) == []
 
 
+ARGUMENTS = {  # of transformers' calls, and keys of tokenizer.json itself: no tokenizer_config.json has them
+    *("_commit_hash", "_from_auto", "_from_pipeline", "_json_padding", "_json_truncation", "_spm_precompiled_charsmap"),
+    *("gguf_file", "local_files_only", "proxies", "subfolder", "tokenizer", "tokenizer_object", "type", "normalizers"),
+}
+
+
+def test_every_key_of_a_tokenizer_config_that_transformers_reads_is_in_the_table() -> None:
+    """Whatever its tokenizers take out of the file, or out of the keywords that they make of it."""
+    base, fast = transformers.PreTrainedTokenizerBase, transformers.PreTrainedTokenizerFast
+    loaders = (base.__init__, base.from_pretrained, base._from_pretrained, fast.__init__, fast.convert_to_native_format)
+    source = "".join(inspect.getsource(loader) for loader in loaders)
+    holder = r"(?:init_kwargs|kwargs|tokenizer_config|init_configuration|config)"
+    found = set(re.findall(holder + r"""(?:\.(?:pop|get|setdefault)\(|\[)\s*["'](\w+)["']""", source))
+    found |= set(re.findall(r"""["'](\w+)["'] in """ + holder, source)) | set(base.SPECIAL_TOKENS_ATTRIBUTES)
+    for tokenizer in (transformers.LlamaTokenizerFast, transformers.Qwen2TokenizerFast, transformers.GPT2TokenizerFast):
+        found |= set(inspect.signature(tokenizer.__init__).parameters) - {"self", "args", "kwargs"}
+    assert {
+        "bos_token",
+        "added_tokens_decoder",
+        "split_special_tokens",
+        "fix_mistral_regex",
+        "add_prefix_space",
+    } < found
+    assert sorted(found - ARGUMENTS - set(keys.TOKENIZER_KEYS)) == []
+    assert found >= ARGUMENTS, "nothing is excused that transformers does not read"
+
+
 def gguf_keys() -> dict[str, list[str]]:
     found = {}
     for name, group in vars(gguf.Keys).items():

@@ -26,6 +26,7 @@ from minipaged.model.loading.gguf_blocks import PACKABLE
 from minipaged.model.loading.quantize import quantize, rounded
 from minipaged.model.loading.quantized import QuantizedMatrix, stack
 from minipaged.model.loading.weights import load_model, open_checkpoint
+from minipaged.model.split import Part
 from tests.model.tiny import dense_logits, drawn_tokens, llama, make_model, save_folder
 from tests.model.tiny_gguf import stored_tensors
 
@@ -398,6 +399,24 @@ def test_random_packed_weights_run(folder: Path) -> None:
     weight = model.layers[0].down.format
     assert isinstance(weight, Packed)
     assert float(dequantize(weight.matrix, torch.float32).std()) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(("group", "dense"), [(32, set[str]()), (64, {"self_attn.o_proj"})])
+def test_ranks_hold_packed_parts_cut_where_groups_end(
+    group: int, dense: set[str], folder: Path, tmp_path: Path
+) -> None:
+    """Rank 1 of two has half of each matrix; of o_proj it would have half a group of 64, so that is in floats."""
+    checkpoint = open_checkpoint(quantize(str(folder), tmp_path / "out", "awq", group))
+    part = Part(1, 2)
+    floats, packed = (load_model(checkpoint, **CPU, part=part, stays_packed=keep) for keep in (None, everything))
+    for (expected, pieces), (found, _) in zip(floats.linears(), packed.linears(), strict=True):
+        assert isinstance(expected.format, Dense)
+        if "lm_head" in pieces or any(name.endswith(tuple(dense)) for name in pieces if dense):
+            assert isinstance(found.format, Dense)
+            assert torch.equal(found.format.weight, expected.format.weight)
+        else:
+            assert isinstance(found.format, Packed)
+            assert torch.equal(dequantize(found.format.matrix, torch.float32), expected.format.weight)
 
 
 # the command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from minipaged.api import LLM
+from minipaged.config import SamplingParams
 from minipaged.errors import ModelError, RequestError
 from minipaged.model.loading.gguf_tokenizer import build_tokenizer
 from minipaged.model.loading.subword_tokenizer import folder_tokenizer, gguf_tokenizer
@@ -321,6 +324,31 @@ def test_tokens_that_only_the_config_lists(folder: Path) -> None:
             folder_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"additional_special_tokens": ["<think>", "the"]},
+        {"additional_special_tokens": [{"__type": "AddedToken", "content": "<think>", "special": True}]},
+        {"extra_special_tokens": {"think_token": "<think>"}},
+        {"extra_special_tokens": ["the"]},
+        {"model_specific_special_tokens": {"think_token": "<think>"}},
+        {"extra_special_tokens": None, "additional_special_tokens": []},
+    ],
+)
+def test_tokens_that_the_config_calls_special(folder: Path, listed: dict[str, Any]) -> None:
+    """A text is cut at them and an answer leaves them out, also where tokenizer.json holds them as ordinary ones."""
+    edit_config(folder, **listed)
+    against_transformers(folder, "a<think>b", "hello there, othello", "say hellohello")
+
+
+@pytest.mark.parametrize("listed", [["<|nowhere|>"], [5], 7, [""], {"x": None}])
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+def test_special_tokens_that_are_none_are_refused(folder: Path, name: str, listed: Any) -> None:
+    edit_config(folder, **{name: listed})
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {name}"):
+        folder_tokenizer(folder)
+
+
 def test_names_that_only_the_special_tokens_map_gives(folder: Path) -> None:
     template = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
@@ -384,3 +412,43 @@ def test_sentencepiece_ids_by_tradition() -> None:
     tokenizer = gguf_tokenizer(metadata, SOURCE)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
     assert tokenizer.encode("hello")[0] == 1
+
+
+# ---- how long a text is at least
+
+
+@pytest.mark.parametrize(
+    "text", ["the cat", "e\u0301" * 40, " " * 500, "hello" * 90, "ü🙂" * 50, "\n\t 1 2 3" * 30, "</s>" * 70]
+)
+def test_a_text_has_at_least_the_tokens_that_are_promised(folder: Path, text: str) -> None:
+    tokenizer = folder_tokenizer(folder)
+    for count in (1, 50):
+        assert tokenizer.fewest_tokens(text * count) <= len(tokenizer.encode(text * count, add_special=False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": ""}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"String": "a"}, "behavior": "Removed", "invert": False}},
+    ],
+)
+def test_where_a_tokenizer_may_drop_text_nothing_is_promised(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert folder_tokenizer(folder).fewest_tokens("a" * 100_000) == 0
+
+
+def test_a_prompt_of_100_megabytes_is_refused_at_once(folder: Path) -> None:
+    """Its tokens are never made: that takes the better part of a minute."""
+    llm = LLM("toy", num_blocks=64)
+    llm.engine.codec = folder_tokenizer(folder)
+    text = "hello there " * (100_000_000 // 12)
+    start = time.process_time()
+    with pytest.raises(
+        RequestError, match=r"99,999,996 characters, which are at least [\d,]+ tokens; .* context holds"
+    ):
+        llm.generate(text)
+    assert time.process_time() - start < 8
+    assert llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))[0].finished

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.memory.types import Admission, Allocation
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.request import Request, RequestOutput, Sequence, Status
 from minipaged.scheduling.running_set import RunningSet
 from minipaged.scheduling.scheduler import Scheduler
@@ -17,7 +17,6 @@ from minipaged.scheduling.step_builder import StepBuilder
 from tests.mutants.killing_schedulers import in_running_set
 
 Slots = npt.NDArray[np.int64]
-Counts = npt.NDArray[np.int64]
 
 
 class PlanChanged(Scheduler):
@@ -70,7 +69,7 @@ class SwapsCrossed(PlanChanged):
 class BudgetByOne(Scheduler):
     """A step may have one token more than its budget."""
 
-    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
+    def _share_budget(self, budget: int, need: IntArray) -> IntArray:
         return super()._share_budget(budget + 1, need)
 
 
@@ -88,9 +87,9 @@ class GroupsForFree(Scheduler):
 class SamplesDrift(Scheduler):
     """The samples of a request are served one by one, as if they were strangers: some draw before the others."""
 
-    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
+    def _share_budget(self, budget: int, need: IntArray) -> IntArray:
         before = np.cumsum(need) - need
-        return np.clip(budget - before, 0, need).astype(np.int64)
+        return np.clip(budget - before, 0, need).astype(np.int32)
 
 
 class OneSequenceTooMany(Scheduler):
@@ -371,7 +370,7 @@ class WatermarkStopsTheOnlyOne(Scheduler):
 class GrowthNeedsTheWatermark(RunningSet):
     """A running request is given a block only where one would be admitted."""
 
-    def reserve(self, step: StepBuilder, slots: Slots, ends: Slots) -> int:
+    def reserve(self, step: StepBuilder, slots: Slots, ends: IntArray) -> int:
         if len(self.running) > 1 and self.manager.can_admit(self.block_size) is not Admission.OK:
             return 0
         return super().reserve(step, slots[:1], ends[:1])
@@ -412,7 +411,7 @@ class SecondCopyForgotten(RunningSet):
 class TheClockDecides(Scheduler):
     """What the scheduler does depends on the time of day."""
 
-    def _share_budget(self, budget: int, need: npt.NDArray[np.int32]) -> Counts:
+    def _share_budget(self, budget: int, need: IntArray) -> IntArray:
         import time
 
         return super()._share_budget(max(1, budget - time.perf_counter_ns() // 1000 % 3), need)

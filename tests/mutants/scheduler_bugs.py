@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minipaged.errors import RequestError
-from minipaged.scheduling.plan import StepPlan
+from minipaged.scheduling.plan import IntArray, StepPlan
 from minipaged.scheduling.request import Request, Sequence
 from minipaged.scheduling.running_set import RunningSet
 from minipaged.scheduling.scheduler import Scheduler
@@ -25,7 +25,7 @@ Slots = npt.NDArray[np.int64]
 class VictimKeepsItsBudget(Scheduler):
     """A victim that was scheduled already in this step keeps its tokens in it."""
 
-    def _make_room(self, step: StepBuilder, slots: Slots, take: Slots, ends: Slots, i: int) -> None:
+    def _make_room(self, step: StepBuilder, slots: Slots, take: IntArray, ends: IntArray, i: int) -> None:
         before, last = take.copy(), {int(s): self.batch.seq_id[s] for s in slots}
         super()._make_room(step, slots, take, ends, i)
         for k, slot in enumerate(slots.tolist()):
@@ -238,6 +238,53 @@ class PreemptsForNewcomers(Scheduler):
         super()._schedule_running(step)
 
 
+class UrgentOnesWait(Scheduler):
+    """However urgent, a request that waits displaces nobody: it waits until somebody leaves."""
+
+    def _make_way(self, step: StepBuilder) -> None:
+        pass
+
+
+class ArrivalDecidesWhoMakesWay(Scheduler):
+    """The latest arrival makes way for a more urgent request, also where others are less urgent."""
+
+    def _make_way(self, step: StepBuilder) -> None:
+        by_rank = list(self.running)
+        self.running.sort(key=lambda request: request.arrival)
+        super()._make_way(step)
+        self.running.sort(key=by_rank.index)
+
+
+class EqualsMakeWay(Scheduler):
+    """Whoever waits displaces those that are as urgent as it is, and arrived earlier."""
+
+    def _make_way(self, step: StepBuilder) -> None:
+        first = self.waiting.peek()
+        if first is None:
+            return
+        asked = first.params
+        first.params = replace(asked, priority=asked.priority - 1)
+        super()._make_way(step)
+        first.params = asked
+
+
+class PenaltiesDoNotWait(Scheduler):
+    """With a step in flight, a penalized request draws its next token before it knows the last (`reads_answer` is forgotten)."""
+
+    def schedule(self) -> StepPlan | None:
+        self.batch.reads_answer[:] = False
+        let_in = self._let_in
+
+        def and_forget(step: StepBuilder) -> None:
+            let_in(step)
+            self.batch.reads_answer[:] = False
+
+        self._let_in = and_forget  # type: ignore[method-assign]
+        plan = super().schedule()
+        del self._let_in  # type: ignore[method-assign]
+        return plan
+
+
 class SwapDuplicatesShared(Scheduler):
     """The sequences of a request are swapped out one by one: what they share is copied once for each."""
 
@@ -279,5 +326,9 @@ HISTORICAL: list[tuple[type[Scheduler], str]] = [
     (LatestMakesWayWhateverItsPriority, "L45"),
     (NobodyLeaves, "L43"),
     (PreemptsForNewcomers, "L43"),
+    (UrgentOnesWait, "L45"),
+    (ArrivalDecidesWhoMakesWay, "L45_a_waiting"),
+    (EqualsMakeWay, "L45"),
+    (PenaltiesDoNotWait, "L55_a_penalty"),
     (SwapDuplicatesShared, "L48"),
 ]

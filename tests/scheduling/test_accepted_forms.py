@@ -122,7 +122,7 @@ def test_settings_of_other_engines() -> None:
     with pytest.warns(UserWarning, match="trust_remote_code is ignored"):
         LLM("toy", num_blocks=8, enforce_eager=True, gpu_memory_utilization=0.5, trust_remote_code=True)
     for setting, value, named in (
-        ("tensor_parallel_size", 2, "tensor_parallel_size must be 1, not 2"),
+        ("tensor_parallel_size", 0, "tensor_parallel_size must be from 1 to 64, not 0"),
         ("gpu_memory_utilization", 1.5, "gpu_memory_utilization must be above 0 and at most 1"),
         ("enforce_eager", "yes", "enforce_eager must be true or false"),
     ):

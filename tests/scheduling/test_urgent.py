@@ -85,8 +85,10 @@ def test_nobody_makes_way_in_vain() -> None:
     assert running(llm) == [0, 1, 2]
 
 
-def test_as_many_make_way_as_it_takes() -> None:
-    llm = toy(preemption="recompute")
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_as_many_make_way_as_it_takes(preemption: str) -> None:
+    """In one step, also where their blocks are swapped out and free with the next."""
+    llm = toy(preemption=preemption, num_host_blocks=3)
     start(llm, 0, 5, 5)
     llm.engine.ask([9] * 30, asked(1))
     llm.engine.step()
@@ -94,6 +96,15 @@ def test_as_many_make_way_as_it_takes() -> None:
     llm.engine.step()
     assert running(llm) == [0, 3]
     assert finish(llm)[-2:] == [1, 2]
+
+
+def test_no_more_make_way_than_it_takes() -> None:
+    """One block is needed: what one victim swaps out will do."""
+    llm = toy(preemption="swap", num_host_blocks=3)
+    start(llm, 5, 5, 5)
+    llm.engine.ask([9] * 5, asked(0))
+    llm.engine.step()
+    assert running(llm) == [0, 1]
 
 
 def test_a_slot_is_displaced_as_memory_is() -> None:

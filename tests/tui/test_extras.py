@@ -42,6 +42,10 @@ def test_compare_and_journey_keys(size: tuple[int, int]) -> None:
         assert app.session.position == 8
         await pilot.press("c")
         await until(pilot, lambda: "1 Blocks" in text(app))
+        await pilot.press("c")
+        await until(pilot, lambda: "paged (real)" in text(app))
+        await pilot.press("escape")
+        await until(pilot, lambda: "1 Blocks" in text(app))
         await pilot.press("t")
         await until(pilot, lambda: isinstance(app.screen, Overlay) and "slot number" in text(app))
         journey = app.screen.query_one(Journey)

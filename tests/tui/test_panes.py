@@ -111,6 +111,7 @@ def test_every_kind_of_event_has_words() -> None:
         "prune",
         "finish",
         "admit",
+        "rejoin",
         "evict",
         "release",
         "knob",

@@ -309,7 +309,8 @@ def test_the_last_lessons_manager_stands_under_the_laws(solved: Path) -> None:
     printed = next(line for line in script(solved / lessons()[-1].path.name).stdout.splitlines() if "-k" in line)
     profile, pytest_, *arguments = shlex.split(printed)
     assert (profile, pytest_) == ("HYPOTHESIS_PROFILE=quick", "pytest")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *arguments]
+    # -x: Hypothesis takes minutes to make a failing example small, for each law that fails.
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "quick"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=280, env=environment, cwd=solved, check=False

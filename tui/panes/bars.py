@@ -65,6 +65,11 @@ def header_line(view: View, width: int) -> Line:
     replay = view.word in ("REPLAY", "PLAYING")
     step = f" · step {view.snapshot.step}" if view.position else " · start"
     words.append((step + (f" · {view.position}/{view.length}" if replay else ""), "text"))
+    # Each rank has its heads, or its layers, of every block that is shown.
+    for name, short in (("tensor_parallel", "TP"), ("pipeline_parallel", "PP")):
+        ranks = view.header.engine.get(name, 1)
+        if isinstance(ranks, int) and ranks > 1:
+            words.append((f" · {short} {ranks}", "text"))
     if view.position < view.length and not replay:
         words.append((f" · {view.length - view.position} behind live", "alert"))
     if view.speed:

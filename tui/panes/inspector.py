@@ -189,7 +189,11 @@ def journey_lines(view: View, sequence: int, position: int, width: int) -> list[
     ]
     per_token = view.header.engine.get("kv_bytes_per_token")
     if isinstance(per_token, int):
-        lines.append([(f"{per_token:,} bytes of keys and values over all layers", "dim")])
+        kept = view.header.engine.get("kv_cache_dtype")
+        lines += [
+            [(f"{per_token:,} bytes of keys and values{f' in {kept}' if kept else ''} over all layers", "dim")],
+            [(f"its block takes {size} × that: {size * per_token:,} bytes", "dim")],
+        ]
     return [[(to_ascii(text) if view.glyphs.ascii else text, role) for text, role in line] for line in lines]
 
 

@@ -143,8 +143,8 @@ def queue_lines(view: View, width: int) -> list[Line]:
 
 
 def _arrow(view: View, move: str) -> str:
-    """How it came into its queue: preempted ↓, swapped out ▽ and in △, started +."""
-    arrows = {"preempt": "↓", "swap_out": view.glyphs.swapped, "swap_in": "△", "admit": "+"}
+    """How it came into its queue: preempted ↓, swapped out ▽ and in △, started or forked again +."""
+    arrows = {"preempt": "↓", "swap_out": view.glyphs.swapped, "swap_in": "△", "admit": "+", "rejoin": "+"}
     return shown(arrows.get(move, ""), view)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from minipaged.trace.events import StepDelta, beside_appends
 
-MOVES = frozenset({"preempt", "swap_out", "swap_in", "admit"})
+MOVES = frozenset({"preempt", "swap_out", "swap_in", "admit", "rejoin"})
 MOVE_SECONDS = 0.7  # that a letter which went to another queue stays marked
 
 

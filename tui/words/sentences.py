@@ -25,6 +25,7 @@ ORDER = (
     "prune",
     "finish",
     "admit",
+    "rejoin",
     "evict",
     "release",
     "knob",
@@ -178,6 +179,16 @@ def _admit(view: View, grouped: Grouped) -> str:
     return text + (f"; {plural(len(hits), 'block')} found in the prefix cache, not computed again" if hits else "")
 
 
+def _rejoin(view: View, grouped: Grouped) -> str:
+    forked = {event.sequence for event in grouped.get("fork", [])}  # those are told of as forks
+    again = [event for event in grouped["rejoin"] if event.sequence not in forked]
+    if not again:
+        return ""
+    hits = {event.block for event in grouped.get("cache_hit", []) if event.sequence in {e.sequence for e in again}}
+    verb = "run" if len(again) > 1 else "runs"
+    return f"{_names(view, again)} {verb} again; {plural(len(hits), 'block')} found in the prefix cache"
+
+
 def _preempt(view: View, grouped: Grouped) -> str:
     if grouped.get("swap_out"):
         return ""
@@ -258,6 +269,7 @@ _TELL: dict[str, Callable[[View, Grouped], str]] = {
     "prune": _prune,
     "finish": _finish,
     "admit": _admit,
+    "rejoin": _rejoin,
     "evict": _blocks("evict", "cached {noun} {blocks} forgotten: the room is needed"),
     "release": _blocks("release", "{names} lets go of {noun} {blocks}"),
     "knob": lambda view, grouped: (

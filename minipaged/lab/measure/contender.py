@@ -62,7 +62,12 @@ def _check_room(job: Job) -> None:
         from minipaged.model.loading.zoo import check_weights
 
         place = choose_device(job.device)
-        check_weights(job.model, shape(job.model), choose_dtype("auto", place), place, fixed_dtype=True)
+        held = shape(job.model)
+        if job.tensor_parallel * job.pipeline_parallel > 1:
+            from minipaged.model.split import Part
+
+            held = Part(0, job.tensor_parallel, 0, job.pipeline_parallel).share(held)
+        check_weights(job.model, held, choose_dtype("auto", place), place, fixed_dtype=True)
 
 
 def _within(asked: list[Draw], model: str) -> list[Draw]:

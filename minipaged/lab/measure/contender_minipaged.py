@@ -31,6 +31,9 @@ def load(name: str, job: Job) -> Runs:
         max_num_seqs=job.max_num_seqs,
         device=job.device,
         weights=job.weights,
+        kv_cache_dtype=job.kv_cache_dtype,
+        tensor_parallel=job.tensor_parallel,
+        pipeline_parallel=job.pipeline_parallel,
         **(PLAIN if name == "minipaged-plain" else {}),
     )
 

@@ -32,6 +32,8 @@ def load(name: str, job: Job) -> Runs:
         max_num_seqs=job.max_num_seqs,
         gpu_memory_utilization=MEMORY_SHARE,
         enable_prefix_caching=False,
+        tensor_parallel_size=job.tensor_parallel,
+        pipeline_parallel_size=job.pipeline_parallel,
         attention_config={"backend": "FLASH_ATTN"},
     )
 

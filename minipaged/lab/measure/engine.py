@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipaged.config import WEIGHTS, Progress, check_choice, check_int, check_real
+from minipaged.config import KV_CACHE_DTYPES, WEIGHTS, Progress, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.lab.simulation.workloads import Draw, engine_draws
 
@@ -44,13 +44,19 @@ class Job:
     limit_seconds: float = 900.0
     device: str = "auto"
     weights: str = "auto"  # of minipaged
+    kv_cache_dtype: str = "auto"  # of minipaged
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
 
     def __post_init__(self) -> None:
         check_int("repeats", self.repeats, 1)
         check_int("long_repeats", self.long_repeats, 1)
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_choice("weights", self.weights, WEIGHTS)
+        check_int("tensor_parallel", self.tensor_parallel, 1)
+        check_int("pipeline_parallel", self.pipeline_parallel, 1)
         check_real("limit_seconds", self.limit_seconds, 1.0)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if not self.workloads:
             raise InputError("workload names nothing; there are nano, sharegpt and batch:N, with commas between them")
         for workload in self.workloads:

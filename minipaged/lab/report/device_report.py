@@ -16,6 +16,7 @@ from minipaged.lab.measure.rows import ENOUGH_STEPS, SECTIONS, too_few_steps
 from minipaged.lab.report.html import Page
 from minipaged.lab.report.svg import bars
 from minipaged.lab.report.tables import plain, table
+from minipaged.text.safe import printable
 
 DEVICE_COLUMNS = ("system", "pool", "tok/s", "rows", "used %", "finished", "preempted", "same text %")
 DEVICE_LATENCY_COLUMNS = ("system", "pool", "first p50", "first p99", "gap p50", "gap p99", "latency a token")
@@ -127,7 +128,7 @@ def print_ablation(found: Ablation, note: str = "") -> None:
             wide = len(ABLATION_COLUMNS) - (not any(row[-1] for row in rows))
             table(f"{SECTIONS[section]} ({found.model})", ABLATION_COLUMNS[:wide], [row[:wide] for row in rows])
     if note:
-        Console().print(note, highlight=False, markup=False)
+        Console().print(printable(note), highlight=False, markup=False, emoji=False)
 
 
 def ablation_dicts(found: Ablation) -> list[dict[str, Any]]:

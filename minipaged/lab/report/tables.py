@@ -26,11 +26,13 @@ def table(
     notes: Sequence[str] = (),
     words: int = 1,
     lines: bool = False,
+    width: int | None = None,
 ) -> None:
     """One table. The first `words` columns hold words and are left-aligned, the others numbers; so is a last column
-    that is called `how` or `why`. Notes follow, a line each. `lines` draws one between rows. Any text may be a stranger's.
+    that is called `how` or `why`. Notes follow, a line each. `lines` draws one between rows. width: columns of the page, None for
+    those of the terminal. Any text may be a stranger's.
     """
-    console = Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False, width=width)
     grid = Table(title=printable(title), title_justify="left", show_lines=lines)
     numbers = (
         [max(len(name), *(len(row[i]) for row in rows)) for i, name in enumerate(columns) if i >= words] if rows else []

@@ -150,7 +150,9 @@ GENERATION_KEYS: dict[str, Key] = {
 # tokenizer_config.json and special_tokens_map.json
 TOKENIZER_KEYS: dict[str, Key] = {
     **_read("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_bos_token", "add_eos_token"),
-    **_read("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+    **_read(
+        "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
+    ),
     **_no_effect("tokenizer.json has the last word", "add_prefix_space", "legacy", "tokenizer_class", "use_fast"),
     **_no_effect("tokenizer.json has the last word", "sp_model_kwargs", "vocab_file", "merges_file", "tokenizer_file"),
     **_no_effect("the context is the network's", "model_max_length", "max_len"),
@@ -164,7 +166,18 @@ TOKENIZER_KEYS: dict[str, Key] = {
     **_no_effect(
         "a note", "name_or_path", "special_tokens_map_file", "processor_class", "auto_map", "backend", "is_local"
     ),
-    **_no_effect("templates say it themselves", "use_default_system_prompt"),
+    **_no_effect("templates say it themselves", "use_default_system_prompt", "response_template", "response_schema"),
+    **_no_effect("what a user types is never marked apart", "chat_control_tokens"),
+    **_no_effect(
+        "token bytes are exact here", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    ),
+    **_no_effect("padding and truncation are never applied here", "tokenizer_padding", "tokenizer_truncation"),
+    **_no_effect("tokenizer.json has the last word", "vocab", "merges", "unk_id", "post_processor"),
+    **_no_effect("what a class is made with, in no file that it saves", "init_inputs", "files_loaded", "verbose"),
+    "fast_tokenizer_files": Key(
+        "warned", "tokenizer.json is read, whatever the version", (None, [], ["tokenizer.json"])
+    ),
+    "fix_mistral_regex": Key("warned", "the pre-tokenizer of tokenizer.json stands"),
     "split_special_tokens": Key("refused", "special tokens in a text are read as tokens"),
 }
 

@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from minipaged.model.loading.keys import TOKENIZER_KEYS, check_keys
 from minipaged.model.loading.tokenizer import Tokenizer, check_text
 
 SPACE = "▁"  # how SentencePiece writes a space
+SPACES = "".join(char for char in map(chr, range(0x3001)) if char.isspace())  # the first ten are ASCII
 LOG = logging.getLogger("minipaged")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
 class SubwordTokenizer(Tokenizer):
@@ -69,6 +72,24 @@ class SubwordTokenizer(Tokenizer):
             return self._without_second_bos(tokens)
         return tokens
 
+    def fewest_tokens(self, text: str) -> int:
+        longest = self._most_characters
+        if not longest or len(text) <= longest:
+            return 0
+        # Spaces beside a token may be swallowed by it, or dropped before the cut: only what is none counts.
+        return (len(text) - sum(map(text.count, SPACES[:10] if text.isascii() else SPACES))) // longest
+
+    @cached_property
+    def _most_characters(self) -> int:
+        """Characters that are no spaces which one token may stand for; 0 where there is no such number."""
+        parts = json.loads(self._backend.to_str())
+        model, steps = parts["model"], _steps(parts["normalizer"]) + _steps(parts["pre_tokenizer"])
+        may_join = model.get("unk_token") is not None and model.get("fuse_unk") and not model.get("byte_fallback")
+        if model.get("type") != "BPE" or may_join or any(step not in _KEEP_TEXT for step in steps):
+            return 0
+        # Composition (NFC) makes one character of up to four.
+        return 4 * max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     def _without_second_bos(self, tokens: list[int]) -> list[int]:
         """A text that begins with the BOS by itself, as a rendered chat does, gets no other one before it."""
         if not self._warned:
@@ -112,6 +133,7 @@ def folder_tokenizer(folder: Path, eos_token_ids: Sequence[int] = ()) -> Subword
     check_keys(config, TOKENIZER_KEYS, config_path)
     named = _named_tokens(config)
     _add_listed_tokens(backend, config, named, config_path)
+    _mark_special_tokens(backend, config, config_path)
     _warn_of_other_frames(backend, config, named, config_path)
     return SubwordTokenizer(
         backend,
@@ -148,6 +170,29 @@ def _add_listed_tokens(
             raise ModelError(f"{path}: {name} is {named[name]!r:.40}, which is no token of tokenizer.json")
 
 
+def _mark_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], path: Path) -> None:
+    """Tokens that tokenizer_config.json calls special are: a text is cut at them, and an answer's text leaves them out. As in transformers,
+    one that tokenizer.json adds as an ordinary token is made special only if it has a name. ModelError for one that tokenizer.json
+    does not have: it would be given a new id, which no network was trained on.
+    """
+    for name in SPECIAL_LISTS:
+        listed = config.get(name) or []
+        has_names = isinstance(listed, dict)
+        listed = listed.values() if isinstance(listed, dict) else listed
+        if not isinstance(listed, Iterable):
+            raise ModelError(f"{path}: {name} must be a list of tokens, not {listed!r:.40}")
+        for token in listed:
+            text = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(text, str) or not text:
+                raise ModelError(f"{path}: {name} must be a list of tokens, not of {token!r:.40}")
+            index = backend.token_to_id(text)
+            if index is None:
+                raise ModelError(f"{path}: {name} has {text!r:.40}, which is no token of tokenizer.json")
+            known = backend.get_added_tokens_decoder().get(index)
+            if known is None or (has_names and not known.special):
+                backend.add_special_tokens([text])
+
+
 def _warn_of_other_frames(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str], path: Path
 ) -> None:
@@ -180,6 +225,34 @@ def gguf_tokenizer(metadata: dict[str, Any], path: Path, eos_token_ids: Sequence
         chat_template=template if isinstance(template, str) else None,
         eos_token_ids=eos_token_ids,
     )
+
+
+# Steps of a tokenizer after which every character that is no space is still there.
+_KEEP_TEXT = (
+    "NFC",
+    "NFKC",
+    "NFD",
+    "NFKD",
+    "Lowercase",
+    "Prepend",
+    "spaces by ▁",
+    "ByteLevel",
+    "Metaspace",
+    "Split",
+    "Digits",
+)
+
+
+def _steps(part: Any) -> list[str]:
+    """The names of a normalizer's or a pre-tokenizer's steps."""
+    if part is None:
+        return []
+    if part.get("type") == "Sequence":
+        return [name for step in part.get("normalizers") or part.get("pretokenizers") or () for name in _steps(step)]
+    name = str(part.get("type"))
+    if name == "Replace" and part.get("pattern") == {"String": " "} and part.get("content") == SPACE:
+        return ["spaces by ▁"]
+    return [name + (" removed" if part.get("behavior") == "Removed" else "")]
 
 
 def _one_line(error: Exception) -> str:

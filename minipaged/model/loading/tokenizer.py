@@ -33,6 +33,10 @@ class Tokenizer(ABC):
         they name; without it they are plain characters. RequestError if `text` is no text or is not valid Unicode.
         """
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number that the tokens of `text` reach at least, found without making them; 0 where nothing is known."""
+        return 0
+
     @abstractmethod
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         """The exact bytes that one token stands for; none for a special token (unless wanted) or for an unused id."""
@@ -79,6 +83,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         check_text(text)
         return list(text.encode("utf-8"))
+
+    def fewest_tokens(self, text: str) -> int:
+        return len(text)
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         if 0 <= token_id < 256:

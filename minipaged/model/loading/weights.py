@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
 from minipaged.model.loading.hf_folder import FolderCheckpoint
 from minipaged.model.loading.quantized import QuantizedMatrix, stack
+
+if TYPE_CHECKING:
+    from minipaged.model.split import Part
 
 StaysPacked = Callable[[QuantizedMatrix], bool]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -69,8 +72,10 @@ def load_model(
     device: torch.device | str,
     progress: Progress | None = None,
     stays_packed: StaysPacked | None = None,
+    part: Part | None = None,
 ) -> Llama:
-    """Build the network and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen tensor.
+    """Build the network, or one rank's part of it, and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen
+    tensor.
 
     stays_packed: which of the matrices that are stored as codes are kept so; the others, and all if it is None, become dense.
     """
@@ -82,32 +87,46 @@ def load_model(
     with torch.device("meta"):  # the rotary frequencies as well
         model = Llama(checkpoint.config, dtype=dtype, device="meta")
     check_shapes(checkpoint, {name: tuple(slot.shape) for name, slot in model.slots().items()})
-    model = Llama(checkpoint.config, dtype=dtype, device=device, weight_device="meta" if stays_packed else None)
+    config = checkpoint.config
+    weight_device = "meta" if stays_packed else None
+    if part is None:
+        model = Llama(config, dtype=dtype, device=device, weight_device=weight_device)
+    else:
+        model = part.build(config, dtype, device, weight_device)
     if stays_packed is not None:
         for linear, pieces in model.linears():
-            matrix = _read_stacked(checkpoint, pieces)
+            matrix = _read_stacked(checkpoint, pieces, part)
             keep = matrix is not None and stays_packed(matrix)
             linear.format = Packed(matrix.packed(device)) if matrix is not None and keep else linear.dense_on(device)
-    slots = model.slots()
+    slots = model.slots() if part is None else part.slots(model, config)
     for done, (name, slot) in enumerate(slots.items()):
         if progress is not None:
             progress("loading weights", done, len(slots))
-        slot.copy_(work_in(checkpoint.config, name, checkpoint.read(name)))
+        values = work_in(config, name, checkpoint.read(name))
+        slot.copy_(values if part is None else part.cut(config, name, values))
     if progress is not None:
         progress("loading weights", len(slots), len(slots))
     return model
 
 
-def _read_stacked(checkpoint: Checkpoint, pieces: Iterable[str]) -> QuantizedMatrix | None:
-    """The matrices that a Linear holds one below the other, if all are stored as codes and none is changed on its way in."""
-    matrices = []
-    for name in pieces:
-        matrix = checkpoint.read_packed(f"{name}.weight")
+def _read_stacked(checkpoint: Checkpoint, pieces: Iterable[str], part: Part | None) -> QuantizedMatrix | None:
+    """The matrices that a Linear holds one below the other, or a rank's part of each, if all are stored as codes and none is changed on
+    its way in; None also where a rank's columns do not end with a group."""
+    config, matrices = checkpoint.config, []
+    for piece in pieces:
+        name = f"{piece}.weight" if part is None else part.whole_name(config, f"{piece}.weight")
+        matrix = checkpoint.read_packed(name)
         if matrix is None:
             return None
         probe = torch.empty(matrix.codes.shape[0], 1)
-        if work_in(checkpoint.config, f"{name}.weight", probe) is not probe:
+        if work_in(config, name, probe) is not probe:
             return None
+        cut = None if part is None else part.piece(config, name)
+        if cut is not None:
+            dim, first, count = cut
+            if dim == 1 and (first % matrix.group or count % matrix.group):
+                return None
+            matrix = matrix.columns(first, count) if dim == 1 else matrix.rows(slice(first, first + count))
         matrices.append(matrix)
     return stack(matrices)
 

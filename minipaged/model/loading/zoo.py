@@ -25,6 +25,7 @@ from minipaged.model.loading.tokenizer import ByteTokenizer, IdTokenizer, Tokeni
 
 if TYPE_CHECKING:
     from minipaged.model.loading.weights import Checkpoint, StaysPacked
+    from minipaged.model.split import Part
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "shape"]
 
@@ -36,9 +37,9 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A network with its weights, and the tokenizer that goes with it."""
+    """A network with its weights, or one rank's part of it, and the tokenizer that goes with it."""
 
-    config: ModelConfig
+    config: ModelConfig  # of the whole: model.config is the part's
     model: Llama
     tokenizer: Tokenizer
 
@@ -51,27 +52,33 @@ def load(
     weights: Weights = "auto",
     progress: Progress | None = None,
     seed: int = 0,
+    part: Part | None = None,
 ) -> LoadedModel:
     """The model called `name`, on `device`, ready to run.
 
     `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
-    drawn on the device from `seed`. weights: see choose_weights; of random:SHAPE, packed draws four-bit codes. ModelError says in a line
-    what is wrong with a name or a file; InputError with the rest.
+    drawn on the device from `seed`. weights: see choose_weights; of random:SHAPE, packed draws four-bit codes. part: what of it one
+    rank is to hold. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
     """
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     if name == "toy":
         if weights == "packed":
             raise InputError("toy has no packed weights: it is drawn in floats")
-        return _toy(precision, place)
+        return _toy(precision, place, part)
     if name.startswith("random:"):
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
-        check_weights(name, config, precision, place)
-        model = Llama.random(config, seed, precision, place, packed=weights == "packed")
+        check_weights(name, config if part is None else part.share(config), precision, place)
+        if weights == "packed" and part is not None:
+            raise InputError(f"{name} draws packed weights on one device only: leave weights or the ranks out")
+        if part is not None:
+            model = part.random(config, seed, precision, place)
+        else:
+            model = Llama.random(config, seed, precision, place, packed=weights == "packed")
         return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
-    return _from_disk(find(name, progress), precision, place, weights, progress)
+    return _from_disk(find(name, progress), precision, place, weights, progress, part)
 
 
 def choose_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> StaysPacked | None:
@@ -147,7 +154,12 @@ def find(name: str, progress: Progress | None = None) -> Path:
 
 
 def _from_disk(
-    path: Path, dtype: torch.dtype, device: torch.device, weights: Weights, progress: Progress | None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Weights,
+    progress: Progress | None,
+    part: Part | None,
 ) -> LoadedModel:
     from minipaged.model.loading.weights import load_model, open_checkpoint
 
@@ -161,8 +173,11 @@ def _from_disk(
     if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
         config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
     stays_packed = choose_weights(weights, device, dtype)
-    check_weights(str(path), config, dtype, device, num_bytes=weight_bytes(checkpoint, dtype) if stays_packed else None)
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, stays_packed=stays_packed)
+    num_bytes = None
+    if stays_packed is not None:
+        num_bytes = weight_bytes(checkpoint, dtype) // (1 if part is None else part.ranks * part.stages)
+    check_weights(str(path), config if part is None else part.share(config), dtype, device, num_bytes=num_bytes)
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, stays_packed=stays_packed, part=part)
     if weights == "packed" and not any(isinstance(linear.format, Packed) for linear, _ in model.linears()):
         raise ModelError(f"{path}: holds no weights that can stay packed; `minipaged quantize` makes a folder of such")
     return LoadedModel(config, model.pack(), tokenizer)
@@ -185,7 +200,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     return IdTokenizer(config.vocab_size, why, config.eos_token_ids)
 
 
-def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _toy(dtype: torch.dtype, device: torch.device, part: Part | None) -> LoadedModel:
     """Two layers with weights large enough that each token depends on all before it: one wrong key or value anywhere changes
     the text. It can say small letters and spaces only. Drawn on the CPU, so that it is the same everywhere."""
     config = shape("toy")
@@ -196,9 +211,11 @@ def _toy(dtype: torch.dtype, device: torch.device) -> LoadedModel:
     silent = torch.ones(config.vocab_size, dtype=torch.bool)
     silent[said] = False
     scores[silent] = 0
-    placed = Llama(config, dtype=dtype, device=device)
-    for slot, values in zip(placed.slots().values(), model.slots().values(), strict=True):
-        slot.copy_(values)
+    placed = Llama(config, dtype=dtype, device=device) if part is None else part.build(config, dtype, device)
+    slots = placed.slots() if part is None else part.slots(placed, config)
+    whole = model.slots()
+    for name, slot in slots.items():
+        slot.copy_(whole[name] if part is None else part.cut(config, name, whole[name]))
     return LoadedModel(config, placed.pack(), ByteTokenizer(config.vocab_size))
 
 
