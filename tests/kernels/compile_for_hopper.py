@@ -91,7 +91,7 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
     if shared > SHARED_MEMORY:
         raise SystemExit(f"{self.fn.__name__} needs {shared} bytes of shared memory")
     if (
-        options.get("DEPENDENT") and "bf16" in compiled.asm["ttir"]
+        options.get("DEPENDENT") and "bf16" in compiled.asm["ttgir"]
     ):  # one dtype will do: disassembling takes as long as compiling
         check_waits(self.fn.__name__, compiled.asm["cubin"])
     return compiled
