@@ -24,6 +24,7 @@ from minipaged.config import (
 )
 from minipaged.engine import Engine
 from minipaged.errors import RequestError
+from minipaged.memory.retention import Retention
 from minipaged.scheduling.request import RequestOutput
 
 # Text, token ids, or a mapping: {"prompt": text}, or {"prompt_token_ids": [...]} with the text beside it or not.
@@ -44,11 +45,12 @@ class LLM:
     fp8, which take about half the memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV
     pool, None to measure what fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or
     priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
-    waits; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA
-    graphs where there is a GPU; tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU;
-    pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others, unless torchrun has
-    started all of them: then each makes the same LLM, and only rank 0 comes back from it (execution/README.md). Raises InputError naming
-    the value that does not work.
+    waits; retention: which tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the
+    model's context), None for what the model's own windows allow; overlap: steps in flight beside the one being committed, auto is 1 on a
+    GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; tensor_parallel: processes that share the model,
+    each on a GPU of its own, or all on the CPU; pipeline_parallel: stages that the layers are cut into, each of so many processes. This
+    process starts the others, unless torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it
+    (execution/README.md). Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for
@@ -70,6 +72,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        retention: str | None = None,
         watermark: float = 0.01,
         preemption: Literal["auto", "recompute", "swap"] = "auto",
         policy: Literal["fcfs", "priority"] = "fcfs",
@@ -100,9 +103,11 @@ class LLM:
             ranks = check_int("tensor_parallel_size", tensor_parallel_size, ranks, MOST_RANKS)
         if trust_remote_code:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
+        if retention is not None:
+            Retention.parse(retention)
         # every number is checked before the model is fetched
         cache = CacheConfig(
-            block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype
+            block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype, retention
         )
         config = EngineConfig(
             max_num_seqs=max_num_seqs,

@@ -18,6 +18,7 @@ from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.kernels.launch_table import capability
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.tokenizer import Tokenizer
@@ -156,7 +157,10 @@ def assemble(
         loaded = zoo.load(model, device=chosen, dtype=precision, weights=weights, progress=progress, part=part)
         pipe = None if ranks is None else ranks.connect(loaded.model, loaded.config)
         shape, held = loaded.config, loaded.model.config  # of the whole model, and of what is here
-        if max_model_len is not None and max_model_len > shape.max_position:
+        streams = (
+            retention_of(shape, cache).sinks > 0
+        )  # behind sinks no position within the cache is beyond the context
+        if max_model_len is not None and max_model_len > shape.max_position and not streams:
             raise InputError(
                 f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
             )
@@ -209,6 +213,7 @@ def assemble_engine(
         num_host_blocks=cache.num_host_blocks,
         prefix_caching=cache.enable_prefix_caching,
         watermark=cache.watermark,
+        retention=retention_of(loaded.config, cache),
     )
     scheduler = Scheduler(config, manager, cache.block_size)
     about = {
@@ -217,6 +222,7 @@ def assemble_engine(
         "kv_bytes_per_token": loaded.config.kv_bytes_per_token(cache.kv_dtype(dtype)),
         "watermark": cache.watermark,
         "num_host_blocks": cache.num_host_blocks,
+        "retention": str(manager.retention),
     }
     return Engine(
         scheduler,
@@ -238,6 +244,7 @@ def build_runner(
     graphs: bool = True,
 ) -> TorchRunner:
     """A runner with a KV pool of its own."""
+    retention = retention_of(loaded.config, cache)
     kv = PagedKV(
         loaded.model.config,
         cache.num_blocks,
@@ -246,12 +253,44 @@ def build_runner(
         dtype=getattr(torch, dtype),
         kept_as=cache.kv_dtype(dtype),
         device=device,
+        retention=retention,
     )
     if graphs and can_capture(kv.keys[0]):
         from minipaged.execution.graphs import GraphRunner
 
-        return GraphRunner(loaded.model, kv, config.max_num_seqs, config.max_model_len, depth=config.depth)
+        # No table is longer than what a sequence holds, however long it is.
+        width = retention.most_blocks(config.max_model_len, cache.block_size, config.max_num_batched_tokens)
+        return GraphRunner(
+            loaded.model, kv, config.max_num_seqs, config.max_model_len, table_width=width, depth=config.depth
+        )
     return TorchRunner(loaded.model, kv, config.max_num_seqs)
+
+
+def retention_of(config: ModelConfig, cache: CacheConfig) -> Retention:
+    """The policy of a cache over this model. Blocks behind the model's own windows are released if every layer has one.
+
+    InputError for a text that names no policy, one that keeps less than a block or more than the context, and sinks where the model has
+    windows of its own.
+    """
+    if cache.retention is None:
+        return KEEP_ALL if config.full_layers else Retention(config.sliding_window)
+    retention = Retention.parse(cache.retention)
+    if retention.window is not None and retention.window < cache.block_size:
+        raise InputError(
+            f"retention {retention} has a window of less than a block ({cache.block_size} tokens): "
+            f"widen it to at least {cache.block_size}, or lower block_size"
+        )
+    if retention.sinks and config.sliding_window is not None:
+        raise InputError(
+            f"retention {retention} needs a model that sees all of its context, and {config.name} has a window of its own, "
+            f"of {config.sliding_window} tokens: leave retention out"
+        )
+    if retention.sinks and retention.window is not None and retention.sinks + retention.window > config.max_position:
+        raise InputError(
+            f"retention {retention} keeps more than the {config.max_position} tokens of {config.name}'s context: "
+            f"shorten the window to at most {config.max_position - retention.sinks}"
+        )
+    return retention
 
 
 def can_capture(cache: torch.Tensor) -> bool:

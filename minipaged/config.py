@@ -149,6 +149,12 @@ class ModelConfig:
         None  # leading dimensions of each head that turn; None for all (Phi-4-mini turns three quarters)
     )
     unrotated_layers: tuple[int, ...] = ()  # layers without rope (SmolLM3)
+    sliding_window: int | None = (
+        None  # tokens that a query sees, itself included (Mistral 7B v0.1); None: all before it
+    )
+    full_layers: tuple[
+        int, ...
+    ] = ()  # layers that see everything in spite of the window (Qwen 2 and 3 below max_window_layers)
     tie_embeddings: bool = False
     attention_bias: bool = False  # a bias on q, k and v (Qwen 2.5)
     output_bias: bool = False  # a bias on the attention's output projection too (`attention_bias` of a Llama config)
@@ -175,8 +181,11 @@ class ModelConfig:
         pairs = (self.rotary_dim or self.head_dim) // 2
         if isinstance(self.rope_scaling, RopeDivisors) and len(self.rope_scaling.divisors) != pairs:
             raise InputError(f"rope scaling has {len(self.rope_scaling.divisors)} divisors for {pairs} frequencies")
-        for layer in self.unrotated_layers:
-            check_int("unrotated_layers", layer, 0, self.num_layers - 1)
+        for name in ("unrotated_layers", "full_layers"):
+            for layer in getattr(self, name):
+                check_int(name, layer, 0, self.num_layers - 1)
+        if self.sliding_window is not None:
+            check_int("sliding_window", self.sliding_window, 1, MAX_SIZES["max_position"])
         for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor"):
             if getattr(self, name) is not None:
                 check_real(name, getattr(self, name), 0.0, MAX_ROPE_FACTOR, open_low=True)
@@ -185,6 +194,10 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that read one KV head: 1 is MHA, num_heads is MQA."""
         return self.num_heads // self.num_kv_heads
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, itself included; None: all before it."""
+        return None if layer in self.full_layers else self.sliding_window
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
         """Bytes of keys and values that one token holds over all layers, and of their scales where one byte is an element:
@@ -218,6 +231,8 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     watermark: float = 0.01
     kv_cache_dtype: KVCacheDType = "auto"
+    # By memory/retention.py: all, window:W, sinks:S+window:W; None: as the model's own windows allow.
+    retention: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
@@ -304,6 +319,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
+    json_schema: str | None = None  # JSON: each answer is a document that follows it (extra `structured`)
 
     def __post_init__(self) -> None:
         self._normalise_numbers()
@@ -341,6 +357,8 @@ class SamplingParams:
         check_int("priority", self.priority, -(2**31), 2**31 - 1)
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise InputError(f"cache_salt must be text, not {self.cache_salt!r}")
+        if self.json_schema is not None and not isinstance(self.json_schema, str):
+            raise InputError(f"json_schema must be the schema as JSON text, not {self.json_schema!r:.80}")
         if self.beam_width is not None:
             self._check_beams()
 
@@ -416,6 +434,7 @@ LOGIT_CHANGES = (  # what SamplingParams does to logits beside temperature and t
     "logit_bias",
     "allowed_token_ids",
     "bad_words",
+    "json_schema",
 )
 
 

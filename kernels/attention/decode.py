@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from minipaged.kernels.attention.decode_shared import SharedPrefixes
+from minipaged.kernels.attention.sinks import Sinks, both_queries, check_sinks, turned
 from minipaged.kernels.cache.quantize import Scales, dequantize
 from minipaged.kernels.checks import check_attention
 from minipaged.kernels.dispatch import use_triton
@@ -32,6 +33,7 @@ def paged_decode(
     *,
     scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     shared: SharedPrefixes | None = None,
     out: Tensor | None = None,
     check: bool = True,
@@ -42,24 +44,25 @@ def paged_decode(
     key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim]. block_tables: int32 [B, width], or [B, kv_heads, width] for
     a table per KV head. context_lens: int32 [B], the new token included (it is in the cache already); a row of length 0 gives zeros.
     scales: of keys and of values, where the cache holds codes (as in write_kv); the query has a floating dtype then, of its own.
-    window: only the last `window` tokens are seen. shared: rows whose tables begin alike, so that the kernel reads those pages once for
-    many; not together with a window. It changes no result, and the twin does without. out: written and returned, if given.
-    Reads 2 * sum(context_lens) * kv_heads * head_dim elements, and a scale for each head_dim of them. Raises ValueError on a scale that
-    is not above 0, and on shapes, dtypes or devices that do not fit, unless `check` is False: for a caller that has had such tensors
-    checked, as those of the step's first layer.
+    window: only the last `window` tokens are seen; sinks: the first ones too, by a second query. shared: rows whose tables begin alike,
+    so that the kernel reads those pages once for many; not together with a window. It changes no result, and the twin does without. out:
+    written and returned, if given. Reads 2 * sum(context_lens) * kv_heads * head_dim elements, and a scale for each head_dim of them.
+    Raises ValueError on a scale that is not above 0, and on shapes, dtypes or devices that do not fit, unless `check` is False: for a
+    caller that has had such tensors checked, as those of the step's first layer.
     """
     if check:
         check_attention(
             query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out, scales
         )
+        check_sinks(sinks, query, window)
         if shared is not None and window is not None:
             raise ValueError("rows that share their first tokens cannot have a window, which may leave these out")
     paged = (query, key_cache, value_cache, block_tables, context_lens, scale)
     if use_triton(query):
         from minipaged.kernels.attention.decode_triton import paged_decode_triton
 
-        return paged_decode_triton(*paged, scales=scales, window=window, shared=shared, out=out)
-    return paged_decode_torch(*paged, scales=scales, window=window, out=out)
+        return paged_decode_triton(*paged, scales=scales, window=window, sinks=sinks, shared=shared, out=out)
+    return paged_decode_torch(*paged, scales=scales, window=window, sinks=sinks, out=out)
 
 
 def paged_decode_torch(
@@ -72,6 +75,7 @@ def paged_decode_torch(
     *,
     scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The twin of paged_decode_triton: rows of similar length together, their pages gathered, then one dense attention."""
@@ -80,7 +84,8 @@ def paged_decode_torch(
     group = query.shape[1] // kv_heads
     block_bytes = 2 * block_size * kv_heads * head_dim * key_cache.element_size()
     lengths: list[int] = context_lens.tolist()
-    first_pages = [max(0, n - window) // block_size if window else 0 for n in lengths]
+    hidden = window if window and sinks is None else None  # whether pages before the window are not read at all
+    first_pages = [max(0, n - hidden) // block_size if hidden else 0 for n in lengths]
     pages = [-(-n // block_size) - first for n, first in zip(lengths, first_pages, strict=True)]
     if not all(lengths):
         out[context_lens == 0] = 0
@@ -93,7 +98,7 @@ def paged_decode_torch(
         length = context_lens.index_select(0, rows)[:, None]
         seen = position < length
         if window:
-            seen &= position >= length - window
+            seen &= (position >= length - window) | (position < (sinks.count if sinks is not None else 0))
         k, v = gather_pages(
             *(key_cache, value_cache, block_tables.index_select(0, rows), page, page * block_size < length),
             scales=scales,
@@ -106,15 +111,12 @@ def paged_decode_torch(
             for gathered in (k, v):
                 gathered.flatten(0, 1).index_fill_(0, unseen, 0)
             mask = seen[:, None, None, :]
-        attended = F.scaled_dot_product_attention(
-            query.index_select(0, rows).view(-1, kv_heads, group, head_dim),
-            k.transpose(
-                1, 2
-            ),  # [rows, kv_heads, tokens, head_dim]; the group's heads stand where queries of a prompt would
-            v.transpose(1, 2),
-            attn_mask=mask,
-            scale=scale,
-        )
+        # [rows, kv_heads, tokens, head_dim]; the group's heads stand where queries of a prompt would
+        q, k, v = query.index_select(0, rows).view(-1, kv_heads, group, head_dim), k.transpose(1, 2), v.transpose(1, 2)
+        if sinks is not None:
+            second = turned(query.index_select(0, rows), sinks.turn.index_select(0, rows)).view_as(q)
+            q, k = both_queries(q, k, second, (position < sinks.count)[:, None])
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         out.index_copy_(0, rows, attended.flatten(1, 2))
     return out
 

@@ -22,6 +22,8 @@ from minipaged.kernels.attention.decode_codes import attend_codes, queries_for_c
 from minipaged.kernels.attention.decode_shared import TILE_ROWS, SharedPrefixes
 from minipaged.kernels.attention.decode_shared_triton import shared_kernel
 from minipaged.kernels.attention.decode_tile import attend_tile
+from minipaged.kernels.attention.sinks import Sinks
+from minipaged.kernels.attention.sinks_triton import sink_arguments, turned_query
 from minipaged.kernels.attention.triton_tiles import must_upcast
 from minipaged.kernels.cache.quantize import Scales
 from minipaged.kernels.cache.quantize_triton import scale_arguments
@@ -37,7 +39,7 @@ from minipaged.kernels.launch_table import (
 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head"])
+@triton.jit(do_not_specialize=["num_rows", "window", "target", "stride_table", "stride_table_head", "sinks"])
 def _decode_kernel(
     out_ptr,
     partial_ptr,  # float32 [chunks, heads, HEAD_DIM]: outputs of chunks whose row has several
@@ -66,6 +68,9 @@ def _decode_kernel(
     stride_table_head,
     stride_scale_block,
     stride_scale_head,
+    turn_ptr,  # float32 [rows, HEAD_DIM]: the angles of the second query, for the sinks
+    stride_turn,
+    sinks,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -74,6 +79,7 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -112,6 +118,9 @@ def _decode_kernel(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(length - window, 0)
+    sinks_end = 0
+    if HAS_SINKS:  # those before the window; they come with the row's first chunk, and do not count when rows are cut
+        sinks_end = tl.where(part == 0, tl.minimum(sinks, low), 0)
     if HAS_SHARED:
         shared = tl.load(shared_tokens_ptr + row)
         low = shared
@@ -177,6 +186,23 @@ def _decode_kernel(
             accumulated = accumulated * 0.0078125  # 1 / 128, which attend_codes multiplied by
     else:
         state = (accumulated, top, total)
+        if HAS_SINKS:
+            second = turned_query(
+                query if GROUP > 1 else query[None, :],
+                row_query_ptr + head[:, None] * stride_query_head,
+                turn_ptr + row.to(tl.int64) * stride_turn + 0 * head[:, None],
+                dim[None, :],
+                in_head,
+                HEAD_DIM,
+            )
+            if GROUP == 1:
+                second = tl.reshape(second, [HEAD_BLOCK])
+            second = second.to(query.dtype)
+            for start in tl.range(0, sinks_end, TILE):
+                state = attend_tile(
+                    second, state, cache, start, sinks_end, scale,
+                    HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, True, QUANTIZED,
+                )  # fmt: skip
         for start in tl.range(low, whole_end, TILE, num_stages=LOOP_STAGES):
             state = attend_tile(
                 query, state, cache, start, high, scale, HEAD_DIM, HEAD_BLOCK, GROUP, PAGE, TILE, False, QUANTIZED
@@ -231,6 +257,7 @@ def paged_decode_triton(
     *,
     scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
     launch: DecodeLaunch | None = None,
@@ -306,6 +333,7 @@ def paged_decode_triton(
     alone = split and shared is None and fills_one_wave(num_rows * kv_heads, most_programs, programs)
     float8 = key_cache.dtype == torch.float8_e4m3fn
     pairs = scales is not None and group > 1 and query.element_size() == 2 and pairs_up(key_cache, value_cache)
+    pairs = pairs and sinks is None  # the second query is not taken apart in two
     if pairs:
         key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
     _decode_kernel[(kv_heads, chunks)](
@@ -332,6 +360,7 @@ def paged_decode_triton(
         *key_cache.stride()[:3],
         *table_strides,
         *scale_strides,
+        *sink_arguments(sinks, query),
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_ROWS=1 if group == 1 else max(16, next_power_of_two(group)),
@@ -340,6 +369,7 @@ def paged_decode_triton(
         PAGE=block_size,
         TILE=launch.tile,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         HAS_SHARED=shared is not None,
         SPLIT=split,
         ROWS=rows,

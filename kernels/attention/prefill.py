@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from minipaged.kernels.attention.decode import gather_pages, paged_decode_torch
+from minipaged.kernels.attention.sinks import Sinks, both_queries, check_sinks, turned
 from minipaged.kernels.cache.dequantize import dequantize_pages
 from minipaged.kernels.cache.quantize import Scales
 from minipaged.kernels.checks import check_attention, check_integers
@@ -35,6 +36,7 @@ def paged_prefill(
     *,
     scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Row b's queries, query[query_starts[b] : query_starts[b + 1]], each over the tokens up to itself.
@@ -52,11 +54,12 @@ def paged_prefill(
     if num_rows < 0:
         raise ValueError("query_starts is empty; it must hold rows + 1 cumulative counts, at least the leading 0")
     check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out, scales)
+    check_sinks(sinks, query, window)
     if max_query_len < 0:
         raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
     if not use_triton(query):
         paged = (query, key_cache, value_cache, block_tables, context_lens, query_starts, max_query_len, scale)
-        return paged_prefill_torch(*paged, scales=scales, window=window, out=out)
+        return paged_prefill_torch(*paged, scales=scales, window=window, sinks=sinks, out=out)
     if scales is not None and is_worth_writing_out(query, key_cache, block_tables, max_query_len):
         key_cache, value_cache, block_tables = dequantize_pages(
             key_cache, value_cache, scales, block_tables, context_lens, query.dtype
@@ -74,7 +77,7 @@ def paged_prefill(
             return paged_prefill_hopper(*paged, out=out, launch=launch)
     from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 
-    return paged_prefill_triton(*paged, scales=scales, window=window, out=out)
+    return paged_prefill_triton(*paged, scales=scales, window=window, sinks=sinks, out=out)
 
 
 def is_worth_writing_out(query: Tensor, cache: Tensor, block_tables: Tensor, max_query_len: int) -> bool:
@@ -105,6 +108,7 @@ def paged_prefill_torch(
     *,
     scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The twin of paged_prefill_triton: each row's pages gathered once, then dense attention by tiles of queries.
@@ -112,7 +116,7 @@ def paged_prefill_torch(
     Rows of one query go to the decode twin together.
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
-    _, block_size, kv_heads, head_dim = key_cache.shape
+    _, block_size, kv_heads, _ = key_cache.shape
     group = query.shape[1] // kv_heads
     device = query.device
     starts: list[int] = query_starts.tolist()
@@ -130,13 +134,14 @@ def paged_prefill_torch(
             scale,
             scales=scales,
             window=window,
+            sinks=None if sinks is None else sinks._replace(turn=sinks.turn.index_select(0, tokens)),
         )
     for row, length in enumerate(lengths):
         start, num_queries = starts[row], starts[row + 1] - starts[row]
         if num_queries < 2:
             continue
         offset = length - num_queries  # position of the row's first query
-        first_page = max(0, offset - window + 1) // block_size if window else 0
+        first_page = max(0, offset - window + 1) // block_size if window and sinks is None else 0
         page = torch.arange(first_page, -(-length // block_size), device=device)[None]
         k, v = gather_pages(
             *(key_cache, value_cache, block_tables[row : row + 1], page, torch.ones_like(page, dtype=torch.bool)),
@@ -148,7 +153,7 @@ def paged_prefill_torch(
         for tile in range(0, num_queries, QUERY_TILE):
             tile_end = min(tile + QUERY_TILE, num_queries)
             low, high = offset + tile, offset + tile_end  # positions of the tile's queries
-            seen_from = max(0, low - window + 1) if window else 0
+            seen_from = max(0, low - window + 1) if window and sinks is None else 0
             causal_only = seen_from == low == 0 and (window is None or window >= high)
             mask = None
             if not causal_only:
@@ -158,15 +163,22 @@ def paged_prefill_torch(
                 )
                 mask = positions <= queries[:, None]
                 if window:
-                    mask &= positions > queries[:, None] - window
+                    in_window = positions > queries[:, None] - window
+                    mask &= in_window if sinks is None else in_window | (positions < sinks.count)
             base = first_page * block_size
+            of_tile, seen_keys = slice(start + tile, start + tile_end), slice(seen_from - base, high - base)
+            q, k_seen, v_seen = _by_head(query[of_tile], kv_heads), k[:, :, seen_keys], v[:, :, seen_keys]
+            if sinks is not None and not causal_only:
+                second = _by_head(turned(query[of_tile], sinks.turn[of_tile]), kv_heads)
+                q, k_seen = both_queries(q, k_seen, second, torch.arange(high, device=device) < sinks.count)
             attended = F.scaled_dot_product_attention(
-                query[start + tile : start + tile_end].view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3),
-                k[:, :, seen_from - base : high - base],
-                v[:, :, seen_from - base : high - base],
-                attn_mask=mask,
-                is_causal=causal_only,
-                scale=scale,
+                q, k_seen, v_seen, attn_mask=mask, is_causal=causal_only, scale=scale
             )
-            out[start + tile : start + tile_end] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+            out[of_tile] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out
+
+
+def _by_head(query: Tensor, kv_heads: int) -> Tensor:
+    """[tokens, heads, head_dim] -> [kv_heads, group, tokens, head_dim]."""
+    tokens, heads, head_dim = query.shape
+    return query.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)

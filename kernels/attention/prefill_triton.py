@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 from minipaged.kernels.attention.prefill_loops import attend_in_turn, attend_overlapped, last_product
+from minipaged.kernels.attention.sinks import Sinks
+from minipaged.kernels.attention.sinks_triton import sink_arguments, turned_query
 from minipaged.kernels.attention.triton_tiles import clamped_offsets, clamped_pages, must_upcast
 from minipaged.kernels.cache.quantize import Scales
 from minipaged.kernels.cache.quantize_triton import scale_arguments
@@ -25,7 +27,7 @@ from minipaged.kernels.dependent_launch import dependent_launch, wait_for_previo
 from minipaged.kernels.launch_table import PrefillLaunch, check_layout, head_block, packed_heads, prefill_launch
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "tiles", "section", "stride_table", "stride_table_head"])
+@triton.jit(do_not_specialize=["num_rows", "window", "tiles", "section", "stride_table", "stride_table_head", "sinks"])
 def _prefill_kernel(
     out_ptr,
     query_ptr,
@@ -52,6 +54,9 @@ def _prefill_kernel(
     stride_table_head,
     stride_scale_block,
     stride_scale_head,
+    turn_ptr,  # float32 [tokens, HEAD_DIM]: the angles of the second query, for the sinks
+    stride_turn,
+    sinks,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -61,6 +66,7 @@ def _prefill_kernel(
     QUERY_TILE: tl.constexpr,
     KV_TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     OVERLAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
     QUANTIZED: tl.constexpr,
@@ -119,6 +125,21 @@ def _prefill_kernel(
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_TILE], tl.float32)
     state = (accumulated, top, total)
+    if HAS_SINKS:
+        # Those that lie before a query's window: positions up to this one. The others are seen with the window.
+        last_sink = tl.minimum(query_position - window, sinks - 1)
+        second = turned_query(
+            query,
+            query_ptr + (token * stride_query + head * stride_query_head)[:, None],
+            turn_ptr + (token * stride_turn)[:, None],
+            dim[None, :],
+            in_row,
+            HEAD_DIM,
+        ).to(query.dtype)
+        state = attend_in_turn(
+            second, state, cache, (last_sink, 0, length - 1), scale, 0, tl.minimum(high - window, sinks),
+            HEAD_DIM, PAGE, KV_TILE, False, True, QUANTIZED, WIDE,
+        )  # fmt: skip
     edges = (low, body, diagonal, high)
     FIRST_PART: tl.constexpr = 0 if HAS_WINDOW else 1
     if OVERLAPPED:
@@ -164,6 +185,7 @@ def paged_prefill_triton(
     *,
     scales: Scales | None = None,
     window: int | None = None,
+    sinks: Sinks | None = None,
     out: torch.Tensor | None = None,
     launch: PrefillLaunch | None = None,
 ) -> torch.Tensor:
@@ -219,6 +241,7 @@ def paged_prefill_triton(
         block_tables.stride(0),
         block_tables.stride(1) if block_tables.dim() == 3 else 0,
         *scale_strides,
+        *sink_arguments(sinks, query),
         HEADS=heads,
         GROUP=group,
         PACK=pack,
@@ -228,6 +251,7 @@ def paged_prefill_triton(
         QUERY_TILE=launch.query_tile,
         KV_TILE=launch.kv_tile,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
         OVERLAPPED=launch.overlapped,
         UPCAST=must_upcast(query),
         QUANTIZED=scales is not None,

@@ -148,8 +148,10 @@ class Conversation:
         return prompt, replace(self._params, max_tokens=min(self._params.max_tokens, room))
 
     def _context(self) -> int:
-        """Tokens that a conversation may have: the model's limit, or what the whole pool holds if that is less."""
+        """Tokens that a conversation may have: the model's limit, or what the whole pool holds if that is less and all of it is kept."""
         scheduler = self._llm.engine.scheduler
+        if scheduler.running_set.retention.window is not None:
+            return scheduler.config.max_model_len
         return min(scheduler.config.max_model_len, (scheduler.manager.usage().total - 1) * scheduler.block_size)
 
     def _prompt(self, question: str | None) -> Any:

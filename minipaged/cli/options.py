@@ -46,6 +46,13 @@ TensorParallel = Annotated[
 PipelineParallel = Annotated[
     int, typer.Option(help="Stages that the layers are cut into, each of --tensor-parallel processes.")
 ]
+RetentionText = Annotated[
+    str | None,
+    typer.Option(
+        "--retention",
+        help="Which tokens stay in memory: all, window:W or sinks:S+window:W; as the model's own windows allow if left out.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 keeps all.")]
@@ -64,6 +71,7 @@ ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "kv_cache_dtype": (KVCacheDTypeName, "auto"),
     "block_size": (BlockSize, 16),
     "num_blocks": (NumBlocks, None),
+    "retention": (RetentionText, None),
     "tensor_parallel": (TensorParallel, 1),
     "pipeline_parallel": (PipelineParallel, 1),
 }

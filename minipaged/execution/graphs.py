@@ -21,7 +21,7 @@ from minipaged.execution.shared_prefixes import shared_groups, tile_room
 from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
 from minipaged.kernels.elementwise import embed_tokens
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
-from minipaged.model.llama import Layer, Llama, angle_table
+from minipaged.model.llama import Layer, Llama, angle_rows, angle_table
 from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 
@@ -113,17 +113,26 @@ class GraphPending:
 class GraphRunner(TorchRunner):
     """A TorchRunner that replays graphs wherever a step has a shape for one; CUDA only.
 
-    max_model_len: longest sequence, in tokens: the width of the block tables that graphs are captured with. depth: the engine's, steps in
-    flight beyond the one being committed.
+    max_model_len: longest sequence, in tokens; table_width: entries of the block tables that graphs are captured with, None for as many as
+    such a sequence has. depth: the engine's, steps in flight beyond the one being committed.
     """
 
-    def __init__(self, model: Llama, kv: PagedKV, max_num_seqs: int, max_model_len: int, *, depth: int = 1) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        kv: PagedKV,
+        max_num_seqs: int,
+        max_model_len: int,
+        *,
+        table_width: int | None = None,
+        depth: int = 1,
+    ) -> None:
         super().__init__(model, kv, max_num_seqs)
         if self.device.type != "cuda":
             raise ValueError(f"graphs need a CUDA device, not {self.device}")
         self._dummy_slot = max_num_seqs  # the batch index that padding draws for
         self._newest = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
-        self._width = -(-max_model_len // kv.block_size)
+        self._width = table_width or -(-max_model_len // kv.block_size)
         largest = largest_shapes(max_num_seqs)
         self._rows = max(shape.decodes for shape in largest)
         size = max(size_of(shape, self._width) for shape in largest)
@@ -131,7 +140,8 @@ class GraphRunner(TorchRunner):
         self._sampling = torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, device=self.device)
         self._logits: Tensor | None = None
         self._hidden_in: Tensor | None = None
-        self._angles = angle_table(model.frequencies, max_model_len)
+        # Of all positions of the context; a stream behind sinks is longer, so its steps make their own.
+        self._angles = angle_table(model.frequencies, 1 if kv.retention.sinks else max_model_len)
         self._graphs: dict[tuple[Shape, Draws], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -150,13 +160,15 @@ class GraphRunner(TorchRunner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Replay a graph where there is one for the step's shape; else as TorchRunner."""
-        groups = shared_groups(plan, self.kv.block_size)
+        # Rows with a window may have left what they share behind.
+        groups = shared_groups(plan, self.kv.block_size) if self.kv.retention.window is None else []
         shape = shape_of(plan, shared=bool(groups))
-        if shape is None:
+        # A recomputed group may hold more than its policy's width until it has forked again.
+        if shape is None or plan.tables.shape[1] > self._width:
             return super().launch(plan)
         draws = draws_of(plan, shape)
         # A stage may end before the head, and ranks put their logits together outside of the graph.
-        if not self.model.draws or (self.model.split is not None and draws is not Draws.GREEDY):
+        if not self.model.draws or (self.model.split is not None and draws is Draws.TRUNCATED):
             draws = Draws.NONE
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
@@ -209,9 +221,14 @@ class GraphRunner(TorchRunner):
 
         received: of the stage before, in place of embeddings.
         """
+        angles = self._angles
+        if self.kv.retention.sinks:  # a row for each token of the step, behind that of position 0
+            inputs, positions = self.kv.with_sinks(inputs, self.model.frequencies), inputs.positions
+            angles = angle_rows(self.model.frequencies, torch.cat((torch.zeros_like(positions[:1]), positions)))
+            inputs = inputs._replace(positions=torch.arange(1, len(angles), dtype=torch.int32, device=self.device))
 
         def attention(layer: Layer, heads: Tensor) -> Tensor:
-            query = self.kv.rope_write(layer, heads, inputs, self._angles)
+            query = self.kv.rope_write(layer, heads, inputs, angles)
             return self.kv.attend(layer.index, query, inputs)
 
         embedding, split = self.model.embedding, self.model.split
@@ -245,10 +262,12 @@ class GraphRunner(TorchRunner):
 
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
+        split = self.model.split
         if draws is Draws.GREEDY:
-            split = self.model.split
             return draw_tokens(logits) if split is None else split.most_likely(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
+        if split is not None:
+            return split.draw(logits, temperature, uniform)
         threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
         return draw_tokens(logits, temperature, uniform, threshold)
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from minipaged.config import ModelConfig
 from minipaged.execution.step_inputs import StepInputs
 from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.attention.sinks import Sinks
 from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
 from minipaged.kernels.cache.quantize import LARGEST_CODE, Scales
-from minipaged.model.llama import Layer
+from minipaged.memory.retention import KEEP_ALL, Retention
+from minipaged.model.llama import Layer, angle_rows
 from minipaged.scheduling.plan import Pairs
 
 
@@ -38,11 +40,19 @@ class PagedKV:
         dtype: torch.dtype = torch.float32,
         kept_as: str | None = None,
         device: torch.device | str = "cpu",
+        retention: Retention = KEEP_ALL,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = torch.device(device)
         self.scale = config.head_dim**-0.5  # of attention scores
+        # Tokens that a query of each layer sees: by the model's own window or the policy's, whichever is the smaller.
+        windows = [(config.window_of(layer), retention.window) for layer in range(config.num_layers)]
+        self.windows = [min((w for w in pair if w is not None), default=None) for pair in windows]
+        self.retention = retention
+        self._unrotated = config.unrotated_layers
+        half = config.head_dim // 2
+        self._no_turn = torch.cat((torch.ones(1, half), torch.zeros(1, half)), dim=1).to(self.device)
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
         kept = dtype if kept_as is None else getattr(torch, kept_as)
         kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"key": (shape[1:], kept), "value": (shape[1:], kept)}
@@ -87,6 +97,16 @@ class PagedKV:
         )
         return query
 
+    def with_sinks(self, inputs: StepInputs, frequencies: Tensor) -> StepInputs:
+        """A step's inputs, with what turns its queries for the sinks: from positions in the text to those within the cache."""
+        last = self.retention.sinks + (self.retention.window or 0) - 1
+        positions = inputs.positions
+        return inputs._replace(sink_turn=angle_rows(frequencies, positions.clamp(max=last) - positions))
+
+    def _sinks(self, layer: int, turn: Tensor) -> Sinks:
+        # A layer without rope knows no distances: its queries stay as they are.
+        return Sinks(self.retention.sinks, self._no_turn.expand_as(turn) if layer in self._unrotated else turn)
+
     def attend(self, layer: int, query: Tensor, inputs: StepInputs) -> Tensor:
         """Attention of the step's tokens over their block tables; the step's own keys and values are written already.
 
@@ -98,15 +118,34 @@ class PagedKV:
             self.scales[layer],
             len(inputs.decode_lengths),
         )
+        window, sinks = self.windows[layer], None
+        if inputs.sink_turn is not None:
+            sinks = self._sinks(layer, inputs.sink_turn)
         rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
         if not len(inputs.chunk_lengths):
-            return paged_decode(query, keys, values, *rows, scales=scales, shared=inputs.shared, check=layer == 0)
+            shared = inputs.shared if window is None else None
+            return paged_decode(
+                *(query, keys, values, *rows),
+                scales=scales,
+                window=window,
+                sinks=sinks,
+                shared=shared,
+                check=layer == 0,
+            )
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if decodes:
             # In a graph some of these rows are padding. They get zeros; where they are a chunk's tokens, the next kernel writes over them.
-            paged_decode(query[:decodes], keys, values, *rows, scales=scales, out=out[:decodes], check=layer == 0)
+            for_decodes = None if sinks is None else sinks._replace(turn=sinks.turn[:decodes])
+            paged_decode(
+                *(query[:decodes], keys, values, *rows),
+                scales=scales,
+                window=window,
+                sinks=for_decodes,
+                out=out[:decodes],
+                check=layer == 0,
+            )
         chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
-        return paged_prefill(query, keys, values, *chunks, scales=scales, out=out)
+        return paged_prefill(query, keys, values, *chunks, scales=scales, window=window, sinks=sinks, out=out)
 
     def copy(self, pairs: Pairs) -> None:
         """Copy blocks on the device, in every tensor. pairs: (source, destination); no destination is another pair's source."""

@@ -45,7 +45,7 @@ class StepInputs(NamedTuple):
     batch_indices: Any  # [tokens] whose sequence's: which of the newest tokens that the device keeps (StepPlan.slots)
     draw_tokens: Any  # [draws] the token whose logits are drawn from
     draw_indices: Any  # [draws] the batch index that the drawn token belongs to
-    decode_lengths: Any  # [decodes] tokens of each context, the new one included
+    decode_lengths: Any  # [decodes] tokens of each context that the table holds, the new one included
     chunk_lengths: Any  # [chunks] the same, the chunk included
     chunk_starts: Any  # [chunks + 1] the first token of each chunk; the last entry is where the last chunk ends
     shared_rows: Any  # [tiles, TILE_ROWS] decodes that share their first blocks; -1: none
@@ -54,6 +54,7 @@ class StepInputs(NamedTuple):
     chunk_tables: Any  # [chunks, width] physical blocks
     decode_tables: Any  # [decodes, width]; last in the buffer, so that unused rows need not be sent
     longest_chunk: int  # no chunk has more tokens
+    sink_turn: Any  # float32 [tokens, head_dim]: what turns each query for attention sinks; None without them
 
     @property
     def shared(self) -> SharedPrefixes | None:
@@ -85,7 +86,7 @@ def views(buffer: Any, shape: Shape, width: int) -> StepInputs:
     """The inputs of a shape in a flat buffer of at least size_of integers. longest_chunk: the most that the shape allows."""
     *flat, chunk_tables, decode_tables = (buffer[start:end] for start, end in _layout(shape, width))
     tables = (chunk_tables.reshape(shape.chunks, width), decode_tables.reshape(shape.decodes, width))
-    inputs = StepInputs._make((*flat, *tables, shape.tokens))
+    inputs = StepInputs._make((*flat, *tables, shape.tokens, None))
     return inputs._replace(shared_rows=inputs.shared_rows.reshape(shape.tiles, TILE_ROWS))
 
 
@@ -123,13 +124,14 @@ def fill(
 def _fill_decodes(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> None:
     """Every row is one token: plain columns, since this is written in every step of decoding."""
     rows, width = plan.tables.shape
-    blocks = plan.tables[np.arange(rows), plan.starts // block_size]
+    places = plan.starts if plan.num_left_out is None else _places(plan, block_size)
+    blocks = plan.tables[np.arange(rows), places // block_size]
     _put(
         (inputs.token_ids, plan.token_ids, 0),
         (inputs.positions, plan.starts, 0),
-        (inputs.slot_mapping, blocks * block_size + plan.starts % block_size, -1),
+        (inputs.slot_mapping, blocks * block_size + places % block_size, -1),
         (inputs.batch_indices, plan.slots, dummy_slot),
-        (inputs.decode_lengths, plan.starts + 1, 0),
+        (inputs.decode_lengths, places + 1, 0),
     )
     inputs.decode_tables[:rows, :width] = plan.tables
     if len(inputs.draw_tokens):
@@ -143,12 +145,13 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     chunks = len(order) - decodes
     row_of = np.repeat(order, lengths[order])
     within = np.arange(plan.num_tokens) - starts[row_of]
-    position = plan.starts[row_of] + within
-    slots = plan.tables[row_of, position // block_size] * block_size + position % block_size
-    context = (plan.starts + plan.lengths)[order]
+    places = _places(plan, block_size)
+    place = places[row_of] + within
+    slots = plan.tables[row_of, place // block_size] * block_size + place % block_size
+    context = (places + plan.lengths)[order]
     _put(
         (inputs.token_ids, plan.token_ids[(np.cumsum(lengths) - lengths)[row_of] + within], 0),
-        (inputs.positions, position, 0),
+        (inputs.positions, plan.starts[row_of] + within, 0),
         (inputs.slot_mapping, slots, -1),
         (inputs.batch_indices, plan.slots[row_of], dummy_slot),
         (inputs.draw_tokens, (starts + lengths - 1)[plan.draw_rows], 0),
@@ -160,6 +163,11 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     inputs.chunk_tables[:chunks, :width] = plan.tables[order[decodes:]]
     inputs.decode_tables[:decodes, :width] = plan.tables[order[:decodes]]
     return decodes
+
+
+def _places(plan: StepPlan, block_size: int) -> np.ndarray:
+    """Where each row's first token stands in its table, [rows]: its position, less the tokens whose blocks were released."""
+    return plan.starts if plan.num_left_out is None else plan.starts - plan.num_left_out * block_size
 
 
 def _put(*columns: tuple[np.ndarray, np.ndarray | list[int], int]) -> None:

@@ -40,6 +40,7 @@ from minipaged.config import check_bool, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.memory import swap
 from minipaged.memory.blocks import PrefixHit
+from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.tables import SequenceBlocks, SequenceDirectory, TableEditor
 from minipaged.memory.types import (
     NULL_BLOCK,
@@ -61,7 +62,8 @@ class BlockManager:
     """The paged memory of one engine.
 
     num_blocks: device blocks, the null block (0) included; block_size: tokens a block; num_host_blocks: blocks for swapped sequences;
-    watermark: share of the pool that new and returning sequences leave free for those that run. InputError for anything out of range.
+    watermark: share of the pool that new and returning sequences leave free for those that run; retention: which entries the caller
+    releases as a sequence grows. InputError for anything out of range.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class BlockManager:
         num_host_blocks: int = 0,
         prefix_caching: bool = True,
         watermark: float = 0.01,
+        retention: Retention = KEEP_ALL,
     ) -> None:
         check_int("num_blocks", num_blocks, 2, MAX_BLOCKS)
         check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
@@ -81,6 +84,7 @@ class BlockManager:
         self.set_watermark(watermark)
         self._block_size = block_size
         self._caching = prefix_caching
+        self.retention = retention
         self._editor = TableEditor(num_blocks, block_size)
         self._pool = self._editor.pool
         self._host = swap.HostPool(num_host_blocks)
@@ -123,7 +127,7 @@ class BlockManager:
     def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
         """A prompt's keys, to be given to can_admit and allocate, now or in a later step: so it is hashed once. Changes nothing."""
         check_salt(salt)
-        return PrefixHit(self._editor.index, token_array(token_ids), self._block_size, salt)
+        return PrefixHit(self._editor.index, token_array(token_ids), self._block_size, salt, self.retention)
 
     def match_prefix(self, token_ids: Iterable[int], *, salt: str | None = None) -> int:
         """Tokens that a new sequence would find in the cache: whole blocks, and never all of its tokens. Changes nothing."""
@@ -138,11 +142,13 @@ class BlockManager:
         token_ids: Iterable[int] | None = None,
         salt: str | None = None,
         hit: PrefixHit | None = None,
+        chunk: int | None = None,
     ) -> Admission:
         """Whether a request of `num_sequences` samples of one prompt of num_tokens tokens may start now.
 
         They hold the prompt's full blocks once; its tail and all that follows is each sample's own. NEVER: with all their new tokens
-        they exceed the pool. hit (or token_ids, with their salt): blocks found for these are not needed anew, and those of
+        they exceed the pool, though a step computes at most `chunk` tokens (None: all) and the retention policy releases what it may
+        in between. hit (or token_ids, with their salt): blocks found for these are not needed anew, and those of
         them that nobody holds cannot be handed out to others (each counts once). OK leaves the watermark free, unless no sequence
         holds blocks.
         """
@@ -151,7 +157,7 @@ class BlockManager:
         check_int("num_sequences", num_sequences, 1)
         check_salt(salt)
         shared = num_tokens // self._block_size
-        most = shared + num_sequences * (self._editor.blocks_for(num_tokens + max_new_tokens) - shared)
+        most = self.retention.most_blocks_of_request(num_tokens, max_new_tokens, num_sequences, self._block_size, chunk)
         if most > self._pool.num_blocks - 1:
             return Admission.NEVER
         if hit is not None:
@@ -175,9 +181,9 @@ class BlockManager:
     ) -> Allocation | None:
         """A table for a new sequence: the longest cached prefix, and blocks for the first `num_tokens` tokens (all, if None).
 
-        Found blocks lie wholly inside the first num_tokens, and at least one of token_ids is left to compute. hit: what `lookup` gave
-        for these tokens; what it finds is looked up anew. None: no room, and nothing changed. InputError: seq_id is in use, or
-        the hit is of other tokens.
+        Found blocks lie wholly inside the first num_tokens, and at least one of token_ids is left to compute. Entries of the prefix that
+        the retention policy would have released are null. hit: what `lookup` gave for these tokens; what it finds is looked up anew.
+        None: no room, and nothing changed. InputError: seq_id is in use, or the hit is of other tokens.
         """
         self._sequences.check_new(seq_id)
         tokens = token_array(token_ids)
@@ -191,7 +197,7 @@ class BlockManager:
                     f"hit is of other tokens ({len(hit.tokens)} of them, not these {len(tokens)}): look these up"
                 )
         if hit is None or hit.salt != salt:
-            hit = PrefixHit(self._editor.index, tokens, self._block_size, salt)
+            hit = PrefixHit(self._editor.index, tokens, self._block_size, salt, self.retention)
         blocks = hit.find(wanted) if read_cache else []
         count = self._editor.blocks_for(wanted) - len(blocks)
         if count + self._editor.count_available(blocks) > self._pool.num_available:
@@ -200,13 +206,14 @@ class BlockManager:
         self._sequences.add(sequence)
         # All of them, before one is taken: what is found must not be evicted for the rest.
         for index, block in enumerate(blocks):
-            self._pool.share(block)
-            self._editor.emit("cache_hit", seq_id, block, -1, index)
+            if block != NULL_BLOCK:
+                self._pool.share(block)
+                self._editor.emit("cache_hit", seq_id, block, -1, index)
         sequence.table = blocks
         sequence.keys = hit.keys[: len(blocks)]
         sequence.computed = len(blocks) * self._block_size
         sequence.reserved = wanted
-        sequence.publishes = self._caching
+        sequence.publishes = self._caching and (self.retention.publishes or NULL_BLOCK not in blocks)
         if self._caching:
             sequence.tokens = tokens[: sequence.computed]
         return Allocation(sequence.computed, self._editor.grow(sequence, count), ())
@@ -306,7 +313,8 @@ class BlockManager:
         self._editor.cut(sequence, num_tokens)
 
     def release(self, seq_id: int, indices: Iterable[int]) -> None:
-        """These table entries become null; null ones stay so. Nothing that the sequence computes from then on is published.
+        """These table entries become null; null ones stay so. Nothing that the sequence computes from then on is published, unless the
+        retention policy is a window, behind which keys and values depend on the tokens alone.
 
         InputError unless every entry is full of computed tokens, none of which the step being planned is still to write.
         """
@@ -322,7 +330,7 @@ class BlockManager:
         for index in sorted(chosen, reverse=True):
             block = sequence.table[index]
             if block != NULL_BLOCK:
-                sequence.publishes = False
+                sequence.publishes = sequence.publishes and self.retention.publishes
                 sequence.table[index] = NULL_BLOCK
                 self._editor.emit("release", seq_id, block, -1, index)
                 self._pool.drop(block)

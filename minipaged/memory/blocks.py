@@ -17,7 +17,11 @@ the one that is found, and the other is found once the first is evicted. No tabl
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from hashlib import blake2b
+
+from minipaged.memory.retention import KEEP_ALL, Retention
+from minipaged.memory.types import NULL_BLOCK
 
 _UNSALTED = bytes(32)
 
@@ -235,13 +239,21 @@ class PrefixIndex:
 class PrefixHit:
     """A prompt's keys, each hashed once and only when it is needed. It holds no block: what it finds is looked up anew each time."""
 
-    __slots__ = ("_block_size", "index", "keys", "root", "salt", "tokens")
+    __slots__ = ("_block_size", "_retention", "index", "keys", "root", "salt", "tokens")
 
-    def __init__(self, index: PrefixIndex, tokens: array[int], block_size: int, salt: str | None) -> None:
+    def __init__(
+        self,
+        index: PrefixIndex,
+        tokens: array[int],
+        block_size: int,
+        salt: str | None,
+        retention: Retention = KEEP_ALL,
+    ) -> None:
         self.tokens, self.salt, self.root = tokens, salt, root_key(salt)
         self.keys: list[bytes] = []  # of the leading full blocks, as far as anybody has asked
         self.index = index  # where it looks
         self._block_size = block_size
+        self._retention = retention
 
     @property
     def num_tokens(self) -> int:
@@ -250,8 +262,12 @@ class PrefixHit:
 
     def find(self, num_tokens: int) -> list[int]:
         """Blocks that hold the prompt's leading full blocks now, inside its first `num_tokens` tokens and with at least one token of
-        it left to compute. The first miss ends it."""
+        it left to compute. The first miss ends it. Blocks that the retention policy would have released by then are not asked for: null
+        entries stand in their place.
+        """
         most = max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size
+        if self._retention.spare(most * self._block_size, self._block_size):
+            return self._find_without_spare(most)
         blocks: list[int] = []
         keys, find = self.keys, self.index.find
         for key in keys[:most]:
@@ -259,15 +275,35 @@ class PrefixHit:
             if block is None:
                 return blocks
             blocks.append(block)
-        if len(keys) >= most:
-            return blocks
-        key = keys[-1] if keys else self.root
-        data, stride = self.tokens.tobytes(), self._block_size * self.tokens.itemsize
-        for start in range(len(keys) * stride, most * stride, stride):
-            key = next_key(key, data[start : start + stride])
-            keys.append(key)
+        for key in self._further_keys(most):
             block = find(key)
             if block is None:
                 break
             blocks.append(block)
         return blocks
+
+    def _find_without_spare(self, most: int) -> list[int]:
+        """As `find`, where some of the `most` leading entries are spare: the longest run of blocks of which all others are found."""
+        for _ in self._further_keys(most):
+            pass
+        found = list(map(self.index.find, self.keys[:most]))
+        in_a_row = 0
+        rows = [in_a_row := in_a_row + 1 if block is not None else 0 for block in found]  # found blocks up to each one
+        for end in range(most, 0, -1):
+            spare = self._retention.spare(end * self._block_size, self._block_size)
+            front, behind = (spare.start, end - spare.stop) if spare else (0, end)
+            if rows[end - 1] >= behind and None not in found[:front]:
+                return [NULL_BLOCK if block is None or i in spare else block for i, block in enumerate(found[:end])]
+        return []
+
+    def _further_keys(self, most: int) -> Iterator[bytes]:
+        """Hash on to `most` keys, one at a time; what was hashed is kept."""
+        keys = self.keys
+        if len(keys) >= most:
+            return
+        key = keys[-1] if keys else self.root
+        data, stride = self.tokens.tobytes(), self._block_size * self.tokens.itemsize
+        for start in range(len(keys) * stride, most * stride, stride):
+            key = next_key(key, data[start : start + stride])
+            keys.append(key)
+            yield key

@@ -51,7 +51,8 @@ class SequenceBlocks:
         self.pending: PendingCopy | None = None
         # The step being planned is to write [promised_from, computed); None: nothing.
         self.promised_from: int | None = None
-        self.publishes = True  # False for good once an entry was released: what is computed then may differ
+        # False for good once an entry was released, where what is computed then is kept to itself (Retention.publishes).
+        self.publishes = True
 
     def check_fork(self) -> None:
         """InputError while it has reserved tokens that are not computed, or computed ones that the step being planned is to write."""
@@ -253,8 +254,8 @@ class TableEditor:
         return -(-num_tokens // self.block_size)
 
     def count_available(self, blocks: list[int]) -> int:
-        """How many of these could be handed out: they are lost to others once they are shared."""
-        return sum(map(self.pool.is_available, blocks))
+        """How many of these could be handed out: they are lost to others once they are shared. Null entries are no blocks."""
+        return sum(map(self.pool.is_available, filter(None, blocks)))
 
     def take(self, seq_id: int) -> int:
         """A block of count 1 whose old content can no longer be found."""

@@ -49,6 +49,10 @@ class Vocabulary(Protocol):
         """draw_tokens(whole(logits)) without gathering them: int64 [R]."""
         ...
 
+    def draw(self, logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+        """draw_tokens(whole(logits), temperature, uniform) without gathering them: int64 [R]."""
+        ...
+
 
 INITIAL_STD = 0.02  # of drawn weights: `initializer_range` of every published config
 
@@ -160,7 +164,8 @@ class Llama(nn.Module):
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: Attention, received: Tensor | None = None
     ) -> Tensor:
-        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T].
+        """Hidden states after the last norm, [T, hidden_size], for token_ids and positions, integers [T] (or whole numbers in
+        float64, in which their angles are computed then).
 
         received: in place of the embeddings, what the stage before gives. A stage that does not draw gives on what is before the norm.
         """
@@ -308,8 +313,10 @@ def _llama_3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of positions [T], each [T, 1, D], for `rotate`. Computed once a step, in float32."""
-    angles = positions[:, None, None].float() * frequencies
+    """Cosines and signed sines of positions [T], each [T, 1, D], for `rotate`. Computed once a step, in float32; in float64 if `dtype` or
+    the positions are, as those of a stream may be large."""
+    wide = torch.promote_types(torch.promote_types(positions.dtype, torch.float32), dtype)
+    angles = positions[:, None, None].to(wide) * frequencies.to(wide)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
@@ -318,6 +325,12 @@ def angle_table(frequencies: Tensor, num_positions: int) -> Tensor:
     """Cosines, then sines, of the angles of positions 0, 1, ...: float32 [num_positions, D], for rope_write_kv."""
     angles = torch.arange(num_positions, device=frequencies.device, dtype=torch.float32)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def angle_rows(frequencies: Tensor, positions: Tensor) -> Tensor:
+    """Cosines, then sines, of the angles of these positions: float32 [T, D], by way of float64, as a stream's positions are large."""
+    angles = positions.double()[:, None] * frequencies.double()
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -53,8 +53,11 @@ class Batch:
         self.seed = np.zeros(n, np.int64)
         self.sample_index = np.zeros(n, np.int64)
         self.only_greedy = np.ones(n, bool)  # greedy, with nothing else asked
-        self.tables = np.zeros((n, 16), np.int32)  # 0 past each end
+        # The blocks that each holds, 0 past each end. Released entries are left out, so a row is no longer than what the sequence holds.
+        self.tables = np.zeros((n, 16), np.int32)
         self.table_len = np.zeros(n, np.int32)
+        self.num_left_out = np.zeros(n, np.int32)  # entries that were released
+        self.any_left_out = False  # whether there ever were any
         self._free = list(range(n - 1, -1, -1))
 
     @property
@@ -93,14 +96,15 @@ class Batch:
         self.min_p[slot] = params.min_p
         penalized = params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         words = request.bad_words
-        limited = params.allowed_token_ids is not None or bool(params.logit_bias or words)
+        limited = params.allowed_token_ids is not None or bool(params.logit_bias or words or request.mask_of)
         self.adjusts_logits[slot] = penalized or limited
-        self.reads_answer[slot] = self.results_come_late or penalized or any(len(word) > 1 for word in words)
+        depends = request.mask_of is not None or any(len(word) > 1 for word in words)
+        self.reads_answer[slot] = self.results_come_late or penalized or depends
         self.seed[slot] = seed
         self.sample_index[slot] = sequence.index
         self.set_sampling(sequence)
         self.awaiting_result[slot] = False
-        self.table_len[slot] = 0
+        self.table_len[slot] = self.num_left_out[slot] = 0
 
     def set_sampling(self, sequence: Sequence) -> None:
         """Take over the temperature of a running sequence's request, which may change while it runs."""
@@ -124,10 +128,25 @@ class Batch:
         self._free.append(slot)
 
     def set_table(self, slot: int, table: tuple[int, ...]) -> None:
-        """The slot's block table is this one."""
-        self.tables[slot, len(table) :] = 0
+        """The slot's block table is this one, of which released entries (0) are left out."""
+        blocks = tuple(filter(None, table))
+        self._leave_out(slot, len(table) - len(blocks) - int(self.num_left_out[slot]))
+        self.tables[slot, len(blocks) :] = 0
         self.table_len[slot] = 0
-        self.extend_table(slot, table)
+        self.extend_table(slot, blocks)
+
+    def release_entries(self, slot: int, start: int, count: int) -> None:
+        """The `count` blocks from the start-th on were released: those behind them move up."""
+        end, length, row = start + count, int(self.table_len[slot]), self.tables[slot]
+        row[start : length - count] = row[end:length].copy()
+        row[length - count : length] = 0
+        self.table_len[slot] = length - count
+        self._leave_out(slot, count)
+
+    def _leave_out(self, slot: int, count: int) -> None:
+        if count:
+            self.num_left_out[slot] += count
+            self.any_left_out = True
 
     def extend_table(self, slot: int, blocks: tuple[int, ...]) -> None:
         """Blocks follow at the end of the slot's table."""

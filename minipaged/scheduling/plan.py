@@ -46,6 +46,8 @@ class LogitAdjustments(NamedTuple):
     ] = ()  # (token, how often the answer has it): less `presence`, and `frequency` each time
     presence: float = 0.0
     frequency: float = 0.0
+    # Where a grammar says what may come: bit t % 8 of byte t // 8 is set if token t may. Beside `allowed`: both must let a token pass.
+    mask: bytes | None = None
 
 
 class PromptQuery(NamedTuple):
@@ -69,13 +71,14 @@ class StepPlan:
     starts: IntArray  # [rows] first position computed: num_computed before the step
     lengths: IntArray  # [rows] tokens computed, at least 1
     token_ids: IntArray  # [sum(lengths)]; IN_FLIGHT where the host does not know the token
-    tables: IntArray  # [rows, width] physical blocks, 0 past the end
+    tables: IntArray  # [rows, width] physical blocks, released entries left out, 0 past the end
     draw_rows: IntArray  # [draws]
     draw_slots: IntArray  # [draws] the slot that the drawn token belongs to (differs from the row's when samples fork)
     sampling: SamplingColumns | None
     top_logprobs: int = -1  # -1: none; 0: the drawn token's; k: the k best too (beams: 2 * width)
     prompt_queries: tuple[PromptQuery, ...] = ()  # rows whose prompt log-probabilities are wanted
     adjustments: tuple[LogitAdjustments | None, ...] = ()  # one a draw; () if none has any
+    num_left_out: IntArray | None = None  # [rows] table entries that were released, and are left out; None: nowhere any
 
     @property
     def num_tokens(self) -> int:

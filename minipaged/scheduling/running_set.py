@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from minipaged.config import EngineConfig
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.types import Allocation, BlockEvent
 from minipaged.scheduling.batch import Batch
 from minipaged.scheduling.plan import IntArray
@@ -66,6 +67,7 @@ class RunningSet:
         self.config = config
         self.manager = manager
         self.block_size = block_size
+        self.retention: Retention = getattr(manager, "retention", KEEP_ALL)  # other systems' managers keep all
         self.cost = cost or PreemptionCost()
         # The first stage of a pipeline computes the next step before the last one has drawn this step's tokens.
         self.batch = Batch(config.max_num_seqs, results_come_late=config.pipeline_parallel > 1)
@@ -186,6 +188,29 @@ class RunningSet:
             if seq_id >= 0:  # else it was sent away while the step was planned
                 mark(seq_id, tokens[start:end])
         batch.num_published[slots] = full
+
+    def release_spare(self) -> None:
+        """Give back the blocks that no later step of the running sequences reads.
+
+        A step in flight may read them still. That is safe: whoever gets them next writes in a later launch.
+        """
+        batch, size, slots = self.batch, self.block_size, self.order()
+        front = self.retention.front(size)
+        ends = self.retention.spare_until(batch.num_computed[slots], size)
+        ends = np.minimum(ends, batch.num_published[slots] // size)  # the manager releases what it knows to be full
+        starts = front + batch.num_left_out[slots]
+        rows = (ends > starts).nonzero()[0]
+        for slot, start, end in zip(slots[rows].tolist(), starts[rows].tolist(), ends[rows].tolist(), strict=True):
+            sequence = batch.sequences[slot]
+            if sequence is None:
+                continue
+            # After a recompute, others are still to be forked from it further back, and read on from there.
+            forks = [s.forks_at // size * size for s in sequence.request.to_fork if s.forks_from is sequence]
+            if forks:
+                end = min(end, self.retention.spare_until(min(forks), size))
+            if end > start:
+                self.manager.release(sequence.seq_id, range(start, end))
+                batch.release_entries(slot, front, end - start)
 
     # ---- coming in
 

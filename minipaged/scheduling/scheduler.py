@@ -104,7 +104,10 @@ class Scheduler:
             note_prompt_logprobs(running_set, plan, tokens.prompt_logprobs)
         # 2) What it drew: sequences gain a token, fork or end.
         outputs = commit_draws(running_set, plan, ids, tokens, self.text_stops)
-        # 3) Requests that ended since the last commit are reported with it.
+        # 3) Blocks that the retention policy no longer keeps go back.
+        if running_set.retention.window is not None:
+            running_set.release_spare()
+        # 4) Requests that ended since the last commit are reported with it.
         if self._ended:
             outputs.extend(output for output in self.take_ended() if output not in outputs)
         return outputs
@@ -270,7 +273,8 @@ class Scheduler:
                     held[id(other) in leaving].update(table(sequence.seq_id))
         blocks = self.manager.usage().free + len(held[True] - held[False])
         slots = self.batch.num_free + sum(running_set.width(victim) for victim in victims)
-        need = -(-len(request.alive[0].token_ids) // self.block_size)
+        tokens, chunk = len(request.alive[0].token_ids), self.config.max_num_batched_tokens
+        need = running_set.retention.most_blocks(tokens, self.block_size, chunk)
         return need <= blocks and running_set.width(request) <= slots
 
     # ---- those who come in

@@ -88,6 +88,7 @@ class StepBuilder:
             top_logprobs=_top_logprobs(batch, owners) if slow else -1,
             prompt_queries=_prompt_queries(batch, slots, takes) if slow else (),
             adjustments=() if greedy else _adjustments(batch, owners),
+            num_left_out=batch.num_left_out[slots] if batch.any_left_out else None,
         )
         batch.num_computed[slots] = ends
         batch.draw_pending(draws.drawing)
@@ -202,6 +203,7 @@ def _adjustments_of(sequence: Sequence, early: bool) -> LogitAdjustments:
         drawn=tuple(Counter(sequence.output_token_ids).items()) if penalized else (),
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
+        mask=request.mask_of(sequence) if request.mask_of is not None else None,
     )
 
 

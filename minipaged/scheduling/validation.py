@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 from minipaged.config import LOGIT_CHANGES, EngineConfig, SamplingParams
 from minipaged.errors import RequestError
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.types import Admission
 from minipaged.scheduling.request import Request
 
@@ -42,11 +44,19 @@ def check_request(
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if width > getattr(config, name):
             raise RequestError(f"{width} sequences at once exceed {name} ({getattr(config, name)})")
-    if manager.can_admit(request.num_prompt, params.max_tokens, num_sequences=width) is Admission.NEVER:
-        shared = request.num_prompt // block_size  # held once by all samples or beams
-        blocks = shared + (-(-longest // block_size) - shared) * width
+    retention: Retention = getattr(manager, "retention", KEEP_ALL)
+    chunk = config.max_num_batched_tokens
+    in_chunks: dict[str, Any] = {} if retention.window is None else {"chunk": chunk}
+    if manager.can_admit(request.num_prompt, params.max_tokens, num_sequences=width, **in_chunks) is Admission.NEVER:
+        blocks = retention.most_blocks_of_request(request.num_prompt, params.max_tokens, width, block_size, chunk)
         usable = manager.usage().total - 1
+        kept = (
+            ""
+            if retention.window is None
+            else f", of which {retention} is kept, and {chunk} more are computed in a step"
+        )
+        lower = "n" if retention.window is None else "n, the window or max_num_batched_tokens"
         raise RequestError(
-            f"the request may need {blocks} blocks ({width} x {longest} tokens, {block_size} a block); "
-            f"the pool has {usable}: shorten it, lower n, or raise num_blocks"
+            f"the request may need {blocks} blocks ({width} x {longest} tokens{kept}, {block_size} a block); "
+            f"the pool has {usable}: shorten it, lower {lower}, or raise num_blocks"
         )

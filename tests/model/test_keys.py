@@ -111,16 +111,18 @@ OTHER_VALUE = {  # a value that each key may have and that differs from the tiny
     "rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5, "tie_word_embeddings": True,
     "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "bos_token_id": 7, "eos_token_id": [7],
     "rms_norm_eps": 0.5, "num_key_value_heads": 3, "num_attention_heads": 12, "sliding_window": 64,
-    "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2, "no_rope_layers": [0, 1],
-    "no_rope_layer_interval": 2, "attention_out_bias": True, "original_max_position_embeddings": 33,
+    "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"], "no_rope_layers": [0, 1],
+    "no_rope_layer_interval": 2, "attention_out_bias": True, "original_max_position_embeddings": 33, "max_window_layers": 1,
 }  # fmt: skip
 YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+QWEN_WINDOW = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
 BESIDE = {  # what must stand beside a key, so that its family reads it
     **{key: {"model_type": "smollm3"} for key in ("no_rope_layers", "no_rope_layer_interval")},
     **{key: {"model_type": "granite"} for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier")},
     "logits_scaling": {"model_type": "granite"}, "original_max_position_embeddings": YARN,
     "rope_scaling": {"rope_parameters": None}, "rope_theta": {"rope_parameters": None}, "sliding_window": {"model_type": "mistral"},
-    "use_sliding_window": {"layer_types": None}, "attention_out_bias": {"model_type": "seed_oss"},
+    "use_sliding_window": QWEN_WINDOW | {"use_sliding_window": False}, "max_window_layers": QWEN_WINDOW,
+    "layer_types": QWEN_WINDOW, "attention_out_bias": {"model_type": "seed_oss"},
 }  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def test_a_key_that_is_read_changes_the_config_or_is_refused_by_name(name: str, 
     beside = BESIDE.get(name, {})
     before, words = read_config(folder_with(tmp_path, **beside)), ""
     try:
-        after = read_config(folder_with(tmp_path, **beside, **{name: OTHER_VALUE.get(name, 96)}))
+        after = read_config(folder_with(tmp_path, **(beside | {name: OTHER_VALUE.get(name, 96)})))
     except ModelError as error:
         after, words = None, str(error)
     assert after != before
@@ -146,7 +148,7 @@ def test_a_key_that_is_refused_is_named(name: str, tmp_path: Path) -> None:
 
 
 NO_EFFECT = {
-    "max_window_layers": 1, "output_hidden_states": True, "output_attentions": True, "return_dict": False,
+    "output_hidden_states": True, "output_attentions": True, "return_dict": False,
     "use_cache": False, "attention_dropout": 0.5, "initializer_range": 0.9, "pad_token_id": 3, "pretraining_tp": 2,
     "chunk_size_feed_forward": 8,
 }  # fmt: skip

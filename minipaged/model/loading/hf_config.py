@@ -11,7 +11,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minipaged.config import MAX_SIZES, ModelConfig, RopeDivisors, RopeScaling
 from minipaged.errors import InputError, ModelError
@@ -32,17 +32,20 @@ class Family:
     tied: bool = False
     biases: bool | None = None  # attention_bias is read, and this if it is missing; None: it is not read
     mlp_bias: bool = False  # mlp_bias is read
+    # Which layers have a sliding window: all, or, if layer_types does not say it, those from max_window_layers on or those without rope.
+    windows: Literal["in all layers", "from a layer on", "where no rope is"] | None = None
+    window: int | None = None  # sliding_window if it is missing
 
 
 FAMILIES = {
     "llama": Family(biases=False, mlp_bias=True),
-    "mistral": Family(kv_heads=False),
-    "qwen2": Family(kv_heads=False),
-    "qwen3": Family(kv_heads=False, head_dim=128, biases=False),
+    "mistral": Family(kv_heads=False, windows="in all layers", window=4096),
+    "qwen2": Family(kv_heads=False, windows="from a layer on", window=4096),
+    "qwen3": Family(kv_heads=False, head_dim=128, biases=False, windows="from a layer on", window=4096),
     "granite": Family(biases=False, mlp_bias=True),
-    "smollm3": Family(kv_heads=False, theta=2e6, tied=True, biases=False, mlp_bias=True),
+    "smollm3": Family(kv_heads=False, theta=2e6, tied=True, biases=False, mlp_bias=True, windows="where no rope is"),
     "seed_oss": Family(kv_heads=False, head_dim=128, biases=True, mlp_bias=True),
-    "phi3": Family(),
+    "phi3": Family(windows="in all layers"),
 }
 # `dynamic` changes nothing up to max_position_embeddings, which is the context here.
 PLAIN_ROPE = (None, "default", "dynamic")
@@ -104,6 +107,7 @@ def read_config(folder: Path) -> ModelConfig:
             config = _with_multipliers(fields, config)
         if name == "smollm3":
             config = replace(config, unrotated_layers=_unrotated_layers(fields, config.num_layers))
+        config = _with_window(fields, name, config)
         return _with_rope(fields, name, config)
     except ModelError:
         raise
@@ -195,22 +199,14 @@ def _refuse_what_would_be_ignored(fields: _Fields, family: str) -> None:
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(str(name).endswith("ForCausalLM") for name in architectures):
         raise ModelError(f"{path}: architectures {architectures!r:.80} is not supported; ...ForCausalLM is")
-    window = values.get("sliding_window") if family in ("mistral", "phi3") else None
-    if window is not None and fields.whole("sliding_window") < fields.whole("max_position_embeddings"):
-        raise ModelError(
-            f"{path}: sliding_window {window!r:.40} is not supported yet; models with sliding_window null, or not below "
-            "max_position_embeddings, work (Mistral 7B v0.2 and later, Phi-4)"
-        )
     layer_types = values.get("layer_types")
     if layer_types is not None and not isinstance(layer_types, list):
         raise ModelError(f"{path}: layer_types must be a list, not {layer_types!r:.60}")
-    others = sorted({str(kind) for kind in layer_types or ()} - {"full_attention"})
+    others = sorted({str(kind) for kind in layer_types or ()} - {"full_attention", "sliding_attention"})
     if others:
         raise ModelError(
-            f"{path}: layer_types names {others[0][:60]!r} (sliding windows ...), which is not supported yet"
+            f"{path}: layer_types names {others[0][:60]!r}, which is not supported; full_attention and sliding_attention are"
         )
-    if layer_types is None and values.get("use_sliding_window"):
-        raise ModelError(f"{path}: use_sliding_window asks for sliding-window attention, which is not supported yet")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ModelError(f"{path}: hidden_act {values['hidden_act']!r:.60} is not supported; silu is")
 
@@ -246,6 +242,40 @@ def _unrotated_layers(fields: _Fields, num_layers: int) -> tuple[int, ...]:
     if not isinstance(marks, list) or len(marks) != num_layers or any(mark not in (0, 1) for mark in marks):
         raise ModelError(f"{fields.path}: no_rope_layers must give 1 or 0 for each of {num_layers} layers")
     return tuple(layer for layer, mark in enumerate(marks) if not mark)
+
+
+def _with_window(fields: _Fields, name: str, config: ModelConfig) -> ModelConfig:
+    """The sliding window, and the layers that see everything. A window that holds the whole context is none."""
+    family, types = FAMILIES[name], fields.values.get("layer_types")
+    asked = family.windows == "in all layers" or fields.flag("use_sliding_window")
+    if asked and family.windows is None:
+        raise ModelError(f"{fields.path}: use_sliding_window asks for sliding windows, which {name} does not have")
+    if "sliding_attention" in (types or ()) and (family.windows is None or not asked):
+        raise ModelError(f"{fields.path}: layer_types names 'sliding_attention', but use_sliding_window is not true")
+    given = fields.values.get("sliding_window", family.window)
+    if not asked or given is None:
+        return config
+    window, full = fields.whole("sliding_window", given), _full_layers(fields, family, config)
+    if window >= config.max_position or len(full) == config.num_layers:
+        return config
+    return replace(config, sliding_window=window, full_layers=full)
+
+
+def _full_layers(fields: _Fields, family: Family, config: ModelConfig) -> tuple[int, ...]:
+    """Layers without a window where others have one."""
+    layers, types = range(config.num_layers), fields.values.get("layer_types")
+    if family.windows == "in all layers":
+        return ()
+    if types is not None:
+        if len(types) != config.num_layers:
+            raise ModelError(f"{fields.path}: layer_types must name a type for each of {config.num_layers} layers")
+        return tuple(layer for layer in layers if types[layer] == "full_attention")
+    if family.windows == "where no rope is":
+        return tuple(layer for layer in layers if layer not in config.unrotated_layers)
+    first = fields.values.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ModelError(f"{fields.path}: max_window_layers must be a whole number of at least 0, not {first!r:.60}")
+    return tuple(layers[:first])
 
 
 def _with_rope(fields: _Fields, family: str, config: ModelConfig) -> ModelConfig:

@@ -53,7 +53,7 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
 def _family(config: ModelConfig) -> tuple[str, str]:
     plain = ModelConfig.__dataclass_fields__
     multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor")
-    for name in ("rotary_dim", "unrotated_layers", *multipliers):
+    for name in ("rotary_dim", "unrotated_layers", "sliding_window", *multipliers):
         if getattr(config, name) != plain[name].default:
             raise InputError(f"{config.name}: {name} cannot be written as a config")
     if config.qk_norm and not config.mlp_bias:

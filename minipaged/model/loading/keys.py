@@ -66,11 +66,11 @@ CONFIG_KEYS: dict[str, Key] = {
         *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
         *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "tie_word_embeddings"),
         *("attention_bias", "mlp_bias", "hidden_act", "bos_token_id", "eos_token_id"),
-        *("sliding_window", "use_sliding_window", "layer_types", "original_max_position_embeddings"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+        "original_max_position_embeddings",
         *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
         *("no_rope_layers", "no_rope_layer_interval", "attention_out_bias"),
     ),
-    **_no_effect("says from which layer on the window of use_sliding_window acts", "max_window_layers"),
     **_no_effect(
         "what a call returns, not what it computes",
         *("output_hidden_states", "output_attentions", "return_dict", "use_cache", "torchscript"),
