@@ -90,6 +90,20 @@ class LinearLaunch:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLaunch:
+    """How a product of several rows with a packed weight runs: rows of x and outputs per tile.
+
+    split: blocks of inputs that are taken at once, each summed by itself; 1 by tiles.
+    """
+
+    rows: int
+    columns: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
 # (head dimension up to, bytes per element) -> launch. Sixteen-bit products run on tensor cores; float32 ones are computed exactly
 # ("ieee") on the ordinary ones and need small tiles.
 DECODE: dict[tuple[int, int], DecodeLaunch] = {
@@ -138,6 +152,48 @@ def decode_rows(num_rows: int) -> int:
     One row needs no sums. 32 are a warp's own, 256 four a thread; a program reads them once, beside at least 128 positions of keys.
     """
     return next((room for room in DECODE_ROWS if num_rows <= room), next_power_of_two(num_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedOneRowLaunch:
+    """How a product of one row with a packed weight runs: outputs of a program; its warps share each of their rows."""
+
+    rows: int
+    num_warps: int
+
+
+def packed_one_row_launch(n_size: int, k_size: int, gated: bool) -> PackedOneRowLaunch:
+    """The launch for one row of k_size inputs and n_size outputs of a packed weight, twice as many if gated.
+
+    Chosen on an H100 (kernels/README.md); for short rows so few warps that each has a part of every row.
+    """
+    num_warps = 4 if gated or max(n_size, k_size) <= 4096 else 2
+    while num_warps > 1 and 512 * num_warps >= k_size:  # a warp takes 1,024 inputs at once
+        num_warps //= 2
+    return PackedOneRowLaunch(rows=8, num_warps=num_warps)
+
+
+FEW_PACKED_ROWS = 16  # beyond, a product with a packed weight runs by tiles
+MOST_TILE_ROWS = 128  # beyond, the weight is dequantized and the product is torch's
+
+
+def packed_rows_launch(num_rows: int) -> PackedLaunch:
+    """The launch for a few rows and a packed weight; num_rows at most 16 in each tile."""
+    rows = 8 if num_rows <= 8 else 16
+    return PackedLaunch(rows=rows, columns=32, split=4, num_warps=4, num_stages=4 if rows == 8 else 3)
+
+
+def packed_tile_launch(num_rows: int, n_size: int, k_size: int) -> PackedLaunch:
+    """The launch for more rows, of k_size inputs, and n_size outputs. Chosen on an H100 (kernels/README.md)."""
+    if num_rows <= 32 or (
+        num_rows <= 64 and k_size > 8192
+    ):  # long rows: more programs are worth reading the weight twice
+        return PackedLaunch(rows=32, columns=64, split=1, num_warps=4, num_stages=4)
+    if n_size <= 8192:
+        return PackedLaunch(rows=64, columns=64, split=1, num_warps=4, num_stages=3 if num_rows <= 64 else 4)
+    if num_rows <= 64:
+        return PackedLaunch(rows=64, columns=128, split=1, num_warps=4, num_stages=3)
+    return PackedLaunch(rows=128, columns=64, split=1, num_warps=4, num_stages=3)
 
 
 def next_power_of_two(n: int) -> int:

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from minipaged.config import (
     DEFAULT_MODEL,
+    WEIGHTS,
     CacheConfig,
     EngineConfig,
     KVCacheDType,
     SamplingParams,
+    Weights,
     check_bool,
     check_choice,
     check_int,
@@ -38,16 +40,17 @@ class LLM:
     """A model ready to generate.
 
     model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto,
-    float32, float16 or bfloat16; kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or fp8, which take about half the
-    memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV pool, None to measure what
-    fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the
-    smaller SamplingParams.priority is served first and running requests make way for a more urgent one that waits; retention: which
-    tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the model's context), None
-    for what the model's own windows allow; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU;
-    graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile all kernels there at the start, so that no request
-    waits for one; tensor_parallel: processes that share the model, each on a GPU of its
-    own, or all on the CPU; pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the
-    others, unless torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it
+    float32, float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them,
+    auto packs where that is faster (a GPU, or a CPU in bfloat16); kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or
+    fp8, which take about half the memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV
+    pool, None to measure what fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or
+    priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
+    waits; retention: which tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the
+    model's context), None for what the model's own windows allow; overlap: steps in flight beside the one being committed, auto is 1 on a
+    GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile all kernels there at the start,
+    so that no request waits for one; tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU;
+    pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others, unless torchrun
+    has started all of them: then each makes the same LLM, and only rank 0 comes back from it
     (execution/README.md). Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
@@ -61,6 +64,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        weights: Weights = "auto",
         kv_cache_dtype: KVCacheDType = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -87,6 +91,7 @@ class LLM:
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "progress")}
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
+        check_choice("weights", weights, WEIGHTS)
         if overlap != "auto":
             check_int("overlap", overlap, 0, 1)
         if num_blocks is not None:
@@ -123,6 +128,7 @@ class LLM:
             config,
             device=device,
             dtype=dtype,
+            weights=weights,
             num_blocks=num_blocks,
             max_model_len=max_model_len,
             progress=progress,

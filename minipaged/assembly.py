@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress
+from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress, Weights
 from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.execution.eager import TorchRunner
@@ -123,6 +123,7 @@ def assemble(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: Weights = "auto",
     num_blocks: int | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
@@ -171,7 +172,9 @@ def assemble(
 
         part = None if ranks is None else ranks.part
         try:
-            loaded = zoo.load(model, device=chosen, dtype=precision, progress=progress, part=part, known=known)
+            loaded = zoo.load(
+                model, device=chosen, dtype=precision, weights=weights, progress=progress, part=part, known=known
+            )
         except BaseException:
             if compiling is not None:
                 compiling.stop()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from minipaged.cli.options import KVCacheDTypeName
+from minipaged.cli.options import KVCacheDTypeName, WeightsName
 from minipaged.config import DEFAULT_MODEL, check_choice, check_int
 from minipaged.errors import InputError
 from minipaged.lab.measure.results import Results
@@ -188,6 +188,7 @@ def engine(
         bool, typer.Option("--plain", help="Also run minipaged without graphs, fusions and overlap.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device of minipaged and transformers: auto, cpu or cuda.")] = "auto",
+    weights: WeightsName = "auto",
     kv_cache_dtype: KVCacheDTypeName = "auto",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model, of minipaged and vllm.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Stages of the layers, of minipaged and vllm.")] = 1,
@@ -207,6 +208,7 @@ def engine(
         max_num_seqs,
         limit,
         device,
+        weights,
         kv_cache_dtype,
         tensor_parallel,
         pipeline_parallel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 
-from minipaged.config import DTYPES, KV_CACHE_DTYPES
+from minipaged.config import DTYPES, KV_CACHE_DTYPES, WEIGHTS
 
 
 def models(incomplete: str) -> list[str]:
@@ -25,6 +25,11 @@ def devices(incomplete: str) -> list[str]:
 def dtypes(incomplete: str) -> list[str]:
     """Words for the precision of weights and of what is computed."""
     return _beginning(incomplete, ("auto", *DTYPES))
+
+
+def weights(incomplete: str) -> list[str]:
+    """Words for how quantized weights are kept."""
+    return _beginning(incomplete, WEIGHTS)
 
 
 def kv_cache_dtypes(incomplete: str) -> list[str]:

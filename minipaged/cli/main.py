@@ -228,6 +228,23 @@ def warm(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a .gguf file or hf:org/name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    form: Annotated[str, typer.Option("--format", help="awq or gptq.")] = "awq",
+    group: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 128,
+) -> None:
+    """Round a model's matrices to four bits and write them as AWQ or GPTQ folders hold them."""
+    from minipaged.cli.progress import status_line
+    from minipaged.model.loading.quantize import quantize as run
+
+    with status_line() as progress:
+        path = run(model, out, form, group, progress)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    typer.echo(f"{path}: {size / 2**20:,.0f} MiB, {form} in groups of {group}")
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine has, and for each thing that is missing the command that installs it."""
     from minipaged.cli.doctor import report

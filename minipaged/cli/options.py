@@ -22,6 +22,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", autocomp
 DTypeName = Annotated[
     str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.", autocompletion=complete.dtypes)
 ]
+WeightsName = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        help="packed keeps the codes of a quantized model, dense makes floats of them, auto packs where that is faster.",
+        autocompletion=complete.weights,
+    ),
+]
 KVCacheDTypeName = Annotated[
     str,
     typer.Option(
@@ -59,6 +67,7 @@ System = Annotated[str | None, typer.Option(help="The system prompt: it comes be
 ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "device": (Device, "auto"),
     "dtype": (DTypeName, "auto"),
+    "weights": (WeightsName, "auto"),
     "kv_cache_dtype": (KVCacheDTypeName, "auto"),
     "block_size": (BlockSize, 16),
     "num_blocks": (NumBlocks, None),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from minipaged.cli.demo import DEMO
 from minipaged.cli.options import ENGINE_OPTIONS
-from minipaged.config import DEFAULT_MODEL, KV_CACHE_DTYPES, SamplingParams, check_choice, check_int
+from minipaged.config import DEFAULT_MODEL, KV_CACHE_DTYPES, WEIGHTS, SamplingParams, check_choice, check_int
 from minipaged.engine import Engine
 from minipaged.errors import InputError, RequestError
 
@@ -53,6 +53,7 @@ def show(
         check_int("steps", steps, 1)
     check_int("block_size", chosen.get("block_size", 16), 1, 256)
     check_choice("dtype", chosen.get("dtype", "auto"), ("auto", "float32", "float16", "bfloat16"))
+    check_choice("weights", chosen.get("weights", "auto"), WEIGHTS)
     check_choice("kv_cache_dtype", chosen.get("kv_cache_dtype", "auto"), KV_CACHE_DTYPES)
     cells = parse_size(size)
     in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes

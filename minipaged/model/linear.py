@@ -1,7 +1,8 @@
 """Linear layers, each with a weight format of its own: how its weight lies in memory, and how it is multiplied.
 
 Nobody else touches a weight. A format is a module with the three methods of Format; its tensors are its parameters, so that the model
-counts, moves and draws them like any other. There are two: the plain matrix, and the layout of oneDNN on a CPU.
+counts and moves them like any other. There are four: the plain matrix, packed codes, the layout of oneDNN on a CPU, and torch's own
+layout of four-bit codes there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minipaged.kernels.elementwise.norm import rms_norm_torch
-from minipaged.kernels.linear import gated_linear, linear
+from minipaged.kernels.linear import (
+    PackedMatrix,
+    gated_linear,
+    linear,
+    packed_gated_linear,
+    packed_linear,
+)
+from minipaged.kernels.linear.packed_matrix import codes_of
 
+RANDOM_GROUP = 128
+UNIFORM_STD = (255 / 12) ** 0.5  # of the numbers 0 to 15
 ONEDNN_ROWS = 8  # the batch that oneDNN's layout is chosen for; measured equally good from 1 to 1,000 rows
 
 
@@ -42,8 +52,10 @@ class Format(Protocol):
         """silu(gate) * up, the halves of norm(x) W^T + bias: [T, out_features / 2]."""
         ...
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """The view [count, in_features] that a checkpoint's matrix is copied into. RuntimeError where the format cannot be written so."""
+    def rows(self, first: int, count: int) -> Tensor | None:
+        """The view [count, in_features] that a checkpoint's matrix is copied into; None where the format came filled.
+
+        RuntimeError where the format cannot be written any more."""
         ...
 
 
@@ -68,6 +80,44 @@ class Dense(nn.Module):
         return self.weight[first : first + count]
 
 
+class Packed(nn.Module):
+    """Codes of four or eight bits with a scale for each group of them (kernels/linear/packed_matrix.py), as they came from a checkpoint."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__()
+        self.words = nn.Parameter(matrix.words, requires_grad=False)
+        self.scales = nn.Parameter(matrix.scales, requires_grad=False)
+        self.inputs, self.group, self.has_zero_points = matrix[2:]
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The parameters as the kernels take them."""
+        return PackedMatrix(self.words, self.scales, self.inputs, self.group, self.has_zero_points)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None, residual: Tensor | None) -> Tensor:
+        if norm is None:
+            return packed_linear(x, self.matrix, bias, residual=residual)
+        return packed_linear(x, self.matrix, bias, norm=norm.weight, eps=norm.eps, residual=residual)
+
+    def multiply_gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None) -> Tensor:
+        if norm is None:
+            return packed_gated_linear(x, self.matrix, bias)
+        return packed_gated_linear(x, self.matrix, bias, norm=norm.weight, eps=norm.eps)
+
+    def rows(self, first: int, count: int) -> None:
+        return None
+
+    @staticmethod
+    def random(outputs: int, inputs: int, std: float, device: torch.device | str, generator: torch.Generator) -> Packed:
+        """Four-bit codes drawn on `device`, in groups of 128 as AWQ has them (or all inputs, if they are no multiple of it)."""
+        group = RANDOM_GROUP if inputs % RANDOM_GROUP == 0 else inputs
+        shape = (outputs, -(-inputs // 128), 1, 32) if group == RANDOM_GROUP else (outputs, -(-inputs // 64), 1, 16)
+        words = torch.empty(shape, dtype=torch.int16, device=device).random_(-(2**15), 2**15, generator=generator)
+        scales = torch.empty(outputs, -(-shape[1] * shape[3] * 4 // group), 2, dtype=torch.float16, device=device)
+        scales[..., 0], scales[..., 1] = std / UNIFORM_STD, 8.0
+        return Packed(PackedMatrix(words, scales, inputs, group, True))
+
+
 class OneDNN(nn.Module):
     """A float32 matrix as oneDNN's kernels read it on a CPU: 2-4 times faster than the plain layout."""
 
@@ -85,8 +135,42 @@ class OneDNN(nn.Module):
         gate, up = self.multiply(x, bias, norm, None).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
-    def rows(self, first: int, count: int) -> Tensor:
+    def rows(self, first: int, count: int) -> Tensor | None:
         raise RuntimeError("a packed weight cannot be written: fill the model before Llama.pack()")
+
+
+class Int4OnCPU(nn.Module):
+    """Four-bit codes as torch's own kernel for a CPU reads them: twice as fast as bfloat16 for one row, alike for 64, many times slower
+    than float32 in float32. Scales and offsets are rounded to bfloat16."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__()
+        self.group = matrix.group
+        codes = codes_of(matrix).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.codes = nn.Parameter(packed, requires_grad=False)
+        scale, offset = matrix.scales[:, : matrix.inputs // matrix.group].float().unbind(-1)
+        offset = -scale * offset if matrix.has_zero_points else offset
+        pairs = torch.stack((scale, offset + 8 * scale), dim=-1)  # torch's codes stand for s * (q - 8) + b
+        self.scales = nn.Parameter(pairs.transpose(0, 1).contiguous().to(torch.bfloat16), requires_grad=False)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None, residual: Tensor | None) -> Tensor:
+        normed = x if norm is None else rms_norm_torch(x, norm.weight, norm.eps)
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(normed, self.codes, self.group, self.scales)
+        product = product if bias is None else product.add_(bias)
+        return product if residual is None else residual.add_(product)
+
+    def multiply_gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None) -> Tensor:
+        gate, up = self.multiply(x, bias, norm, None).chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def rows(self, first: int, count: int) -> Tensor | None:
+        raise RuntimeError("a packed weight cannot be written: fill the model before Llama.pack()")
+
+
+def int4_on_cpu(outputs: int, group: int) -> bool:
+    """Whether torch's four-bit kernel for a CPU takes a matrix."""
+    return outputs % 16 == 0 and group in (32, 64, 128, 256) and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
 
 
 class Linear(nn.Module):
@@ -95,11 +179,19 @@ class Linear(nn.Module):
     format: Format
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weight_device: torch.device | str | None = None,
     ) -> None:
+        """The weight is made on `weight_device`, if that is given: "meta" where a loader will bring another format."""
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.format = Dense(empty_parameter(out_features, in_features, dtype=dtype, device=device))
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.format = Dense(empty_parameter(out_features, in_features, dtype=dtype, device=weight_device or device))
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
@@ -114,15 +206,30 @@ class Linear(nn.Module):
         """Where checkpoints' matrices of so many rows each, which W holds one below the other, are to be copied: name -> view."""
         slots, first = {}, 0
         for name, count in pieces.items():
-            slots[f"{name}.weight"] = self.format.rows(first, count)
+            if (rows := self.format.rows(first, count)) is not None:
+                slots[f"{name}.weight"] = rows
             if self.bias is not None:
                 slots[f"{name}.bias"] = self.bias[first : first + count]
             first += count
         return slots
 
+    def dense_on(self, device: torch.device | str) -> Dense:
+        """An empty plain matrix of this weight's shape and dtype."""
+        assert isinstance(self.format, Dense)
+        return Dense(nn.Parameter(torch.empty_like(self.format.weight, device=device), requires_grad=False))
+
     def pack(self) -> None:
-        """Change a plain float32 matrix on a CPU into oneDNN's layout. Nothing can be copied into it afterwards."""
-        self.format = OneDNN(self.format.rows(0, self.out_features))
+        """On a CPU: change a plain float32 matrix into oneDNN's layout, and four-bit codes that multiply bfloat16 into torch's own.
+
+        Nothing can be copied into it afterwards.
+        """
+        if isinstance(self.format, Dense):
+            if self.format.weight.dtype == torch.float32:
+                self.format = OneDNN(self.format.weight)
+        elif isinstance(self.format, Packed) and self.dtype == torch.bfloat16:
+            matrix = self.format.matrix
+            if matrix.words.shape[2] == 1 and int4_on_cpu(matrix.outputs, matrix.group):
+                self.format = Int4OnCPU(matrix)
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

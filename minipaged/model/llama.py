@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
-from minipaged.model.linear import Dense, Linear, RMSNorm, empty_parameter
+from minipaged.model.linear import Dense, Linear, Packed, RMSNorm, empty_parameter
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attention(layer, query [T, H, D], key [T, KH, D], value [T, KH, D]) -> [T, H, D].
@@ -59,21 +60,30 @@ INITIAL_STD = 0.02  # of drawn weights: `initializer_range` of every published c
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): each norm and sum rides on a matrix product."""
 
-    def __init__(self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weight_device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.index = index
         self.rotates = index not in config.unrotated_layers
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         query_size, qkv_size = self.num_heads * self.head_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        linear = partial(Linear, dtype=dtype, device=device, weight_device=weight_device)
         self.attention_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.qkv = Linear(hidden, qkv_size, bias=config.attention_bias, dtype=dtype, device=device)
+        self.qkv = linear(hidden, qkv_size, bias=config.attention_bias)
         self.query_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device) if config.qk_norm else None
-        self.output = Linear(query_size, hidden, bias=config.output_bias, dtype=dtype, device=device)
+        self.output = linear(query_size, hidden, bias=config.output_bias)
         self.mlp_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.gate_up = Linear(hidden, 2 * inner, bias=config.mlp_bias, dtype=dtype, device=device)
-        self.down = Linear(inner, hidden, bias=config.mlp_bias, dtype=dtype, device=device)
+        self.gate_up = linear(hidden, 2 * inner, bias=config.mlp_bias)
+        self.down = linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor, attention: RawAttention) -> Tensor:
         """The layer's output, [T, hidden_size]; `hidden` may be changed in place and returned."""
@@ -117,6 +127,7 @@ class Llama(nn.Module):
     """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them.
 
     embeds, draws: whether it begins with the embedding and ends with the head; a stage of a pipeline may do neither (split.py).
+    weight_device: where the matrices of the products are made, if not on `device`: "meta" where each is to be given a format.
     """
 
     def __init__(
@@ -125,6 +136,7 @@ class Llama(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        weight_device: torch.device | str | None = None,
         embeds: bool = True,
         draws: bool = True,
     ) -> None:
@@ -135,10 +147,12 @@ class Llama(nn.Module):
         reads_table = embeds or (draws and config.tie_embeddings)
         table_device = device if reads_table else "meta"
         self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=table_device)
-        layers = nn.ModuleList(Layer(config, i, dtype=dtype, device=device) for i in range(config.num_layers))
+        layers = nn.ModuleList(
+            Layer(config, i, dtype=dtype, device=device, weight_device=weight_device) for i in range(config.num_layers)
+        )
         self.layers = cast(list[Layer], layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        head_device = device if draws and not config.tie_embeddings else "meta"
+        head_device = weight_device or device if draws and not config.tie_embeddings else "meta"
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=head_device)
         if config.tie_embeddings:
             self.head.format = Dense(self.embedding)
@@ -188,10 +202,11 @@ class Llama(nn.Module):
     def pack(self) -> Llama:
         """Rearrange the weights for this processor where that is known to help; afterwards `slots()` is of no use.
 
-        Only float32 on a CPU with oneDNN is touched: there the plain layout leaves most of the memory bandwidth unused.
+        Only a CPU with oneDNN is touched: there the plain layout of float32 leaves most of the memory bandwidth unused, and four-bit
+        codes have a kernel of torch's for bfloat16.
         """
         onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        if onednn and self.dtype == torch.float32 and self.norm.weight.device.type == "cpu":
+        if onednn and self.norm.weight.device.type == "cpu":
             for module in self.modules():
                 if isinstance(module, Linear) and (self.draws or module is not self.head):
                     module.pack()
@@ -200,21 +215,53 @@ class Llama(nn.Module):
     def slots(self) -> dict[str, Tensor]:
         """Where each weight belongs: Hugging Face's tensor name -> the view of a parameter to copy it into."""
         slots: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
-        if not self.config.tie_embeddings:
-            slots |= self.head.slots({"lm_head": self.config.vocab_size})
         for layer in self.layers:
-            slots.update(_layer_slots(layer))
+            slots.update(_layer_norm_slots(layer))
+        for linear, pieces in self.linears():
+            slots |= linear.slots(pieces)
         return slots
+
+    def linears(self) -> Iterator[tuple[Linear, dict[str, int]]]:
+        """Each Linear with a weight of its own, and the matrices that it holds one below the other: Hugging Face's name -> rows."""
+        if self.draws and not self.config.tie_embeddings:
+            yield self.head, {"lm_head": self.config.vocab_size}
+        for layer in self.layers:
+            query, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+            inner = layer.down.in_features
+            prefix = f"model.layers.{layer.index}."
+            for linear, pieces in (
+                (layer.qkv, {"self_attn.q_proj": query, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+                (layer.gate_up, {"mlp.gate_proj": inner, "mlp.up_proj": inner}),
+                (layer.output, {"self_attn.o_proj": layer.output.out_features}),
+                (layer.down, {"mlp.down_proj": layer.down.out_features}),
+            ):
+                yield linear, {prefix + name: rows for name, rows in pieces.items()}
 
     @staticmethod
     def random(
-        config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str, std: float = INITIAL_STD
+        config: ModelConfig,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        std: float = INITIAL_STD,
+        *,
+        packed: bool = False,
     ) -> Llama:
-        """A model with weights drawn on `device` from `seed`: equal on a rerun, meaningless in what it says."""
-        model = Llama(config, dtype=dtype, device=device)
+        """A model with weights drawn on `device` from `seed`: equal on a rerun, meaningless in what it says.
+
+        packed: the layers' matrices are four-bit codes, the head is dense, as AWQ leaves it.
+        """
+        model = Llama(config, dtype=dtype, device=device, weight_device="meta" if packed else None)
         generator = torch.Generator(device=device).manual_seed(seed)
+        if packed:
+            for linear, _ in model.linears():
+                if linear is model.head:
+                    linear.format = linear.dense_on(device)
+                else:
+                    linear.format = Packed.random(linear.out_features, linear.in_features, std, device, generator)
         for name, parameter in model.named_parameters():
-            _draw(name, parameter, std, generator)
+            if not name.endswith((".words", ".scales")):
+                _draw(name, parameter, std, generator)
         return model
 
 
@@ -296,18 +343,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, dims=-1), sin)
 
 
-def _layer_slots(layer: Layer) -> dict[str, Tensor]:
-    """One layer's slots: the merged matrices are split into the pieces that checkpoints hold."""
-    query, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    inner = layer.down.in_features
+def _layer_norm_slots(layer: Layer) -> dict[str, Tensor]:
+    """The slots of one layer's norms."""
     slots: dict[str, Tensor] = {
         "input_layernorm.weight": layer.attention_norm.weight,
         "post_attention_layernorm.weight": layer.mlp_norm.weight,
     }
     if layer.query_norm is not None and layer.key_norm is not None:
         slots |= {"self_attn.q_norm.weight": layer.query_norm.weight, "self_attn.k_norm.weight": layer.key_norm.weight}
-    slots |= layer.qkv.slots({"self_attn.q_proj": query, "self_attn.k_proj": kv, "self_attn.v_proj": kv})
-    slots |= layer.gate_up.slots({"mlp.gate_proj": inner, "mlp.up_proj": inner})
-    slots |= layer.output.slots({"self_attn.o_proj": layer.output.out_features})
-    slots |= layer.down.slots({"mlp.down_proj": layer.down.out_features})
     return {f"model.layers.{layer.index}.{name}": slot for name, slot in slots.items()}

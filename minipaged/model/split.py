@@ -90,15 +90,26 @@ class Part:
         """[first, last) layer of this stage."""
         return self.stage * config.num_layers // self.stages, (self.stage + 1) * config.num_layers // self.stages
 
-    def build(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Llama:
+    def build(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weight_device: torch.device | str | None = None,
+    ) -> Llama:
         """This part of the network, to be filled."""
         first, last = self.stage == 0, self.stage == self.stages - 1
-        return Llama(self.share(config), dtype=dtype, device=device, embeds=first, draws=last)
+        return Llama(
+            self.share(config), dtype=dtype, device=device, weight_device=weight_device, embeds=first, draws=last
+        )
+
+    def whole_name(self, config: ModelConfig, name: str) -> str:
+        """The name that a tensor of this part has in the whole model."""
+        return _renumbered(name, self.layers(config)[0])
 
     def slots(self, model: Llama, config: ModelConfig) -> dict[str, Tensor]:
         """This part's slots, by the names that the whole model's tensors have."""
-        start, _ = self.layers(config)
-        return {_renumbered(name, start): slot for name, slot in model.slots().items() if not slot.is_meta}
+        return {self.whole_name(config, name): slot for name, slot in model.slots().items() if not slot.is_meta}
 
     def vocabulary(self, config: ModelConfig) -> tuple[int, int]:
         """[first, last) token id whose embedding and head row are here. The last rank may have fewer than the others."""
@@ -197,7 +208,7 @@ class Summed(nn.Module):
     def multiply_gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None) -> Tensor:
         raise NotImplementedError("a gate is split by rows, not summed")
 
-    def rows(self, first: int, count: int) -> Tensor:
+    def rows(self, first: int, count: int) -> Tensor | None:
         return self.inner.rows(first, count)
 
 

@@ -35,6 +35,7 @@ from minipaged.kernels.elementwise.activation_triton import silu_mul_triton
 from minipaged.kernels.elementwise.embed_triton import embed_tokens_triton
 from minipaged.kernels.elementwise.norm_triton import rms_norm_triton
 from minipaged.kernels.linear import matmul_triton as linear_triton
+from minipaged.kernels.linear import packed_triton
 from minipaged.kernels.linear.matmul_triton import few_rows_triton, one_row_triton
 from minipaged.kernels.sampling import draw_triton, truncate_parts_triton, truncate_triton
 from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
@@ -80,7 +81,7 @@ def check_waits(name: str, cubin: bytes) -> None:
     before = list(itertools.takewhile(lambda line: "ACQBULK" not in line, instructions))
     if len(before) == len(instructions):
         raise SystemExit(f"{name} is launched dependently and never waits")
-    if name != "_one_row_kernel" and any(MEMORY.search(line) for line in before):
+    if name not in ("_one_row_kernel", "_packed_one_row_kernel") and any(MEMORY.search(line) for line in before):
         raise SystemExit(f"{name} touches memory before it waits:\n" + "\n".join(before))
     print(name, "waits after", len(before), "instructions")
 
@@ -93,7 +94,7 @@ def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **
     if shared > SHARED_MEMORY:
         raise SystemExit(f"{self.fn.__name__} needs {shared} bytes of shared memory")
     if (
-        options.get("DEPENDENT") and "bf16" in compiled.asm["ttir"]
+        options.get("DEPENDENT") and "bf16" in compiled.asm["ttgir"]
     ):  # one dtype will do: disassembling takes as long as compiling
         check_waits(self.fn.__name__, compiled.asm["cubin"])
     return compiled
@@ -115,6 +116,33 @@ def compile_prefill_hopper() -> None:
         settings = launch_table.hopper_prefill_settings(longest, 16, kv_bytes=0, tiles_per_full_tile=1.0)
         assert settings is not None
         paged_prefill_hopper(*case.prefill(), launch=settings)
+
+
+def compile_packed() -> None:
+    """Both widths of codes, both kinds of scales, with and without padding."""
+    from minipaged.kernels.linear import PackedMatrix, pack
+    from minipaged.kernels.linear.packed_triton import dequantize_triton, packed_rows_triton, packed_tile_triton
+
+    def matrix(inputs: int, group: int, bits: int, zero_points: bool) -> PackedMatrix:
+        scales = torch.ones(256, inputs // group, 2, dtype=torch.float16 if bits == 4 else torch.float32)
+        return pack(torch.zeros(256, inputs, dtype=torch.uint8), scales, bits, has_zero_points=zero_points)
+
+    for weight, dtype in (
+        (matrix(4096, 128, 4, True), torch.bfloat16),
+        (matrix(576, 32, 4, False), torch.float16),
+        (matrix(576, 16, 8, True), torch.bfloat16),
+    ):
+        dequantize_triton(weight, dtype)
+        for rows in (1, 5, 16, 40, 100):
+            x = torch.zeros(rows, weight.inputs, dtype=dtype)
+            packed_rows_triton(x[:16], weight, gated=True)
+            packed_tile_triton(x, weight, residual=torch.zeros(rows, 256, dtype=dtype))
+        if gluon_runs():
+            from minipaged.kernels.linear import packed_one_row
+
+            packed_one_row.dependent_launch = linear_triton.dependent_launch
+            packed_one_row.packed_one_row(x[:1], weight, norm=x[0], eps=1e-5)
+            packed_one_row.packed_one_row(x[:1], weight, weight.scales[:, 0, 0].to(dtype), gated=True)
 
 
 # As SHAPES; every width of heads, in groups and not.
@@ -174,6 +202,7 @@ def main() -> None:
         embed_triton,
         linear_triton,
         norm_triton,
+        packed_triton,
         prefill_triton,
         rope_write_triton,
         truncate_parts_triton,
@@ -195,6 +224,7 @@ def main() -> None:
             draw_tokens_triton(x, numbers, numbers, truncation_threshold_triton(x, numbers, numbers, numbers, numbers))
             if dtype.itemsize == 2:
                 truncation_threshold_by_parts(x, numbers, numbers, numbers, numbers)
+    compile_packed()
     compile_prefill_hopper()
     compile_for_codes()
     compile_for_sinks()

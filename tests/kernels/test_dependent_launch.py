@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-WEIGHTS = {"weight_ptr", "up_ptr"}  # written once, when the model is loaded
+WEIGHTS = {"weight_ptr", "up_ptr", "words_ptr", "scales_ptr"}  # written once, when the model is loaded
 
 
 def early_pointers(source: str) -> dict[str, set[str]]:

@@ -15,8 +15,8 @@ import pytest
 
 from minipaged.errors import InputError
 from minipaged.lab.measure.engine import Job, Outcome, Pass, check_contenders, measure, requests_of, run_contender
-from minipaged.lab.measure.hub_shape import hub_config
 from minipaged.model.loading.hf_config import read_config
+from minipaged.model.loading.hub_shape import hub_config
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY
 
 JOB = Job("random:toy", ("batch:2",), device="cpu", limit_seconds=100)

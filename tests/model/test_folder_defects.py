@@ -120,7 +120,7 @@ def test_config_that_lacks_a_field(folder: Path, field: str) -> None:
         ),
         ({"model_type": None}, ("model_type", "llama, mistral, qwen2, qwen3, granite")),
         ({"hidden_act": "gelu"}, ("hidden_act 'gelu'", "silu")),
-        ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "GGUF")),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ("bitsandbytes", "awq and gptq", "GGUF")),
         ({"rope_parameters": {"rope_type": "proportional", "factor": 4}}, ("'proportional'", "yarn", "llama3")),
         ({"rope_parameters": {"rope_type": "yarn"}}, ("factor", "missing")),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "beta_slow": 64}}, ("YaRN", "beta_fast (32)")),

@@ -84,7 +84,7 @@ def timed_engine(
     given = dict(settings)
     device = choose_device(given.pop("device", "auto"))
     precision = choose_dtype(given.pop("dtype", "auto"), device)
-    loaded = zoo.load(model, device=device, dtype=precision, progress=progress)
+    loaded = zoo.load(model, device=device, dtype=precision, weights=given.pop("weights", "auto"), progress=progress)
     if model.startswith("random:"):
         loaded = replace(loaded, tokenizer=MadeUpWords(loaded.config.vocab_size))
     cache = CacheConfig(num_blocks=given.pop("num_blocks"), num_host_blocks=given.pop("num_host_blocks", 0))

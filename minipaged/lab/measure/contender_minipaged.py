@@ -31,6 +31,7 @@ def load(name: str, job: Job) -> Runs:
         max_model_len=job.context,
         enable_prefix_caching=job.prefix_caching,
         device=job.device,
+        weights=job.weights,
         kv_cache_dtype=job.kv_cache_dtype,
         tensor_parallel=job.tensor_parallel,
         pipeline_parallel=job.pipeline_parallel,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from minipaged.lab.measure.engine import Asked, ContenderMissingError, Job, Runs
-from minipaged.lab.measure.hub_shape import hub_config
 from minipaged.lab.simulation.workloads import Draw
+from minipaged.model.loading.hub_shape import hub_config
 from minipaged.model.loading.placement import choose_device, choose_dtype
 from minipaged.model.loading.shapes import shape
 

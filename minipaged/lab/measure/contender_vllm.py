@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from minipaged.lab.measure.engine import Asked, ContenderMissingError, Job, Runs
-from minipaged.lab.measure.hub_shape import hub_config
+from minipaged.model.loading.hub_shape import hub_config
 from minipaged.model.loading.shapes import shape
 
 MEMORY_SHARE = 0.9  # of the GPU's, weights included

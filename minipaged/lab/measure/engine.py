@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minipaged.config import KV_CACHE_DTYPES, Progress, check_choice, check_int, check_real
+from minipaged.config import KV_CACHE_DTYPES, WEIGHTS, Progress, check_choice, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.lab.simulation.workloads import ENGINE_DRAWS, Draw, engine_draws
 
@@ -44,6 +44,7 @@ class Job:
     max_num_seqs: int = 256
     limit_seconds: float = 900.0
     device: str = "auto"
+    weights: str = "auto"  # of minipaged
     kv_cache_dtype: str = "auto"  # of minipaged
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -52,6 +53,7 @@ class Job:
         check_int("repeats", self.repeats, 1)
         check_int("long_repeats", self.long_repeats, 1)
         check_int("max_num_seqs", self.max_num_seqs, 1)
+        check_choice("weights", self.weights, WEIGHTS)
         check_int("tensor_parallel", self.tensor_parallel, 1)
         check_int("pipeline_parallel", self.pipeline_parallel, 1)
         check_real("limit_seconds", self.limit_seconds, 1.0)

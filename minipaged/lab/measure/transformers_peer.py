@@ -66,7 +66,7 @@ def _network(name: str, device: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from minipaged.lab.measure.hub_shape import hub_config
+    from minipaged.model.loading.hub_shape import hub_config
     from minipaged.model.loading.placement import choose_device, choose_dtype
     from minipaged.model.loading.shapes import shape
 

@@ -115,6 +115,13 @@ class GGUFFile:
             return _FAST[info.type](data).view(info.shape)
         return self._read_by_package(info, data)
 
+    def read_blocks(self, name: str) -> Tensor:
+        """A matrix as it is stored, uint8 [rows, blocks of a row, bytes of a block]; it may share the mapped file's memory."""
+        info = self.tensors[name]
+        block, size, _ = self._quantization(info.name, info.type)
+        data = torch.frombuffer(self._bytes, dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
+        return data.view(*info.shape[:-1], info.shape[-1] // block, size)
+
     def _read_by_package(self, info: TensorInfo, data: Tensor) -> Tensor:
         from gguf.quants import dequantize
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
 from minipaged.errors import InputError, ModelError
 from minipaged.model.loading import rope_scaling
+from minipaged.model.loading.gguf_blocks import PACKABLE
 from minipaged.model.loading.gguf_file import GGUFFile
 from minipaged.model.loading.gguf_tokenizer import end_tokens, special_token
 from minipaged.model.loading.keys import (
@@ -25,6 +26,7 @@ from minipaged.model.loading.keys import (
     GGUF_TOKENIZER_KEYS,
     check_keys,
 )
+from minipaged.model.loading.quantized import QuantizedMatrix, can_pack
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # `llama` also holds SmolLM2 and Mistral
 ROPE_FACTORS = "rope_freqs.weight"
@@ -78,6 +80,24 @@ class GGUFCheckpoint:
         if ".k_proj." in name:
             return _undo_permutation(values, self.config.num_kv_heads)
         return values
+
+    def read_packed(self, name: str) -> QuantizedMatrix | None:
+        stored = self._stored[name]
+        info = self.file.tensors[stored]
+        if self.packed_bits(name) is None:
+            return None
+        blocks = PACKABLE[info.type]
+        matrix = blocks.read(self.file.read_blocks(stored))
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
+        if self.architecture != "llama" or heads is None:
+            return matrix
+        return matrix.rows(_undo_permutation(torch.arange(info.shape[0]), heads))
+
+    def packed_bits(self, name: str) -> float | None:
+        info = self.file.tensors[self._stored[name]]
+        blocks = PACKABLE.get(info.type)
+        product = len(info.shape) == 2 and "embed_tokens" not in name
+        return blocks.bits if blocks is not None and product and can_pack(info.shape[-1], blocks.group) else None
 
     def _config(self) -> ModelConfig:
         self._refuse_what_would_be_ignored()

@@ -17,6 +17,7 @@ from minipaged.config import MAX_SIZES, ModelConfig, RopeDivisors, RopeScaling
 from minipaged.errors import InputError, ModelError
 from minipaged.model.loading import rope_scaling
 from minipaged.model.loading.keys import CONFIG_KEYS, GENERATION_KEYS, ROPE_KEYS, check_keys
+from minipaged.model.loading.quantization_config import read_quantization
 
 LOG = logging.getLogger("minipaged")
 
@@ -79,6 +80,7 @@ def read_config(folder: Path) -> ModelConfig:
         )
     family = FAMILIES[name]
     _refuse_what_would_be_ignored(fields, name)
+    read_quantization(fields.values, fields.path)  # one that is not known is refused before any weight is fetched
     hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     bias = False if family.biases is None else fields.flag("attention_bias", family.biases)
     try:

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from minipaged.errors import ModelError
 from minipaged.model.loading.hf_config import read_config, read_json
+from minipaged.model.loading.hf_quantized import (
+    PARTS,
+    ZeroPoints,
+    quantized_stem,
+    read_matrix,
+    shape_of,
+    values_of,
+)
+from minipaged.model.loading.quantization_config import read_quantization
+from minipaged.model.loading.quantized import QuantizedMatrix, can_pack
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -32,6 +43,8 @@ class FolderCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
+        self.quantization = read_quantization(read_json(path / CONFIG), path / CONFIG)
+        self._zero_points = ZeroPoints(self.quantization, path) if self.quantization else None
         self._open: tuple[str, Any] | None = None  # the shard last read, held open
         self._files = self._find_tensors()
         self._pieces: dict[str, tuple[str, int, int]] = {}  # of fused tensors: stored name, first row, rows
@@ -44,6 +57,9 @@ class FolderCheckpoint:
 
     def read(self, name: str) -> Tensor:
         name, first, count = self._pieces.get(name, (name, 0, None))
+        if name not in self._files:
+            dequantized = values_of(*self._quantized(name))
+            return dequantized if count is None else dequantized[first : first + count]
         file = self._files[name]
         if self._open is None or self._open[0] != file:
             self._open = (file, _open(self.path / file))
@@ -55,6 +71,28 @@ class FolderCheckpoint:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.path / file}: tensor {name} cannot be read: {_first_line(error)}") from None
         return values
+
+    def read_packed(self, name: str) -> QuantizedMatrix | None:
+        name, first, count = self._pieces.get(name, (name, 0, None))
+        if name in self._files:
+            return None
+        matrix, order = self._quantized(name)
+        if order is not None or not can_pack(matrix.codes.shape[1], matrix.group):
+            return None
+        return matrix if count is None else matrix.rows(slice(first, first + count))
+
+    def packed_bits(self, name: str) -> float | None:
+        stored = self._pieces.get(name, (name, 0, None))[0]
+        if self.quantization is None or stored in self._files:
+            return None
+        return 4 + 32 / (self.quantization.group or self._shapes[name][1])
+
+    def _quantized(self, name: str) -> tuple[QuantizedMatrix, Tensor | None]:
+        """A matrix that is stored in parts, and the group of each input if those are not in order."""
+        assert self._zero_points is not None
+        stem = name.removesuffix(".weight")
+        parts = {part: self.read(f"{stem}.{part}") for part in PARTS if f"{stem}.{part}" in self._files}
+        return read_matrix(stem, parts, self._zero_points)
 
     def _has_own_head(self) -> bool:
         """Whether an lm_head is stored that differs from the embeddings, whatever tie_word_embeddings says."""
@@ -108,6 +146,7 @@ class FolderCheckpoint:
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
+        parts: dict[str, dict[str, tuple[int, ...]]] = {}  # of matrices that are stored in parts
         for file in sorted(set(self._files.values())):
             tensors = _open(self.path / file)
             held = set(tensors.keys())
@@ -115,13 +154,30 @@ class FolderCheckpoint:
                 if name not in held:
                     raise ModelError(f"{self.path / file}: tensor {name} is missing, though {INDEX} names it")
                 view = tensors.get_slice(name)
+                stem = quantized_stem(name) if self.quantization is not None else None
+                if stem is not None:
+                    parts.setdefault(stem, {})[name.rpartition(".")[2]] = tuple(view.get_shape())
+                    continue
                 if view.get_dtype() not in FLOATS:
                     raise ModelError(
                         f"{self.path / file}: tensor {name} is stored as {view.get_dtype()}; {', '.join(FLOATS)} can be read"
                     )
                 if not self._ignored(name):
                     shapes |= self._cut(name, tuple(view.get_shape()))
+        for stem, of_parts in parts.items():
+            assert self.quantization is not None
+            whole = shape_of(stem, of_parts, self.quantization, self.path)
+            shapes |= self._cut(f"{stem}.weight", whole)
+            if f"{stem}.bias" in shapes and not self._has_bias(stem) and not bool(self.read(f"{stem}.bias").any()):
+                del shapes[f"{stem}.bias"]  # GPTQ's writers give every matrix a bias, of zeros
         return shapes
+
+    def _has_bias(self, stem: str) -> bool:
+        """Whether the network adds a bias after that matrix."""
+        config, last = self.config, stem.rpartition(".")[2]
+        if last in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+            return config.attention_bias
+        return config.output_bias if last == "o_proj" else config.mlp_bias and last != "lm_head"
 
     def _cut(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors that a stored one holds, with their shapes: itself, or those that Phi-3 lays one below the other."""

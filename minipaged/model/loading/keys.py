@@ -91,8 +91,8 @@ CONFIG_KEYS: dict[str, Key] = {
     **_no_effect("padding is never computed here", "pad_token_id"),
     **_no_effect("how a product was once cut; the sum is the same", "pretraining_tp", "chunk_size_feed_forward"),
     **_no_effect("a note", "transformers_version", "_name_or_path", "auto_map"),
+    **_read("quantization_config"),
     **_refused(
-        quantization_config="use the float weights, or a GGUF file",
         compression_config="use the float weights, or a GGUF file",
         is_encoder_decoder="decoders are",
         add_cross_attention="decoders are",

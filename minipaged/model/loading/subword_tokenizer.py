@@ -43,6 +43,7 @@ class SubwordTokenizer(Tokenizer):
         named = dict(special_tokens or {})
         self._made_of = (source, named, chat_template, tuple(eos_token_ids))
         self._backend = backend
+        self._named = named
         self._added = backend.get_added_tokens_decoder()
         self._spelling, self._drops_space = _spelling(backend, source)
         self._bytes: dict[int, bytes] = {}
@@ -53,6 +54,16 @@ class SubwordTokenizer(Tokenizer):
         self.eos_token_ids = tuple(eos_token_ids) or (() if eos is None else (eos,))
         self.bos_token_id = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named)
+
+    def save(self, folder: Path) -> None:
+        """Write it as folder_tokenizer reads it: tokenizer.json, and the named tokens and chat template in tokenizer_config.json."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        config: dict[str, str] = dict(self._named)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template.source
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def __reduce__(self) -> tuple[Callable[..., SubwordTokenizer], tuple[object, ...]]:
         return _from_json, (self._backend.to_str(), *self._made_of)

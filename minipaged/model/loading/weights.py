@@ -7,7 +7,7 @@ values go straight into the parameters, so that no more than one tensor is held 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,13 +16,16 @@ from torch import Tensor
 
 from minipaged.config import ModelConfig, Progress, RopeDivisors
 from minipaged.errors import ModelError
+from minipaged.model.linear import Packed
 from minipaged.model.llama import Llama
 from minipaged.model.loading.gguf_model import GGUFCheckpoint
 from minipaged.model.loading.hf_folder import FolderCheckpoint
+from minipaged.model.loading.quantized import QuantizedMatrix, stack
 
 if TYPE_CHECKING:
     from minipaged.model.split import Part
 
+StaysPacked = Callable[[QuantizedMatrix], bool]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -38,6 +41,14 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor's values, in whatever float type they are held."""
+        ...
+
+    def read_packed(self, name: str) -> QuantizedMatrix | None:
+        """A matrix's codes and scales, its rows in the order of `read`; None if it is not stored as such."""
+        ...
+
+    def packed_bits(self, name: str) -> float | None:
+        """Bits that an element of such a matrix takes as it stays packed, scales included; None of other tensors."""
         ...
 
 
@@ -60,10 +71,13 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Progress | None = None,
+    stays_packed: StaysPacked | None = None,
     part: Part | None = None,
 ) -> Llama:
     """Build the network, or one rank's part of it, and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen
     tensor.
+
+    stays_packed: which of the matrices that are stored as codes are kept so; the others, and all if it is None, become dense.
     """
     last = f"model.layers.{checkpoint.config.num_layers - 1}.input_layernorm.weight"
     if last not in checkpoint.shapes():  # asked first, since a damaged count of layers could be in the billions
@@ -74,12 +88,17 @@ def load_model(
         model = Llama(checkpoint.config, dtype=dtype, device="meta")
     check_shapes(checkpoint, {name: tuple(slot.shape) for name, slot in model.slots().items()})
     config = checkpoint.config
+    weight_device = "meta" if stays_packed else None
     if part is None:
-        model = Llama(config, dtype=dtype, device=device)
-        slots = model.slots()
+        model = Llama(config, dtype=dtype, device=device, weight_device=weight_device)
     else:
-        model = part.build(config, dtype, device)
-        slots = part.slots(model, config)
+        model = part.build(config, dtype, device, weight_device)
+    if stays_packed is not None:
+        for linear, pieces in model.linears():
+            matrix = _read_stacked(checkpoint, pieces, part)
+            keep = matrix is not None and stays_packed(matrix)
+            linear.format = Packed(matrix.packed(device)) if matrix is not None and keep else linear.dense_on(device)
+    slots = model.slots() if part is None else part.slots(model, config)
     for done, (name, slot) in enumerate(slots.items()):
         if progress is not None:
             progress("loading weights", done, len(slots))
@@ -88,6 +107,28 @@ def load_model(
     if progress is not None:
         progress("loading weights", len(slots), len(slots))
     return model
+
+
+def _read_stacked(checkpoint: Checkpoint, pieces: Iterable[str], part: Part | None) -> QuantizedMatrix | None:
+    """The matrices that a Linear holds one below the other, or a rank's part of each, if all are stored as codes and none is changed on
+    its way in; None also where a rank's columns do not end with a group."""
+    config, matrices = checkpoint.config, []
+    for piece in pieces:
+        name = f"{piece}.weight" if part is None else part.whole_name(config, f"{piece}.weight")
+        matrix = checkpoint.read_packed(name)
+        if matrix is None:
+            return None
+        probe = torch.empty(matrix.codes.shape[0], 1)
+        if work_in(config, name, probe) is not probe:
+            return None
+        cut = None if part is None else part.piece(config, name)
+        if cut is not None:
+            dim, first, count = cut
+            if dim == 1 and (first % matrix.group or count % matrix.group):
+                return None
+            matrix = matrix.columns(first, count) if dim == 1 else matrix.rows(slice(first, first + count))
+        matrices.append(matrix)
+    return stack(matrices)
 
 
 def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,6 +7,7 @@ file is named: `toy` and `random:SHAPE` need none of them.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,15 +16,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress
-from minipaged.errors import ModelError
+from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress, Weights
+from minipaged.errors import InputError, ModelError
+from minipaged.model.linear import Packed, int4_on_cpu
 from minipaged.model.llama import Llama
 from minipaged.model.loading.placement import ROOM_SHARE, check_room, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from minipaged.model.loading.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
 
 if TYPE_CHECKING:
-    from minipaged.model.loading.weights import Checkpoint
+    from minipaged.model.loading.weights import Checkpoint, StaysPacked
     from minipaged.model.split import Part
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load", "shape"]
@@ -48,6 +50,7 @@ def load(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    weights: Weights = "auto",
     progress: Progress | None = None,
     seed: int = 0,
     part: Part | None = None,
@@ -56,12 +59,14 @@ def load(
     """The model called `name`, on `device`, ready to run. known: called with its shape before the weights are drawn or read.
 
     `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
-    drawn on the device from `seed`. part: what of it one rank is to hold. ModelError says in a line what is wrong with a name or a
-    file; InputError with the rest.
+    drawn on the device from `seed`. weights: see choose_weights; of random:SHAPE, packed draws four-bit codes. part: what of it one
+    rank is to hold. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
     """
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     if name == "toy":
+        if weights == "packed":
+            raise InputError("toy has no packed weights: it is drawn in floats")
         known(shape("toy"))
         return _toy(precision, place, part)
     if name.startswith("random:"):
@@ -69,17 +74,42 @@ def load(
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
         check_weights(name, config if part is None else part.share(config), precision, place)
+        if weights == "packed" and part is not None:
+            raise InputError(f"{name} draws packed weights on one device only: leave weights or the ranks out")
         known(config)
-        draw = Llama.random if part is None else part.random
-        return LoadedModel(config, draw(config, seed, precision, place).pack(), ByteTokenizer(config.vocab_size))
-    return _from_disk(find(name, progress), precision, place, progress, part, known)
+        if part is not None:
+            model = part.random(config, seed, precision, place)
+        else:
+            model = Llama.random(config, seed, precision, place, packed=weights == "packed")
+        return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
+    return _from_disk(find(name, progress), precision, place, weights, progress, part, known)
+
+
+def choose_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> StaysPacked | None:
+    """Which quantized matrices stay packed: all, none (None), or with `auto` those whose products are faster so.
+
+    On a GPU that is all in sixteen bits; on a CPU those that torch's own kernel takes, which is faster in bfloat16 alone.
+    """
+    sixteen_bits = dtype.itemsize == 2
+    if weights == "packed" or (weights == "auto" and device.type == "cuda" and sixteen_bits):
+        return lambda matrix: True
+    if weights == "auto" and device.type == "cpu" and dtype == torch.bfloat16:
+        return lambda matrix: matrix.bits == 4 and int4_on_cpu(matrix.codes.shape[0], matrix.group)
+    return None
 
 
 def check_weights(
-    name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, fixed_dtype: bool = False
+    name: str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fixed_dtype: bool = False,
+    num_bytes: int | None = None,
 ) -> None:
     """Raise InputError, before a weight is drawn or read, if the weights do not fit on the device. The error says what would fit;
-    another dtype is named only if the caller can choose one (`fixed_dtype` False).
+    another dtype is named only if the caller can choose one (`fixed_dtype` False). num_bytes: what they take, if not num_parameters
+    in `dtype`.
     """
 
     def takes(other: ModelConfig, kind: torch.dtype) -> int:
@@ -93,7 +123,15 @@ def check_weights(
         largest = max(smaller, key=lambda other: takes(other, dtype))
         ways.append(f"the largest shape that fits is random:{largest.name}, {takes(largest, dtype) / 2**30:,.1f}")
     kind = str(dtype).removeprefix("torch.")
-    check_room(f"{name} in {kind}", takes(config, dtype), device, "; ".join(ways) or "take a smaller model")
+    check_room(
+        f"{name} in {kind}", num_bytes or takes(config, dtype), device, "; ".join(ways) or "take a smaller model"
+    )
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """What a checkpoint's weights take if those that are stored as codes stay so."""
+    bits = {name: checkpoint.packed_bits(name) or 8 * dtype.itemsize for name in checkpoint.shapes()}
+    return round(sum(math.prod(shape) * bits[name] for name, shape in checkpoint.shapes().items()) / 8)
 
 
 def find(name: str, progress: Progress | None = None) -> Path:
@@ -123,6 +161,7 @@ def _from_disk(
     path: Path,
     dtype: torch.dtype,
     device: torch.device,
+    weights: Weights,
     progress: Progress | None,
     part: Part | None,
     known: Callable[[ModelConfig], None],
@@ -131,20 +170,26 @@ def _from_disk(
 
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the network only {config.vocab_size}; they do not belong together"
         )
     if not config.eos_token_ids:  # the config names no end; without the tokenizer's, an answer would never stop
         config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
-    check_weights(str(path), config if part is None else part.share(config), dtype, device)
+    stays_packed = choose_weights(weights, device, dtype)
+    num_bytes = None
+    if stays_packed is not None:
+        num_bytes = weight_bytes(checkpoint, dtype) // (1 if part is None else part.ranks * part.stages)
+    check_weights(str(path), config if part is None else part.share(config), dtype, device, num_bytes=num_bytes)
     known(config)
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, part=part)
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, stays_packed=stays_packed, part=part)
+    if weights == "packed" and not any(isinstance(linear.format, Packed) for linear, _ in model.linears()):
+        raise ModelError(f"{path}: holds no weights that can stay packed; `minipaged quantize` makes a folder of such")
     return LoadedModel(config, model.pack(), tokenizer)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer beside the weights, or one that takes token ids only where there is none."""
     from minipaged.model.loading.gguf_model import GGUFCheckpoint
     from minipaged.model.loading.subword_tokenizer import folder_tokenizer, gguf_tokenizer
