@@ -39,10 +39,12 @@ from minipaged.kernels.linear.matmul_triton import few_rows_triton, one_row_trit
 from minipaged.kernels.sampling import draw_triton, truncate_triton
 from minipaged.kernels.sampling.draw_triton import draw_tokens_triton
 from minipaged.kernels.sampling.truncate_triton import truncation_threshold_triton
+from minipaged.memory.retention import Retention
 from tests.kernels.paged_cases import make_case
 from tests.kernels.test_decode_shared import shared_case
 from tests.kernels.test_gpu import DTYPES, SHAPES, names
 from tests.kernels.test_quantized import quantized
+from tests.kernels.test_sinks import stream_of
 
 SHARED_MEMORY = 227 << 10
 
@@ -143,6 +145,24 @@ def compile_for_codes() -> None:
         rope_write_kv_triton(case.query, new, new, slots, torch.zeros(4, head_dim), *caches, slots, scales=scales)
 
 
+def compile_for_sinks() -> None:
+    """The second query, in both kernels: heads in groups and alone, over numbers and over codes."""
+    for heads, head_dim, dtype in itertools.product([(2, 1), (1, 4)], (64, 80, 128), DTYPES):
+        stream = stream_of([(9, 1), (4, 1)], Retention(4, 3), block_size=4, heads=heads, head_dim=head_dim, dtype=dtype)
+        options = {"window": stream.window, "sinks": stream.sinks}
+        settings = launch_table.decode_launch(head_dim, dtype.itemsize, torch.device("cpu"))
+        paged_decode_triton(*stream.decode(), **options, launch=replace(settings, enough_waves=1000, min_chunk=1))
+        query, keys, values, *rest = stream.arguments
+        scales = (torch.ones(len(keys), heads[0], 4), torch.ones(len(keys), heads[0], 4))
+        codes = (keys.to(torch.int8), values.to(torch.int8))
+        paged_decode_triton(query, *codes, *rest[:2], rest[-1], **options, scales=scales)
+        paged_prefill_triton(query, *codes, *rest, **options, scales=scales)
+        grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
+        for longest in (64, launch_table.LONG_CONTEXT):
+            launch = launch_table.prefill_launch(head_dim, dtype.itemsize, torch.device("cpu"), longest=longest, **grid)
+            paged_prefill_triton(*stream.arguments, **options, launch=launch)
+
+
 def main() -> None:
     driver.set_active(HopperDriver())
     JITFunction.run = compile_only
@@ -173,6 +193,7 @@ def main() -> None:
             draw_tokens_triton(x, numbers, numbers, truncation_threshold_triton(x, numbers, numbers, numbers, numbers))
     compile_prefill_hopper()
     compile_for_codes()
+    compile_for_sinks()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         print(triton.__version__, names(shape), dtype)
