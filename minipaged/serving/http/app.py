@@ -443,6 +443,7 @@ class App:
                 await call.reply(writer.whole())
         finally:
             watch.cancel()
+            signal.close()
             self.cancel(job)
 
     def ask(self, job: Job, call: Call) -> Signal:
@@ -479,6 +480,7 @@ class App:
     async def _stream(self, call: Call, job: Job, signal: Signal, writer: Writer) -> None:
         call.started, call.failure = True, writer.failure
         await start_events(call.send, call.headers)
+        signal.listen(PING_SECONDS)
         opening = writer.opening()
         if opening:
             await send_part(call.send, opening)
@@ -498,11 +500,10 @@ class App:
 
 async def _next(signal: Signal, send: Send | None = None) -> None:
     """Until something came. ClientLeftError if it was the client's end; a stream is kept alive by comments meanwhile."""
-    if send is None:
-        await signal.wait()
-    else:
-        while not await signal.wait_for(PING_SECONDS):
-            await send_part(send, PING)
+    await signal.wait()
+    if signal.quiet and send is not None:
+        signal.quiet = False
+        await send_part(send, PING)
     if signal.gone:
         raise ClientLeftError
 

@@ -26,21 +26,28 @@ class Growth:
 class Signal:
     """Wakes the one task that reads some mailboxes. Set twice before it looks, it wakes once."""
 
-    __slots__ = ("_set", "_waiter", "gone")
+    __slots__ = ("_heard", "_set", "_silent", "_timer", "_waiter", "gone", "quiet")
 
     def __init__(self) -> None:
         self._set = False
         self._waiter: asyncio.Future[None] | None = None
         self.gone = False  # the client has left
+        self.quiet = False  # nothing came for a while: see `listen`
+        self._heard = False
+        self._silent = 0  # looks in a row that found nothing new
+        self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
         """There is something to read."""
-        self._set = True
+        self._set = self._heard = True
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Until there is something to read."""
+        """Until there is something to read, or nothing came for a while."""
         if not self._set:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -49,26 +56,31 @@ class Signal:
                 self._waiter = None
         self._set = False
 
-    async def wait_for(self, seconds: float) -> bool:
-        """As `wait`, but not for ever: False if nothing came."""
-        if self._set:
-            self._set = False
-            return True
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        late = loop.call_later(seconds, _give_up, waiter)
+    async def wait_for(self, seconds: float) -> None:
+        """As `wait`, and no longer than so many seconds."""
+        late = asyncio.get_running_loop().call_later(seconds, self._wake)
         try:
-            await waiter
+            await self.wait()
         finally:
             late.cancel()
-            self._waiter = None
-        came, self._set = self._set, False
-        return came
 
+    def listen(self, seconds: float) -> None:
+        """From now on `quiet` is set, and the reader woken, where nothing came for `seconds`. It looks twice in that time: a timer a token
+        would cost more than the token."""
+        self._timer = asyncio.get_running_loop().call_later(seconds / 2, self._look, seconds)
 
-def _give_up(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+    def _look(self, seconds: float) -> None:
+        self._silent = 0 if self._heard else self._silent + 1
+        self._heard = False
+        if self._silent >= 2:
+            self._silent, self.quiet = 0, True
+            self._wake()
+        self.listen(seconds)
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Ticket:
