@@ -290,6 +290,9 @@ class SamplingParams:
     What changes the logits of a draw, in this order: only `allowed_token_ids` can be drawn (None: all), `bad_words` cannot, `logit_bias`
     {token: number} is added, `repetition_penalty` divides what the prompt or the answer has (Keskar et al. 2019), `presence_penalty` is
     taken off what the answer has and `frequency_penalty` once for each time (OpenAI's). Log-probabilities are those before all of it.
+
+    `json_schema` (a schema as JSON text) makes each answer a document that follows it: tokens that cannot come next are not drawn. It needs
+    the package llguidance.
     """
 
     n: int = 1

@@ -219,6 +219,7 @@ def test_a_server_that_is_killed_leaves_no_engine(sign: signal.Signals, code: in
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             process.send_signal(sign)
             assert process.wait(15) == code
+        assert "has ended" not in process.stdout.read()
         deadline = time.monotonic() + 5
         while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -115,6 +115,7 @@ class EngineLink(asyncio.Protocol):
 
     def hang_up(self) -> None:
         """The engine's process ends when it sees this."""
+        self.dead = self.dead or "the server has ended"  # its end is no news from here on
         self.send("quit")
         for transport in (self._commands, self._records):
             if transport is not None:
