@@ -54,7 +54,7 @@ def tight_pool(retention: Retention, asked: list[tuple[list[int], SamplingParams
     )
 
 
-@examples(20)
+@examples(12)
 @given(window=st.integers(1, 24), asked=workloads(), arrangement=arrangements, slack=st.sampled_from([0, 3, 200]))
 def test_L56_L71_a_window_is_its_definition(
     window: int, asked: list[tuple[list[int], SamplingParams]], arrangement: dict[str, Any], slack: int
@@ -140,7 +140,7 @@ def test_windows_by_layer(full: tuple[int, ...]) -> None:
 SINKS = st.builds(Retention, window=st.integers(1, 24), sinks=st.integers(1, 9))
 
 
-@examples(20)
+@examples(12)
 @given(retention=SINKS, asked=workloads(), arrangement=arrangements, slack=st.sampled_from([0, 3, 200]))
 def test_L57_L58_L71_sinks_are_their_definition(
     retention: Retention, asked: list[tuple[list[int], SamplingParams]], arrangement: dict[str, Any], slack: int
