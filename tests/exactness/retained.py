@@ -97,15 +97,21 @@ def engine_of(
     num_blocks: int = 200,
     num_host_blocks: int = 0,
     prefix_caching: bool = True,
+    kept_as: str | None = None,
     **limits: Any,
 ) -> tuple[Engine, WatchedRunner]:
     """An engine over the model, and its runner."""
     config = EngineConfig(**{"max_model_len": 10_000, "max_num_seqs": 8, **limits})
     kv = PagedKV(
-        model.config, num_blocks, block_size, num_host_blocks=num_host_blocks, dtype=model.dtype, retention=retention
+        *(model.config, num_blocks, block_size),
+        num_host_blocks=num_host_blocks,
+        dtype=model.dtype,
+        kept_as=kept_as,
+        retention=retention,
     )
     for tensor in kv.tensors.values():
-        tensor.fill_(float("nan"))  # what nobody has written is never read
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))  # what nobody has written is never read
     runner = WatchedRunner(model, kv, config.max_num_seqs)
     manager = BlockManager(
         num_blocks,
