@@ -317,6 +317,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
+    json_schema: str | None = None  # JSON: each answer is a document that follows it (extra `structured`)
 
     def __post_init__(self) -> None:
         self._normalise_numbers()
@@ -354,6 +355,8 @@ class SamplingParams:
         check_int("priority", self.priority, -(2**31), 2**31 - 1)
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise InputError(f"cache_salt must be text, not {self.cache_salt!r}")
+        if self.json_schema is not None and not isinstance(self.json_schema, str):
+            raise InputError(f"json_schema must be the schema as JSON text, not {self.json_schema!r:.80}")
         if self.beam_width is not None:
             self._check_beams()
 
@@ -429,6 +432,7 @@ LOGIT_CHANGES = (  # what SamplingParams does to logits beside temperature and t
     "logit_bias",
     "allowed_token_ids",
     "bad_words",
+    "json_schema",
 )
 
 

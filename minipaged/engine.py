@@ -21,6 +21,7 @@ from minipaged.scheduling.request import Request, RequestOutput
 from minipaged.scheduling.runtime_settings import change_of
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import Detokenizer, TextCodec
+from minipaged.text.grammar import Grammars
 from minipaged.trace.builder import TraceBuilder
 
 
@@ -56,6 +57,7 @@ class Engine:
         self.depth = scheduler.config.depth
         self.detokenizer = scheduler.text_stops = Detokenizer(codec) if codec is not None else None
         self.trace = TraceBuilder(scheduler, codec, clock)
+        self._grammar: Grammars | None = None
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
         self._ids = count()
@@ -100,6 +102,8 @@ class Engine:
                 if self.detokenizer is None:
                     raise RequestError("bad_words need a tokenizer, and this engine has none")
                 request.bad_words = self.detokenizer.word_tokens(params.bad_words)
+            if params.json_schema is not None:
+                request.mask_of = self._grammars().masks(params.json_schema)
             for tokens in (params.stop_token_ids, params.allowed_token_ids or (), dict(params.logit_bias)):
                 self._check_vocabulary(tokens)
             self._check_logprobs(params)
@@ -149,6 +153,14 @@ class Engine:
             return params
         room = max(1, most - num_prompt)
         return replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+
+    def _grammars(self) -> Grammars:
+        """Made when the first request wants one: it reads the whole vocabulary."""
+        if self.codec is None:
+            raise RequestError("answers that follow a schema need a tokenizer, and this engine has none")
+        if self._grammar is None:
+            self._grammar = Grammars(self.codec, self.eos_token_ids)
+        return self._grammar
 
     def _check_vocabulary(self, tokens: Iterable[int]) -> None:
         size = 2**31 if self.vocab_size is None else self.vocab_size

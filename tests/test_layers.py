@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "trace": "scheduling memory text config",
     "engine": "scheduling execution text trace memory model kernels config",
     "baselines": "engine scheduling trace memory config",
-    "serving": "engine trace text config",
+    "serving": "engine scheduling trace text config",
     "learn": "engine serving trace memory config",
     "lab": "baselines serving engine execution scheduling trace memory model text kernels config",
     "tui": "baselines serving engine scheduling trace memory model text config",

@@ -14,12 +14,13 @@ from tests.test_layers import MAY_IMPORT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REQUESTS_WAY = (ROOT / "minipaged/README.md").read_text(encoding="utf-8")
+SERVING = (ROOT / "minipaged/serving/README.md").read_text(encoding="utf-8")
 KERNELS = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
 ITEMS = re.split(r"\n(?=\d+\. | *- |\|)|\n\n", REQUESTS_WAY)  # a step, a point of a list, a row or a paragraph each
 STEPS = re.findall(r"^\d+\. \*\*.*?(?=^\d+\. |^## )", REQUESTS_WAY, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in README.split("```")[1::2]
+    for block in [*README.split("```")[1::2], *SERVING.split("```")[1::2]]
     for line in re.split(r"\n| && | \| ", block)
     if line.startswith("minipaged ")
 ]
@@ -35,6 +36,12 @@ def test_each_step_of_a_requests_way_names_a_file_and_what_it_does_there() -> No
     assert len(STEPS) > 10
     for step in STEPS:
         assert re.search(rf"`{FILE}`\s+`[\w.]+`", step), step
+
+
+def test_the_servers_readme_names_only_what_exists() -> None:
+    rows = [row for row in SERVING.splitlines() if re.search(rf"`{FILE}`", row)]
+    assert len(rows) > 9
+    assert [name for row in rows for name in wrong_names(row)] == []
 
 
 def test_the_readme_has_the_table_of_layers() -> None:

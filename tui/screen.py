@@ -254,6 +254,7 @@ class ScreenApp(Actions):
             marks=session.source.marks,
             token_bytes=session.snapshot.token_bytes,
             word=session.playback.word,
+            people=session.people,
             branched=session.branched,
             speed=session.playback.speed_text,
             message=session.message,

@@ -20,6 +20,7 @@ from minipaged.trace.sources import Source
 from minipaged.tui.playback import Mode, Playback
 from minipaged.tui.reading.finding import cause_of, find, next_event
 from minipaged.tui.reading.moves import RecentMoves, moves_in
+from minipaged.tui.reading.people import Person
 from minipaged.tui.reading.shadowfeed import ShadowFeed
 from minipaged.tui.scripted.branch import Asked, Branch
 from minipaged.tui.scripted.lessons import Lesson
@@ -27,6 +28,7 @@ from minipaged.tui.scripted.tour import Tour
 from minipaged.tui.scripted.walk import LessonWalk
 
 MESSAGE_SECONDS = 6.0  # that a message stands while steps go by
+MAX_PEOPLE = 4096  # the newest requests of a server
 RECORDING = "this is a recording"
 
 
@@ -57,6 +59,7 @@ class Session:
         self.branched = False  # whether this run repeats another one's beginning
         self.feed: ShadowFeed | None = None  # other systems on the same requests, once somebody has asked
         self.asked: dict[int, Asked] = {}  # request -> what was asked, as far as the engine took it
+        self.people: dict[int, Person] = {}  # request -> who asked a server for it
         self.refused: list[str] = []  # why prompts were not taken
         self._pending: deque[Asked] = deque()  # asked, and not yet taken or refused
         self._limits: dict[int, int] = {}  # request -> most new tokens
@@ -173,6 +176,13 @@ class Session:
 
     def _take_note(self, note: Mapping[str, object]) -> None:
         kind, text = note.get("kind"), str(note.get("text", ""))
+        if kind == "request":
+            request = note.get("request")
+            if isinstance(request, int):
+                self.people[request] = Person.of_note(note)
+                while len(self.people) > MAX_PEOPLE:
+                    del self.people[next(iter(self.people))]
+            return
         if kind == "submitted":
             self._take_submitted(note.get("request"))
             return

@@ -27,6 +27,7 @@ from minipaged.tui.words.cells import to_ascii
 
 if TYPE_CHECKING:
     from minipaged.tui.reading.history import Past
+    from minipaged.tui.reading.people import Person
 
 Run = tuple[str, str]  # text, role (a name of palette.style)
 Line = list[Run]
@@ -53,6 +54,7 @@ class View:
     caption: str = ""  # of a lesson's beat
     zoom: int = 2  # the map's (mapmodel.Zoom)
     per_cell: int = 1  # blocks that a cell of the map stands for, at the lowest zoom
+    people: Mapping[int, Person] = field(default_factory=dict)  # request -> who asked a server for it
     moves: Mapping[int, str] = field(default_factory=dict)  # sequence -> the queue event it was just seen in
     flash: frozenset[int] = frozenset()  # blocks that a lesson has just changed
     block: int = -1  # the cursor's block; -1: none

@@ -105,8 +105,8 @@ def queries_for_codes(head_ptr, in_group, HALF_DIM: tl.constexpr, HALF_BLOCK: tl
 @triton.jit
 def attend_codes(
     queries,  # (even dimensions, odd dimensions, factor of their scores), of queries_for_codes
-    state,  # (accumulated even dimensions, odd ones, top, total), as in _attend_tile
-    cache,  # as in _attend_tile; keys, values and their strides in words
+    state,  # (accumulated even dimensions, odd ones, top, total), as in attend_tile
+    cache,  # as in attend_tile; keys, values and their strides in words
     start,
     limit,
     scale,

@@ -89,7 +89,8 @@ def write_kv_torch(
         (key, key_scale), (value, value_scale) = (quantize(x, key_cache.dtype) for x in (key, value))
         for kept, new in zip(scales, (key_scale, value_scale), strict=True):
             kept[slot_mapping // block_size, :, slot_mapping % block_size] = new
-    for cache, new in ((movable(key_cache), movable(key)), (movable(value_cache), movable(value))):
+        key_cache, value_cache, key, value = map(movable, (key_cache, value_cache, key, value))
+    for cache, new in ((key_cache, key), (value_cache, value)):
         block_size = cache.shape[1]
         if cache.stride(0) == block_size * cache.stride(1):
             cache.flatten(0, 1).index_copy_(0, slot_mapping, new)  # slots are evenly spaced, so flatten is a view

@@ -34,7 +34,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = LARGEST_CODE[dtype]
     x = x.float()
     absmax = x.abs().amax(-1)
-    # Divided by a tensor: by a number, torch multiplies with its reciprocal on a GPU, which the kernels' quotient does not equal.
+    # Divided by a tensor: by a Python number, torch multiplies with its reciprocal on a GPU, and the last bit may differ.
     scale = torch.where(absmax < math.inf, absmax / torch.full_like(absmax, largest), math.nan)
     codes = x / torch.where(scale > 0, scale, 1.0)[..., None]
     # The quotient of numbers too small for full precision may leave the range, and a float8 conversion would not saturate.

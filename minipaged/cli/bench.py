@@ -4,6 +4,7 @@ versions, date and command.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,84 @@ def soak(
     seen = [(name, f"{value:,.1f}" if isinstance(value, float) else f"{value}") for name, value in report.rows()]
     table("Soak: nothing was lost", ("what", "seen"), seen)
     results.add([dict(report.rows())])
+
+
+@app.command()
+def serve(
+    url: Annotated[str, typer.Option(help="Any server that speaks OpenAI's completions.")] = "http://localhost:8000",
+    model: Annotated[str | None, typer.Option(help="The model to ask for; the server's only one if left out.")] = None,
+    requests: Annotated[int, typer.Option(help="How many requests.")] = 100,
+    rate: Annotated[
+        str, typer.Option(help="Requests a second, with commas between several; inf for all at once.")
+    ] = "inf",
+    concurrency: Annotated[int, typer.Option(help="Requests at a time; 0 for no limit.")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
+    first_within: Annotated[float, typer.Option(help="Milliseconds to the first token that goodput allows.")] = 200.0,
+    gap_within: Annotated[float, typer.Option(help="Milliseconds a further token that goodput allows.")] = 50.0,
+    api_key: Annotated[str, typer.Option(help="The server's key.", envvar="MINIPAGED_API_KEY")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw first tokens and gaps over the rates into this SVG file.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Send requests to a server and measure what its clients see: first tokens, gaps between tokens, ends, goodput."""
+    import asyncio
+
+    from minipaged.cli.progress import status_line
+    from minipaged.lab.measure.serve_load import Load, drive, summary
+
+    rates = [_rate(word) for word in _names(rate)]
+    loads = [
+        Load(
+            url,
+            model,
+            requests,
+            each,
+            concurrency,
+            prompt_tokens,
+            max_tokens,
+            api_key,
+            seed,
+            first_within / 1000,
+            gap_within / 1000,
+        )
+        for each in rates
+    ]
+    results = Results(json_file, device=f"the server at {url}")
+    columns = ("rate", "failed", "tok/s", "req/s", "good/s", "first p50", "p99", "gap p50", "p99", "end p50", "p99")
+    rows, shown = [], []
+    for load in loads:
+        with status_line() as progress:
+            row = summary(load, asyncio.run(drive(load, partial(progress, f"{load.rate:g} requests a second"))))
+        rows.append(row)
+        results.add([row])
+        names = ("first_p50_ms", "first_p99_ms", "gap_p50_ms", "gap_p99_ms", "end_p50_ms", "end_p99_ms")
+        counts = (f"{load.rate:g}", f"{row['failed']}", f"{row['tokens_per_second']:,.0f}")
+        speeds = (f"{row['requests_per_second']:.2f}", f"{row['goodput']:.2f}")
+        shown.append((*counts, *speeds, *(f"{row[name]:,.1f}" for name in names)))
+    title = f"{url}: {requests} requests of {prompt_tokens} + {max_tokens} tokens; times in ms"
+    table(title, columns, shown, words=0, width=WIDTH)
+    if plot is not None:
+        from minipaged.lab.paper.figure_types import Curve
+        from minipaged.lab.report.svg import line_chart
+
+        curves = [
+            Curve(label, tuple((row["rate"] or 0.0, row[name]) for row in rows))
+            for label, name in (
+                *(("first token, median", "first_p50_ms"), ("first token, P99", "first_p99_ms")),
+                *(("gap, median", "gap_p50_ms"), ("gap, P99", "gap_p99_ms")),
+            )
+        ]
+        plot.write_text(line_chart(url, curves, "requests a second", "milliseconds", log_y=True), encoding="utf-8")
+
+
+def _rate(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise InputError(f"--rate must be numbers with commas between them, or inf, not {word!r}") from None
 
 
 @app.command()

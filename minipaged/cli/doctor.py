@@ -19,6 +19,9 @@ from minipaged.text.safe import printable
 EXTRAS = {  # of pyproject.toml
     "learn": "lessons 3 and 6",
     "web": "the screen in a browser",
+    "serve": "the server",
+    "structured": "answers that follow a JSON schema",
+    "clients": "the server's tests with further clients",
     "test": "the tests",
     "mutation": "the tests of the tests",
 }

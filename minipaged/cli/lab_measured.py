@@ -143,6 +143,7 @@ def quality(
     from minipaged.cli.progress import status_line
     from minipaged.lab.measure import quality as lab
     from minipaged.lab.measure.results import Results
+    from minipaged.lab.report.device_report import load_note
     from minipaged.lab.report.tables import table
 
     names = [name.strip() for name in formats.split(",") if name.strip()]
@@ -150,6 +151,9 @@ def quality(
     with status_line() as progress:
         found = list(lab.measure(model, names, window=window, most_windows=windows, device=device, progress=progress))
     kept.add(asdict(row) for row in found)
+    note = load_note(os.getloadavg()[0], os.cpu_count() or 1, found[0].device)
+    if note:
+        kept.note(note)
     rows = [
         (
             row.format,
@@ -163,8 +167,10 @@ def quality(
         for row in found
     ]
     title = f"{model}: {found[0].tokens:,} tokens in windows of {window}"
-    columns = ("keys and values", "perplexity", "x float32", "KL", "same first", "bytes a token", "tok/s")
+    columns = ("format", "perplexity", "x float32", "KL", "same first", "bytes a token", "tok/s")
     table(title, columns, rows)
+    if note:
+        typer.echo(note)
 
 
 def retention(

@@ -133,6 +133,65 @@ def chat(
 
 
 @app.command()
+@with_engine_options
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A name (smollm2-135m, toy), a Hugging Face folder, a .gguf file, hf:org/name or random:SHAPE.",
+            autocompletion=complete.models,
+        ),
+    ] = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key that clients must send; may be repeated. MINIPAGED_API_KEY is one too."),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; may be repeated.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get 429.")] = 1024,
+    drain: Annotated[float, typer.Option(help="Seconds that requests have to end after ctrl+c or SIGTERM.")] = 10.0,
+    metrics_prefix: Annotated[str, typer.Option(help="Before the names in /metrics: minipaged or vllm.")] = "minipaged",
+    tui: Annotated[bool, typer.Option("--tui", help="Show the screen; the server's words go to a file.")] = False,
+    show_prompts: Annotated[
+        bool, typer.Option("--show-prompts", help="Show texts to attached screens; else they see their lengths alone.")
+    ] = False,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run side by side.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens a step computes at most.")] = 2048,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer; the model's if left out.")
+    ] = None,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Serve the model over HTTP, as OpenAI's API has it."""
+    if tui:
+        from minipaged.cli.serve import serve_with_screen
+
+        raise typer.Exit(serve_with_screen(host, port, next(iter(api_key or ()), "")))
+    from minipaged.cli.serve import serve as run
+
+    settings |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    settings["max_model_len"] = max_model_len
+    raise typer.Exit(
+        run(
+            model,
+            settings,
+            host=host,
+            port=port,
+            keys=api_key or (),
+            names=served_model_name or (),
+            max_waiting=max_waiting,
+            drain=drain,
+            metrics_prefix=metrics_prefix,
+            show_prompts=show_prompts,
+        )
+    )
+
+
+@app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="The model's name.", autocompletion=complete.downloads)] = DEFAULT_MODEL,
 ) -> None:
@@ -175,6 +234,12 @@ def tui(
             autocompletion=complete.scenarios,
         ),
     ] = None,
+    attach: Annotated[
+        str | None, typer.Option(help="Look on at the server at this address, such as http://localhost:8000.")
+    ] = None,
+    api_key: Annotated[
+        str, typer.Option(help="The server's key, with --attach.", envvar="MINIPAGED_API_KEY", show_envvar=False)
+    ] = "",
     web: Annotated[
         bool, typer.Option("--web", help="Show the screen in a browser on this machine (extra `web`).")
     ] = False,
@@ -197,6 +262,8 @@ def tui(
             ascii_only=ascii_only,
             light=light,
             scenario=scenario,
+            attach=attach,
+            api_key=api_key,
             web=web,
             settings=settings,
         )

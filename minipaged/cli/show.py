@@ -37,6 +37,8 @@ def show(
     ascii_only: bool = False,
     light: bool = False,
     scenario: str | None = None,
+    attach: str | None = None,
+    api_key: str = "",
     web: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> int:
@@ -55,6 +57,10 @@ def show(
     cells = parse_size(size)
     in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
     terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())
+    if attach is not None:
+        given = {"--scenario": scenario is not None, "--replay": replay is not None, "--prompts": prompts is not None}
+        given |= {"--record": record is not None, "--model": model != DEFAULT_MODEL}
+        refuse(given, "--attach looks on at a server: it takes no")
     if scenario is not None or replay is not None:
         recording = "--scenario" if scenario is not None else "--replay"
         if scenario is not None and replay is not None:
@@ -85,13 +91,17 @@ def show(
         serve_screen([word for word in sys.argv[1:] if word != "--web"])
         return 0
     engine: dict[str, Any] = {"model": model, "settings": chosen, "chat": prompts is not None}
-    if replay is None and not headless and not terminal:
+    if replay is None and attach is None and not headless and not terminal:
         from minipaged.cli.plain import run_plain
 
         return run_plain(partial(build_engine, **engine), asked, steps=steps, record=record)
     from minipaged.tui.app import run_screen
 
     source: Any = replay if replay is not None else (build_engine, engine)
+    if attach is not None:
+        from minipaged.serving.attach import attach as look_on
+
+        source, asked, demo = look_on(attach, api_key), (), False
     return run_screen(
         source,
         prompts=asked,

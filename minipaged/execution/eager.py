@@ -129,12 +129,14 @@ class TorchRunner:
     def _draw(self, plan: StepPlan, logits: torch.Tensor) -> TorchPending:
         """One token for each draw. logits: float32 [draws, vocab], of the tokens whose rows this rank has."""
         split = self.model.split
-        only_greedy = plan.sampling is None and plan.top_logprobs < 0
-        if split is not None and not only_greedy:
-            logits = split.whole(logits)
+        if split is not None and needs_all_logits(plan):
+            logits, split = split.whole(logits), None
         raw = logits
         if plan.sampling is None:
-            drawn = draw_tokens(logits) if split is None or not only_greedy else split.most_likely(logits)
+            drawn = draw_tokens(logits) if split is None else split.most_likely(logits)
+        elif split is not None:
+            columns = (plan.sampling.temperature, plan.sampling.uniform)
+            drawn = split.draw(logits, *(to_device(column, self.device) for column in columns))
         else:
             if plan.adjustments:
                 logits = sampler.adjust(logits.clone(), plan.adjustments)
@@ -177,3 +179,9 @@ class TorchRunner:
             ids.cpu().numpy().astype(np.int32),
             values.cpu().numpy(),
         )
+
+
+def needs_all_logits(plan: StepPlan) -> bool:
+    """Whether ranks with a part of the vocabulary each must put their logits together for this step's draws."""
+    truncated = plan.sampling is not None and sampler.is_truncated(plan.sampling)
+    return truncated or plan.top_logprobs >= 0 or bool(plan.adjustments)

@@ -167,10 +167,9 @@ class GraphRunner(TorchRunner):
         if shape is None or plan.tables.shape[1] > self._width:
             return super().launch(plan)
         draws = draws_of(plan, shape)
-        if not self.model.draws or (self.model.split is not None and draws is not Draws.GREEDY):
-            draws = (
-                Draws.NONE
-            )  # of a stage that ends before the head, or of ranks whose logits are put together outside of the graph
+        # A stage may end before the head, and ranks put their logits together outside of the graph.
+        if not self.model.draws or (self.model.split is not None and draws is Draws.TRUNCATED):
+            draws = Draws.NONE
         captured = self._graphs.get((shape, draws)) or self._capture(shape, draws)
         if captured is None:
             return super().launch(plan)
@@ -263,10 +262,12 @@ class GraphRunner(TorchRunner):
 
     def _draw_here(self, logits: Tensor, draws: Draws) -> Tensor:
         """A token of each row, as `sample` draws it."""
+        split = self.model.split
         if draws is Draws.GREEDY:
-            split = self.model.split
             return draw_tokens(logits) if split is None else split.most_likely(logits)
         temperature, uniform, *truncation = self._sampling[:, : len(logits)].unbind(0)
+        if split is not None:
+            return split.draw(logits, temperature, uniform)
         threshold = truncation_threshold(logits, temperature, *truncation) if draws is Draws.TRUNCATED else None
         return draw_tokens(logits, temperature, uniform, threshold)
 

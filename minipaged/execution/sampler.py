@@ -36,6 +36,16 @@ def adjust(logits: torch.Tensor, adjustments: Iterable[LogitAdjustments | None])
         kept = logits[allowed]
         logits[to_device(np.array(limited, np.int64), logits.device)] = float("-inf")
         logits[allowed] = kept
+    masked = [(row, each.mask) for row, each in asked if each.mask is not None]
+    if masked:
+        may = np.zeros(
+            (len(masked), logits.shape[1]), bool
+        )  # a network may know more tokens than the grammar: none of these
+        for row, (_, mask) in enumerate(masked):
+            bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: logits.shape[1]]
+            may[row, : len(bits)] = bits
+        rows = to_device(np.array([row for row, _ in masked], np.int64), logits.device)
+        logits[rows] = logits[rows].masked_fill(~to_device(may, logits.device), float("-inf"))
     if any(each.banned for _, each in asked):
         logits[places(lambda each: each.banned)] = float("-inf")
     if any(each.bias for _, each in asked):

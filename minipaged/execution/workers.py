@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from minipaged.config import ModelConfig
@@ -49,6 +50,7 @@ from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 BEAT_SECONDS = 1.0  # between two signs of life
 SILENT_SECONDS = 7.0  # without one: the rank hangs
 JOIN_SECONDS = 60.0  # to wait for all ranks at the start; those that die meanwhile are noticed at once
+LONGEST = timedelta(days=1)  # that a rank may wait for one that loads or computes, and gives signs of life
 LAST_WORDS_SECONDS = 2.0  # to wait for the reason after a rank's connection broke
 END_SECONDS = 5.0  # for the other ranks to end by themselves
 
@@ -147,6 +149,8 @@ class Ranks:
             for stage in range(part.stages if part.stages > 1 else 0):  # every rank makes every group
                 made = dist.new_group([stage * part.ranks + rank for rank in range(part.ranks)])
                 group = made if stage == part.stage else group
+            for joined in {dist.group.WORLD, group} - {None}:
+                _set_pg_timeout(LONGEST, joined)
             self.collectives: Collectives = (
                 CudaCollectives(part.rank, part.ranks, self.device, group)
                 if self.device.type == "cuda"
@@ -262,6 +266,8 @@ class Ranks:
 
     def _answer(self, drawn: queue.SimpleQueue[tuple[int, Pending]]) -> None:
         """The last stage's thread: sends what was drawn to rank 0, while the main thread launches what comes next."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
         while True:
             step, pending = drawn.get()
             try:

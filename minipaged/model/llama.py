@@ -48,6 +48,10 @@ class Vocabulary(Protocol):
         """draw_tokens(whole(logits)) without gathering them: int64 [R]."""
         ...
 
+    def draw(self, logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+        """draw_tokens(whole(logits), temperature, uniform) without gathering them: int64 [R]."""
+        ...
+
 
 INITIAL_STD = 0.02  # of drawn weights: `initializer_range` of every published config
 

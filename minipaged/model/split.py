@@ -18,10 +18,12 @@ from torch.nn import functional
 
 from minipaged.config import ModelConfig
 from minipaged.errors import InputError
+from minipaged.kernels.checks import COLDEST
 from minipaged.kernels.sampling import draw_tokens
 from minipaged.model.linear import Format, RMSNorm
 from minipaged.model.llama import INITIAL_STD, Llama, draw_parameters
 
+BELOW_ONE = 1.0 - 2.0**-53
 MOST_ROWS = 2**24  # of a rank's vocabulary: row numbers travel as float32 beside their logits
 
 
@@ -103,24 +105,41 @@ class Part:
         rows = -(-config.vocab_size // self.ranks)
         return self.rank * rows, min((self.rank + 1) * rows, config.vocab_size)
 
-    def cut(self, config: ModelConfig, name: str, values: Tensor) -> Tensor:
-        """This part of one of the whole model's tensors, named as in a checkpoint: rows, columns, or all of it."""
-        *_, module, kind = name.split(".")
+    def piece(self, config: ModelConfig, name: str) -> tuple[int, int, int] | None:
+        """Which part of one of the whole model's matrices is here, named as in a checkpoint: (0 for rows or 1 for columns, first, count).
+
+        None for all of it.
+        """
+        *_, module, _ = name.split(".")
         match module:
             case "embed_tokens" | "lm_head":
                 first, last = self.vocabulary(config)
-                return values[first:last]
-            case "q_proj" | "gate_proj" | "up_proj":
-                return values.tensor_split(self.ranks, dim=0)[self.rank]
+                return 0, first, last - first
+            case "q_proj":
+                size = config.num_heads * config.head_dim // self.ranks
+                return 0, self.rank * size, size
             case "k_proj" | "v_proj":
                 # Fewer KV heads than ranks: each head lies on several ranks, those whose query heads read it.
                 parts = min(self.ranks, config.num_kv_heads)
-                return values.tensor_split(parts, dim=0)[self.rank * parts // self.ranks]
-            case "o_proj" | "down_proj" if kind == "weight":
-                return values.tensor_split(self.ranks, dim=1)[self.rank]
-            case "o_proj" | "down_proj":
-                return values if self.rank == 0 else torch.zeros_like(values)  # the sum over ranks has the bias once
-        return values
+                size = config.num_kv_heads * config.head_dim // parts
+                return 0, self.rank * parts // self.ranks * size, size
+            case "gate_proj" | "up_proj" | "down_proj":
+                size = config.intermediate_size // self.ranks
+                return int(module == "down_proj"), self.rank * size, size
+            case "o_proj":
+                size = config.num_heads * config.head_dim // self.ranks
+                return 1, self.rank * size, size
+        return None
+
+    def cut(self, config: ModelConfig, name: str, values: Tensor) -> Tensor:
+        """This part of one of the whole model's tensors, named as in a checkpoint."""
+        piece = self.piece(config, name)
+        if piece is None:
+            return values
+        dim, first, count = piece
+        if values.dim() == 1 and dim == 1:  # the bias of a product that is summed over ranks: the sum has it once
+            return values if self.rank == 0 else torch.zeros_like(values)
+        return values.narrow(dim, first, count)
 
     def random(
         self, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str, std: float = INITIAL_STD
@@ -187,6 +206,7 @@ class SplitVocabulary:
 
     def __init__(self, part: Part, config: ModelConfig, collectives: Collectives) -> None:
         self.collectives = collectives
+        self.rank = part.rank
         self.first, self.last = part.vocabulary(config)
         self.vocab_size = config.vocab_size
         self.rows = -(-config.vocab_size // part.ranks)  # of every rank but the last, which may have fewer
@@ -202,12 +222,36 @@ class SplitVocabulary:
         return gathered.permute(1, 0, 2).reshape(len(logits), -1)[:, : self.vocab_size].contiguous()
 
     def most_likely(self, logits: Tensor) -> Tensor:
+        ranks = self.collectives.exchange(torch.stack(self._best(logits)))  # [ranks, 2, rows]
+        return self._winners(ranks[:, 0], ranks[:, 1])
+
+    def draw(self, logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+        """The number is looked up in the ranks' shares of the probability first, then by the rank that has it in its own part."""
+        warm = temperature.float() >= COLDEST
+        scaled = logits.float() / temperature.where(warm, 1.0).float()[:, None]
+        largest = scaled.amax(dim=-1)
+        weight = (scaled - largest[:, None]).exp_().sum(dim=-1, dtype=torch.float64)
+        told = torch.stack((*self._best(logits), largest, weight.float()))
+        values, rows, largests, weights = self.collectives.exchange(told).unbind(1)  # [ranks, rows] each
+        shares = weights.double() * (largests - largests.amax(dim=0)).double().exp()
+        ends = shares.cumsum(dim=0)
+        goal = uniform * ends[-1]
+        owner = (ends <= goal).sum(dim=0, keepdim=True).clamp(max=len(ends) - 1)
+        here = (goal - ends[self.rank] + shares[self.rank]) / shares[self.rank]
+        drawn = draw_tokens(logits, temperature, here.nan_to_num(0.0).clamp(0.0, BELOW_ONE))
+        everybodys = self.collectives.exchange(drawn.float())
+        ids = everybodys.gather(0, owner).squeeze(0).long() + owner.squeeze(0) * self.rows
+        likeliest = self._winners(values, rows)
+        return ids.where(warm & (likeliest >= 0), likeliest)
+
+    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit of each row here, and which it is, float32 [rows] each; NaN where nothing can be drawn, so that nobody does."""
         drawn = draw_tokens(logits)
         best = logits.gather(1, drawn.clamp(min=0)[:, None]).squeeze(1)
-        # Where this rank can draw nothing (NaN), nobody can: NaN is the largest for argmax.
-        best = best.masked_fill(drawn < 0, float("nan"))
-        ranks = self.collectives.exchange(torch.stack((best.float(), drawn.float())))  # [ranks, 2, rows]
-        values, rows = ranks[:, 0], ranks[:, 1]
+        return best.float().masked_fill(drawn < 0, float("nan")), drawn.float()
+
+    def _winners(self, values: Tensor, rows: Tensor) -> Tensor:
+        """The token of the largest of all ranks' values, [ranks, rows] each; -1 where one of them is NaN."""
         winner = values.argmax(
             dim=0, keepdim=True
         )  # of equals the first rank, so the smallest token id, as without ranks

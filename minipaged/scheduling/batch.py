@@ -96,9 +96,10 @@ class Batch:
         self.min_p[slot] = params.min_p
         penalized = params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         words = request.bad_words
-        limited = params.allowed_token_ids is not None or bool(params.logit_bias or words)
+        limited = params.allowed_token_ids is not None or bool(params.logit_bias or words or request.mask_of)
         self.adjusts_logits[slot] = penalized or limited
-        self.reads_answer[slot] = self.results_come_late or penalized or any(len(word) > 1 for word in words)
+        depends = request.mask_of is not None or any(len(word) > 1 for word in words)
+        self.reads_answer[slot] = self.results_come_late or penalized or depends
         self.seed[slot] = seed
         self.sample_index[slot] = sequence.index
         self.set_sampling(sequence)

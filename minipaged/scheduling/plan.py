@@ -46,6 +46,8 @@ class LogitAdjustments(NamedTuple):
     ] = ()  # (token, how often the answer has it): less `presence`, and `frequency` each time
     presence: float = 0.0
     frequency: float = 0.0
+    # Where a grammar says what may come: bit t % 8 of byte t // 8 is set if token t may. Beside `allowed`: both must let a token pass.
+    mask: bytes | None = None
 
 
 class PromptQuery(NamedTuple):

@@ -68,6 +68,7 @@ class Sequence:
         "finish_reason",
         "forks_at",
         "forks_from",
+        "grammar_state",
         "index",
         "left_at",
         "logprobs",
@@ -103,6 +104,7 @@ class Sequence:
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []
         self.text_state: TextState | None = None  # kept here by whoever reads text
+        self.grammar_state: object = None  # kept here by whoever knows which tokens may come next
 
     # ---- progress
 
@@ -209,6 +211,9 @@ class Request:
     token_text: Callable[[int], str] | None = None  # what one token reads
     stop_texts: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by their ids
     bad_words: tuple[tuple[int, ...], ...] = ()  # as tokens
+    mask_of: Callable[[Sequence], bytes] | None = (
+        None  # which tokens may come next, where a grammar says so: a bit a token
+    )
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache when it was first admitted
     output: RequestOutput = field(init=False, repr=False)
 

@@ -203,6 +203,7 @@ def _adjustments_of(sequence: Sequence, early: bool) -> LogitAdjustments:
         drawn=tuple(Counter(sequence.output_token_ids).items()) if penalized else (),
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
+        mask=request.mask_of(sequence) if request.mask_of is not None else None,
     )
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -22,6 +19,7 @@ from typing import Any, BinaryIO
 
 from minipaged.config import SamplingParams
 from minipaged.errors import TraceError
+from minipaged.serving.child import EngineChild
 from minipaged.text.safe import printable
 from minipaged.trace import codec, packing
 from minipaged.trace.events import StepDelta
@@ -40,7 +38,6 @@ from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import RecordSource
 
 WINDOW = 32  # permits ahead of the newest step while the engine runs; a pause takes them back
-PIPE_BYTES = 1 << 20  # of records under way: the engine does not wait while the reader is busy with a frame
 AT_HAND = 256  # of the newest deltas stay decoded
 SWITCH_SECONDS = 0.0005  # Python's own 5 ms would pass between two reads while the screen draws
 Note = dict[str, Any]
@@ -60,6 +57,7 @@ class LiveSource(RecordSource):
         self.idle = False  # whether it has nothing to do
         self.ended = ""  # why no more will come; "" while more may
         self.notes: deque[Note] = deque()  # words for people, not yet taken
+        self.jumps: set[int] = set()  # positions before which deltas are missing: a keyframe stands there
         self._stored: list[Record] = []
         self._folded = Snapshot()  # after all deltas, for the keyframes
         # Position -> delta: the newest, which whoever follows the engine asks for next.
@@ -196,6 +194,11 @@ class LiveSource(RecordSource):
             self.header = Header.from_json(packing.unpack(record.body)[0])
             self.ready = True
             self._open_recording()
+        elif record.kind == Kind.KEYFRAME:  # from a server: the state that it begins with, or jumps to
+            self._folded = codec.decode_keyframe(record.step, record.body)
+            if len(self):
+                self.jumps.add(len(self))
+            self._keep(record)
         else:
             if record.kind == Kind.DELTA and len(self) % KEYFRAME_EVERY == 0:
                 self._keep(Record(Kind.KEYFRAME, self._folded.step, codec.encode_keyframe(self._folded)))
@@ -257,13 +260,8 @@ class LiveSource(RecordSource):
         self.close_recording()
 
 
-class EngineProcess:
-    """A child process that runs an engine and speaks the record stream.
-
-    factory: a top-level function; called in the child with `arguments` and `progress`, a callable that takes (stage,
-    done, total) for the screen to show. It returns the engine. The child's output goes to `log_path`, never to the
-    terminal.
-    """
+class EngineProcess(EngineChild):
+    """An engine in a child process, and the source that its records make. The arguments are those of EngineChild and LiveSource."""
 
     def __init__(
         self,
@@ -273,90 +271,17 @@ class EngineProcess:
         recording: str | os.PathLike[str] | None = None,
         log_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        payload = pickle.dumps(
-            {"sys_path": sys.path, "cwd": os.getcwd(), "call": pickle.dumps((factory, dict(arguments or {})))}
-        )
-        if log_path is None:
-            handle, name = tempfile.mkstemp(prefix="minipaged-engine-", suffix=".log")
-            os.close(handle)
-            self.log_path, self._own_log = Path(name), True
-        else:
-            self.log_path, self._own_log = Path(log_path), False
-        command_out, command_in = os.pipe()
-        record_out, record_in = os.pipe()
-        _widen(record_in)
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(command_out), str(record_in)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(command_out, record_in),
-            )
-        os.close(command_out)
-        os.close(record_in)
-        commands = os.fdopen(command_in, "wb")
-        with contextlib.suppress(OSError):
-            commands.write(len(payload).to_bytes(8, "little") + payload)
-            commands.flush()
+        super().__init__(factory, arguments, log_path=log_path)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
-        self.source = LiveSource(os.fdopen(record_out, "rb", PIPE_BYTES), commands, recording=recording)
-
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether the child runs."""
-        return self._process.poll() is None
-
-    def last_words(self) -> str:
-        """The last line of the child's log: why it died, if it said so."""
-        try:
-            lines = self.log_path.read_text(errors="replace").strip().splitlines()
-        except OSError:
-            return ""
-        return lines[-1] if lines else ""
+        self.source = LiveSource(self.records, self.commands, recording=recording)
 
     def close(self, grace_seconds: float = 2.0) -> None:
-        """Hang up and see the child out; kill it if it does not go. Leaves no process, and no log unless the child failed with words."""
+        """Hang up and see the child out."""
         self.source.close()
-        try:
-            code = self._process.wait(grace_seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            code = 0  # it was only busy
-        with contextlib.suppress(OSError):
-            if self._own_log and (code == 0 or not self.log_path.stat().st_size):
-                self.log_path.unlink()
+        self.see_out(grace_seconds)
 
     def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _widen(pipe: int) -> None:
-    """Let a pipe hold PIPE_BYTES, where the system can and allows it."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import fcntl
-
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-
-
-# The child's first lines: nothing of ours is imported before the parent's import path is known.
-_BOOT = """
-import os, pickle, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl+c is the parent's to answer
-commands = os.fdopen(int(sys.argv[1]), "rb")
-size = int.from_bytes(commands.read(8), "little")
-call = pickle.loads(commands.read(size)) if size else sys.exit(0)
-sys.path[:] = call["sys_path"]
-os.chdir(call["cwd"])
-from minipaged.serving.loop import main
-main(call["call"], commands, os.fdopen(int(sys.argv[2]), "wb"))
-"""

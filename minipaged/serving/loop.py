@@ -1,7 +1,10 @@
 """The child's end of the transport: builds an engine, steps it once a permit, and sends what happened as records.
 
-It calls the engine's public methods only (submit, abort, step, has_work, trace.subscribe); the heavy imports happen in the
+It calls the engine's public methods only (submit, ask, abort, step, has_work, trace.subscribe); the heavy imports happen in the
 factory. It ends when the parent's pipe closes, however the parent went.
+
+A screen submits prompts and reads deltas. A server asks under tickets and reads ANSWERS (see answers.py); it switches the deltas off
+while nobody watches.
 """
 
 from __future__ import annotations
@@ -9,14 +12,19 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, BinaryIO, Protocol
+
+import numpy as np
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError, TraceError
+from minipaged.serving.answers import Answers
 from minipaged.trace import codec, packing
 from minipaged.trace.events import StepDelta
 from minipaged.trace.file import (
@@ -28,9 +36,13 @@ from minipaged.trace.file import (
     note,
     read_record,
 )
+from minipaged.trace.snapshot import Snapshot
 
+HIDDEN = "·".encode()  # what each token reads to those who may not see texts
 Command = dict[str, Any]
+NO_TOKENS = np.zeros(0, np.int32)
 PIPE_LEVEL = 0  # zlib's: whoever keeps the stream makes it small, in a process that no token waits for
+SWITCH_SECONDS = 0.0005  # a command is read between two of Python's turns; its own 5 ms would be a quarter of a step
 
 
 class Publisher(Protocol):
@@ -59,13 +71,14 @@ class SteppedEngine(Protocol):
         """End a request."""
         ...
 
-    def step(self) -> object:
-        """One step."""
+    def step(self) -> Any:
+        """One step; a whole Engine returns the outputs that it changed."""
         ...
 
 
 def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
     """The process, from the factory to the end. An error goes to the log and, as a note, to the parent; never to the terminal."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(commands, inbox), name="commands", daemon=True).start()
     try:
@@ -95,10 +108,10 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
 def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
     try:
         while (record := read_record(commands)) is not None:
-            received, _ = packing.unpack(record.body)
+            received, columns = packing.unpack(record.body)
             if received.get("do") == "quit":
                 break
-            inbox.put(received)
+            inbox.put({**received, **columns})
     except (TraceError, OSError, ValueError):
         pass  # a broken pipe says the same as a closed one
     os._exit(0)  # the parent has hung up or died: whatever the engine is doing, nobody waits for it
@@ -132,7 +145,9 @@ class EngineLoop:
         self.permits = 0
         self._sent_idle = False
         self._submitted = 0  # prompts received, refused ones included
-        engine.trace.subscribe(sender(writer))
+        self._answers: Answers | None = None  # once a server has asked
+        self._show_text = True
+        self._unsubscribe: object = engine.trace.subscribe(sender(writer))
 
     def run(self) -> None:
         """Until the process ends."""
@@ -143,15 +158,28 @@ class EngineLoop:
             if not may_step:
                 self._send_idle()
             self._drain(wait=not may_step)
+            if self._answers is not None and (not may_step or self._answers.has_rows):
+                self._send_answers()  # refusals and arrivals are not for the step to wait for
             if self.permits > 0 and self.engine.has_work:
                 self._sent_idle = False
                 self.permits -= 1
-                self.engine.step()
+                outputs = self.engine.step()
+                if self._answers is not None:
+                    self._answers.grow(outputs)
+                    self._send_answers()
+
+    def _send_answers(self) -> None:
+        record = self._answers.take(time.monotonic()) if self._answers is not None else None
+        if record is not None:
+            self.writer.write(record)
 
     def _send_idle(self) -> None:
         if not self.engine.has_work and not self._sent_idle:
             self._sent_idle = True
             self.writer.write(note(idle=self._submitted))
+            if self._answers is not None:
+                self._answers.account()
+                self._send_answers()
 
     def _drain(self, *, wait: bool) -> None:
         """Obey all commands that are there; wait for one first if there is nothing else to do."""
@@ -171,6 +199,20 @@ class EngineLoop:
                 self.permits = 0
             elif do == "submit":
                 self._submit(received)
+            elif do == "ask" and self._answers is not None:
+                self._answers.ask(
+                    int(received["ticket"]), received.get("tokens", NO_TOKENS).tolist(), received["params"]
+                )
+            elif do == "cancel" and self._answers is not None:
+                self._answers.cancel(int(received["ticket"]))
+            elif do == "serve":
+                self._serve()
+            elif do == "watch":
+                self._watch(bool(received["on"]), show_text=bool(received.get("show", True)))
+            elif do == "keyframe":
+                self._send_keyframe()
+            elif do == "ping":
+                self.writer.write(note(pong=received["ping"]))
             elif do == "abort":
                 self.engine.abort(int(received["request"]))
             elif do == "knob":
@@ -189,6 +231,32 @@ class EngineLoop:
         request = self.engine.submit(str(received["prompt"]), asked)
         self.writer.write(note(kind="submitted", request=request, max_tokens=asked.max_tokens, text=""))
 
+    def _serve(self) -> None:
+        """From now on a server asks: it needs the tokenizer, and no deltas until somebody watches."""
+        engine: Any = self.engine  # a whole Engine: screens are served by less
+        self._answers = Answers(engine)
+        self._watch(False)
+        self.permits = 1 << 62
+        codec_bytes = np.frombuffer(pickle.dumps(engine.codec), np.uint8)
+        self.writer.write(
+            Record(Kind.NOTE, 0, packing.pack({"kind": "codec"}, {"codec": codec_bytes}, level=PIPE_LEVEL))
+        )
+
+    def _watch(self, on: bool, *, show_text: bool = True) -> None:
+        """Send each step's delta from now on, or no more."""
+        self._show_text = show_text
+        if on and self._unsubscribe is None:
+            self._unsubscribe = self.engine.trace.subscribe(sender(self.writer, show_text=show_text))
+        elif not on and callable(self._unsubscribe):
+            self._unsubscribe()
+            self._unsubscribe = None
+
+    def _send_keyframe(self) -> None:
+        """The state that the deltas so far have led to, for a watcher who has not seen them all."""
+        trace: Any = self.engine.trace
+        state = trace.state() if self._show_text else without_text(trace.state())
+        self.writer.write(Record(Kind.KEYFRAME, state.step, codec.encode_keyframe(state)))
+
     def _turn(self, name: str, value: object) -> None:
         knob = getattr(self.engine, "knob", None)
         if knob is None:
@@ -198,10 +266,23 @@ class EngineLoop:
         )
 
 
-def sender(pipe: RecordPipe) -> Callable[[StepDelta], None]:
-    """A listener that sends each step's delta over the pipe."""
+def sender(pipe: RecordPipe, *, show_text: bool = True) -> Callable[[StepDelta], None]:
+    """A listener that sends each step's delta over the pipe, with the tokens' ids and texts or without."""
 
     def send(delta: StepDelta) -> None:
+        if not show_text:
+            hidden = delta.progress._replace(token_ids=np.zeros_like(delta.progress.token_ids))
+            delta = replace(delta, progress=hidden, token_bytes={0: HIDDEN})
         pipe.write(Record(Kind.DELTA, delta.step, codec.encode_delta(delta, level=PIPE_LEVEL)))
 
     return send
+
+
+def without_text(state: Snapshot) -> Snapshot:
+    """A state of which nobody can tell what was asked and answered, but how long both are."""
+    twin = state.copy()
+    twin.token_bytes.clear()
+    twin.token_bytes[0] = HIDDEN
+    for sequence in twin.sequences.values():
+        sequence.token_ids[:] = [0] * len(sequence.token_ids)
+    return twin

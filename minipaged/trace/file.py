@@ -50,6 +50,7 @@ class Kind(IntEnum):
     NOTE = 6  # live only: a word from the engine's process
     COMMAND = 7  # live only: a word to that process
     HEADER = 8  # live only: the header, once the engine is there to be described
+    ANSWERS = 10  # live only: what a step added to the answers that a server waits for; neither stored nor recorded
 
 
 class Record(NamedTuple):
@@ -178,14 +179,41 @@ def read_record(stream: BinaryIO) -> Record | None:
     return Record(kind, step, body)
 
 
+def parse_header(data: bytes | bytearray) -> int:
+    """How many bytes magic and header take at a stream's beginning; 0 while they are not there in full. TraceError if these are others."""
+    start = len(MAGIC) + _LENGTH.size
+    if len(data) < start:
+        return 0
+    if not data.startswith(MAGIC):
+        raise TraceError(f"the stream is not a minipaged trace (a trace starts with {MAGIC.decode()!r})")
+    (size,) = _LENGTH.unpack_from(data, len(MAGIC))
+    return start + size if len(data) >= start + size else 0
+
+
+def parse_record(data: bytes | bytearray, offset: int) -> Record | None:
+    """The record that begins at `offset`; None while it is not there in full. TraceError if it is damaged."""
+    start = offset + FRAME_BYTES
+    if len(data) < start:
+        return None
+    size, kind, step, crc = _FRAME.unpack_from(data, offset)
+    if size > packing.MAX_BODY_BYTES:
+        raise TraceError("a record is too large to be one")
+    if len(data) < start + size:
+        return None
+    body = bytes(data[start : start + size])
+    if zlib.crc32(body, zlib.crc32(_CHECKED.pack(kind, step))) != crc:
+        raise TraceError(f"a record's check sum is wrong (after step {step})")
+    return Record(kind, step, body)
+
+
 def note(**words: Any) -> Record:
     """A word from the engine's process."""
     return Record(Kind.NOTE, 0, packing.pack(words, {}))
 
 
-def command(do: str, **words: Any) -> Record:
+def command(do: str, *, columns: packing.Columns | None = None, **words: Any) -> Record:
     """A word to the engine's process."""
-    return Record(Kind.COMMAND, 0, packing.pack({"do": do, **words}, {}))
+    return Record(Kind.COMMAND, 0, packing.pack({"do": do, **words}, columns or {}, level=0))
 
 
 class StreamWriter:

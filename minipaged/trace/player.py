@@ -50,6 +50,9 @@ class Player:
         """Go up to `count` deltas forward; returns those applied, fewer at the end or at damage."""
         applied: list[StepDelta] = []
         while len(applied) < count and self.position < len(self.source):
+            if self.position in getattr(self.source, "jumps", ()):  # what lies between was never received
+                self.position, self.snapshot = self.source.keyframe(self.position)
+                self._changed.update(range(len(self.snapshot.device)))
             try:
                 delta, shadows = self.source.delta(self.position), self.source.shadows(self.position)
             except TraceError:

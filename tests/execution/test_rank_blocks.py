@@ -21,11 +21,11 @@ CACHE = CacheConfig(block_size=4, num_blocks=30, num_host_blocks=30, watermark=0
 CONFIG = EngineConfig(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=200, preemption="swap")
 
 
-def runners(ranks: int, runner_class: type[TorchRunner] = TorchRunner) -> list[TorchRunner]:
+def runners(ranks: int, runner_class: type[TorchRunner] = TorchRunner, cache: CacheConfig = CACHE) -> list[TorchRunner]:
     def one(part: Part, collectives: ThreadCollectives) -> TorchRunner:
         loaded = zoo.load("toy", device="cpu", part=part)
         part.connect(loaded.model, loaded.config, collectives)
-        runner = build_runner(loaded, CACHE, CONFIG, device=torch.device("cpu"), dtype="float32")
+        runner = build_runner(loaded, cache, CONFIG, device=torch.device("cpu"), dtype="float32")
         runner.__class__ = runner_class
         return runner
 
@@ -60,6 +60,32 @@ def test_L61_each_rank_has_its_heads_of_every_block(ranks: int) -> None:
             torch.testing.assert_close(part.kv.tensors[name], whole[:, :, own], rtol=1e-3, atol=1e-3)
         for name, whole in alone.kv.host.items():
             torch.testing.assert_close(part.kv.host[name], whole[:, :, own], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_L60_L61_each_rank_has_the_codes_and_scales_of_its_heads(kind: Any, ranks: int) -> None:
+    """A number that lies between two codes may fall on either side: sums over ranks are rounded otherwise. So texts may differ."""
+    cache = replace(CACHE, kv_cache_dtype=kind)
+    (alone,), parts = runners(1, cache=cache), runners(ranks, cache=cache)
+    prompt = SamplingParams(max_tokens=1, ignore_eos=True)
+    for runner in (alone, ThreadRunner(parts)):
+        engine = engine_over(runner)
+        engine.submit("a prompt that is read in several chunks", prompt)
+        while engine.has_work:
+            engine.step()
+    heads = alone.kv.keys[0].shape[2]
+    for rank, part in enumerate(parts):
+        own = [rank * heads // ranks]
+        for name, whole in alone.kv.tensors.items():
+            found = part.kv.tensors[name]
+            if name.startswith(("key_scale", "value_scale")):
+                torch.testing.assert_close(found, whole[:, own], rtol=1e-4, atol=1e-6)
+                assert found.any()
+            else:
+                differing = (found.view(torch.uint8) != whole[:, :, own].view(torch.uint8)).sum()
+                assert differing <= 3
+                assert found.view(torch.uint8).any()
 
 
 class LeavesOutCopies(TorchRunner):

@@ -186,6 +186,25 @@ def test_L73_a_rank_that_dies_or_hangs_ends_the_run_with_a_word(
         llm.close()
 
 
+@pytest.mark.slow
+def test_L73_all_ranks_hear_which_one_died(capfd: pytest.CaptureFixture[str]) -> None:
+    llm = LLM("toy", device="cpu", num_blocks=100, tensor_parallel=2, pipeline_parallel=2)
+    ranks = llm._parts.ranks
+    assert isinstance(ranks, Ranks)
+    pids = [child.pid for child in ranks._children.values()]
+    try:
+        stream = llm.stream("hello", SamplingParams(max_tokens=1500, ignore_eos=True))
+        next(stream)
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(RankError, match="rank 2 was killed by SIGKILL"):
+            list(stream)
+        assert all(has_ended(pid) for pid in pids)
+        told = capfd.readouterr().err
+        assert all(f"minipaged rank {rank} ends: rank 2 was killed by SIGKILL" in told for rank in (1, 3))
+    finally:
+        llm.close()
+
+
 MAIN = """
 import os, sys
 from minipaged import LLM, SamplingParams

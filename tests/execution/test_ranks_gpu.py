@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minipaged import LLM
+from minipaged.scheduling.request import RequestOutput
 from tests.execution.test_ranks import TIGHT, answers, assert_same
 
 pytestmark = [
@@ -20,15 +21,24 @@ pytestmark = [
 ON_GPUS: dict[str, Any] = {**TIGHT, "device": "cuda", "dtype": "float32"}
 
 
+@pytest.fixture(scope="module")
+def expected() -> list[RequestOutput]:
+    """What one GPU says, kernel by kernel."""
+    return answers(LLM("toy", **ON_GPUS, graphs=False))
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"graphs": False}, {"num_host_blocks": 40, "preemption": "swap"}, {"max_num_batched_tokens": 2048}],
-    ids=["graphs", "kernel by kernel", "swaps", "whole prompts"],
+    [
+        {"tensor_parallel": 2},
+        {"pipeline_parallel": 2},
+        {"tensor_parallel": 2, "graphs": False, "num_host_blocks": 40, "preemption": "swap"},
+        {"tensor_parallel": 2, "max_num_batched_tokens": 2048},
+    ],
+    ids=["graphs", "stages", "kernel by kernel with swaps", "whole prompts"],
 )
-def test_L73_two_gpus_say_what_one_says(settings: dict[str, Any]) -> None:
-    alone = LLM("toy", **{**ON_GPUS, **settings})
-    expected = answers(alone)
-    together = LLM("toy", **{**ON_GPUS, **settings}, tensor_parallel=2)
+def test_L73_two_gpus_say_what_one_says(settings: dict[str, Any], expected: list[RequestOutput]) -> None:
+    together = LLM("toy", **{**ON_GPUS, **settings})
     try:
         assert_same(answers(together), expected)
     finally:

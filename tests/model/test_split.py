@@ -128,6 +128,34 @@ def test_the_most_likely_token_is_found_without_gathering(ranks: int) -> None:
         torch.testing.assert_close(whole, logits, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_token_is_drawn_without_gathering(ranks: int) -> None:
+    """The same number picks the same token, cold rows take the likeliest, and a row that cannot be drawn from is -1."""
+    config = shape("toy")
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4000, config.vocab_size, generator=generator)
+    temperature = 0.1 + 2 * torch.rand(4000, generator=generator)
+    uniform = torch.rand(4000, dtype=torch.float64, generator=generator)
+    temperature[:50] = 0.0
+    logits[40, 7], logits[60, 256] = float("nan"), float("inf")
+    uniform[70:80], uniform[80:90] = 0.0, 1 - 2.0**-53
+    logits[90:100, :100] = -1e4  # nothing there can be drawn
+    logits[100:110, 150:] = -1e4
+    expected = draw_tokens(logits, temperature, uniform)
+    assert expected[[40, 60]].tolist() == [-1, -1]
+
+    def one(part: Part, collectives: ThreadCollectives) -> Tensor:
+        first, last = part.vocabulary(config)
+        vocabulary = SplitVocabulary(part, config, collectives)
+        return vocabulary.draw(logits[:, first:last].contiguous(), temperature, uniform)
+
+    for drawn in on_ranks(ranks, one):
+        assert (
+            drawn != expected
+        ).sum() <= 1  # a number may lie within rounding of where one token ends and the next begins
+        assert torch.equal(drawn[:110], expected[:110])
+
+
 def test_parts_are_smaller_by_their_number() -> None:
     config = shape("llama-3-8b")
     for ranks, kv_heads in ((2, 4), (8, 1), (16, 1), (32, 1)):

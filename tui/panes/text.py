@@ -8,7 +8,7 @@ from minipaged.text.safe import clean_bytes
 from minipaged.trace.snapshot import SequenceState
 from minipaged.tui.panes.pane import ListPane
 from minipaged.tui.view import Line, View
-from minipaged.tui.words.cells import rows_of, tail
+from minipaged.tui.words.cells import fit, rows_of, tail
 from minipaged.tui.words.sentences import plural
 
 ENDS = {"finished": "✓", "aborted": "x", "refused": "!", "waiting": "…", "swapped": "▽"}
@@ -55,7 +55,17 @@ def text_lines(view: View, state: SequenceState, width: int, most: int) -> list[
     head = f"{view.letter(state.sequence)}{end}│"
     room = max(4, width - cell_len(head))
     end_of_prompt = state.prompt_bytes
-    rows = wrap_tail(clean_bytes(state.text[:end_of_prompt]), clean_bytes(state.text[end_of_prompt:]), room, most)
+    prompt, answer = clean_bytes(state.text[:end_of_prompt]), clean_bytes(state.text[end_of_prompt:])
+    person = view.people.get(state.request)
+    if person is None:
+        rows = wrap_tail(prompt, answer, room, most)
+    else:  # who asked stands before the text, or on a line of its own where there are several
+        words = fit(person.words(state, view.snapshot.t_ns), room if most > 1 else 2 * room // 3) + " "
+        asked: Line = [(words, "dim")]
+        if most > 1:
+            rows = [asked, *wrap_tail(prompt, answer, room, most - 1)]
+        else:
+            rows = [[*asked, *run] for run in wrap_tail(prompt, answer, max(4, room - cell_len(words)), 1)]
     if view.only not in (-1, state.sequence):
         rows = [[(text, "faint") for text, _ in row] for row in rows]
     lines: list[Line] = []

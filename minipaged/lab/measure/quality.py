@@ -94,6 +94,7 @@ class Quality:
     ratio: float  # over the reference's
     kl: float
     same: float
+    device: str
     kv_bytes_per_token: int
     tokens_per_second: float
 
@@ -181,6 +182,7 @@ def measure(
             ratio=perplexity / plain,
             kl=kl / count,
             same=same / count,
+            device=str(place),
             kv_bytes_per_token=loaded.config.kv_bytes_per_token(FORMATS[name].kv_dtype),
             tokens_per_second=len(windows) * window / seconds,
         )

@@ -33,19 +33,31 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ModelError(f"the model's chat template does not compile: {_one_line(error)}") from None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text for `messages`, each with a role and a content; with the opening of the answer unless that is switched off."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text for `messages`, each with a role and a content; with the opening of the answer unless that is switched off.
+
+        values: further variables that the template may read, such as enable_thinking.
+        """
         check_messages(messages)
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
+                **{"tools": None, "documents": None, **self._special_tokens, **_allowed(values)},
             )
         except Exception as error:  # a template is a program: it can fail in any way
             raise RequestError(f"the model's chat template refused the messages: {_one_line(error)}") from None
+
+
+def _allowed(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The variables that a caller may set: not those that are said in another way."""
+    return {name: value for name, value in (values or {}).items() if name not in ("messages", "add_generation_prompt")}
 
 
 def check_messages(messages: Sequence[Message]) -> None:

@@ -20,6 +20,7 @@ from minipaged.model.loading.hf_config import read_json
 from minipaged.model.loading.keys import TOKENIZER_KEYS, check_keys
 from minipaged.model.loading.tokenizer import Tokenizer, check_text
 
+LONG_TEXT = 4096  # characters: longer texts take milliseconds
 SPACE = "▁"  # how SentencePiece writes a space
 SPACES = "".join(char for char in map(chr, range(0x3001)) if char.isspace())  # the first ten are ASCII
 LOG = logging.getLogger("minipaged")
@@ -40,6 +41,7 @@ class SubwordTokenizer(Tokenizer):
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         named = dict(special_tokens or {})
+        self._made_of = (source, named, chat_template, tuple(eos_token_ids))
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self._spelling, self._drops_space = _spelling(backend, source)
@@ -52,11 +54,17 @@ class SubwordTokenizer(Tokenizer):
         self.bos_token_id = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named)
 
+    def __reduce__(self) -> tuple[Callable[..., SubwordTokenizer], tuple[object, ...]]:
+        return _from_json, (self._backend.to_str(), *self._made_of)
+
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         check_text(text)
         with self._lock:  # the switch belongs to the whole backend
             self._backend.encode_special_tokens = not parse_special
-            tokens = list(self._backend.encode(text, add_special_tokens=add_special).ids)
+            if len(text) < LONG_TEXT:
+                tokens = list(self._backend.encode(text, add_special_tokens=add_special).ids)
+            else:  # of the two calls this one lets other threads run meanwhile
+                tokens = list(self._backend.encode_batch([text], add_special_tokens=add_special)[0].ids)
         if add_special and self.bos_token_id is not None and tokens[:2] == [self.bos_token_id] * 2:
             return self._without_second_bos(tokens)
         return tokens
@@ -99,6 +107,19 @@ class SubwordTokenizer(Tokenizer):
         """As `Tokenizer.decode`; the space that SentencePiece puts before a text is left out."""
         text = super().decode(token_ids, skip_special=skip_special)
         return text.removeprefix(" ") if self._drops_space else text
+
+
+def _from_json(
+    backend: str, source: Path, named: Mapping[str, str], chat_template: str | None, eos_token_ids: Sequence[int]
+) -> SubwordTokenizer:
+    """A tokenizer as another process had it."""
+    return SubwordTokenizer(
+        tokenizers.Tokenizer.from_str(backend),
+        source,
+        special_tokens=named,
+        chat_template=chat_template,
+        eos_token_ids=eos_token_ids,
+    )
 
 
 def folder_tokenizer(folder: Path, eos_token_ids: Sequence[int] = ()) -> SubwordTokenizer:

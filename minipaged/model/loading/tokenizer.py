@@ -7,8 +7,8 @@ Here: what every tokenizer does, plain bytes for models without one, and ids alo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from minipaged.errors import ModelError, RequestError
 
@@ -46,12 +46,19 @@ class Tokenizer(ABC):
         joined = b"".join(self.token_bytes(token, skip_special=skip_special) for token in token_ids)
         return joined.decode("utf-8", errors="replace")
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
         """Messages ({"role": ..., "content": ...}) as the text this model was trained to continue; encode it with
-        `add_special=False`. ModelError if the model has no chat template, RequestError if it refuses the messages."""
+        `add_special=False`. values: further variables for the template. ModelError if the model has no chat template,
+        RequestError if it refuses the messages."""
         if self.chat_template is None:
             raise ModelError("this model has no chat template; give it plain text (--raw), or choose an instruct model")
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, values=values)
 
 
 class IdTokenizer(Tokenizer):
