@@ -46,17 +46,16 @@ def by_definition(model: Llama, token_ids: list[int], retention: Retention) -> T
         windows = [w for w in (retention.window, config.window_of(layer.index)) if w is not None]
         window, group = min(windows, default=size), layer.num_heads // layer.num_kv_heads
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        scores = torch.full((layer.num_heads, size, size), -torch.inf, dtype=model.dtype)
-        cos, sin = rope_angles(model.frequencies, torch.arange(size), model.dtype)
-        for i in range(size):
-            kept = [j for j in range(i + 1) if j > i - window or j < retention.sinks]
-            places = list(range(len(kept))) if retention.sinks else kept
-            keys, queries = key[kept], query[i : i + 1]
-            if layer.rotates:
-                keys = rotate(keys, cos[places], sin[places])
-                queries = rotate(queries, cos[places[-1:]], sin[places[-1:]])
-            scores[:, i, kept] = (keys * queries).sum(dim=-1).T * config.head_dim**-0.5
-        return torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), value)
+        at = torch.arange(size)
+        kept = (at <= at[:, None]) & ((at > at[:, None] - window) | (at < retention.sinks))  # [queries, keys]
+        places = kept.cumsum(dim=1) - 1 if retention.sinks else at.expand(size, size)  # of each key, for each query
+        keys = key.expand(size, *key.shape)  # [queries, keys, heads, head_dim]
+        if layer.rotates:
+            cos, sin = rope_angles(model.frequencies, at, model.dtype)
+            keys = rotate(keys, cos[places], sin[places])
+            query = rotate(query, cos[places.diagonal()], sin[places.diagonal()])
+        scores = torch.einsum("ihd,ijhd->hij", query, keys) * config.head_dim**-0.5
+        return torch.einsum("hij,jhd->ihd", scores.masked_fill(~kept, -torch.inf).softmax(dim=-1), value)
 
     with torch.inference_mode():
         embedded = functional.embedding(torch.tensor(token_ids), model.embedding)
@@ -98,15 +97,21 @@ def engine_of(
     num_blocks: int = 200,
     num_host_blocks: int = 0,
     prefix_caching: bool = True,
+    kept_as: str | None = None,
     **limits: Any,
 ) -> tuple[Engine, WatchedRunner]:
     """An engine over the model, and its runner."""
     config = EngineConfig(**{"max_model_len": 10_000, "max_num_seqs": 8, **limits})
     kv = PagedKV(
-        model.config, num_blocks, block_size, num_host_blocks=num_host_blocks, dtype=model.dtype, retention=retention
+        *(model.config, num_blocks, block_size),
+        num_host_blocks=num_host_blocks,
+        dtype=model.dtype,
+        kept_as=kept_as,
+        retention=retention,
     )
     for tensor in kv.tensors.values():
-        tensor.fill_(float("nan"))  # what nobody has written is never read
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))  # what nobody has written is never read
     runner = WatchedRunner(model, kv, config.max_num_seqs)
     manager = BlockManager(
         num_blocks,

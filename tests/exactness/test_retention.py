@@ -54,7 +54,7 @@ def tight_pool(retention: Retention, asked: list[tuple[list[int], SamplingParams
     )
 
 
-@examples(20)
+@examples(12)
 @given(window=st.integers(1, 24), asked=workloads(), arrangement=arrangements, slack=st.sampled_from([0, 3, 200]))
 def test_L56_L71_a_window_is_its_definition(
     window: int, asked: list[tuple[list[int], SamplingParams]], arrangement: dict[str, Any], slack: int
@@ -140,7 +140,7 @@ def test_windows_by_layer(full: tuple[int, ...]) -> None:
 SINKS = st.builds(Retention, window=st.integers(1, 24), sinks=st.integers(1, 9))
 
 
-@examples(20)
+@examples(12)
 @given(retention=SINKS, asked=workloads(), arrangement=arrangements, slack=st.sampled_from([0, 3, 200]))
 def test_L57_L58_L71_sinks_are_their_definition(
     retention: Retention, asked: list[tuple[list[int], SamplingParams]], arrangement: dict[str, Any], slack: int
@@ -189,3 +189,30 @@ def test_L58_nothing_is_published_behind_sinks_once_a_block_went() -> None:
     # Blocks 0 to 3 were full before the first one went, when 16 tokens were computed.
     published = engine.scheduler.manager.match_prefix(prompt)
     assert published <= 16
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False], ids=["cache", "no-cache"])
+@pytest.mark.parametrize("kept_as", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("retention", [Retention(9), Retention(9, 3)], ids=str)
+def test_L60_L71_with_a_quantized_cache_samples_beams_and_preemption(
+    retention: Retention, kept_as: str, prefix_caching: bool
+) -> None:
+    """All that goes together: the text is the same in a tight pool, by small chunks and blocks, as in a roomy one."""
+    asked = [([n, *(i % 50 for i in range(22 + n))], params) for n, params in enumerate([*KINDS.values()] * 2)]
+
+    def texts(**arrangement: Any) -> list[list[list[int]]]:
+        options = {"kept_as": kept_as, "prefix_caching": prefix_caching, **arrangement}
+        engine, _ = engine_of(MODEL, retention, **options)
+        found = []
+        for _ in range(2):
+            outputs = run_watched(engine, asked, retention)
+            found += [[o.token_ids for o in output.outputs] for output in outputs]
+        if arrangement.get("num_blocks"):
+            assert engine.scheduler.counters.preemptions > 0
+        return found
+
+    expected = texts(block_size=16)
+    for preemption in ("recompute", "swap"):
+        tight: dict[str, Any] = {"block_size": 2, "max_num_batched_tokens": 9, "num_host_blocks": 99}
+        tight["num_blocks"] = tight_pool(retention, asked, tight)
+        assert texts(preemption=preemption, **tight) == expected
