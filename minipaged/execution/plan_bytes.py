@@ -27,13 +27,15 @@ _LENGTH = struct.Struct("<I")
 
 def pack_plan(plan: StepPlan) -> bytes:
     """All of a plan."""
-    arrays = [getattr(plan, name) for name in ARRAYS] + list(plan.sampling or ())
+    left_out = [] if plan.num_left_out is None else [plan.num_left_out]
+    arrays = [getattr(plan, name) for name in ARRAYS] + left_out + list(plan.sampling or ())
     head = {
         "step": plan.step,
         "pairs": (plan.swap_outs, plan.swap_ins, plan.copies),
+        "left_out": bool(left_out),
         "top": plan.top_logprobs,
         "queries": plan.prompt_queries,
-        "adjustments": plan.adjustments,
+        "adjustments": [each if each is None or each.mask is None else _as_text(each) for each in plan.adjustments],
     }
     return _join(head, arrays)
 
@@ -42,7 +44,9 @@ def unpack_plan(body: bytes) -> StepPlan:
     """The plan that was packed."""
     head, arrays = _take_apart(body)
     named = dict(zip(ARRAYS, arrays, strict=False))
-    sampling = arrays[len(ARRAYS) :]
+    left_out, sampling = None, arrays[len(ARRAYS) :]
+    if head["left_out"]:
+        left_out, *sampling = sampling
     swap_outs, swap_ins, copies = (_pairs(pairs) for pairs in head["pairs"])
     return StepPlan(
         step=head["step"],
@@ -54,6 +58,7 @@ def unpack_plan(body: bytes) -> StepPlan:
         top_logprobs=head["top"],
         prompt_queries=tuple(PromptQuery(row, tuple(targets), top) for row, targets, top in head["queries"]),
         adjustments=tuple(None if each is None else _adjustments(each) for each in head["adjustments"]),
+        num_left_out=left_out,
     )
 
 
@@ -100,8 +105,13 @@ def _pairs(pairs: list[list[int]]) -> Pairs:
     return tuple((first, second) for first, second in pairs)
 
 
+def _as_text(adjustments: LogitAdjustments) -> tuple[Any, ...]:
+    """The mask, its last field, as hexadecimal digits: JSON has no bytes."""
+    return (*adjustments[:-1], (adjustments.mask or b"").hex())
+
+
 def _adjustments(told: list[Any]) -> LogitAdjustments:
-    allowed, banned, bias, seen, repetition, drawn, presence, frequency = told
+    allowed, banned, bias, seen, repetition, drawn, presence, frequency, mask = told
     return LogitAdjustments(
         None if allowed is None else tuple(allowed),
         tuple(banned),
@@ -111,4 +121,5 @@ def _adjustments(told: list[Any]) -> LogitAdjustments:
         tuple((token, count) for token, count in drawn),
         presence,
         frequency,
+        None if mask is None else bytes.fromhex(mask),
     )

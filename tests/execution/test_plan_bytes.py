@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import pytest
 
 from minipaged import LLM, SamplingParams
 from minipaged.execution.plan_bytes import pack_plan, pack_tokens, unpack_plan, unpack_tokens
-from minipaged.scheduling.plan import StepPlan, StepTokens
+from minipaged.scheduling.plan import LogitAdjustments, StepPlan, StepTokens
+from tests.execution.plans import plan_of
 
 
 def assert_same(found: Any, sent: Any) -> None:
@@ -49,8 +50,10 @@ def assert_same(found: Any, sent: Any) -> None:
     ],
     ids=["greedy", "sampled", "beams", "logprobs", "adjusted", "allowed"],
 )
-def test_every_field_arrives(params: SamplingParams) -> None:
-    llm = LLM("toy", device="cpu", num_blocks=48, block_size=4, num_host_blocks=16, preemption="swap")
+@pytest.mark.parametrize("retention", ["all", "sinks:1+window:6"])
+def test_every_field_arrives(params: SamplingParams, retention: str) -> None:
+    pool: dict[str, Any] = {"num_blocks": 48, "block_size": 4, "num_host_blocks": 16, "preemption": "swap"}
+    llm = LLM("toy", device="cpu", retention=retention, max_num_batched_tokens=32, **pool)
     runner, plans, drawn = llm.engine.runner, [], []
     launch = runner.launch
 
@@ -63,6 +66,7 @@ def test_every_field_arrives(params: SamplingParams) -> None:
     runner.launch = spy  # type: ignore[method-assign]
     llm.generate(["hello there", "hello then", "abc"], params)
     assert plans
+    assert any(plan.num_left_out is not None for plan in plans) is (retention != "all")
     for plan in plans:
         found = unpack_plan(pack_plan(plan))
         for field in fields(StepPlan):
@@ -74,3 +78,9 @@ def test_every_field_arrives(params: SamplingParams) -> None:
         assert number == step
         for field in fields(StepTokens):
             assert_same(getattr(found_tokens, field.name), getattr(tokens, field.name))
+
+
+def test_a_grammars_mask_arrives() -> None:
+    adjustments = (None, LogitAdjustments(mask=bytes(range(256))), LogitAdjustments(bias=((3, 0.5),)))
+    plan = replace(plan_of([(4, 1), (5, 1), (6, 1)]), adjustments=adjustments)
+    assert unpack_plan(pack_plan(plan)).adjustments == adjustments
