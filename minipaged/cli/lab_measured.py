@@ -190,11 +190,15 @@ def retention(
     from minipaged.lab.report.tables import table
 
     names, kept = lab.policies(budget), Results(json_file)
+    found, marks = [], []
     with status_line() as progress:
-        found = list(lab.measure(model, names, tokens=tokens, device=device, progress=progress))
-        kept.add(asdict(row) for row in found)
-        marks = list(lab.stream(model, names[-1], tokens=stream, device=device, progress=progress)) if stream else []
-        kept.add(asdict(mark) for mark in marks)
+        for row in lab.measure(model, names, tokens=tokens, device=device, progress=progress):
+            found.append(row)
+            kept.add([asdict(row)])
+        if stream:
+            for mark in lab.stream(model, names[-1], tokens=stream, device=device, progress=progress):
+                marks.append(mark)
+                kept.add([asdict(mark)])
     rows = [
         (
             row.retention,

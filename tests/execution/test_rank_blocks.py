@@ -32,8 +32,8 @@ def runners(ranks: int, runner_class: type[TorchRunner] = TorchRunner, cache: Ca
     return on_ranks(ranks, one)
 
 
-def engine_over(runner: Any) -> Engine:
-    return assemble_engine(zoo.load("toy", device="cpu"), CACHE, CONFIG, runner, dtype="float32")
+def engine_over(runner: Any, cache: CacheConfig = CACHE) -> Engine:
+    return assemble_engine(zoo.load("toy", device="cpu"), cache, CONFIG, runner, dtype="float32")
 
 
 def run(engine: Engine) -> list[list[int]]:
@@ -44,6 +44,15 @@ def run(engine: Engine) -> list[list[int]]:
     while engine.has_work:
         engine.step()
     return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+@pytest.mark.parametrize("retention", ["window:9", "sinks:3+window:9"])
+def test_L61_L71_ranks_forget_alike(retention: str) -> None:
+    cache = replace(CACHE, retention=retention)
+    (alone,), parts = runners(1, cache=cache), runners(2, cache=cache)
+    first, second = engine_over(alone, cache), engine_over(ThreadRunner(parts), cache)
+    assert run(first) == run(second)
+    assert first.scheduler.batch.any_left_out
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

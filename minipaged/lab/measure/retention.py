@@ -71,8 +71,9 @@ def measure(
     for number, retention in enumerate(retentions):
         if progress is not None:
             progress(f"{model}, {retention}", number, len(retentions))
-        engine, block_bytes = _engine(loaded, retention, device, tokens + 1)
-        output = engine.ask(text, SamplingParams(max_tokens=1, prompt_logprobs=0))
+        engine, block_bytes = _engine(loaded, retention, device, tokens + 2)
+        # One token more than the text's next, so that its blocks are still held when all of it has been read.
+        output = engine.ask(text, SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=0))
         if output.error is not None:
             raise InputError(output.error)
         most = _run(engine)
