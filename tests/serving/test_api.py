@@ -241,6 +241,8 @@ BAD = [
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": [1.5]}, "prompt"),
     ({"prompt": [True]}, "prompt"),
+    ({"prompt": [1, 2**63]}, "prompt"),
+    ({"prompt": ["a", [-(2**70)]]}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": [99999]}, None),
     ({"prompt": "a", "stop_token_ids": [99999]}, None),
@@ -261,6 +263,7 @@ def test_a_bad_field_is_named(server: Serving, body: dict[str, object], param: s
     assert status == 400, error
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param, error
+    server.wait_idle()  # it takes no place in the queue
 
 
 CHAT_BAD = [

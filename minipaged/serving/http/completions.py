@@ -462,7 +462,10 @@ def _prompts(given: str | list[Any] | None) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
     listed = [given] if all(_is_token(item) for item in given) else given
+    most = 2**31 - 1  # beyond any vocabulary, and within what travels to the engine
     for item in listed:
+        if isinstance(item, list) and any(_is_token(t) and not 0 <= t <= most for t in item):
+            raise bad_request(f"prompt holds token ids outside 0 to {most}", "prompt")
         if not isinstance(item, str) and not (isinstance(item, list) and item and all(_is_token(t) for t in item)):
             raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
     return listed
