@@ -421,7 +421,10 @@ async def chat_tokens(asked: fields.ChatRequest | fields.TokenizeRequest, codec:
         text = codec.chat(messages, opens, values=asked.chat_template_kwargs)
         if goes_on:  # what the template writes behind the last message's text is for a turn that is over
             last = messages[-1]["content"].strip()
-            text = text[: text.rindex(last) + len(last)]
+            end = text.rfind(last) + len(last)
+            if end < len(last):
+                raise bad_request("the model's template changes the last message: it cannot be continued", "messages")
+            text = text[:end]
         return text, codec.encode(text, add_special=bool(getattr(asked, "add_special_tokens", False)))
 
     return await off_loop(sum(len(message["content"]) for message in messages), render)
