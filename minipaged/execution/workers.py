@@ -511,7 +511,15 @@ def _store(place: Place | None, ranks: int) -> Store:
     """Where ranks find each other: of torchrun, or one of rank 0's at a free port."""
     timeout = timedelta(seconds=JOIN_SECONDS)
     if place is None:
-        return TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False, timeout=timeout)
+        listener = socket.create_server(("127.0.0.1", 0))  # a socket of torch's own would listen to every network
+        port = listener.getsockname()[1]
+        return TCPStore(
+            *("127.0.0.1", port, ranks),
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listener.detach(),
+        )
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     store: Store
     try:

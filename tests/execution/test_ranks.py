@@ -208,7 +208,10 @@ def test_L73_a_rank_that_hangs_is_noticed_while_a_long_plan_is_sent_to_it(monkey
 @pytest.mark.parametrize("said", [b"", b"no challenge", b"#CHALLENGE#{sha256}" + bytes(20)])
 def test_a_stranger_on_the_ranks_socket_is_sent_away(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SILENT_SECONDS", 1.0)
-    store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    store = workers._store(None, 2)
+    assert isinstance(store, TCPStore)
+    listening = f"0100007F:{store.port:04X} 00000000:0000 0A"
+    assert listening in Path("/proc/net/tcp").read_text(), "on this host alone"
     joined = Ranks(workers.Place(0, 2, 0), torch.device("cpu"), store)
     accepting = threading.Thread(target=joined._accept, daemon=True)
     accepting.start()
