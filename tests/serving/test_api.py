@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import minipaged
-from tests.serving.engines import scripted
+from tests.serving.engines import scripted, toy
 from tests.serving.running import Serving, serving
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -86,6 +86,15 @@ def test_an_absent_limit_is_cut_and_a_given_one_is_refused_with_the_number_that_
     assert server.complete(prompt=prompt, max_tokens=12)["usage"]["completion_tokens"] == 12
     assert server.refusal({"prompt": "x" * 8192})[0] == 400
     assert server.chat("x" * 8100)["usage"]["completion_tokens"] == 8192 - 8100 - len("<user></><assistant>")
+
+
+def test_a_window_lets_a_request_be_longer_than_the_pool() -> None:
+    window = {"retention": "window:16", "block_size": 4, "num_blocks": 40, "max_num_batched_tokens": 64}
+    with serving(toy, **window) as server:
+        assert server.complete(prompt="a" * 200, max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
+        status, error = server.refusal({"prompt": "a" * 200, "max_tokens": 4, "n": 30})
+        assert status == 400
+        assert "the pool has 39" in error["message"]
 
 
 def test_log_probabilities_have_an_entry_for_every_token(server: Serving) -> None:

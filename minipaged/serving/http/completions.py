@@ -54,14 +54,19 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine can hold: `context` tokens a sequence, a pool of `num_blocks` blocks of `block_size` slots."""
+    """What the engine can hold: `context` tokens a sequence, a pool of `num_blocks` blocks of `block_size` slots.
+
+    num_blocks: None where blocks are released as a sequence grows; the engine says then what does not fit.
+    """
 
     context: int
     block_size: int
-    num_blocks: int
+    num_blocks: int | None
 
     def most_tokens(self, num_prompt: int, width: int) -> int:
         """How long an answer to such a prompt can be, where `width` sequences share the prompt's full blocks."""
+        if self.num_blocks is None:
+            return self.context - num_prompt
         shared = num_prompt // self.block_size
         in_pool = (shared + max(0, self.num_blocks - 1 - shared) // width) * self.block_size
         return min(self.context, in_pool) - num_prompt
@@ -514,9 +519,9 @@ def _finish_job(
             raise bad_request("the prompt is empty: give at least one token", "messages" if job.chat else "prompt")
         room = limits.most_tokens(len(prompt.tokens), job.width)
         if room < 1:
+            slots = "" if limits.num_blocks is None else f" and the pool {(limits.num_blocks - 1) * limits.block_size}"
             raise bad_request(
-                f"the prompt has {len(prompt.tokens)} tokens; the context holds {limits.context} and the pool "
-                f"{(limits.num_blocks - 1) * limits.block_size}, answers included",
+                f"the prompt has {len(prompt.tokens)} tokens; the context holds {limits.context}{slots}, answers included",
                 "messages" if job.chat else "prompt",
                 "context_length_exceeded",
             )
