@@ -122,6 +122,17 @@ def test_log_probabilities_have_an_entry_for_every_token(server: Serving) -> Non
     assert server.chat("a", max_tokens=4)["choices"][0]["logprobs"] is None
 
 
+def test_lists_of_log_probabilities_may_be_long() -> None:
+    """Longer than what a stranger's record may be; two of them in one step are two records."""
+    with serving(toy, num_blocks=512) as server:
+        asked = {"prompt": ["a" * 1000, "b" * 1000], "max_tokens": 1, "prompt_logprobs": 100}
+        for choice in server.complete(**asked, cache_salt="é" * 1_000_000)["choices"]:
+            assert all(len(entry) in (100, 101) for entry in choice["prompt_logprobs"][1:])
+            assert len(choice["prompt_logprobs"]) == 1000
+    with serving(scripted, max_model_len=20_000) as server:
+        assert server.refusal({"prompt": "a" * 19_000, "max_tokens": 1, "prompt_logprobs": 100})[0] == 400
+
+
 def test_an_echoed_prompt_can_be_scored_without_an_answer(server: Serving) -> None:
     for most in (0, 1):
         document = server.complete(prompt="xyz", max_tokens=most, echo=True, logprobs=1)
@@ -240,6 +251,7 @@ BAD = [
     ({"prompt": "a", "n": 0}, "n"),
     ({"prompt": "a", "n": 1025}, "n"),
     ({"prompt": "a", "stop": ["x"] * 10_000}, "stop"),
+    ({"prompt": "a", "stop": "x" * 5000}, "stop"),
     ({"prompt": "a", "logprobs": 101}, "logprobs"),
     ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens"),

@@ -24,6 +24,7 @@ from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.mailbox import Entry, Growth, Ticket
 from minipaged.text.grammar import ANY_OBJECT
 
+MOST_LOGPROBS = 1 << 20  # that an answer lists, of its prompt or of itself: a document of some 100 MB
 LONG_TEXT = 4096  # characters: longer prompts are tokenized in a thread, so that streams go on meanwhile
 Result = TypeVar("Result")
 JSON = dict[str, Any]
@@ -534,6 +535,13 @@ def _finish_job(
                     "context_length_exceeded",
                 )
             job.params["max_tokens"] = room
+        longest = room if most is None else most
+        for name, listed, tokens in (
+            ("prompt_logprobs", scored, len(prompt.tokens)),
+            ("logprobs", job.logprobs, longest),
+        ):
+            if listed is not None and (listed + 1) * tokens > MOST_LOGPROBS:
+                raise bad_request(f"{name} {listed} of {tokens} tokens are too many: lower one of them", name)
     if most is None:
         job.params["max_tokens"] = NO_LIMIT
     options = asked.stream_options or fields.StreamOptions()

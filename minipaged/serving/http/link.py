@@ -151,7 +151,7 @@ class EngineLink(asyncio.Protocol):
 
     def _take(self, record: Record) -> None:
         if record.kind == Kind.ANSWERS:
-            head, _ = packing.unpack(record.body)
+            head, _ = packing.unpack(record.body, most=packing.MAX_BODY_BYTES)
             if "gauges" in head:
                 self.metrics.gauges = head["gauges"]
             self._now = head["at"]
