@@ -175,11 +175,11 @@ def assemble(
             loaded = zoo.load(
                 model, device=chosen, dtype=precision, weights=weights, progress=progress, part=part, known=known
             )
+            compiled = tuple(compiling.wait(progress)) if compiling is not None else ()
         except BaseException:
             if compiling is not None:
                 compiling.stop()
             raise
-        compiled = tuple(compiling.wait(progress)) if compiling is not None else ()
         pipe = None if ranks is None else ranks.connect(loaded.model, loaded.config)
         shape, held = loaded.config, loaded.model.config  # of the whole model, and of what is here
         streams = (

@@ -76,7 +76,8 @@ def serve_with_screen(host: str, port: int, key: str) -> int:
         [sys.executable, "-m", "minipaged", *words], stdin=subprocess.DEVNULL, stdout=handle, stderr=handle
     )
     os.close(handle)
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{reached}:{port}"
     try:
         with status_line() as progress:
             source = None

@@ -18,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -289,8 +290,10 @@ class CompileAhead:
         self._process: subprocess.Popen[bytes] | None = None
         if not self._mark.exists():
             command = [sys.executable, "-m", "minipaged.execution.compile_ahead"]
+            # Into a file: nobody reads a pipe of errors before the end, and whoever fills one waits for ever.
+            self._said = tempfile.TemporaryFile()  # noqa: SIM115
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, start_new_session=True
             )
             assert self._process.stdin is not None
             self._process.stdin.write(deployed.to_json().encode())
@@ -314,9 +317,10 @@ class CompileAhead:
 
     def _end(self) -> None:
         assert self._process is not None
-        assert self._process.stderr is not None
-        said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         code = self._process.wait()
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace").strip().splitlines()
+        self._said.close()
         failed = [f"{each.kernel}: {each.trouble}" for each in self.done if each.trouble]
         if code == 0 and len(self.done) == self.total and not failed:
             self._mark.parent.mkdir(parents=True, exist_ok=True)
@@ -332,6 +336,7 @@ class CompileAhead:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            self._said.close()
             self._process = None
 
 

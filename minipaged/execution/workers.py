@@ -20,6 +20,7 @@ import queue
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,7 @@ class Ranks:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: dict[int, Connection] = {}
         self._sending = threading.Lock()
+        self._stuck: set[Connection] = set()  # nobody reads what is sent there
         self._ended = threading.Event()
         self._plans: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._drawn: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # rank 0: what the last stage sent
@@ -175,17 +178,17 @@ class Ranks:
                     taken, _ = server.accept()
                 except TimeoutError:
                     continue
-                connection = _connection(taken)
+                connection = _connection(taken, SILENT_SECONDS)
                 try:
                     deliver_challenge(connection, key.encode())
                     answer_challenge(connection, key.encode())
                     self._connections[int(connection.recv_bytes(16))] = connection
-                except (OSError, EOFError, ValueError):  # a stranger
+                except (OSError, EOFError, ValueError, AssertionError, AuthenticationError):  # a stranger
                     connection.close()
 
     def _connect(self) -> None:
         host, port, key = json.loads(self._store.get("plans"))
-        connection = _connection(socket.create_connection((host, port), timeout=JOIN_SECONDS))
+        connection = _connection(socket.create_connection((host, port), timeout=JOIN_SECONDS), JOIN_SECONDS)
         answer_challenge(connection, key.encode())
         deliver_challenge(connection, key.encode())
         connection.send_bytes(str(self.rank).encode())
@@ -295,8 +298,14 @@ class Ranks:
     def _send_all(self, message: bytes) -> None:
         with self._sending:
             for connection in self._connections.values():
-                with contextlib.suppress(OSError):  # whoever watches it has seen why
+                if connection in self._stuck:
+                    continue
+                try:
                     connection.send_bytes(message)
+                except BlockingIOError:  # it is full, and whoever listens to it will say that it hangs
+                    self._stuck.add(connection)
+                except OSError:  # whoever listens to it has seen why
+                    continue
 
     # ---- watching
 
@@ -324,7 +333,7 @@ class Ranks:
                 if now - looked > 3 * BEAT_SECONDS:  # this process was stopped itself, and the others with it
                     heard = dict.fromkeys(heard, now)
                 self._send_all(ALIVE)
-                looked = now
+                looked = time.monotonic()
             for rank, last in heard.items():
                 if now - last > SILENT_SECONDS:
                     self.fail(f"rank {rank} hangs: no sign of life for {SILENT_SECONDS:.0f} s")
@@ -502,7 +511,15 @@ def _store(place: Place | None, ranks: int) -> Store:
     """Where ranks find each other: of torchrun, or one of rank 0's at a free port."""
     timeout = timedelta(seconds=JOIN_SECONDS)
     if place is None:
-        return TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False, timeout=timeout)
+        listener = socket.create_server(("127.0.0.1", 0))  # a socket of torch's own would listen to every network
+        port = listener.getsockname()[1]
+        return TCPStore(
+            *("127.0.0.1", port, ranks),
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listener.detach(),
+        )
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     store: Store
     try:
@@ -512,9 +529,11 @@ def _store(place: Place | None, ranks: int) -> Store:
     return store
 
 
-def _connection(taken: socket.socket) -> Connection:
-    """Messages over a socket, each sent at once."""
+def _connection(taken: socket.socket, seconds: float) -> Connection:
+    """Messages over a socket, each sent at once. BlockingIOError where one is under way and does not move for so many seconds."""
     taken.settimeout(None)
+    for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        taken.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", int(seconds), 0))
     taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Connection(taken.detach())
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 GAUGES_EVERY = 0.5  # seconds between two accounts of the queues and the pool
 ALIVE = ("", None)
+RECORD_WEIGHT = (
+    1 << 20
+)  # characters, tokens and log-probabilities of a record: below packing.MAX_BODY_BYTES, however they are written
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot write
 Row = list[Any]
 Entry = list[list[float]]  # of one token: [token, logprob, rank], itself first
@@ -161,19 +164,32 @@ class Answers:
         self._gauges_at = 0.0
 
     def take(self, now: float) -> Record | None:
-        """The rows since the last call, with the gauges when they are due; None if there is nothing to say.
+        """Rows that were not taken yet, as many as a record has room for, with the gauges when they are due; None if there is nothing to
+        say.
 
         now: seconds of time.monotonic, a clock that all processes of a machine share.
         """
         due = now - self._gauges_at >= GAUGES_EVERY
         if not self._rows and not due:
             return None
-        head: dict[str, Any] = {"at": now, "rows": self._rows}
+        weight = count = 0
+        while count < len(self._rows) and (not count or weight + _weight(self._rows[count]) <= RECORD_WEIGHT):
+            weight += _weight(self._rows[count])
+            count += 1
+        head: dict[str, Any] = {"at": now, "rows": self._rows[:count]}
         if due:
             self._gauges_at = now
             head["gauges"] = gauges(self._engine.scheduler)
-        self._rows = []
+        self._rows = self._rows[count:]
         return Record(Kind.ANSWERS, 0, packing.pack(head, {}, level=0))
+
+
+def _weight(row: Row) -> int:
+    """About how much there is to write of a row."""
+    if row[0] == "grew":
+        _, _, _, text, tokens, logprobs, _, _ = row
+        return 1 + len(text) + len(tokens) + sum(map(len, logprobs or ()))
+    return 1 + sum(len(entry or ()) for entry in row[2]) if row[0] == "prompt" else 1
 
 
 def _end_of(answer: CompletionOutput | Sequence) -> tuple[str, int | str | None]:

@@ -108,7 +108,7 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
 def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
     try:
         while (record := read_record(commands)) is not None:
-            received, columns = packing.unpack(record.body)
+            received, columns = packing.unpack(record.body, most=packing.MAX_BODY_BYTES)
             if received.get("do") == "quit":
                 break
             inbox.put({**received, **columns})
@@ -169,8 +169,7 @@ class EngineLoop:
                     self._send_answers()
 
     def _send_answers(self) -> None:
-        record = self._answers.take(time.monotonic()) if self._answers is not None else None
-        if record is not None:
+        while self._answers is not None and (record := self._answers.take(time.monotonic())) is not None:
             self.writer.write(record)
 
     def _send_idle(self) -> None:

@@ -83,10 +83,9 @@ class Detokenizer:
         """Those of the texts that are a special token of the model, by its id: no text of an answer ever has them."""
         found: dict[int, str] = {}
         for text in texts:
+            spelled = text.encode()
             for token in self._encode(text):
-                if self._codec.token_bytes(token, skip_special=False) == text.encode() and not self._codec.token_bytes(
-                    token
-                ):
+                if self._codec.token_bytes(token, skip_special=False) == spelled and not self._codec.token_bytes(token):
                     found[token] = text
         return found
 

@@ -48,7 +48,12 @@ class Grammars:
 
     def masks(self, schema: str) -> Callable[[Line], bytes]:
         """What says, of a sequence that follows this schema, which tokens may come next. RequestError if the schema is none."""
-        grammar = self._matcher.grammar_from_json_schema(_checked(schema), overrides=SPACES)
+        try:
+            grammar = self._matcher.grammar_from_json_schema(_checked(schema), overrides=SPACES)
+        except RequestError:
+            raise
+        except ValueError as error:  # its own reader takes less than Python's: of numbers, of levels
+            raise RequestError(f"the JSON schema cannot be followed: {_one_line(str(error))}") from None
         first = self._matcher(self._tokenizer, grammar, log_level=0)
         if first.is_error():
             raise RequestError(f"the JSON schema cannot be followed: {_one_line(first.get_error())}")

@@ -36,12 +36,12 @@ def pack(head: Head, columns: Columns, *, level: int = 1) -> bytes:
     return zlib.compress(b"".join([_U32.pack(len(text)), text, *(column.tobytes() for _, column in kept)]), level)
 
 
-def unpack(body: bytes) -> tuple[Head, Columns]:
-    """Head and columns of a body. Raises TraceError if it is not one."""
+def unpack(body: bytes, *, most: int = MAX_HEAD_BYTES) -> tuple[Head, Columns]:
+    """Head and columns of a body. Raises TraceError if it is not one. most: bytes of a head; a process of our own may send more."""
     try:
         raw = _inflate(body)
         (size,) = _U32.unpack_from(raw)
-        head = read_json(raw[4 : 4 + size]) if size <= MAX_HEAD_BYTES else {}
+        head = read_json(raw[4 : 4 + size]) if size <= most else {}
         columns: Columns = {}
         offset = 4 + size
         for name, dtype, length in head.pop("columns"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from minipaged import LLM, InputError, SamplingParams
 from minipaged.errors import RankError
@@ -184,6 +187,48 @@ def test_L73_a_rank_that_dies_or_hangs_ends_the_run_with_a_word(
             llm.generate("again", GREEDY)
     finally:
         llm.close()
+
+
+def test_L73_a_rank_that_hangs_is_noticed_while_a_long_plan_is_sent_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 2.0)
+    llm = LLM("toy", device="cpu", num_blocks=100, tensor_parallel=2)
+    ranks = llm._parts.ranks
+    assert isinstance(ranks, Ranks)
+    try:
+        os.kill(pid_of_peer(llm), signal.SIGSTOP)
+        started = time.monotonic()
+        ranks._send_all(workers.ALIVE + bytes(64 << 20))  # more than any socket holds
+        with pytest.raises(RankError, match="rank 1 hangs"):
+            llm.generate("hello", GREEDY)
+        assert time.monotonic() - started < 15
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"no challenge", b"#CHALLENGE#{sha256}" + bytes(20)])
+def test_a_stranger_on_the_ranks_socket_is_sent_away(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 1.0)
+    store = workers._store(None, 2)
+    assert isinstance(store, TCPStore)
+    listening = f"0100007F:{store.port:04X} 00000000:0000 0A"
+    assert listening in Path("/proc/net/tcp").read_text(), "on this host alone"
+    joined = Ranks(workers.Place(0, 2, 0), torch.device("cpu"), store)
+    accepting = threading.Thread(target=joined._accept, daemon=True)
+    accepting.start()
+    of_others = TCPStore("127.0.0.1", store.port, 2, is_master=False, wait_for_workers=False)
+    host, port, _ = json.loads(of_others.get("plans"))
+    stranger = socket.create_connection((host, port))
+    if said:
+        stranger.sendall(len(said).to_bytes(4, "big") + said)
+        stranger.recv(1 << 10)
+    other = Ranks(workers.Place(1, 2, 1), torch.device("cpu"), of_others)
+    other._connect()
+    accepting.join(10)
+    assert not accepting.is_alive()
+    assert list(joined._connections) == [1]
+    for ranks in (joined, other):
+        ranks._connections.popitem()[1].close()
+    stranger.close()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import minipaged
-from tests.serving.engines import scripted
+from tests.serving.engines import scripted, toy
 from tests.serving.running import Serving, serving
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -88,6 +88,15 @@ def test_an_absent_limit_is_cut_and_a_given_one_is_refused_with_the_number_that_
     assert server.chat("x" * 8100)["usage"]["completion_tokens"] == 8192 - 8100 - len("<user></><assistant>")
 
 
+def test_a_window_lets_a_request_be_longer_than_the_pool() -> None:
+    window = {"retention": "window:16", "block_size": 4, "num_blocks": 40, "max_num_batched_tokens": 64}
+    with serving(toy, **window) as server:
+        assert server.complete(prompt="a" * 200, max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
+        status, error = server.refusal({"prompt": "a" * 200, "max_tokens": 4, "n": 30})
+        assert status == 400
+        assert "the pool has 39" in error["message"]
+
+
 def test_log_probabilities_have_an_entry_for_every_token(server: Serving) -> None:
     for stop in (None, said("xyz", 8)[5:7]):
         for n in (1, 3):
@@ -111,6 +120,17 @@ def test_log_probabilities_have_an_entry_for_every_token(server: Serving) -> Non
         assert all(entry["bytes"] == list(entry["token"].encode()) for entry in content)
         assert all(entry["token"] in [t["token"] for t in entry["top_logprobs"]] for entry in content if top_count)
     assert server.chat("a", max_tokens=4)["choices"][0]["logprobs"] is None
+
+
+def test_lists_of_log_probabilities_may_be_long() -> None:
+    """Longer than what a stranger's record may be; two of them in one step are two records."""
+    with serving(toy, num_blocks=512) as server:
+        asked = {"prompt": ["a" * 1000, "b" * 1000], "max_tokens": 1, "prompt_logprobs": 100}
+        for choice in server.complete(**asked, cache_salt="é" * 1_000_000)["choices"]:
+            assert all(len(entry) in (100, 101) for entry in choice["prompt_logprobs"][1:])
+            assert len(choice["prompt_logprobs"]) == 1000
+    with serving(scripted, max_model_len=20_000) as server:
+        assert server.refusal({"prompt": "a" * 19_000, "max_tokens": 1, "prompt_logprobs": 100})[0] == 400
 
 
 def test_an_echoed_prompt_can_be_scored_without_an_answer(server: Serving) -> None:
@@ -231,6 +251,7 @@ BAD = [
     ({"prompt": "a", "n": 0}, "n"),
     ({"prompt": "a", "n": 1025}, "n"),
     ({"prompt": "a", "stop": ["x"] * 10_000}, "stop"),
+    ({"prompt": "a", "stop": "x" * 5000}, "stop"),
     ({"prompt": "a", "logprobs": 101}, "logprobs"),
     ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
@@ -241,6 +262,8 @@ BAD = [
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": [1.5]}, "prompt"),
     ({"prompt": [True]}, "prompt"),
+    ({"prompt": [1, 2**63]}, "prompt"),
+    ({"prompt": ["a", [-(2**70)]]}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": [99999]}, None),
     ({"prompt": "a", "stop_token_ids": [99999]}, None),
@@ -261,6 +284,7 @@ def test_a_bad_field_is_named(server: Serving, body: dict[str, object], param: s
     assert status == 400, error
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param, error
+    server.wait_idle()  # it takes no place in the queue
 
 
 CHAT_BAD = [

@@ -39,6 +39,8 @@ def test_a_message(server: Serving) -> None:
     usage = found["usage"]
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] == len("<user>hi</><assistant>")
     assert usage["output_tokens"] == 8
+    calm = server.http.post("/v1/messages", json={**ASKED, "thinking": {"type": "disabled"}}).json()
+    assert calm["content"] == found["content"]
     stopped = server.http.post("/v1/messages", json={**ASKED, "stop_sequences": [whole[3:5]]}).json()
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", whole[3:5])
     assert stopped["content"][0]["text"] == whole[:3]

@@ -60,7 +60,12 @@ def test_rows_beside_it_are_not_masked(llm: LLM) -> None:
     assert beside[0].outputs[0].text == alone
 
 
-@pytest.mark.parametrize("schema", ["{", "[]", '{"type": "no such type"}', '{"$ref": "#/nowhere"}'])
+DEEP = '{"items":' * 200 + "{}" + "}" * 200  # deeper than llguidance reads
+
+
+@pytest.mark.parametrize(
+    "schema", ["{", "[]", '{"type": "no such type"}', '{"$ref": "#/nowhere"}', DEEP, '{"minimum": 1e400}']
+)
 def test_a_bad_schema_is_refused(llm: LLM, schema: str) -> None:
     with pytest.raises(RequestError, match="schema"):
         llm.generate("a", SamplingParams(json_schema=schema))
@@ -92,7 +97,9 @@ def test_response_format(server: Serving) -> None:
     ][0]
     assert any_object["text"].lstrip().startswith("{")
     assert any_object["finish_reason"] == "length" or isinstance(json.loads(any_object["text"]), dict)
-    bad = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
-    status, error = server.refusal({"prompt": "a", "response_format": bad})
-    assert status == 400
-    assert "schema" in error["message"]
+    for schema in ({"type": "nonsense"}, json.loads(DEEP)):
+        bad = {"type": "json_schema", "json_schema": {"schema": schema}}
+        status, error = server.refusal({"prompt": "a", "response_format": bad})
+        assert status == 400
+        assert "schema" in error["message"]
+    assert server.complete(prompt="x", max_tokens=1)["choices"], "the engine lives"

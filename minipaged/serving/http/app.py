@@ -222,7 +222,8 @@ class App:
 
     def _limits(self) -> Limits:
         settings = self._settings
-        return Limits(settings["max_model_len"], settings["block_size"], settings["num_blocks"])
+        keeps_all = self.link is None or self.link.header.engine.get("retention", "all") == "all"
+        return Limits(settings["max_model_len"], settings["block_size"], settings["num_blocks"] if keeps_all else None)
 
     def _check_model(self, name: object) -> str:
         """The served name that a request means. 404 for another."""

@@ -24,6 +24,7 @@ from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.mailbox import Entry, Growth, Ticket
 from minipaged.text.grammar import ANY_OBJECT
 
+MOST_LOGPROBS = 1 << 20  # that an answer lists, of its prompt or of itself: a document of some 100 MB
 LONG_TEXT = 4096  # characters: longer prompts are tokenized in a thread, so that streams go on meanwhile
 Result = TypeVar("Result")
 JSON = dict[str, Any]
@@ -54,14 +55,19 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine can hold: `context` tokens a sequence, a pool of `num_blocks` blocks of `block_size` slots."""
+    """What the engine can hold: `context` tokens a sequence, a pool of `num_blocks` blocks of `block_size` slots.
+
+    num_blocks: None where blocks are released as a sequence grows; the engine says then what does not fit.
+    """
 
     context: int
     block_size: int
-    num_blocks: int
+    num_blocks: int | None
 
     def most_tokens(self, num_prompt: int, width: int) -> int:
         """How long an answer to such a prompt can be, where `width` sequences share the prompt's full blocks."""
+        if self.num_blocks is None:
+            return self.context - num_prompt
         shared = num_prompt // self.block_size
         in_pool = (shared + max(0, self.num_blocks - 1 - shared) // width) * self.block_size
         return min(self.context, in_pool) - num_prompt
@@ -421,7 +427,10 @@ async def chat_tokens(asked: fields.ChatRequest | fields.TokenizeRequest, codec:
         text = codec.chat(messages, opens, values=asked.chat_template_kwargs)
         if goes_on:  # what the template writes behind the last message's text is for a turn that is over
             last = messages[-1]["content"].strip()
-            text = text[: text.rindex(last) + len(last)]
+            end = text.rfind(last) + len(last)
+            if end < len(last):
+                raise bad_request("the model's template changes the last message: it cannot be continued", "messages")
+            text = text[:end]
         return text, codec.encode(text, add_special=bool(getattr(asked, "add_special_tokens", False)))
 
     return await off_loop(sum(len(message["content"]) for message in messages), render)
@@ -462,7 +471,10 @@ def _prompts(given: str | list[Any] | None) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
     listed = [given] if all(_is_token(item) for item in given) else given
+    most = 2**31 - 1  # beyond any vocabulary, and within what travels to the engine
     for item in listed:
+        if isinstance(item, list) and any(_is_token(t) and not 0 <= t <= most for t in item):
+            raise bad_request(f"prompt holds token ids outside 0 to {most}", "prompt")
         if not isinstance(item, str) and not (isinstance(item, list) and item and all(_is_token(t) for t in item)):
             raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
     return listed
@@ -508,9 +520,9 @@ def _finish_job(
             raise bad_request("the prompt is empty: give at least one token", "messages" if job.chat else "prompt")
         room = limits.most_tokens(len(prompt.tokens), job.width)
         if room < 1:
+            slots = "" if limits.num_blocks is None else f" and the pool {(limits.num_blocks - 1) * limits.block_size}"
             raise bad_request(
-                f"the prompt has {len(prompt.tokens)} tokens; the context holds {limits.context} and the pool "
-                f"{(limits.num_blocks - 1) * limits.block_size}, answers included",
+                f"the prompt has {len(prompt.tokens)} tokens; the context holds {limits.context}{slots}, answers included",
                 "messages" if job.chat else "prompt",
                 "context_length_exceeded",
             )
@@ -523,6 +535,13 @@ def _finish_job(
                     "context_length_exceeded",
                 )
             job.params["max_tokens"] = room
+        longest = room if most is None else most
+        for name, listed, tokens in (
+            ("prompt_logprobs", scored, len(prompt.tokens)),
+            ("logprobs", job.logprobs, longest),
+        ):
+            if listed is not None and (listed + 1) * tokens > MOST_LOGPROBS:
+                raise bad_request(f"{name} {listed} of {tokens} tokens are too many: lower one of them", name)
     if most is None:
         job.params["max_tokens"] = NO_LIMIT
     options = asked.stream_options or fields.StreamOptions()

@@ -94,12 +94,11 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
 
 def chat_of_messages(data: JSON, *, counting: bool = False) -> JSON:
     """The chat completion that a body of /v1/messages asks for."""
+    if data.get("thinking") == {"type": "disabled"}:
+        data = {**data, "thinking": None}
     asked, _ = fields.read_fields(data, MessagesRequest)
     if asked.max_tokens is None and not counting:
         raise bad_request("max_tokens is missing", "max_tokens")
-    thinking = data.get("thinking")
-    if isinstance(thinking, dict) and thinking.get("type") != "disabled":
-        raise bad_request("thinking is not supported by this server", "thinking", "unsupported_parameter")
     messages = [
         {"role": m.role, "content": fields.text_of(m.content, f"messages[{i}].content")}
         for i, m in enumerate(asked.messages)

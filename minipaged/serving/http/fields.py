@@ -16,6 +16,7 @@ from minipaged.errors import InputError
 from minipaged.serving.http.errors import ApiError, bad_request
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 4096  # characters
 MAX_TOP_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
@@ -228,6 +229,8 @@ def sampling_params(
     stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     if len(stops) > MAX_STOPS:
         raise bad_request(f"stop takes at most {MAX_STOPS} strings, not {len(stops)}", "stop")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise bad_request(f"stop takes strings of at most {MAX_STOP_LENGTH} characters", "stop")
     stops = [stop for stop in stops if stop]
     params: dict[str, Any] = {"max_tokens": most, "stop": stops, "temperature": 1.0}
     params["logprobs"], params["prompt_logprobs"] = logprobs, prompt_logprobs

@@ -77,11 +77,11 @@ class EngineLink(asyncio.Protocol):
         self, tokens: Sequence[int], params: Mapping[str, Any], width: int, signal: Signal, *, whole: bool
     ) -> Ticket:
         """Send a request; its ticket fills as it is answered."""
+        columns = {"tokens": np.asarray(tokens, np.int64)}
         self._next += 1
         ticket = Ticket(self._next, len(tokens), width, signal, whole=whole, now=time.monotonic())
         self.tickets[ticket.number] = ticket
         self._num_waiting += 1
-        columns = {"tokens": np.asarray(tokens, np.int64)}
         self.send("ask", columns=columns, ticket=ticket.number, params=dict(params))
         return ticket
 
@@ -152,7 +152,7 @@ class EngineLink(asyncio.Protocol):
 
     def _take(self, record: Record) -> None:
         if record.kind == Kind.ANSWERS:
-            head, _ = packing.unpack(record.body)
+            head, _ = packing.unpack(record.body, most=packing.MAX_BODY_BYTES)
             if "gauges" in head:
                 self.metrics.gauges = head["gauges"]
             self._now = head["at"]
