@@ -22,6 +22,7 @@ from minipaged.config import (
 )
 from minipaged.engine import Engine
 from minipaged.errors import RequestError
+from minipaged.memory.own_manager import find_class
 from minipaged.memory.retention import Retention
 from minipaged.scheduling.request import RequestOutput
 
@@ -43,7 +44,8 @@ class LLM:
     fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or priority, under which the
     smaller SamplingParams.priority is served first and running requests make way for a more urgent one that waits; retention: which
     tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the model's context), None
-    for what the model's own windows allow; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU;
+    for what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or FILE.py:CLASS, whose failures
+    raise BlockManagerError; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU;
     graphs: replay decode steps as CUDA graphs where there is a GPU; tensor_parallel: processes that share the model, each on a GPU of its
     own, or all on the CPU; pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the
     others, unless torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it
@@ -69,6 +71,7 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         retention: str | None = None,
+        block_manager: str | type | None = None,
         watermark: float = 0.01,
         preemption: Literal["auto", "recompute", "swap"] = "auto",
         policy: Literal["fcfs", "priority"] = "fcfs",
@@ -83,7 +86,9 @@ class LLM:
         tensor_parallel_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "progress")}
+        arguments = {
+            name: value for name, value in locals().items() if name not in ("self", "progress", "block_manager")
+        }
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
         if overlap != "auto":
             check_int("overlap", overlap, 0, 1)
@@ -100,6 +105,7 @@ class LLM:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         if retention is not None:
             Retention.parse(retention)
+        manager_class = find_class(block_manager) if isinstance(block_manager, str) else block_manager
         # every number is checked before the model is fetched
         cache = CacheConfig(
             block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype, retention
@@ -129,6 +135,7 @@ class LLM:
             tensor_parallel=ranks,
             pipeline_parallel=check_int("pipeline_parallel", pipeline_parallel, 1, MOST_RANKS),
             arguments=arguments,
+            manager_class=manager_class,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer
