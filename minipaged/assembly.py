@@ -138,8 +138,7 @@ def assemble(
     Replaced: cache.num_blocks by what fits if `num_blocks` is None, config.max_model_len by the model's context if `max_model_len` is
     None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. tensor_parallel: ranks that share the model;
     arguments: of the LLM that each of the others makes, if this process is to start them; manager_class: the user's block manager.
-    In a process that is one of the others this
-    serves until rank 0 ends, and ends the process (SystemExit).
+    In a process that is one of the others this serves until rank 0 ends, and ends the process (SystemExit).
     """
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)

@@ -101,6 +101,13 @@ SCENES: dict[int, Scene] = {
         _several(4),
         {"num_blocks": 64, "block_size": 16},
     ),
+    14: Scene(
+        "A long prompt comes in chunks of at most 32 tokens; each looks at all blocks before it. The second begins where the first's ends.",
+        tuple(
+            (_STORY * 2 + question, SamplingParams(max_tokens=12, ignore_eos=True)) for question in ("what?", "how?")
+        ),
+        {"num_blocks": 64, "block_size": 8, "max_num_batched_tokens": 32},
+    ),
 }
 
 
