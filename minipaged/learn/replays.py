@@ -108,6 +108,11 @@ SCENES: dict[int, Scene] = {
         ),
         {"num_blocks": 64, "block_size": 8, "max_num_batched_tokens": 32},
     ),
+    15: Scene(
+        "Keys and values in eight bits. Tables, sharing and copies are as ever: only what a block weighs is another.",
+        _several(6, 40),
+        {"num_blocks": 64, "block_size": 8, "kv_cache_dtype": "int8"},
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minipaged.cli.learn import app
-from minipaged.learn.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
+from minipaged.learn.catalog import HINT_LEVELS, Lesson, lesson, lessons, tutorials_folder
 from minipaged.learn.checking import check
 from minipaged.learn.runner import load, run
 from minipaged.learn.solve import stubs
@@ -98,6 +98,17 @@ def test_solution_passes(lesson: Lesson, solved: Path) -> None:
     results = list(run(path))
     assert [result for result in results if not result["passed"]] == []
     assert {result["task"] for result in results} == {task.number for task in lesson.tasks}, "every task has a test"
+
+
+def test_lesson_8_catches_a_free_that_forgets_the_length(tmp_path: Path) -> None:
+    right = lesson(8).solved()
+    wrong = right.replace("        del self.lengths[sequence]\n", "")
+    assert wrong != right
+    path = tmp_path / lesson(8).path.name
+    path.write_text(wrong, encoding="utf-8")
+    *_, last = run(path)
+    assert (last["passed"], last["task"]) == (False, 3)
+    assert "lengths and tables" in last["message"]
 
 
 @each_lesson

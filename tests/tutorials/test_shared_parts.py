@@ -108,6 +108,20 @@ def test_replay_7_keeps_its_budget_and_nobody_who_writes_waits(tmp_path: Path) -
     assert chunks > 0
 
 
+def test_replay_14_computes_in_chunks_and_the_second_begins_over_a_prefix(tmp_path: Path) -> None:
+    deltas = replayed(14, tmp_path)
+    state, computed = Snapshot(), []
+    for delta in deltas:
+        before = {key: s.num_computed - s.num_cached for key, s in state.sequences.items()}
+        state.apply(delta)
+        after = {key: s.num_computed - s.num_cached for key, s in state.sequences.items()}
+        computed.append(sum(n - before.get(key, 0) for key, n in after.items()))
+    assert max(computed) == 32
+    assert computed.count(32) >= 3
+    hits = {event.seq_id for delta in deltas for event in delta.events if event.kind == "cache_hit"}
+    assert len(hits) == 1
+
+
 def test_every_lesson_has_a_replay() -> None:
     assert {one.number for one in lessons()} - set(SCENES) <= {13}, "lesson 13 records its own"
 
