@@ -153,8 +153,8 @@ if __name__ == "__main__":
 # 4. feed them to the softmax, with the page's values.
 #
 # For the queries at the front, the last pages lie in the future as a whole. They add nothing: every query has seen key
-# 0 before, so its top is a number, and each weight is `exp(−∞ − top)`, 0. (Should the walk begin elsewhere, −∞
-# less −∞ would be `NaN`. Lesson 16's windows have that trouble.)
+# 0 before, so its top is a number, and each weight is `exp(−∞ − top)`, 0. (Should the walk begin at a page
+# that a query does not see, as a window's may, −∞ less −∞ would be `NaN`.)
 #
 # `online.result()` is `[kv_heads, group, n, head_dim]`. Bring it back into the form of `q`.
 

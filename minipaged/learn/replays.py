@@ -113,6 +113,11 @@ SCENES: dict[int, Scene] = {
         _several(6, 40),
         {"num_blocks": 64, "block_size": 8, "kv_cache_dtype": "int8"},
     ),
+    16: Scene(
+        "The table grows, and what it holds does not: blocks behind the window go back (/ then release), the first one stays.",
+        ((_STORY[:30], SamplingParams(max_tokens=60, ignore_eos=True)),),
+        {"num_blocks": 24, "block_size": 4, "retention": "sinks:4+window:16"},
+    ),
 }
 
 

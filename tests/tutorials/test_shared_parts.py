@@ -122,6 +122,12 @@ def test_replay_14_computes_in_chunks_and_the_second_begins_over_a_prefix(tmp_pa
     assert len(hits) == 1
 
 
+def test_replay_16_releases_all_but_the_first_block_and_the_window(tmp_path: Path) -> None:
+    released = [event.amount for delta in replayed(16, tmp_path) for event in delta.events if event.kind == "release"]
+    assert sorted(released) == list(range(1, len(released) + 1)), "each once; the first block, with the sinks, never"
+    assert len(released) > 10
+
+
 def test_every_lesson_has_a_replay() -> None:
     assert {one.number for one in lessons()} - set(SCENES) <= {13}, "lesson 13 records its own"
 
