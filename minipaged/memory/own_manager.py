@@ -24,8 +24,12 @@ ANSWERS: dict[str, tuple[type, ...]] = {  # what the engine reads without lookin
 }
 
 
-def find_class(text: str) -> type:
-    """The class that FILE.py:CLASS names. InputError if the file cannot be run, or has no such class."""
+def find_class(text: str | type) -> type:
+    """The class that FILE.py:CLASS names, or the one given. InputError if the file cannot be run, or has no such class."""
+    if isinstance(text, type):
+        return text
+    if not isinstance(text, str):
+        raise InputError(f"block_manager must be a class or FILE.py:CLASS, not {text!r:.80}")
     name, _, wanted = text.rpartition(":")
     path = Path(name)
     if path.suffix != ".py" or not wanted:

@@ -69,6 +69,11 @@ def test_what_is_left_to_minipaged_refuses_as_ever(tmp_path: Path) -> None:
         llm.engine.scheduler.manager.set_watermark(7.0)
 
 
+def test_what_is_neither_text_nor_class_is_refused() -> None:
+    with pytest.raises(InputError, match=r"must be a class or FILE\.py:CLASS, not 3"):
+        texts(3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
