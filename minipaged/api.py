@@ -24,6 +24,7 @@ from minipaged.config import (
 )
 from minipaged.engine import Engine
 from minipaged.errors import RequestError
+from minipaged.memory.own_manager import find_class
 from minipaged.memory.retention import Retention
 from minipaged.scheduling.request import RequestOutput
 
@@ -46,11 +47,13 @@ class LLM:
     pool, None to measure what fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or
     priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
     waits; retention: which tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the
-    model's context), None for what the model's own windows allow; overlap: steps in flight beside the one being committed, auto is 1 on a
-    GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile all kernels there at the start,
-    so that no request waits for one; tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU;
-    pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others, unless torchrun
-    has started all of them: then each makes the same LLM, and only rank 0 comes back from it
+    model's context), None for what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or
+    FILE.py:CLASS, whose failures raise BlockManagerError; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0
+    on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile the kernels there at the start, so that no
+    request waits for one (those of packed weights, windows and several ranks are still compiled when they are first used);
+    tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU; pipeline_parallel: stages that the layers
+    are cut into, each of so many processes. This process starts the others, unless torchrun has started all of them: then each makes the
+    same LLM, and only rank 0 comes back from it
     (execution/README.md). Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
@@ -74,6 +77,7 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         retention: str | None = None,
+        block_manager: str | type | None = None,
         watermark: float = 0.01,
         preemption: Literal["auto", "recompute", "swap"] = "auto",
         policy: Literal["fcfs", "priority"] = "fcfs",
@@ -89,7 +93,9 @@ class LLM:
         tensor_parallel_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "progress")}
+        arguments = {
+            name: value for name, value in locals().items() if name not in ("self", "progress", "block_manager")
+        }
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
         check_choice("weights", weights, WEIGHTS)
         if overlap != "auto":
@@ -108,6 +114,7 @@ class LLM:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         if retention is not None:
             Retention.parse(retention)
+        manager_class = None if block_manager is None else find_class(block_manager)
         # every number is checked before the model is fetched
         cache = CacheConfig(
             block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype, retention
@@ -139,6 +146,7 @@ class LLM:
             tensor_parallel=ranks,
             pipeline_parallel=check_int("pipeline_parallel", pipeline_parallel, 1, MOST_RANKS),
             arguments=arguments,
+            manager_class=manager_class,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer

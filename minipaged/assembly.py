@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.kernels.launch_table import gpu_of
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.own_manager import own_manager
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
@@ -134,14 +136,15 @@ def assemble(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     arguments: Mapping[str, Any] | None = None,
+    manager_class: type | None = None,
 ) -> Parts:
     """Load the model and build an engine around it.
 
     Replaced: cache.num_blocks by what fits if `num_blocks` is None, config.max_model_len by the model's context if `max_model_len` is
     None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. warm_up: on one GPU, compile all kernels
     while the weights are loaded, and capture graphs, so that nothing waits for that later. tensor_parallel: ranks that share the model;
-    arguments: of the LLM that each of the others makes, if this process is to start them. In a process that is one of the others this
-    serves until rank 0 ends, and ends the process (SystemExit).
+    arguments: of the LLM that each of the others makes, if this process is to start them; manager_class: the user's block manager.
+    In a process that is one of the others this serves until rank 0 ends, and ends the process (SystemExit).
     """
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)
@@ -211,7 +214,8 @@ def assemble(
         if warm_up:
             capturing: Any = runner
             capturing.capture_ahead(CAPTURE_SECONDS, progress)
-    engine = assemble_engine(loaded, cache, config, runner if ranks is None else ranks.drive(runner), dtype=kind)
+    driven = runner if ranks is None else ranks.drive(runner)
+    engine = assemble_engine(loaded, cache, config, driven, dtype=kind, manager_class=manager_class)
     if ranks is not None:
         engine.about |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind, ranks, compiled)
@@ -242,16 +246,24 @@ def build_engine(
 
 
 def assemble_engine(
-    loaded: LoadedModel, cache: CacheConfig, config: EngineConfig, runner: Runner, *, dtype: str
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    config: EngineConfig,
+    runner: Runner,
+    *,
+    dtype: str,
+    manager_class: type | None = None,
 ) -> Engine:
-    """An engine over a runner that has its KV pool."""
-    manager = BlockManager(
+    """An engine over a runner that has its KV pool. manager_class: the user's, in place of BlockManager."""
+    make = BlockManager if manager_class is None else partial(own_manager, manager_class)
+    retention = retention_of(loaded.config, cache)
+    manager = make(
         cache.num_blocks,
         cache.block_size,
         num_host_blocks=cache.num_host_blocks,
         prefix_caching=cache.enable_prefix_caching,
         watermark=cache.watermark,
-        retention=retention_of(loaded.config, cache),
+        retention=retention,
     )
     scheduler = Scheduler(config, manager, cache.block_size)
     about = {
@@ -260,7 +272,7 @@ def assemble_engine(
         "kv_bytes_per_token": loaded.config.kv_bytes_per_token(cache.kv_dtype(dtype)),
         "watermark": cache.watermark,
         "num_host_blocks": cache.num_host_blocks,
-        "retention": str(manager.retention),
+        "retention": str(retention),
     }
     return Engine(
         scheduler,

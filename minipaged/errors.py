@@ -1,6 +1,6 @@
 """The errors a user can cause. Each names the value that was wrong and what would work; the command line turns them into exit code 2.
 
-And one that nobody caused, with a word for it: a rank that is gone.
+And two with a word for what went wrong elsewhere: a rank that is gone, and a block manager of the user's that fails.
 """
 
 
@@ -18,6 +18,10 @@ class RequestError(InputError):
 
 class RankError(RuntimeError):
     """One of the processes that share a model died, hangs or failed: nothing can be run any more. The text says which and why."""
+
+
+class BlockManagerError(RuntimeError):
+    """The user's own block manager failed in the middle of a run. The text names its class, the call, the line and what was wrong."""
 
 
 class TraceError(InputError):

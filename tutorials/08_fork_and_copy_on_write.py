@@ -178,6 +178,7 @@ def check(manager: Manager) -> None:
     assert free == [b for b in range(1, manager.num_blocks) if not occurrences[b]], (
         "free blocks and held ones do not add up"
     )
+    assert set(manager.lengths) == set(manager.tables), "lengths and tables are not of the same sequences"
     for name, table in manager.tables.items():
         assert len(table) == -(-manager.lengths[name] // manager.block_size), f"{name}'s table does not fit its text"
 

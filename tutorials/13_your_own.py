@@ -667,6 +667,8 @@ def what_was_won() -> None:
     )
     print("\nthen everything, a scheduler on top of your memory too:\n")
     print(f"  pytest {where} --block-manager 13_your_own:MyBlockManager\n")
+    print("and a conversation that lies in your memory; /ours compares its cost with minipaged's:\n")
+    print("  minipaged chat --block-manager 13_your_own.py:MyBlockManager\n")
 
 
 if __name__ == "__main__":
@@ -674,7 +676,11 @@ if __name__ == "__main__":
     what_was_won()
 
 # %% [markdown]
-# When the second command passes, you have built PagedAttention.
+# When the second command passes, you have built PagedAttention. The third lets you talk through it: a language
+# model that has learned to speak, SmolLM2, keeps its keys and values where your manager says. Each answer's line
+# shows its speed and its waste, and `/ours` asks the same of minipaged's manager. `minipaged generate` and `minipaged tui`
+# take `--block-manager` too: the first compares by itself, the second shows your tables as they grow. If your
+# class fails on the way, the message names its method and the line.
 #
 # From here on the code of minipaged should hold no secrets. Some things to try: break one of your parts on
 # purpose, in a way that all tests of this file overlook, and see how long the specification needs. Or give
@@ -694,4 +700,5 @@ if __name__ == "__main__":
 # - `minipaged/memory/block_manager.py`: `BlockManager`, whose parts you have just replaced.
 # - `minipaged/memory/blocks.py`: `FreeList`, `PrefixIndex` and `BlockPool`.
 # - `minipaged/memory/tables.py`: `TableEditor`.
+# - `minipaged/memory/own_manager.py`: `find_class` and `own_manager` put your class into the engine.
 # - `tests/laws`: the specification. `tests/mutants`: the bugs that it is known to find.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from minipaged.api import LLM, Prompt
-from minipaged.cli.generate import Meter, load, warn_of_idle_flags
+from minipaged.cli.generate import Meter, compared, load, load_beside, warn_of_idle_flags
 from minipaged.cli.terminal import complain, keys_unseen, note
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError, RequestError
@@ -23,16 +24,19 @@ HELP = """\
 /reset          Forget the conversation; the system prompt stays.
 /system [TEXT]  Show the system prompt, or replace it.
 /stats          Show how full the context is, and what the last answer cost.
+/ours           Ask the last question again of minipaged's block manager, beside your own.
 /help           Show this list.
 /quit           End the conversation, as /exit, /bye, ctrl+d and an empty line do."""
-COMMANDS = ("/reset", "/system", "/stats", "/help", "/quit")
+COMMANDS = ("/reset", "/system", "/stats", "/ours", "/help", "/quit")
 ANSWER_SHARE = 4  # a quarter of the context, or max_tokens if that is less, is kept for an answer
 
 
 def chat(model: str, params: SamplingParams, settings: dict[str, Any], system: str | None) -> int:
     """Read questions and commands until the end of input; ctrl+c stops an answer, and at the prompt it gives up the line."""
     warn_of_idle_flags(params)
-    conversation = Conversation(load(model, settings), params)
+    own = settings.get("block_manager") is not None
+    beside = partial(load_beside, model, settings) if own else None
+    conversation = Conversation(load(model, settings), params, beside)
     conversation.set_system(system)  # a model without a template is refused here
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then edits its line, and shows what was typed during an answer)
@@ -76,6 +80,8 @@ def _obey(typed: str, conversation: Conversation) -> None:
         note("The conversation begins anew.")
     elif command == "/stats":
         note(conversation.stats())
+    elif command == "/ours":
+        conversation.ask_ours()
     elif command != "/system":
         raise InputError(f"there is no command {command}; there are {', '.join(COMMANDS)}")
     elif rest.strip():
@@ -88,9 +94,16 @@ def _obey(typed: str, conversation: Conversation) -> None:
 class Conversation:
     """The turns so far, and the model that they are held with."""
 
-    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, beside: Callable[[LLM], LLM] | None = None) -> None:
+        """beside: makes the same as `llm`, with minipaged's block manager, where `llm` has the user's own."""
         self._llm = llm
         self._params = params
+        self._make_beside = beside
+        self._beside: LLM | None = None
+        self._asked: list[
+            tuple[Prompt, SamplingParams]
+        ] = []  # what the one beside was not asked yet, and the last question
+        self._answer = ""  # the last one
         self._last_cost = ""
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []  # question and answer
@@ -111,15 +124,37 @@ class Conversation:
 
         def run() -> list[RequestOutput]:
             nonlocal answer
-            answer = self._print_answer(*self._fit(question))
+            asked = self._fit(question)
+            answer = self._print_answer(*asked)
+            self._asked.append(asked)
             return []
 
         with keys_unseen():
             meter.run(run)
         if answer:
             self.turns.append((question, answer))
-        self._last_cost = meter.line()
+        self._answer, self._last_cost = answer, meter.line()
         note(self._last_cost)
+
+    def ask_ours(self) -> None:
+        """What the last answer costs under minipaged's block manager, which is first asked all that came before. InputError without one of
+        the user's."""
+        if self._make_beside is None:
+            raise InputError(
+                "this is minipaged's block manager: start with --block-manager FILE.py:CLASS to compare yours"
+            )
+        if not self._asked:
+            raise InputError("ask something first")
+        if self._beside is None:
+            self._beside = self._make_beside(self._llm)
+        *before, last = self._asked
+        for prompt, params in before:
+            self._beside.generate([prompt], params)
+        meter = Meter(self._beside)
+        (output,) = meter.run(lambda: meter.llm.generate([last[0]], last[1]))
+        note(self._last_cost)
+        note(compared(meter, output.outputs[0].text.startswith(self._answer)))  # the answer may have been stopped
+        self._asked = [last]
 
     def stats(self) -> str:
         """How full the context is, and the line of the last answer."""

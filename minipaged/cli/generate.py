@@ -23,6 +23,11 @@ def load(model: str, settings: dict[str, Any]) -> LLM:
         return LLM(model, progress=progress, **settings)
 
 
+def load_beside(model: str, settings: dict[str, Any], own: LLM) -> LLM:
+    """The same with minipaged's own block manager and as large a pool, to compare the user's with."""
+    return load(model, settings | {"block_manager": None, "num_blocks": own.engine.scheduler.manager.usage().total})
+
+
 def generate(
     model: str,
     texts: list[str],
@@ -55,10 +60,23 @@ def generate(
     else:
         outputs = meter.run(lambda: _stream(llm, texts, prompts, params))
         note(meter.line())
+        if settings.get("block_manager") is not None:
+            beside = Meter(load_beside(model, settings, llm))
+            again = beside.run(lambda: beside.llm.generate(prompts, params))
+            note(compared(beside, [_texts(output) for output in again] == [_texts(output) for output in outputs]))
     for text, output in zip(texts, outputs, strict=True):
         if output.error:
             complain(f"prompt {text[:40]!r}: {output.error}")
     return 2 if any(output.error for output in outputs) else 0
+
+
+def compared(beside: Meter, same: bool) -> str:
+    """The line of the same run under minipaged's own block manager, and whether it wrote the same."""
+    return f"minipaged's manager, {'the same text' if same else 'ANOTHER TEXT'}: {beside.line()}"
+
+
+def _texts(output: RequestOutput) -> list[str]:
+    return [completion.text for completion in output.outputs]
 
 
 def warn_of_idle_flags(params: SamplingParams) -> None:
@@ -133,7 +151,7 @@ class Meter:
     """What a run cost: measured from the counters of the engine that ran it."""
 
     def __init__(self, llm: LLM) -> None:
-        self._llm = llm
+        self.llm = llm
         self._before = replace(llm.engine.scheduler.counters)  # an engine's counters go on from run to run
         self._peak_blocks = 0
         self._waste: list[float] = []
@@ -141,7 +159,7 @@ class Meter:
 
     def run(self, work: Any) -> list[RequestOutput]:
         """Run `work` with this meter listening to the trace."""
-        stop = self._llm.engine.trace.subscribe(self._listen)
+        stop = self.llm.engine.trace.subscribe(self._listen)
         started = time.perf_counter()
         try:
             outputs: list[RequestOutput] = work()
@@ -159,9 +177,9 @@ class Meter:
 
     def figures(self) -> dict[str, float | int]:
         """The statistics as values."""
-        counters, before = self._llm.engine.scheduler.counters, self._before
+        counters, before = self.llm.engine.scheduler.counters, self._before
         generated = counters.generated_tokens - before.generated_tokens
-        usage = self._llm.engine.scheduler.manager.usage()
+        usage = self.llm.engine.scheduler.manager.usage()
         return {
             "generated_tokens": generated,
             "seconds": round(self.seconds, 3),

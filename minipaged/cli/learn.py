@@ -20,7 +20,7 @@ from minipaged.learn.checking import check as run_check
 from minipaged.learn.workspace import Workspace
 from minipaged.text.safe import printable
 
-app = typer.Typer(help="Rebuild PagedAttention in twelve lessons, each one checked.", pretty_exceptions_enable=False)
+app = typer.Typer(help="Rebuild PagedAttention in lessons, each one checked.", pretty_exceptions_enable=False)
 console = Console(highlight=False, emoji=False)
 NOTE_LINES, PRINTED_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
 

@@ -36,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(lab_app, name="lab", help="Compare memory systems, simulated or measured here; calculate; draw figures.")
-app.add_typer(learn_app, name="learn", help="Rebuild PagedAttention yourself, in twelve lessons that are checked.")
+app.add_typer(learn_app, name="learn", help="Rebuild PagedAttention yourself, in lessons that are checked.")
 app.add_typer(bench_app, name="bench", help="Measure what kernels, engines and the host cost on this machine.")
 
 

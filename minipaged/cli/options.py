@@ -53,6 +53,12 @@ RetentionText = Annotated[
         help="Which tokens stay in memory: all, window:W or sinks:S+window:W; as the model's own windows allow if left out.",
     ),
 ]
+BlockManagerText = Annotated[
+    str | None,
+    typer.Option(
+        "--block-manager", metavar="FILE.py:CLASS", help="A block manager of your own in place of minipaged's."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 keeps all.")]
@@ -72,6 +78,7 @@ ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "block_size": (BlockSize, 16),
     "num_blocks": (NumBlocks, None),
     "retention": (RetentionText, None),
+    "block_manager": (BlockManagerText, None),
     "tensor_parallel": (TensorParallel, 1),
     "pipeline_parallel": (PipelineParallel, 1),
 }

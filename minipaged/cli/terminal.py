@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from minipaged.errors import InputError, RankError
+from minipaged.errors import BlockManagerError, InputError, RankError
 from minipaged.text.safe import printable
 
 MAX_STDIN = 64 * 2**20  # characters; no context is that long, and an endless input must end somewhere
@@ -49,7 +49,7 @@ def _run(command: Callable[..., Any]) -> int:
     except InputError as error:
         complain(str(error))
         return 2
-    except RankError as error:
+    except (RankError, BlockManagerError) as error:
         complain(str(error))
         return 1
     except (typer.Abort, KeyboardInterrupt):

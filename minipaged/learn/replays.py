@@ -101,6 +101,23 @@ SCENES: dict[int, Scene] = {
         _several(4),
         {"num_blocks": 64, "block_size": 16},
     ),
+    14: Scene(
+        "A long prompt comes in chunks of at most 32 tokens; each looks at all blocks before it. The second begins where the first's ends.",
+        tuple(
+            (_STORY * 2 + question, SamplingParams(max_tokens=12, ignore_eos=True)) for question in ("what?", "how?")
+        ),
+        {"num_blocks": 64, "block_size": 8, "max_num_batched_tokens": 32},
+    ),
+    15: Scene(
+        "Keys and values in eight bits. Tables, sharing and copies are as ever: only what a block weighs is another.",
+        _several(6, 40),
+        {"num_blocks": 64, "block_size": 8, "kv_cache_dtype": "int8"},
+    ),
+    16: Scene(
+        "The table grows, and what it holds does not: blocks behind the window go back (/ then release), the first one stays.",
+        ((_STORY[:30], SamplingParams(max_tokens=60, ignore_eos=True)),),
+        {"num_blocks": 24, "block_size": 4, "retention": "sinks:4+window:16"},
+    ),
 }
 
 

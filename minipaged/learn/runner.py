@@ -89,7 +89,7 @@ def _describe(error: Exception, path: Path) -> dict[str, str]:
     message = str(error)
     if not isinstance(error, AssertionError | NotImplementedError):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
-    elif message and not message.startswith(LEFT):
+    elif message and not message.startswith((LEFT, YOURS)):
         where = where.partition(":")[0]  # the line would only say the same again
     elif not message:
         message = "this does not hold"
@@ -115,12 +115,31 @@ def stub_in(error: BaseException | None) -> str:
 
 LONGEST = 300  # characters of one side; what stands in the middle of a longer one is left out
 LEFT, RIGHT = "on the left  ", "on the right "
+YOURS, EXPECTED = "you said ", "right    "  # where it is plain which side the learner's code has computed
 _BOTH_SIDES = "__minipaged_both_sides__"
 
 
-def both_sides(left: object, right: object) -> str:
-    """The two sides of a comparison that did not hold, a line each."""
+def both_sides(left: object, right: object, yours: str = "") -> str:
+    """The two sides of a comparison that did not hold, a line each. yours: the side that the learner's code computed, if that is plain."""
+    if yours:
+        said, expected = (left, right) if yours == "left" else (right, left)
+        return f"{YOURS} {_short(said)}\n{EXPECTED} {_short(expected)}"
     return f"{LEFT} {_short(left)}\n{RIGHT} {_short(right)}"
+
+
+def _yours(left: ast.expr, right: ast.expr) -> str:
+    """Which side of an equality is the learner's: the one opposite a side that is written out, or the left one if it alone calls something.
+    "" where both may be. Written out: literals, constants and objects of them, such as Split(1, 2); their names begin with a capital."""
+
+    def written_out(side: ast.expr) -> bool:
+        return all(node.id[:1].isupper() for node in ast.walk(side) if isinstance(node, ast.Name))
+
+    def calls(side: ast.expr) -> bool:
+        return any(isinstance(node, ast.Call) for node in ast.walk(side))
+
+    if written_out(left) != written_out(right):
+        return "right" if written_out(left) else "left"
+    return "left" if not written_out(left) and calls(left) and not calls(right) else ""
 
 
 def _short(value: object) -> str:
@@ -154,7 +173,9 @@ class _Comparisons(ast.NodeTransformer):
             again: ast.expr = ast.Compare(kept[0], test.ops, [kept[1]])
         else:
             again = ast.Call(test.func, kept, [])
-        compare = ast.Assert(again, ast.Call(ast.Name(_BOTH_SIDES, ast.Load()), kept, []))
+        equality = not isinstance(test, ast.Compare) or isinstance(test.ops[0], ast.Eq)
+        told = [*kept, ast.Constant(_yours(values[0], values[1]) if equality else "")]
+        compare = ast.Assert(again, ast.Call(ast.Name(_BOTH_SIDES, ast.Load()), told, []))
         return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in (*keep, compare)]
 
 

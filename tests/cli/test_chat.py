@@ -21,6 +21,7 @@ from minipaged.cli import chat as module
 from minipaged.cli.chat import Conversation
 from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
+from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading.chat_template import ChatTemplate
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -74,7 +75,7 @@ def test_ends_and_commands_are_no_questions(typed: str, talk: Any, asked: list[s
 def test_an_unknown_command_is_refused_with_the_list(talk: Any, asked: list[str]) -> None:
     _, err = talk("/rest\n/etc/passwd holds what?\n")
     told = next(line for line in err.splitlines() if line.startswith("minipaged: "))
-    assert told == "minipaged: there is no command /rest; there are /reset, /system, /stats, /help, /quit"
+    assert told == "minipaged: there is no command /rest; there are /reset, /system, /stats, /ours, /help, /quit"
     assert asked == ["/etc/passwd holds what?"], "a path is no command"
 
 
@@ -244,3 +245,24 @@ def test_at_a_terminal() -> None:
     os.kill(terminal.pid, signal.SIGTERM)
     assert terminal.exit_code() == 128 + signal.SIGTERM
     assert terminal.echoes(), "the terminal is as it was"
+
+
+def test_ours_answers_the_last_question_beside_the_users_manager(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same text and hits, for both have seen the whole conversation; each cost on a line of its own."""
+    own = {"block_manager": type("Mine", (BlockManager,), {})}
+    monkeypatch.setattr(module, "load", lambda model, settings: talking_toy(**settings))
+    monkeypatch.setattr(module, "load_beside", lambda model, settings, llm: talking_toy())
+    monkeypatch.setattr("sys.stdin", io.StringIO("/ours\nfirst question\nsecond question\n/ours\n/ours\n"))
+    assert module.chat("any", PLAIN, own, None) == 0
+    first, *_, mine, ours, _, again = capsys.readouterr().err.splitlines()[1:]
+    assert first.endswith("ask something first")
+    assert ours.startswith("minipaged's manager, the same text: 8 tokens")
+    hits = [re.findall(r"(\d+) tokens from the prefix cache", line) for line in (mine, ours)]
+    assert hits[0] == hits[1] != ["0"]
+    assert again.startswith("minipaged's manager, the same text")
+
+
+def test_ours_needs_another_manager(talk: Callable[..., tuple[str, str]]) -> None:
+    assert "start with --block-manager FILE.py:CLASS" in talk("/ours\n")[1]

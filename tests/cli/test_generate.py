@@ -169,3 +169,23 @@ def test_standard_input_is_a_prompt(run: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_guarded(partial(app, args=["--version"])) == 0
     assert capsys.readouterr().out == f"minipaged {__version__}\n"
+
+
+def test_the_users_block_manager_is_compared_with_minipageds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second line, of the same run under minipaged's; what fails in the user's class ends the run with its line."""
+    path = tmp_path / "my.py"
+    head = "from minipaged.memory.block_manager import BlockManager\nclass Mine(BlockManager):\n"
+    command = ["generate", PROMPT, "--model", "toy", "--num-blocks", "40", "--max-tokens", "8"]
+    command += ["--block-manager", f"{path}:Mine"]
+    path.write_text(head + "    pass\n", encoding="utf-8")
+    assert run_guarded(partial(app, args=command)) == 0
+    mine, ours = capsys.readouterr().err.splitlines()[-2:]
+    assert mine.partition(" blocks")[2] == ours.partition(" blocks")[2]
+    assert ours.startswith("minipaged's manager, the same text: ")
+    path.write_text(head + "    def append(self, *a):\n        raise KeyError(3)\n", encoding="utf-8")
+    assert run_guarded(partial(app, args=command)) == 1
+    assert (
+        "your block manager failed in Mine.append: KeyError: 3 (my.py:4: raise KeyError(3))" in capsys.readouterr().err
+    )

@@ -293,5 +293,5 @@ def test_check_shows_what_a_failing_test_printed_and_both_sides(folder: Path) ->
     code, text = learn("check", 1, "--dir", folder)
     assert code == 1
     assert "written is 15" in text
-    assert "on the left   Split(token=15, reserved=0, internal=0)" in text
-    assert "on the right  Split(token=15, reserved=25, internal=60)" in text
+    assert "you said  Split(token=15, reserved=0, internal=0)" in text
+    assert "right     Split(token=15, reserved=25, internal=60)" in text

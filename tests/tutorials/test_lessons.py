@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minipaged.cli.learn import app
-from minipaged.learn.catalog import HINT_LEVELS, Lesson, lessons, tutorials_folder
+from minipaged.learn.catalog import HINT_LEVELS, Lesson, lesson, lessons, tutorials_folder
 from minipaged.learn.checking import check
 from minipaged.learn.runner import load, run
 from minipaged.learn.solve import stubs
@@ -98,6 +98,17 @@ def test_solution_passes(lesson: Lesson, solved: Path) -> None:
     results = list(run(path))
     assert [result for result in results if not result["passed"]] == []
     assert {result["task"] for result in results} == {task.number for task in lesson.tasks}, "every task has a test"
+
+
+def test_lesson_8_catches_a_free_that_forgets_the_length(tmp_path: Path) -> None:
+    right = lesson(8).solved()
+    wrong = right.replace("        del self.lengths[sequence]\n", "")
+    assert wrong != right
+    path = tmp_path / lesson(8).path.name
+    path.write_text(wrong, encoding="utf-8")
+    *_, last = run(path)
+    assert (last["passed"], last["task"]) == (False, 3)
+    assert "lengths and tables" in last["message"]
 
 
 @each_lesson
@@ -304,9 +315,9 @@ def test_every_solution_is_a_pytest_file(lesson: Lesson, solved: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_last_lessons_manager_stands_under_the_laws(solved: Path) -> None:
+def test_lesson_13s_manager_stands_under_the_laws(solved: Path) -> None:
     """With the command that the lesson's script prints."""
-    printed = next(line for line in script(solved / lessons()[-1].path.name).stdout.splitlines() if "-k" in line)
+    printed = next(line for line in script(solved / lessons()[12].path.name).stdout.splitlines() if "-k" in line)
     profile, pytest_, *arguments = shlex.split(printed)
     assert (profile, pytest_) == ("HYPOTHESIS_PROFILE=quick", "pytest")
     # -x: Hypothesis takes minutes to make a failing example small, for each law that fails.

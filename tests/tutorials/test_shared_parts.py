@@ -108,6 +108,26 @@ def test_replay_7_keeps_its_budget_and_nobody_who_writes_waits(tmp_path: Path) -
     assert chunks > 0
 
 
+def test_replay_14_computes_in_chunks_and_the_second_begins_over_a_prefix(tmp_path: Path) -> None:
+    deltas = replayed(14, tmp_path)
+    state, computed = Snapshot(), []
+    for delta in deltas:
+        before = {key: s.num_computed - s.num_cached for key, s in state.sequences.items()}
+        state.apply(delta)
+        after = {key: s.num_computed - s.num_cached for key, s in state.sequences.items()}
+        computed.append(sum(n - before.get(key, 0) for key, n in after.items()))
+    assert max(computed) == 32
+    assert computed.count(32) >= 3
+    hits = {event.sequence for delta in deltas for event in delta.events if event.kind == "cache_hit"}
+    assert len(hits) == 1
+
+
+def test_replay_16_releases_all_but_the_first_block_and_the_window(tmp_path: Path) -> None:
+    released = [event.amount for delta in replayed(16, tmp_path) for event in delta.events if event.kind == "release"]
+    assert sorted(released) == list(range(1, len(released) + 1)), "each once; the first block, with the sinks, never"
+    assert len(released) > 10
+
+
 def test_every_lesson_has_a_replay() -> None:
     assert {one.number for one in lessons()} - set(SCENES) <= {13}, "lesson 13 records its own"
 
@@ -208,9 +228,19 @@ def test_a_comparison_tells_both_sides_and_computes_them_once(tmp_path: Path) ->
     source = '"""A lesson."""\nfrom __future__ import annotations\nseen = []\n'
     source += "def test_1_x():\n    assert len(seen.append(4) or seen) == 2\n"
     assert told_by(tmp_path, source) == (
-        "on the left   1\non the right  2",
+        "you said  1\nright     2",
         "line 5: assert len(seen.append(4) or seen) == 2",
     )
+    for comparison, told in (
+        ("2 == abs(1)", "you said  1\nright     2"),
+        ("abs(1) == two", "you said  1\nright     2"),
+        ("abs(1) == (1, -two)", "you said  1\nright     (1, -2)"),
+        ("two == abs(1)", "on the left   2\non the right  1"),  # who knows
+        ("abs(1) == abs(two)", "on the left   1\non the right  2"),
+        ("two < 2", "on the left   2\non the right  2"),
+        ("abs(1) > two", "on the left   1\non the right  2"),
+    ):
+        assert told_by(tmp_path, f"two = 2\ndef test_1_x():\n    assert {comparison}\n")[0] == told
     message, _ = told_by(tmp_path, "def test_1_x():\n    assert list(range(999)) == []\n")
     assert len(message) < 400
     assert told_by(tmp_path, "def test_1_x():\n    assert not 4\n") == ("this does not hold", "line 2: assert not 4")

@@ -174,7 +174,6 @@ OTHER_NETWORKS = {
     "latent attention (MLA)": ("kv_lora_rank", "q_lora_rank"),
     "state-space or linear-attention layers": ("state_size", "ssm_cfg", "mamba_d_state", "linear_num_key_heads"),
     "an encoder beside the decoder": ("vision_config", "audio_config", "encoder_layers", "text_config"),
-    "sliding-window attention": ("sliding_window",),
     "capped scores or logits": ("attn_logit_softcapping", "final_logit_softcapping"),
     "learned positions": ("n_positions",),
     "ALiBi positions": ("alibi",),
