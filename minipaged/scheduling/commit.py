@@ -49,8 +49,10 @@ def commit_draws(
     slots, drawers = plan.draw_slots.astype(np.int64), plan.seq_ids[plan.draw_rows]
     if not np.count_nonzero((batch.seq_id[slots] != drawers) | batch.needs_slow_path[slots] | (ids < 0)):
         outputs: list[RequestOutput] = batch.outputs[slots].tolist()
+        if running_set.num_groups:  # asked before the last group's samples may end
+            outputs = list(dict.fromkeys(outputs))
         _append_to_all(running_set, slots, ids)
-        return list(dict.fromkeys(outputs)) if running_set.num_groups else outputs
+        return outputs
     # A sequence that has ended meanwhile is not found any more: its extra token is dropped.
     found = [(draw, running_set.sequences.get(seq_id)) for draw, seq_id in enumerate(drawers.tolist())]
     alive = [(draw, sequence) for draw, sequence in found if sequence is not None]

@@ -20,7 +20,15 @@ from minipaged.kernels import attention, cache, elementwise, sampling
 from minipaged.kernels.attention import paged_decode, paged_prefill
 from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
 from minipaged.kernels.elementwise import embed_tokens, rms_norm, silu_mul
-from minipaged.kernels.linear import gated_linear, linear
+from minipaged.kernels.linear import (
+    PackedMatrix,
+    dequantize,
+    gated_linear,
+    linear,
+    pack,
+    packed_gated_linear,
+    packed_linear,
+)
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
 from tests.kernels.paged_cases import assert_close, make_case
 
@@ -204,6 +212,42 @@ def gated_product_of_one_row(dtype: torch.dtype) -> tuple[Callable[..., object],
     ]
 
 
+def packed(dtype: torch.dtype, rows: int, product: Callable[..., Tensor]) -> tuple[Callable[..., object], list[Tensor]]:
+    codes = torch.randint(0, 16, (2 * 40, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    scales = torch.stack((normal(4, 80, 5).abs() / 40 + 0.01, torch.full((80, 5), 8.0)), -1).half()
+    words, scales, *rest = pack(codes, scales, 4, has_zero_points=True)
+    return lambda x, words, scales: product(x, PackedMatrix(words, scales, *rest)), [
+        normal(5, rows, 160).to(dtype),
+        words,
+        scales,
+    ]
+
+
+@prepared
+def packed_product_of_one_row(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    return packed(dtype, 1, packed_linear)
+
+
+@prepared
+def packed_product_of_few_rows(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    return packed(dtype, 5, packed_linear)
+
+
+@prepared
+def packed_product_of_many_rows(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    return packed(dtype, 40, packed_linear)
+
+
+@prepared
+def packed_gated_product(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    return packed(dtype, 1, packed_gated_linear)
+
+
+@prepared
+def dequantized(dtype: torch.dtype) -> tuple[Callable[..., object], list[Tensor]]:
+    return packed(dtype, 1, lambda x, matrix: dequantize(matrix, x.dtype))
+
+
 def outputs(call: Callable[..., object], tensors: list[Tensor]) -> list[Tensor]:
     """What the call returned, and the tensors it was given, which it may have changed."""
     result = call(*tensors)
@@ -229,10 +273,12 @@ def test_within_its_allocations(name: str, dtype: torch.dtype) -> None:
 
 def test_every_kernel_is_here() -> None:
     """Each public function of the kernels is called by one of the above."""
-    names = {name for prepare in (*PREPARED.values(), decode, rope, product) for name in prepare.__code__.co_names}
+    names = {
+        name for prepare in (*PREPARED.values(), decode, rope, product, packed) for name in prepare.__code__.co_names
+    }
     nested = {
         name
-        for prepare in (*PREPARED.values(), decode, rope, product)
+        for prepare in (*PREPARED.values(), decode, rope, product, packed)
         for constant in prepare.__code__.co_consts
         if hasattr(constant, "co_names")
         for name in constant.co_names

@@ -205,7 +205,8 @@ def test_small_kernels_run_and_count_their_bytes() -> None:
 
 
 def test_the_shapes_are_large_enough() -> None:
-    assert all(case.moved >= 64e6 for case in SMALL)
+    # One row of logits stays in the cache; it is there to be timed, not for its bandwidth.
+    assert [case.shape for case in SMALL if case.moved < 64e6] == ["1 x 151936 logits"]
     assert {prefix for _, new, prefix, *_ in bench_kernels.PREFILL_SHAPES if new == 512} == {0, 1024, 4096, 16384}
     lengths = ragged()
     assert lengths == ragged()

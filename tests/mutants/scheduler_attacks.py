@@ -310,7 +310,7 @@ class SamplesShareAStream(RunningSet):
 
     def fork(self, parent: Sequence, index: int) -> Sequence:
         child = super().fork(parent, index)
-        child.index = 0
+        child.index = self.batch.sample_index[child.slot] = 0
         return child
 
 

@@ -156,3 +156,15 @@ def test_samples_go_on_like_requests_of_their_own_and_are_told_of_once_a_step(ov
         )
     assert looked_at[5] == (False, False, True)
     assert [len(o.token_ids) for output in (several, alone) for o in output.outputs] == [9] * 4
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_samples_that_all_end_in_one_step_are_told_of_once(overlap: int) -> None:
+    """Also those of the last request that has samples: after them no group is left."""
+    engine = toy(overlap=overlap).engine
+    output = engine.ask("one", SamplingParams(n=3, temperature=1.0, max_tokens=5, ignore_eos=True, seed=1))
+    told = []
+    while engine.has_work:
+        told += [output.finished for output in engine.step()]
+    assert output.finished
+    assert told.count(True) == 1
