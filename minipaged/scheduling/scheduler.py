@@ -244,7 +244,7 @@ class Scheduler:
         if not victims or self._can_start(step, first) or not self._would_help(first, victims):
             return
         while victims and not self._can_start(step, first):
-            # Blocks that are swapped out are handed out from the next step on (L52): they count, though nobody can have them yet.
+            # Blocks that are swapped out are handed out from the next step on (law L52): they count, though nobody can have them yet.
             if step.swap_outs and self._will_start(step, first):
                 return
             self._preempt(step, victims.pop())

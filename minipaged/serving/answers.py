@@ -21,7 +21,6 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
 from minipaged.config import SamplingParams
-from minipaged.errors import InputError
 from minipaged.scheduling.request import CompletionOutput, RequestOutput, Sequence, TokenLogprobs
 from minipaged.trace import packing
 from minipaged.trace.file import Kind, Record
@@ -72,8 +71,10 @@ class Answers:
         """Queue a request for the engine's next step, or refuse it."""
         try:
             output = self._engine.ask(tokens, SamplingParams(**params))
-        except (InputError, TypeError) as error:
-            self._rows.append(["refused", ticket, str(error)])
+        except (
+            Exception
+        ) as error:  # whatever one request brings, it must not end everybody's engine; nothing is queued yet
+            self._rows.append(["refused", ticket, str(error) or type(error).__name__])
             return
         if output.error is not None:
             self._rows.append(["refused", ticket, output.error])
