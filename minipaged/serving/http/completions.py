@@ -521,9 +521,11 @@ def _finish_job(
         room = limits.most_tokens(len(prompt.tokens), job.width)
         if room < 1:
             slots = "" if limits.num_blocks is None else f" and the pool {(limits.num_blocks - 1) * limits.block_size}"
+            fits_once = job.width > 1 and limits.most_tokens(len(prompt.tokens), 1) >= 1
+            each = f" of each of {job.width} answers" if fits_once else ""
             raise bad_request(
-                f"the prompt has {len(prompt.tokens)} tokens; the context holds {limits.context}{slots}, answers included",
-                "messages" if job.chat else "prompt",
+                f"the prompt has {len(prompt.tokens)} tokens; the context holds {limits.context}{slots}, answers included{each}",
+                "n" if fits_once else "messages" if job.chat else "prompt",
                 "context_length_exceeded",
             )
         if most is not None and most > room:

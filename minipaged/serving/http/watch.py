@@ -137,11 +137,15 @@ class BlockView:
             records = self._watcher.take()
             if self._link.dead:
                 return
-            # Folding a burst takes milliseconds: streams go on meanwhile.
-            await asyncio.get_running_loop().run_in_executor(None, self._fold, records)
-            if self._state is not None:
-                yield self.document(self._state)
+            # Folding a burst, and drawing a large pool, takes milliseconds: streams go on meanwhile.
+            document = await asyncio.get_running_loop().run_in_executor(None, self._frame, records)
+            if document is not None:
+                yield document
             await asyncio.sleep(FRAME_SECONDS)
+
+    def _frame(self, records: list[Record]) -> dict[str, Any] | None:
+        self._fold(records)
+        return None if self._state is None else self.document(self._state)
 
     def _fold(self, records: list[Record]) -> None:
         for record in records:
