@@ -35,17 +35,25 @@ def status_line(console: Console | None = None) -> Iterator[Progress]:
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
-    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None, amount="")
+    bar = rich_progress.Progress(*columns, console=console, transient=True)
 
-        def show(message: str, done: int, total: int) -> None:
-            message = printable(message)
-            new = bar.tasks[0].description != message
-            bar.update(task, description=message, completed=done, total=total or None, amount=_amount(done, total))
-            if new:  # a stage that ends before the next repaint is seen all the same
-                bar.refresh()
+    def show(message: str, done: int, total: int) -> None:
+        message = printable(message)
+        new = bar.tasks[0].description != message
+        bar.update(task, description=message, completed=done, total=total or None, amount=_amount(done, total))
+        if new:  # a stage that ends before the next repaint is seen all the same
+            bar.refresh()
 
-        yield show
+    try:
+        with bar:
+            task = bar.add_task("starting", total=None, amount="")
+            yield show
+    except (
+        BaseException
+    ):  # a signal may have come while the bar itself was being ended, before it showed the cursor again
+        bar.stop()
+        console.show_cursor()
+        raise
 
 
 def _amount(done: int, total: int) -> str:
