@@ -16,9 +16,9 @@ from textual.pilot import Pilot
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.run import run_screen
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.panes.text import text_title
-from minipaged.tui.screen import ScreenApp
+from minipaged.tui.run import run_screen
 from minipaged.tui.scripted.guide import MOST_STEPS, Guide
 from minipaged.tui.scripted.tour import STOP_SECONDS, Tour
 from minipaged.tui.session import Session

@@ -1,4 +1,4 @@
-"""The terminal screen: panes over a session, painted from a timer. The engine is never called here, only its trace is read."""
+"""The terminal app: panes over a session, painted from a timer. The engine is never called here, only its trace is read."""
 
 from __future__ import annotations
 
