@@ -296,7 +296,7 @@ def test_a_model_that_cannot_be_split_is_refused_and_leaves_nothing_behind() -> 
         LLM("random:smollm2-135m", device="cpu", num_blocks=8, tensor_parallel=2)
     assert not torch.distributed.is_initialized()
     children = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-    assert "minipaged.worker" not in children
+    assert "minipaged.rank_process" not in children
 
 
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
