@@ -58,7 +58,14 @@ PANE_IDS = ("blocks", "tables", "text", "timeline", "inspector", "waste", "tree"
 
 
 class ScreenApp(Actions):
-    """One trace on a terminal."""
+    """One trace on a terminal: the last station of a step on its way from the engine.
+
+    1. `minipaged/engine.py` `Engine._step` ends with a call of `minipaged/trace/builder.py` `TraceBuilder.emit`, which makes a StepDelta.
+    2. `minipaged/serving/loop.py` `sender` writes it into a pipe: the engine runs in a process of its own.
+    3. `minipaged/serving/live.py` `LiveSource` receives it; a recording is read by `minipaged/trace/sources.py` `FileSource`.
+    4. `minipaged/trace/player.py` `Player.advance` folds it into a `minipaged/trace/snapshot.py` `Snapshot`, the state of one moment.
+    5. `frame`, called by a timer here, asks `tui/session.py` `Session.tick` for the moment to show; `paint` hands it to every pane.
+    """
 
     CSS_PATH = "screen.tcss"
     TITLE = "minipaged"
