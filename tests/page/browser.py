@@ -45,19 +45,21 @@ class Browser:
         self._rest = b""
         self._number = 0
         self._session = ""
+        self._frames: list[str] = []  # sessions of frames that have a process of their own
         self.requests: list[str] = []  # addresses that the page asked for
         self.complaints: list[str] = []  # errors of scripts, and what the policy refused
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "Accessibility"):
             self.call(f"{domain}.enable")
+        self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, session: str = "", **params: Any) -> dict[str, Any]:
         """One command, and its answer. What happens meanwhile is noted."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
+        if session or self._session:
+            message["sessionId"] = session or self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while True:
             found = self._read()
@@ -87,6 +89,8 @@ class Browser:
             self.requests.append(params["request"]["url"])
         elif message["method"] == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"])[:500])
+        elif message["method"] == "Target.attachedToTarget":
+            self._frames.append(params["sessionId"])
         elif message["method"] == "Log.entryAdded":
             self.complaints.append(params["entry"]["text"])
 
@@ -104,9 +108,19 @@ class Browser:
         self.call("Page.navigate", url=url)
         self.until(ready or "document.readyState === 'complete'")
 
-    def run(self, expression: str) -> Any:
+    def in_frame(self, expression: str) -> Any:
+        """The value of an expression in the page's only frame."""
+        frames = self.call("Page.getFrameTree")["frameTree"].get("childFrames", [])
+        if not frames:
+            return self.run(expression, session=self._frames[-1])
+        world = self.call("Page.createIsolatedWorld", frameId=frames[0]["frame"]["id"])
+        return self.run(expression, contextId=world["executionContextId"])
+
+    def run(self, expression: str, *, session: str = "", **where: Any) -> Any:
         """The value of an expression in the page."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.call(
+            "Runtime.evaluate", session, expression=expression, returnByValue=True, awaitPromise=True, **where
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(json.dumps(found["exceptionDetails"])[:800])
         return found["result"].get("value")
