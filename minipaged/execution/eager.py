@@ -12,10 +12,9 @@ import torch
 
 from minipaged.execution import sampler
 from minipaged.execution.paged_kv import PagedKV
-from minipaged.execution.step_inputs import StepInputs, inputs_of, token_order
+from minipaged.execution.step_inputs import StepInputs, inputs_of, to_device, token_order
 from minipaged.kernels.sampling import draw_tokens
 from minipaged.model.llama import Llama
-from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import Pending, PromptLogprobs, StepPlan, StepTokens
 
 if TYPE_CHECKING:
