@@ -1,4 +1,5 @@
-"""Runs plans on a real model, operation by operation: inputs, KV writes and attention over pages, draws.
+"""Runs plans on a real model, operation by operation: inputs (step_inputs.py), KV writes and attention over pages (paged_kv.py alone),
+draws (sampler.py).
 
 CPUs run this. On a GPU it is the reference that the graphs (graphs.py) must agree with, and what they fall back to.
 """
