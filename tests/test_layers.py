@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "text": "config",
     "execution": "scheduling memory model kernels config",
     "trace": "scheduling memory text config",
-    "engine": "scheduling execution text trace memory model kernels config",
+    "page": "trace text config",
+    "engine": "scheduling execution page text trace memory model kernels config",
     "baselines": "engine scheduling trace memory config",
-    "serving": "engine scheduling trace text config",
+    "serving": "engine scheduling page trace text config",
     "learn": "engine serving trace memory config",
     "lab": "baselines serving engine execution scheduling trace memory model text kernels config",
     "tui": "baselines serving engine scheduling trace memory model text config",
-    "cli": "tui lab learn baselines serving engine scheduling trace memory model text kernels config",
+    "cli": "page tui lab learn baselines serving engine scheduling trace memory model text kernels config",
 }
 # The rooms of the lab, in the same form. `formats` is one module beside them: how numbers are written.
 ROOMS_OF_LAB = {

@@ -17,11 +17,11 @@ from minipaged.serving.live import EngineProcess, LiveSource
 from minipaged.text.safe import clean, printable
 from minipaged.trace.player import SPEEDS
 from minipaged.trace.sources import FileSource, Source
+from minipaged.trace.words import counted, plural
 from minipaged.tui.app import ScreenApp, binding_ids
 from minipaged.tui.keys import load_keys
 from minipaged.tui.playback import REPLAY_SPEED
 from minipaged.tui.session import Session
-from minipaged.tui.words.sentences import counted, plural
 
 Factory = Callable[..., Any]
 Prompts = Sequence[str | tuple[str, SamplingParams]]

@@ -16,6 +16,7 @@ from textual.pilot import Pilot
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.words import sentence, summary
 from minipaged.tui.app import ScreenApp
 from minipaged.tui.panes.text import text_title
 from minipaged.tui.run import run_screen
@@ -23,7 +24,6 @@ from minipaged.tui.scripted.guide import MOST_STEPS, Guide
 from minipaged.tui.scripted.tour import STOP_SECONDS, Tour
 from minipaged.tui.session import Session
 from minipaged.tui.view import View
-from minipaged.tui.words.sentences import sentence, summary
 
 PARAMS = SamplingParams(max_tokens=30)
 
