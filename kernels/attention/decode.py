@@ -6,8 +6,6 @@ Source: PagedAttention (Kwon et al., 2023, section 4.3); grouped heads: GQA (Ain
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -54,7 +52,8 @@ def paged_decode(
         check_attention(
             query, key_cache, value_cache, block_tables, context_lens, query.shape[0], scale, window, out, scales
         )
-        check_sinks(sinks, query, window)
+        if sinks is not None:
+            check_sinks(sinks, query, window)
         if shared is not None and window is not None:
             raise ValueError("rows that share their first tokens cannot have a window, which may leave these out")
     paged = (query, key_cache, value_cache, block_tables, context_lens, scale)
@@ -160,17 +159,19 @@ def gather_pages(
     return k.transpose(2, 3).flatten(1, 2).contiguous(), v.transpose(2, 3).flatten(1, 2).contiguous()
 
 
-def row_batches(pages: list[int], budget: int) -> Iterator[tuple[list[int], int]]:
+def row_batches(pages: list[int], budget: int) -> list[tuple[list[int], int]]:
     """Cut the rows into batches for one dense attention each: (rows, pages of the longest of them).
 
     A batch holds at most `budget` pages (or one row), and its shortest row at least half of its longest's, so padding stays below
     half. Rows without pages are left out.
     """
+    batches: list[tuple[list[int], int]] = []
     batch: list[int] = []
     for row in sorted((r for r, n in enumerate(pages) if n), key=lambda r: pages[r], reverse=True):
         if batch and (2 * pages[row] < pages[batch[0]] or (len(batch) + 1) * pages[batch[0]] > budget):
-            yield batch, pages[batch[0]]
+            batches.append((batch, pages[batch[0]]))
             batch = []
         batch.append(row)
     if batch:
-        yield batch, pages[batch[0]]
+        batches.append((batch, pages[batch[0]]))
+    return batches

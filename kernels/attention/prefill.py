@@ -54,7 +54,8 @@ def paged_prefill(
     if num_rows < 0:
         raise ValueError("query_starts is empty; it must hold rows + 1 cumulative counts, at least the leading 0")
     check_attention(query, key_cache, value_cache, block_tables, context_lens, num_rows, scale, window, out, scales)
-    check_sinks(sinks, query, window)
+    if sinks is not None:
+        check_sinks(sinks, query, window)
     if max_query_len < 0:
         raise ValueError(f"max_query_len is {max_query_len}; it must be at least 0")
     if not use_triton(query):

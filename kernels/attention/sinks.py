@@ -24,10 +24,8 @@ class Sinks(NamedTuple):
     turn: Tensor  # float32 [tokens, head_dim]: cosines, then sines, of the angle by which each query is turned for the sinks
 
 
-def check_sinks(sinks: Sinks | None, query: Tensor, window: int | None) -> None:
+def check_sinks(sinks: Sinks, query: Tensor, window: int | None) -> None:
     """A count of at least 1 with a window beside it, and an angle for each pair of dimensions of each token."""
-    if sinks is None:
-        return
     if window is None or sinks.count < 1:
         raise ValueError(f"sinks are {sinks.count} with window {window}; they must be at least 1, with a window")
     tokens, _, head_dim = query.shape

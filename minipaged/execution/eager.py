@@ -1,4 +1,5 @@
-"""Runs plans on a real model, operation by operation: inputs, KV writes and attention over pages, draws.
+"""Runs plans on a real model, operation by operation: inputs (step_inputs.py), KV writes and attention over pages (paged_kv.py alone),
+draws (sampler.py).
 
 CPUs run this. On a GPU it is the reference that the graphs (graphs.py) must agree with, and what they fall back to.
 """
@@ -12,10 +13,9 @@ import torch
 
 from minipaged.execution import sampler
 from minipaged.execution.paged_kv import PagedKV
-from minipaged.execution.step_inputs import StepInputs, inputs_of, token_order
+from minipaged.execution.step_inputs import StepInputs, inputs_of, to_device, token_order
 from minipaged.kernels.sampling import draw_tokens
 from minipaged.model.llama import Llama
-from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import Pending, PromptLogprobs, StepPlan, StepTokens
 
 if TYPE_CHECKING:

@@ -22,11 +22,10 @@ from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.sampler import is_truncated
 from minipaged.execution.shared_prefixes import shared_groups, tile_room
-from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, views
+from minipaged.execution.step_inputs import Shape, StepInputs, fill, size_of, to_device, views
 from minipaged.kernels.elementwise import embed_tokens, rms_norm
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
 from minipaged.model.llama import Layer, Llama, angle_rows, angle_table
-from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 
 # Columns of SamplingColumns; a step without truncation sends the first two.

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from minipaged.execution.step_inputs import to_device
 from minipaged.kernels.sampling import draw_tokens, truncation_threshold
-from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import LogitAdjustments, SamplingColumns
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from minipaged.kernels.attention.decode_shared import TILE_ROWS, SharedPrefixes, tiles_of
-from minipaged.model.loading.placement import to_device
 from minipaged.scheduling.plan import StepPlan
 
 # Integers: each view begins at a multiple of 16 bytes, so that Triton compiles a kernel once, whatever the shape.
@@ -175,6 +174,13 @@ def _put(*columns: tuple[np.ndarray, np.ndarray | list[int], int]) -> None:
     for view, column, padding in columns:
         view[: len(column)] = column
         view[len(column) :] = padding
+
+
+def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An array on the device, without waiting for what the device is doing: a GPU fetches it from page-locked memory in its own time."""
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    host = host if dtype is None else host.to(dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def token_order(plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:

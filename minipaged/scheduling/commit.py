@@ -2,7 +2,8 @@
 
 Most steps draw one token for each of many sequences that ask for nothing else: those are a handful of array operations. Where a sequence
 has ended meanwhile, or its request wants log-probabilities, stop strings or beams, or its samples are still to be forked, the step's draws
-are taken one by one.
+are taken one by one. `_why_ended` says whether an answer ends: by a stop token, a stop string (of which text/detokenizer.py knows) or its
+length; RunningSet.end then gives its blocks back.
 """
 
 from __future__ import annotations

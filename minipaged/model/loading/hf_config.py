@@ -1,7 +1,8 @@
 """config.json of a Hugging Face folder -> ModelConfig.
 
 Reads each field as the model families of llama.py mean it, in the spellings of transformers 4 and 5. A field that
-would change the arithmetic and is not supported is refused, never skipped. Imports no torch.
+would change the arithmetic and is not supported is refused, never skipped. A new family is a row of FAMILIES, its flags in
+`read_config` and its tensors' names in keys.py. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Chooses device and dtype from the words a user gives, checks that there is enough memory, and copies a step's numbers to the device."""
+"""Chooses device and dtype from the words a user gives, and checks that there is enough memory."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from minipaged.config import DTYPES
@@ -67,10 +66,3 @@ def check_room(what: str, need: int, device: torch.device, advice: str = "") -> 
     if need > ROOM_SHARE * free:
         words = f"{what} takes {need / 2**30:,.1f} GiB, and {device} has {free / 2**30:,.1f} GiB free"
         raise InputError(words + (f": {advice}" if advice else ""))
-
-
-def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An array on the device, without waiting for what the device is doing: a GPU fetches it from page-locked memory in its own time."""
-    host = torch.from_numpy(np.ascontiguousarray(array))
-    host = host if dtype is None else host.to(dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
