@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -15,10 +16,16 @@ import pytest
 
 from minipaged.errors import InputError
 from minipaged.learn.catalog import lessons
+from minipaged.trace.player import Player
+from minipaged.trace.sources import FileSource
+from minipaged.trace.words import sentence
+from minipaged.tui.gallery import scenario_path
+from minipaged.tui.view import View
 from tests.page.browser import DESK, PHONE, Browser, find_browser
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "tutorials/site/build.py"
+WRITTEN = re.compile(r"\x1b\[(\d+);1H(.*?)(?=\x1b\[\d+;1H|$)", re.DOTALL)  # a row's number, and the row
 
 
 def builder() -> ModuleType:
@@ -53,6 +60,32 @@ def test_every_readme_and_class_has_its_place(tmp_path: Path) -> None:
     assert "### Recording.save\n" in api
     with pytest.raises(InputError, match="not an empty folder"):
         module.build(tmp_path)
+
+
+def test_a_film_holds_what_the_screen_shows(browser: Browser, tmp_path: Path) -> None:
+    film = builder().film
+    text = film.cast(FileSource(scenario_path("cow")))
+    assert len(text.encode()) < 300_000
+    header, *frames = map(json.loads, text.splitlines())
+    assert (header["version"], header["width"], header["height"]) == (2, 100, 30)
+    times = [seconds for seconds, _, _ in frames]
+    assert times == sorted(times)
+    rows: dict[int, str] = {}
+    for _, kind, written in frames[:4]:
+        assert kind == "o"
+        for row, line in WRITTEN.findall(written):
+            rows[int(row)] = re.sub(r"\x1b\[[0-9;]*m", "", line)
+    shown = "\n".join(rows[row] for row in range(1, 31))
+    player = Player(FileSource(scenario_path("cow")))
+    player.seek(3)
+    assert sentence(View(player.snapshot, player.delta)) in shown
+    path = tmp_path / "film.html"
+    path.write_text(film.film_page(text, "<cow>"), encoding="utf-8")
+    browser.open(path.as_uri(), ready="document.body?.dataset.ready")
+    browser.run("{ const s = document.getElementById('seek'); s.value = 3; s.dispatchEvent(new Event('input')) }")
+    drawn = browser.run("[...document.querySelectorAll('#film > div')].map(row => row.textContent).join('\\n')")
+    assert drawn == shown
+    assert browser.complaints == []
 
 
 @pytest.mark.slow

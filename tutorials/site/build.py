@@ -21,7 +21,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import film  # noqa: E402
 
 from minipaged.api import LLM  # noqa: E402
 from minipaged.config import SamplingParams  # noqa: E402
@@ -35,6 +37,7 @@ from minipaged.scheduling.request import CompletionOutput, RequestOutput  # noqa
 from minipaged.trace.sources import FileSource  # noqa: E402
 from minipaged.tui.gallery import SCENARIOS, scenario_path  # noqa: E402
 
+FILMED = "cow"
 READMES = {  # file -> page and title
     "README.md": ("index.md", "minipaged"),
     "minipaged/README.md": ("inside/request.md", "The path of a request"),
@@ -146,6 +149,20 @@ def run_pages(docs: Docs) -> Iterator[tuple[str, str]]:
         yield name, f"runs/{name}.md"
 
 
+def film_page(docs: Docs) -> str:
+    """A film of the terminal screen, to play here or with asciinema."""
+    text = film.cast(FileSource(scenario_path(FILMED)))
+    docs.write("runs/play/film.cast", text)
+    docs.write("runs/play/film.html", film.film_page(text, "The terminal screen"))
+    docs.write(
+        "runs/film.md",
+        "# The terminal screen\n\nWhat a terminal shows of the run [cow](cow.md), step by step."
+        " [In a window of its own](play/film.html) · [for asciinema](play/film.cast)\n\n"
+        '<iframe class="film" title="a film of the terminal screen" src="play/film.html" loading="lazy"></iframe>\n',
+    )
+    return "runs/film.md"
+
+
 def law_page(docs: Docs) -> str:
     """The laws, by group."""
     lines = [
@@ -225,7 +242,7 @@ def build(out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         docs = Docs(folder / "docs")
-        shutil.copytree(HERE, docs.folder, ignore=lambda *_: {"build.py", "zensical.toml", "__pycache__"})
+        shutil.copytree(HERE, docs.folder, ignore=lambda *_: {"build.py", "film.py", "zensical.toml", "__pycache__"})
         for source, (page, _) in READMES.items():
             docs.write(page, docs.prose((ROOT / source).read_text(encoding="utf-8"), source, page))
         titles = dict(READMES.values())
@@ -239,7 +256,7 @@ def build(out: Path) -> None:
                     {"Glossary": "lessons/glossary.md"},
                 ]
             },
-            {"Runs that play": [{t: p} for t, p in run_pages(docs)]},
+            {"Runs that play": [{"The terminal screen": film_page(docs)}, *({t: p} for t, p in run_pages(docs))]},
             {"Laws": law_page(docs)},
             {"API": api_page(docs)},
             {"Inside": [{t: p} for t, p in inside]},
