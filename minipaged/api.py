@@ -24,7 +24,6 @@ from minipaged.config import (
 )
 from minipaged.engine import Engine
 from minipaged.errors import RequestError
-from minipaged.memory.own_manager import find_class
 from minipaged.memory.retention import Retention
 from minipaged.page.recording import Recording
 from minipaged.scheduling.request import RequestOutput
@@ -121,7 +120,11 @@ class LLM:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         if retention is not None:
             Retention.parse(retention)
-        manager_class = None if block_manager is None else find_class(block_manager)
+        manager_class = None
+        if block_manager is not None:
+            from minipaged.memory.own_manager import find_class
+
+            manager_class = find_class(block_manager)
         # every number is checked before the model is fetched
         cache = CacheConfig(
             block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype, retention
