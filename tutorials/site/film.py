@@ -18,7 +18,7 @@ from rich.console import Console
 
 from minipaged.page.page import part
 from minipaged.trace.sources import FileSource, Source
-from minipaged.tui.screen import ScreenApp
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.session import Session
 
 SIZE = (100, 30)
