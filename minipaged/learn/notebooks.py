@@ -40,20 +40,23 @@ def cells_of(lesson: str) -> list[Cell]:
 
 
 def notebook(lesson: str, name: str) -> dict[str, Any]:
-    """A lesson's file as a notebook (nbformat 4.5). Behind a cell with tests stands one that calls them."""
+    """A lesson's file as a notebook (nbformat 4.5). Behind tests, and what they use, stands a cell that calls them."""
     cells: list[Cell] = []
-    for cell in cells_of(lesson):
-        if cell.kind == "markdown":
+    parts = cells_of(lesson)
+    trees = [ast.parse(cell.text) if cell.kind == "code" else None for cell in parts]
+    later = {name for tree in trees if tree is not None for name in _defined(tree)}
+    waiting: list[ast.FunctionDef] = []  # tests that use what a later cell defines
+    for cell, tree in zip(parts, trees, strict=True):
+        if tree is None:
             cells.append(Cell("markdown", LINK.sub(r"](\1.ipynb", cell.text)))
             continue
         cells.append(cell)
-        tests = [
-            node.name
-            for node in ast.parse(cell.text).body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-        ]
-        if tests:
-            cells.append(Cell("code", "\n".join(f"{test}()" for test in tests)))
+        later -= _defined(tree)
+        waiting += [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+        ready = [test for test in waiting if not later & _used(test)]
+        waiting = [test for test in waiting if test not in ready]
+        if ready:
+            cells.append(Cell("code", "\n".join(f"{test.name}()" for test in ready)))
     cells.insert(1, Cell("markdown", ABOUT.format(name=name)))
     return {
         "cells": [_as_json(number, cell) for number, cell in enumerate(cells)],
@@ -64,6 +67,22 @@ def notebook(lesson: str, name: str) -> dict[str, Any]:
         "nbformat": 4,
         "nbformat_minor": 5,
     }
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """The names that a cell gives values to."""
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
+
+
+def _used(test: ast.FunctionDef) -> set[str]:
+    return {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
 
 
 def _as_json(number: int, cell: Cell) -> dict[str, Any]:

@@ -35,7 +35,14 @@ from minipaged.trace.words import (
 MOST_FRAMES = 4_000
 MOST_BLOCKS = 1 << 18
 MOST_SAID = 400  # characters of a name, a setting or a sentence
-SHOWN_SETTINGS = ("block_size", "kv_cache_dtype", "policy", "preemption", "retention")
+# Settings that the page names, where they are not the usual ones.
+SHOWN_SETTINGS = {
+    "block_size": None,
+    "kv_cache_dtype": None,
+    "policy": "fcfs",
+    "preemption": "auto",
+    "retention": "all",
+}
 # The stats that a frame holds, in this order.
 GAUGES = (
     *("total_blocks", "free_blocks", "cached_blocks", "host_total", "host_free", "token_slots", "tail_slots"),
@@ -63,7 +70,9 @@ def document(source: Source, *, most_frames: int = MOST_FRAMES) -> Document:
         "finding": printable(header.finding)[:MOST_SAID],
         "damage": printable(source.damage)[:MOST_SAID],
         "settings": {
-            name: printable(str(header.engine[name]))[:MOST_SAID] for name in SHOWN_SETTINGS if header.engine.get(name)
+            name: printable(str(header.engine[name]))[:MOST_SAID]
+            for name, usual in SHOWN_SETTINGS.items()
+            if header.engine.get(name) not in (None, "", usual)
         },
         "steps": len(source),
         "block_size": last.snapshot.stats.block_size,

@@ -62,12 +62,14 @@ def map_in_words(snapshot: Snapshot) -> str:
     return " ".join(found)
 
 
-@pytest.mark.parametrize("name", ["cow", "swap", "beam"])
+@pytest.mark.parametrize(
+    "name", ["cow", "swap", *(pytest.param(n, marks=pytest.mark.slow) for n in ("beam", "evict", "orca"))]
+)
 def test_the_page_says_what_the_fold_says(browser: Browser, tmp_path: Path, name: str) -> None:
     source = FileSource(scenario_path(name))
     browser.open(written(tmp_path, name), ready=READY)
     player, history = Player(source), History()
-    for position in {*range(1, len(source), 7), 2, 3, len(source)}:
+    for position in {*range(1, len(source), 12), 2, 3, len(source)}:
         browser.run(f"minipaged.go({position})")
         browser.press("Tab")
         player.seek(position)
