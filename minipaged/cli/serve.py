@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -38,9 +37,7 @@ def serve(
     show_prompts: bool = False,
 ) -> int:
     """Check every argument, then serve until a signal. Returns the exit code."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"the server needs {', '.join(missing)}: pip install 'minipaged[serve]'")
+    check_packages()
     check_int("port", port, 1, 65535)
     check_int("max_waiting", max_waiting, 0)
     check_real("drain", drain, 0.0)
@@ -65,11 +62,22 @@ def serve(
     return run(build_engine, {"model": model, "settings": settings}, options, Address(host, port, drain), say)
 
 
+def check_packages() -> None:
+    """InputError where the server's packages are missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"the server needs {', '.join(missing)}: pip install 'minipaged[serve]'")
+
+
 def serve_with_screen(host: str, port: int, key: str) -> int:
     """The same command without --tui in a process of its own, whose words go to a file, and the screen in front of it.
 
     Whoever leaves the screen ends the server, as ctrl+c does.
     """
+    check_packages()
+    from minipaged.serving.http.server import READY
+
+    key = key or os.environ.get(KEY_VARIABLE, "")
     handle, log = tempfile.mkstemp(prefix="minipaged-serve-", suffix=".log")
     words = [word for word in sys.argv[1:] if word != "--tui"]
     process = subprocess.Popen(
@@ -87,7 +95,7 @@ def serve_with_screen(host: str, port: int, key: str) -> int:
                     return process.returncode
                 progress("loading; the server's words are in " + log, 0, 0)
                 time.sleep(0.2)
-                with contextlib.suppress(InputError):
+                if READY in Path(log).read_text(errors="replace"):  # before that another server may have the port
                     source = attach(url, key)
         from minipaged.tui.app import run_screen
 

@@ -9,6 +9,7 @@ while nobody watches.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -202,6 +203,8 @@ class EngineLoop:
                 self._answers.ask(
                     int(received["ticket"]), received.get("tokens", NO_TOKENS).tolist(), received["params"]
                 )
+            elif do == "call":
+                received["call"]()
             elif do == "cancel" and self._answers is not None:
                 self._answers.cancel(int(received["ticket"]))
             elif do == "serve":
@@ -233,7 +236,9 @@ class EngineLoop:
     def _serve(self) -> None:
         """From now on a server asks: it needs the tokenizer, and no deltas until somebody watches."""
         engine: Any = self.engine  # a whole Engine: screens are served by less
-        self._answers = Answers(engine)
+        self._answers = Answers(engine, lambda call: self.inbox.put({"do": "call", "call": call}))
+        with contextlib.suppress(InputError):  # no llguidance, or no end token: the first request for a schema is told
+            engine.read_vocabulary()
         self._watch(False)
         self.permits = 1 << 62
         codec_bytes = np.frombuffer(pickle.dumps(engine.codec), np.uint8)

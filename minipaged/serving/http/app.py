@@ -18,6 +18,7 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from minipaged import __version__
+from minipaged.scheduling.validation import Room
 from minipaged.serving.http import completions, dialects, fields
 from minipaged.serving.http.asgi import (
     JSON_TYPE,
@@ -35,7 +36,7 @@ from minipaged.serving.http.asgi import (
     send_part,
     start_events,
 )
-from minipaged.serving.http.completions import Codec, Job, Limits
+from minipaged.serving.http.completions import Codec, Job
 from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.link import EngineLink
 from minipaged.serving.http.mailbox import Growth, Signal
@@ -220,10 +221,10 @@ class App:
         link = self.link
         return {name: v for name, v in link.header.engine.items() if isinstance(v, int)} if link is not None else {}
 
-    def _limits(self) -> Limits:
+    def _room(self) -> Room:
         settings = self._settings
         keeps_all = self.link is None or self.link.header.engine.get("retention", "all") == "all"
-        return Limits(settings["max_model_len"], settings["block_size"], settings["num_blocks"] if keeps_all else None)
+        return Room(settings["max_model_len"], settings["block_size"], settings["num_blocks"] if keeps_all else None)
 
     def _check_model(self, name: object) -> str:
         """The served name that a request means. 404 for another."""
@@ -414,7 +415,7 @@ class App:
     async def _complete(
         self,
         call: Call,
-        prepare: Callable[[completions.JSON, Codec, Limits, str], Awaitable[Job]],
+        prepare: Callable[[completions.JSON, Codec, Room, str], Awaitable[Job]],
         write: Callable[[Job], Writer] = completions.Chunks,
         translate: Callable[[completions.JSON], completions.JSON] | None = None,
     ) -> None:
@@ -426,7 +427,7 @@ class App:
             data = translate(data)
         link = self._ready()
         model = self._check_model(data.get("model"))
-        job = await prepare(data, link.codec, self._limits(), model)
+        job = await prepare(data, link.codec, self._room(), model)
         writer = write(job)
         call.headers.update(fields.ignored_header(job.ignored))
         signal = self.ask(job, call)
