@@ -31,7 +31,7 @@ from minipaged.scheduling.scheduler import Scheduler
 if TYPE_CHECKING:
     from minipaged.execution.collectives import Pipe
     from minipaged.execution.compile_ahead import CompileAhead, Compiled
-    from minipaged.execution.workers import Ranks
+    from minipaged.execution.ranks import Ranks
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
 FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
@@ -151,7 +151,7 @@ def assemble(
     kind = str(precision).removeprefix("torch.")
     ranks = None
     if tensor_parallel * pipeline_parallel > 1:
-        from minipaged.execution.workers import start_ranks
+        from minipaged.execution.ranks import start_ranks
 
         ranks = start_ranks(tensor_parallel * pipeline_parallel, chosen, arguments or {}, stages=pipeline_parallel)
         chosen = ranks.device

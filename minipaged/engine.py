@@ -334,7 +334,7 @@ class Engine:
             outputs = self.scheduler.take_ended()
             if not outputs and self.scheduler.requests and not self.scheduler.made_way:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
-        self.trace.publish(plan, outputs)
+        self.trace.emit(plan, outputs)
         return outputs
 
     def _give_up(self) -> None:
@@ -348,7 +348,7 @@ class Engine:
             self.trace.begin()
             plan, pending = self._in_flight.popleft()
             changed = self.scheduler.commit(plan, pending.tokens())
-            self.trace.publish(None, changed)
+            self.trace.emit(None, changed)
             outputs.extend(changed)
         return outputs
 

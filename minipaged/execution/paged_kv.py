@@ -45,7 +45,7 @@ class PagedKV:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = torch.device(device)
-        self.scale = config.head_dim**-0.5  # of attention scores
+        self.softmax_scale = config.head_dim**-0.5  # of attention scores
         # Tokens that a query of each layer sees: by the model's own window or the policy's, whichever is the smaller.
         windows = [(config.window_of(layer), retention.window) for layer in range(config.num_layers)]
         self.windows = [min((w for w in pair if w is not None), default=None) for pair in windows]
@@ -121,7 +121,7 @@ class PagedKV:
         window, sinks = self.windows[layer], None
         if inputs.sink_turn is not None:
             sinks = self._sinks(layer, inputs.sink_turn)
-        rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
+        rows = (inputs.decode_tables, inputs.decode_lengths, self.softmax_scale)
         if not len(inputs.chunk_lengths):
             shared = inputs.shared if window is None else None
             return paged_decode(
@@ -144,7 +144,13 @@ class PagedKV:
                 out=out[:decodes],
                 check=layer == 0,
             )
-        chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
+        chunks = (
+            inputs.chunk_tables,
+            inputs.chunk_lengths,
+            inputs.chunk_starts,
+            inputs.longest_chunk,
+            self.softmax_scale,
+        )
         return paged_prefill(query, keys, values, *chunks, scales=scales, window=window, sinks=sinks, out=out)
 
     def copy(self, pairs: Pairs) -> None:

@@ -241,7 +241,7 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def service_key(self) -> tuple[int, int]:
         """Smaller is served first; the priority counts under the priority policy only."""
         return (self.params.priority, self.arrival)
 

@@ -95,7 +95,7 @@ class TraceBuilder:
         """A setting was changed."""
         self._changes.append(change)
 
-    def publish(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
+    def emit(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
         """A step is done: send it to the listeners."""
         raw = self._scheduler.take_events()
         if not self._listeners:
@@ -264,7 +264,7 @@ class TraceBuilder:
     def _queues(self) -> Queues:
         scheduler = self._scheduler
         running = tuple(scheduler.batch.seq_id[scheduler.order()].tolist())
-        first = nsmallest(MAX_WAITING_SHOWN, scheduler.waiting, key=scheduler.rank)
+        first = nsmallest(MAX_WAITING_SHOWN, scheduler.waiting, key=scheduler.service_key)
         waiting = tuple(s.seq_id for r in first for s in r.alive)
         swapped = tuple(s.seq_id for r in scheduler.swapped for s in r.alive)
         return Queues(running, waiting, swapped)

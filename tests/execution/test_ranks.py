@@ -22,7 +22,7 @@ from torch.distributed import TCPStore
 from minipaged import LLM, InputError, SamplingParams
 from minipaged.errors import RankError
 from minipaged.execution import workers
-from minipaged.execution.workers import Ranks, check_order, start_ranks
+from minipaged.execution.ranks import Ranks, check_order, start_ranks
 from minipaged.scheduling.request import RequestOutput
 from tests.execution.plans import plan_of
 from tests.model.tiny import CONFIGS, drawn_tokens, save_folder
@@ -115,7 +115,7 @@ def test_L62_L73_stages_of_several_ranks_say_what_one_says(
 
 PEER = """
 import sys, torch
-from minipaged.execution.workers import start_ranks
+from minipaged.execution.ranks import start_ranks
 ranks = start_ranks(2, torch.device("cpu"), {})
 print(ranks.least(int(sys.argv[1])), ranks.least(5), file=sys.stderr)
 ranks.wait_for_end()

@@ -196,7 +196,7 @@ def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
         (engine.scheduler, "schedule", timed("schedule", engine.scheduler.schedule)),
         (engine.scheduler, "commit", timed("commit", engine.scheduler.commit)),
         (engine.runner, "launch", timed_launch),
-        (engine.trace, "publish", timed("trace, nobody listening", engine.trace.publish)),
+        (engine.trace, "emit", timed("trace, nobody listening", engine.trace.emit)),
     ]
     for owner, name, call in wrapped:
         setattr(owner, name, call)
