@@ -35,6 +35,7 @@ def serve(
     drain: float,
     metrics_prefix: str,
     show_prompts: bool = False,
+    allow_control: bool = False,
 ) -> int:
     """Check every argument, then serve until a signal. Returns the exit code."""
     check_packages()
@@ -53,7 +54,9 @@ def serve(
     from minipaged.serving.http.server import Address
     from minipaged.serving.http.server import serve as run
 
-    options = Options(model, names_of(model, names), tuple(given), max_waiting, metrics_prefix, show_prompts)
+    options = Options(
+        model, names_of(model, names), tuple(given), max_waiting, metrics_prefix, show_prompts, allow_control
+    )
 
     def say(text: str) -> None:
         note(f"minipaged: {text}", "")

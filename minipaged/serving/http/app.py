@@ -41,7 +41,7 @@ from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.link import EngineLink
 from minipaged.serving.http.mailbox import Growth, Signal
 from minipaged.serving.http.metrics import Metrics
-from minipaged.serving.http.watch import BlockView, Feed
+from minipaged.serving.http.watch import WATCHER_HEADER, BlockView, Control, Feed
 from minipaged.trace import packing
 from minipaged.trace.file import Kind, Record
 
@@ -65,6 +65,7 @@ class Options:
     max_waiting: int = 1024
     metrics_prefix: str = "minipaged"
     show_prompts: bool = False  # to those who look on
+    allow_control: bool = False  # whether they may pause the engine, step it, abort requests, change settings
 
 
 class Writer(Protocol):
@@ -139,6 +140,7 @@ class App:
             "/detokenize": {"POST": self.detokenize},
             "/tokenizer_info": {"GET": self.tokenizer_info},
             "/trace": {"GET": self.trace},
+            "/control": {"POST": self.control},
             "/blocks": {"GET": self.blocks},
             "/": {"GET": self.page},
         }
@@ -369,6 +371,8 @@ class App:
         try:
             call.started = True
             kind = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-cache")]
+            if self.options.allow_control:
+                kind.append((WATCHER_HEADER, watcher.name.encode()))
             await call.send({"type": "http.response.start", "status": 200, "headers": kind})
             await send_part(
                 call.send,
@@ -383,6 +387,15 @@ class App:
         finally:
             watch.cancel()
             feed.leave(watcher)
+
+    async def control(self, call: Call) -> None:
+        """A command of somebody who looks on. A pause ends when they leave."""
+        if not self.options.allow_control:
+            raise ApiError(403, "nobody may control this server: it was started without --allow-control")
+        asked, _ = fields.read_fields(await call.body(), Control)
+        if not self._feed().obey(header(call.scope, WATCHER_HEADER), asked):
+            raise ApiError(404, "nobody of that name looks on", code="not_found")
+        await call.reply({})
 
     # ---- completions
 
