@@ -77,11 +77,14 @@ class SteppedEngine(Protocol):
         ...
 
 
-def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
-    """The process, from the factory to the end. An error goes to the log and, as a note, to the parent; never to the terminal."""
+def main(call: bytes, commands: BinaryIO, records: BinaryIO, own_log: str | None = None) -> None:
+    """The process, from the factory to the end. An error goes to the log and, as a note, to the parent; never to the terminal.
+
+    own_log: the log's path, where it is a file that the parent made for this process alone.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(commands, inbox), name="commands", daemon=True).start()
+    threading.Thread(target=_listen, args=(commands, inbox, own_log), name="commands", daemon=True).start()
     try:
         writer = RecordPipe(records, Header())
         try:
@@ -106,7 +109,7 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
         os._exit(0)  # the parent has gone
 
 
-def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
+def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command], own_log: str | None) -> None:
     try:
         while (record := read_record(commands)) is not None:
             received, columns = packing.unpack(record.body, most=packing.MAX_BODY_BYTES)
@@ -115,6 +118,9 @@ def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
             inbox.put({**received, **columns})
     except (TraceError, OSError, ValueError):
         pass  # a broken pipe says the same as a closed one
+    with contextlib.suppress(OSError):  # a parent that was killed takes nothing away
+        if own_log is not None and not os.path.getsize(own_log):
+            os.unlink(own_log)
     os._exit(0)  # the parent has hung up or died: whatever the engine is doing, nobody waits for it
 
 

@@ -124,6 +124,7 @@ def test_256_streams_at_a_step_of_20_ms() -> None:
 
 
 def test_one_token() -> None:
+    """What HTTP adds to a request. The clock's figures are for a machine that does nothing else; the processor's hold on any."""
     engine = scripted()
     one = SamplingParams(max_tokens=1)
     inside: list[float] = []
@@ -135,10 +136,12 @@ def test_one_token() -> None:
         inside.append(1000 * (time.perf_counter() - start))
     with process() as server, httpx.Client(base_url=server.url) as client:
         through: list[float] = []
+        before = server.seconds
         for i in range(400):
             start = time.perf_counter()
             client.post("/v1/completions", json={"prompt": [1 + i % 200] * 8, "max_tokens": 1})
             through.append(1000 * (time.perf_counter() - start))
+        used = 1000 * (server.seconds - before) / 400
         bare: list[float] = []  # what the client itself takes
         for _ in range(400):
             start = time.perf_counter()
@@ -147,7 +150,8 @@ def test_one_token() -> None:
     middle = [sorted(values)[200] for values in (inside, through, bare)]
     late = [sorted(values)[395] for values in (inside, through, bare)]
     print(f"\n1 token, ms, in process / through HTTP / GET /version: p50 {middle}, p99 {late}")
-    assert middle[1] < 20
+    print(f"server's processor time: {used:.2f} ms a request")
+    assert used < 2
 
 
 def test_a_thousand_streams() -> None:
