@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,6 @@ from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.kernels.launch_table import gpu_of
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.own_manager import own_manager
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
@@ -255,7 +254,11 @@ def assemble_engine(
     manager_class: type | None = None,
 ) -> Engine:
     """An engine over a runner that has its KV pool. manager_class: the user's, in place of BlockManager."""
-    make = BlockManager if manager_class is None else partial(own_manager, manager_class)
+    make: Callable[..., BlockManager] = BlockManager
+    if manager_class is not None:
+        from minipaged.memory.own_manager import own_manager
+
+        make = partial(own_manager, manager_class)
     retention = retention_of(loaded.config, cache)
     manager = make(
         cache.num_blocks,

@@ -100,7 +100,7 @@ def serve_with_screen(host: str, port: int, key: str) -> int:
                 time.sleep(0.2)
                 if READY in Path(log).read_text(errors="replace"):  # before that another server may have the port
                     source = attach(url, key)
-        from minipaged.tui.app import run_screen
+        from minipaged.tui.run import run_screen
 
         return run_screen(source)
     finally:

@@ -1,7 +1,7 @@
 """The tensors that hold keys and values: written and read by attention, and moved block by block (copy, swap out, swap in).
 
 The store is a named list of per-block tensors. Copies and swaps act on all of them alike; `write`, `rope_write` and `attend` are the only
-ones that say which tensor is what. The scales of quantized keys and values are tensors like the others.
+ones that say which tensor is what, and in the engine nobody else calls the kernels that store keys and values.
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ class PagedKV:
     Keys and values are [num_blocks, block_size, num_kv_heads, head_dim] each; a token's slot is block * block_size + offset. A step's
     keys and values are written before anyone attends, layer by layer, so a sequence may attend to blocks that another sequence of the
     same step fills. dtype: of what is written and attends; kept_as: what the cache keeps of it, as CacheConfig.kv_dtype names it: a
-    floating dtype, which must be that one, or int8 or float8_e4m3fn codes, with scales [num_blocks, num_kv_heads, block_size] beside
-    them (kernels/cache/quantize.py).
+    floating dtype, which must be that one, or int8 or float8_e4m3fn codes with scales.
+
+    The scales are two tensors more of each layer, float32 [num_blocks, num_kv_heads, block_size]. All that touches them:
+
+    - `__init__` makes them; `copy`, `swap_out` and `swap_in` move them with the codes, as any tensor of a block.
+    - `write` and `rope_write` fill them: `kernels/cache/quantize.py` `quantize` in the torch twins, `kernels/cache/quantize_triton.py`
+      `scale_of` in the Triton kernels.
+    - `attend` multiplies by them: `kernels/attention/decode.py` `gather_pages` in the torch twins; on a GPU
+      `kernels/attention/triton_tiles.py` `load_scales` while decoding, `kernels/cache/dequantize.py` `dequantize_pages` before a prefill.
+    - `kernels/checks.py` `check_scales` refuses what does not fit; `minipaged/config.py` `ModelConfig.kv_bytes_per_token` counts them.
     """
 
     def __init__(

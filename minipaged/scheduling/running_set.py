@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from minipaged.config import EngineConfig
-from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.types import Allocation, BlockEvent
 from minipaged.scheduling.batch import Batch
@@ -22,6 +21,9 @@ from minipaged.scheduling.plan import IntArray
 from minipaged.scheduling.policies import PreemptionCost, RequestQueue, ServiceKey, service_key_of, wants_swap
 from minipaged.scheduling.request import Request, Sequence, Status
 from minipaged.scheduling.step_builder import StepBuilder
+
+if TYPE_CHECKING:
+    from minipaged.memory.block_manager import BlockManager
 
 Slots = npt.NDArray[np.int64]
 SwapPairs = list[tuple[int, int]]

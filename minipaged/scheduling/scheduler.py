@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minipaged.config import EngineConfig, check_int
 from minipaged.errors import InputError
 from minipaged.memory.adapter import adapted
-from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.blocks import PrefixHit
 from minipaged.memory.types import Admission, BlockEvent
 from minipaged.scheduling import sequence_groups
 from minipaged.scheduling.beam import BeamSearch
@@ -24,9 +23,13 @@ from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
 from minipaged.scheduling.policies import PreemptionCost, ServiceKey, may_join
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import RunningSet, SchedulerEvent, Slots
-from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.step_builder import StepBuilder
 from minipaged.scheduling.validation import Room, check_request
+
+if TYPE_CHECKING:
+    from minipaged.memory.block_manager import BlockManager
+    from minipaged.memory.blocks import PrefixHit
+    from minipaged.scheduling.runtime_settings import SettingChange
 
 
 class Scheduler:

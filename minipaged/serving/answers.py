@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from minipaged.config import SamplingParams
 from minipaged.scheduling.request import CompletionOutput, RequestOutput, Sequence, TokenLogprobs
-from minipaged.text.grammar import Grammar
 from minipaged.trace import packing
 from minipaged.trace.file import Kind, Record
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from minipaged.engine import Engine
     from minipaged.scheduling.request import Request
     from minipaged.scheduling.scheduler import Scheduler
+    from minipaged.text.grammar import Grammar
 
 GAUGES_EVERY = 0.5  # seconds between two accounts of the queues and the pool
 ALIVE = ("", None)

@@ -18,7 +18,6 @@ from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import SchedulerEvent
-from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.text.detokenizer import TextCodec
 from minipaged.trace.events import (
     FLAG_CACHED,
@@ -34,6 +33,7 @@ from minipaged.trace.observed import events_between, pool_stats, progress_of, ta
 from minipaged.trace.snapshot import Snapshot, as_longs
 
 if TYPE_CHECKING:
+    from minipaged.scheduling.runtime_settings import SettingChange
     from minipaged.scheduling.scheduler import Scheduler
 
 Listener = Callable[[StepDelta], None]

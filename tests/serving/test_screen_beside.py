@@ -9,7 +9,7 @@ import pytest
 
 from minipaged.cli.serve import KEY_VARIABLE, serve_with_screen
 from minipaged.serving.http.server import Address, listen
-from minipaged.tui import app
+from minipaged.tui import run
 from tests.serving.engines import scripted
 from tests.serving.running import serving
 
@@ -18,7 +18,7 @@ def test_a_taken_port_is_told_and_the_other_server_is_not_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown: list[Any] = []
-    monkeypatch.setattr(app, "run_screen", lambda source: shown.append(source) or 0)
+    monkeypatch.setattr(run, "run_screen", lambda source: shown.append(source) or 0)
     with serving(scripted) as other:
         monkeypatch.setattr(sys, "argv", ["minipaged", "serve", "toy", "--tui", "--port", str(other.port)])
         assert serve_with_screen("127.0.0.1", other.port, "") == 2
@@ -37,7 +37,7 @@ def test_the_screen_is_attached_to_the_server_that_was_started(monkeypatch: pyte
         source.close()
         return 0
 
-    monkeypatch.setattr(app, "run_screen", look)
+    monkeypatch.setattr(run, "run_screen", look)
     monkeypatch.setenv(KEY_VARIABLE, "sesame")
     free = listen(Address(port=0))
     port = free.getsockname()[1]
