@@ -23,7 +23,7 @@ from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import Detokenizer, TextCodec
 
 if TYPE_CHECKING:
-    from minipaged.text.grammar import Grammars
+    from minipaged.text.grammar import Grammar, Grammars
     from minipaged.trace.builder import TraceBuilder
 
 
@@ -60,7 +60,7 @@ class Engine:
         self.detokenizer = scheduler.text_stops = Detokenizer(codec) if codec is not None else None
         self._clock = clock
         self._trace: TraceBuilder | None = None
-        self._grammar: Grammars | None = None
+        self._grammars: Grammars | None = None
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
         self._ids = count()
@@ -84,11 +84,12 @@ class Engine:
         *,
         text: str | None = None,
         mailbox: deque[RequestOutput] | None = None,
+        grammar: Grammar | None = None,
     ) -> RequestOutput:
         """As submit, but returns the output that will grow; a request that can never be served has its `error` set and nothing else.
 
         text: what a prompt of token ids reads, for those who show it. mailbox: each step that changes the request, whoever takes it, puts a
-        snapshot of its output there.
+        snapshot of its output there. grammar: what read_schema made of params.json_schema, for those who read it elsewhere.
         """
         self.check_process()
         params = params or SamplingParams()
@@ -106,7 +107,7 @@ class Engine:
                     raise RequestError("bad_words need a tokenizer, and this engine has none")
                 request.bad_words = self.detokenizer.word_tokens(params.bad_words)
             if params.json_schema is not None:
-                request.mask_of = self._grammars().masks(params.json_schema)
+                request.mask_of = grammar or self.read_schema(params.json_schema)
             for tokens in (params.stop_token_ids, params.allowed_token_ids or (), dict(params.logit_bias)):
                 self._check_vocabulary(tokens)
             self._check_logprobs(params)
@@ -147,25 +148,31 @@ class Engine:
 
     def _fit_context(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
         """Answers end where the context does; those without a limit also where the pool does, so that they are not refused for its size."""
-        most = self.scheduler.config.max_model_len
-        if params.max_tokens == NO_LIMIT and self.scheduler.running_set.retention.window is None:
-            size, width = self.scheduler.block_size, params.num_sequences
-            usable, shared = self.scheduler.manager.usage().total - 1, num_prompt // size
-            most = min(most, (shared + max(0, usable - shared) // width) * size)
-        if num_prompt + params.max_tokens <= most:
+        room = self.scheduler.room
+        if params.max_tokens != NO_LIMIT:
+            room = replace(room, num_blocks=None)
+        most = max(1, room.most_tokens(num_prompt, params.num_sequences))
+        if params.max_tokens <= most:
             return params
-        room = max(1, most - num_prompt)
-        return replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
 
-    def _grammars(self) -> Grammars:
-        """Made when the first request wants one: it reads the whole vocabulary."""
+    def read_schema(self, schema: str) -> Grammar:
+        """What holds answers to a JSON schema. A large one takes a second, most of it beside Python: other threads may step meanwhile.
+
+        RequestError if it is none.
+        """
+        return self.read_vocabulary().masks(schema)
+
+    def read_vocabulary(self) -> Grammars:
+        """What all schemas need of the tokenizer. Made once, before the first schema or when this is called: some hundred milliseconds in
+        which no thread runs."""
         from minipaged.text.grammar import Grammars
 
         if self.codec is None:
             raise RequestError("answers that follow a schema need a tokenizer, and this engine has none")
-        if self._grammar is None:
-            self._grammar = Grammars(self.codec, self.eos_token_ids)
-        return self._grammar
+        if self._grammars is None:
+            self._grammars = Grammars(self.codec, self.eos_token_ids)
+        return self._grammars
 
     def _check_vocabulary(self, tokens: Iterable[int]) -> None:
         size = 2**31 if self.vocab_size is None else self.vocab_size

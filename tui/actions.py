@@ -139,8 +139,9 @@ class Actions(App[int]):
 
     def action_add(self) -> None:
         """Ask for a prompt."""
-        if self.session.live is None or self.session.live.ended:
-            self.session.message = "this is a recording: a prompt needs a live engine"
+        refused = self.session.cannot_steer("a prompt needs a live engine")
+        if refused:
+            self.session.message = refused
             self.paint()
             return
 
@@ -162,8 +163,9 @@ class Actions(App[int]):
         owners = snapshot.owners(self.view.block) if self.view.block >= 0 else []
         sequence = self.view.only if self.view.only >= 0 else owners[0][0] if owners else -1
         state = snapshot.sequences.get(sequence)
-        if live is None or live.ended:
-            self.session.message = "this is a recording: nothing can be aborted"
+        refused = self.session.cannot_steer("nothing can be aborted")
+        if live is None or refused:
+            self.session.message = refused
         elif state is None or not state.alive:
             self.session.message = "put the cursor on a block of the sequence to abort"
         else:
@@ -224,8 +226,9 @@ class Actions(App[int]):
 
     def action_knobs(self) -> None:
         """Change the engine's settings."""
-        if self.session.live is None or self.session.live.ended:
-            self.session.message = "this is a recording: its settings cannot be changed"
+        refused = self.session.cannot_steer("its settings cannot be changed")
+        if refused:
+            self.session.message = refused
             self.paint()
             return
 

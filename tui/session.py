@@ -243,10 +243,16 @@ class Session:
 
     # Asking the engine.
 
-    def submit(self, prompt: str, params: SamplingParams) -> bool:
-        """Add a prompt; False where there is no engine."""
+    def cannot_steer(self, what: str) -> str:
+        """Why the engine cannot be asked, `what` a recording lacks; "" where it can."""
         if self.live is None or self.live.ended:
-            self.message = f"{RECORDING}: a prompt needs a live engine"
+            return f"{RECORDING}: {what}"
+        return self.live.looks_on
+
+    def submit(self, prompt: str, params: SamplingParams) -> bool:
+        """Add a prompt; False where there is no engine that takes one."""
+        self.message = self.cannot_steer("a prompt needs a live engine")
+        if self.live is None or self.message:
             return False
         self._pending.append((prompt, params))
         self.live.submit(prompt, params)
@@ -264,7 +270,6 @@ class Session:
 
     def knob(self, name: str, value: object) -> None:
         """Change a setting of the running engine."""
-        if self.live is None or self.live.ended:
-            self.message = f"{RECORDING}: its settings cannot be changed"
-        else:
+        self.message = self.cannot_steer("its settings cannot be changed")
+        if self.live is not None and not self.message:
             self.live.knob(name, value)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from minipaged.cli import complete
 from minipaged.cli.lab_measured import compare_on_device
 from minipaged.cli.lab_options import (
     BlockSize,
@@ -92,7 +93,13 @@ def simulate(
 def compare(
     systems: Systems = "all",
     trace: Traffic = "sharegpt",
-    model: ModelName = "llama-13b",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A known shape, or the path of a config.json [llama-13b]. With --device: any model [random:smollm2-135m].",
+            autocompletion=complete.shapes,
+        ),
+    ] = None,
     gpu: GPUName = "a100-40",
     tp: TensorParallel = 1,
     rate: Rate = 2.0,
@@ -123,14 +130,15 @@ def compare(
 ) -> None:
     """Compare systems on the same traffic. Prints tables; can write JSON and one self-contained HTML page with plots.
 
-    With --device the systems run for real, and all requests wait from the start. --model is then a zoo name or
+    With --device the systems run for real, and all requests wait from the start. --model is then any that runs, such as
     random:SHAPE, and the pool is what the device holds unless --slots says less. --trace sharegpt, nano or bN is the
     fixed requests of `minipaged bench engine`. --gpu, --tp and --rate belong to the simulation and are not used.
     """
     if device is not None:
         if html is not None or rates:
             raise InputError("--rates and --html are for simulations: leave them out with --device")
-        compare_on_device(systems, trace, model, device, requests, seed, block_size, slots, limit, beside, json_file)
+        chosen = model or "random:smollm2-135m"
+        compare_on_device(systems, trace, chosen, device, requests, seed, block_size, slots, limit, beside, json_file)
         return
     if limit is not None or beside:
         raise InputError("--seconds and --beside need --device")
@@ -142,7 +150,7 @@ def compare(
     from minipaged.lab.simulation.simulate import parse_systems
 
     pool = None if slots == "all" else whole("slots", slots)
-    names, server = parse_systems(systems), make_server(model, gpu, tp=tp, slots=pool)
+    names, server = parse_systems(systems), make_server(model or "llama-13b", gpu, tp=tp, slots=pool)
     others = [number("rates", text) for text in rates.split(",") if text.strip()]
     with status_line() as progress:
         found = comparing.compare(

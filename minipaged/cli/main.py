@@ -158,6 +158,10 @@ def serve(
     show_prompts: Annotated[
         bool, typer.Option("--show-prompts", help="Show texts to attached screens; else they see their lengths alone.")
     ] = False,
+    allow_control: Annotated[
+        bool,
+        typer.Option("--allow-control", help="Let attached screens pause the engine, abort requests, change settings."),
+    ] = False,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that run side by side.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens a step computes at most.")] = 2048,
     max_model_len: Annotated[
@@ -187,6 +191,7 @@ def serve(
             drain=drain,
             metrics_prefix=metrics_prefix,
             show_prompts=show_prompts,
+            allow_control=allow_control,
         )
     )
 

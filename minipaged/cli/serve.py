@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -36,11 +35,10 @@ def serve(
     drain: float,
     metrics_prefix: str,
     show_prompts: bool = False,
+    allow_control: bool = False,
 ) -> int:
     """Check every argument, then serve until a signal. Returns the exit code."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"the server needs {', '.join(missing)}: pip install 'minipaged[serve]'")
+    check_packages()
     check_int("port", port, 1, 65535)
     check_int("max_waiting", max_waiting, 0)
     check_real("drain", drain, 0.0)
@@ -56,7 +54,9 @@ def serve(
     from minipaged.serving.http.server import Address
     from minipaged.serving.http.server import serve as run
 
-    options = Options(model, names_of(model, names), tuple(given), max_waiting, metrics_prefix, show_prompts)
+    options = Options(
+        model, names_of(model, names), tuple(given), max_waiting, metrics_prefix, show_prompts, allow_control
+    )
 
     def say(text: str) -> None:
         note(f"minipaged: {text}", "")
@@ -65,11 +65,22 @@ def serve(
     return run(build_engine, {"model": model, "settings": settings}, options, Address(host, port, drain), say)
 
 
+def check_packages() -> None:
+    """InputError where the server's packages are missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"the server needs {', '.join(missing)}: pip install 'minipaged[serve]'")
+
+
 def serve_with_screen(host: str, port: int, key: str) -> int:
     """The same command without --tui in a process of its own, whose words go to a file, and the screen in front of it.
 
     Whoever leaves the screen ends the server, as ctrl+c does.
     """
+    check_packages()
+    from minipaged.serving.http.server import READY
+
+    key = key or os.environ.get(KEY_VARIABLE, "")
     handle, log = tempfile.mkstemp(prefix="minipaged-serve-", suffix=".log")
     words = [word for word in sys.argv[1:] if word != "--tui"]
     process = subprocess.Popen(
@@ -87,7 +98,7 @@ def serve_with_screen(host: str, port: int, key: str) -> int:
                     return process.returncode
                 progress("loading; the server's words are in " + log, 0, 0)
                 time.sleep(0.2)
-                with contextlib.suppress(InputError):
+                if READY in Path(log).read_text(errors="replace"):  # before that another server may have the port
                     source = attach(url, key)
         from minipaged.tui.run import run_screen
 

@@ -24,7 +24,7 @@ from minipaged.scheduling.policies import PreemptionCost, ServiceKey, may_join
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import RunningSet, SchedulerEvent, Slots
 from minipaged.scheduling.step_builder import StepBuilder
-from minipaged.scheduling.validation import check_request
+from minipaged.scheduling.validation import Room, check_request
 
 if TYPE_CHECKING:
     from minipaged.memory.block_manager import BlockManager
@@ -122,9 +122,15 @@ class Scheduler:
         self.check(request)
         self.enqueue(request)
 
+    @property
+    def room(self) -> Room:
+        """How long a sequence can become here."""
+        blocks = self.manager.usage().total if self.running_set.retention.window is None else None
+        return Room(self.config.max_model_len, self.block_size, blocks)
+
     def check(self, request: Request) -> None:
         """Raise RequestError if the request can never be served by this engine, saying what would."""
-        check_request(request, self.config, self.manager, self.block_size, self.requests)
+        check_request(request, self.config, self.manager, self.room, self.requests)
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that `check` has let pass."""

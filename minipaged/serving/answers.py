@@ -16,8 +16,9 @@ that may be arriving and part of a character are held back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from minipaged.config import SamplingParams
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
     from minipaged.engine import Engine
     from minipaged.scheduling.request import Request
     from minipaged.scheduling.scheduler import Scheduler
+    from minipaged.text.grammar import Grammar
 
 GAUGES_EVERY = 0.5  # seconds between two accounts of the queues and the pool
 ALIVE = ("", None)
 RECORD_WEIGHT = (
     1 << 20
 )  # characters, tokens and log-probabilities of a record: below packing.MAX_BODY_BYTES, however they are written
+SCHEMA_READERS = 2  # threads that read schemas, so that a large one does not hold up all others
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot write
 Row = list[Any]
 Entry = list[list[float]]  # of one token: [token, logprob, rank], itself first
@@ -57,10 +60,16 @@ class Asked:
 
 
 class Answers:
-    """The requests that a server asked of this engine. `take` gives the rows since the last call."""
+    """The requests that a server asked of this engine. `take` gives the rows since the last call.
 
-    def __init__(self, engine: Engine) -> None:
+    later: has the engine's loop call something between two steps; may itself be called from any thread.
+    """
+
+    def __init__(self, engine: Engine, later: Callable[[Callable[[], None]], None]) -> None:
         self._engine = engine
+        self._later = later
+        self._readers = ThreadPoolExecutor(SCHEMA_READERS, "schemas")
+        self._reading: set[int] = set()  # tickets whose schemas are being read
         self._rows: list[Row] = []
         self._by_ticket: dict[int, Asked] = {}
         self._by_request: dict[int, Asked] = {}
@@ -68,13 +77,40 @@ class Answers:
         self._gauges_at = 0.0
 
     def ask(self, ticket: int, tokens: Seq[int], params: Mapping[str, Any]) -> None:
-        """Queue a request for the engine's next step, or refuse it."""
+        """Queue a request for the engine's next step, or refuse it. One with a schema is queued once that was read, beside the steps."""
+        schema = params.get("json_schema")
+        if schema is None:
+            self._queue(ticket, tokens, params)
+        else:
+            self._reading.add(ticket)
+            self._readers.submit(self._read, schema, ticket, tokens, params)
+
+    def _read(self, schema: str, ticket: int, tokens: Seq[int], params: Mapping[str, Any]) -> None:
+        """In a thread of its own."""
         try:
-            output = self._engine.ask(tokens, SamplingParams(**params))
+            grammar = self._engine.read_schema(schema)
+        except Exception as error:
+            words = _words(error)
+            self._later(lambda: self._refuse(ticket, words))
+        else:
+            self._later(lambda: self._queue_read(ticket, tokens, params, grammar))
+
+    def _queue_read(self, ticket: int, tokens: Seq[int], params: Mapping[str, Any], grammar: Grammar) -> None:
+        if ticket in self._reading:  # else nobody waits any more
+            self._reading.discard(ticket)
+            self._queue(ticket, tokens, params, grammar)
+
+    def _refuse(self, ticket: int, why: str) -> None:
+        self._reading.discard(ticket)
+        self._rows.append(["refused", ticket, why])
+
+    def _queue(self, ticket: int, tokens: Seq[int], params: Mapping[str, Any], grammar: Grammar | None = None) -> None:
+        try:
+            output = self._engine.ask(tokens, SamplingParams(**params), grammar=grammar)
         except (
             Exception
         ) as error:  # whatever one request brings, it must not end everybody's engine; nothing is queued yet
-            self._rows.append(["refused", ticket, str(error) or type(error).__name__])
+            self._refuse(ticket, _words(error))
             return
         if output.error is not None:
             self._rows.append(["refused", ticket, output.error])
@@ -85,6 +121,7 @@ class Answers:
 
     def cancel(self, ticket: int) -> None:
         """Nobody waits for this answer any more."""
+        self._reading.discard(ticket)
         asked = self._by_ticket.get(ticket)
         if asked is not None:
             self._forget(asked)
@@ -183,6 +220,10 @@ class Answers:
             head["gauges"] = gauges(self._engine.scheduler)
         self._rows = self._rows[count:]
         return Record(Kind.ANSWERS, 0, packing.pack(head, {}, level=0))
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _weight(row: Row) -> int:

@@ -33,15 +33,19 @@ class EngineChild:
         *,
         log_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        payload = pickle.dumps(
-            {"sys_path": sys.path, "cwd": os.getcwd(), "call": pickle.dumps((factory, dict(arguments or {})))}
-        )
         if log_path is None:
             handle, name = tempfile.mkstemp(prefix="minipaged-engine-", suffix=".log")
             os.close(handle)
             self.log_path, self._own_log = Path(name), True
         else:
             self.log_path, self._own_log = Path(log_path), False
+        started = {
+            "sys_path": sys.path,
+            "cwd": os.getcwd(),
+            "call": pickle.dumps((factory, dict(arguments or {}))),
+            "own_log": str(self.log_path) if self._own_log else None,
+        }
+        payload = pickle.dumps(started)
         command_out, command_in = os.pipe()
         record_out, record_in = os.pipe()
         _widen(record_in)
@@ -112,5 +116,5 @@ call = pickle.loads(commands.read(size)) if size else sys.exit(0)
 sys.path[:] = call["sys_path"]
 os.chdir(call["cwd"])
 from minipaged.serving.loop import main
-main(call["call"], commands, os.fdopen(int(sys.argv[2]), "wb"))
+main(call["call"], commands, os.fdopen(int(sys.argv[2]), "wb"), call["own_log"])
 """

@@ -55,6 +55,7 @@ class LiveSource(RecordSource):
         super().__init__(Header())
         self.ready = False  # whether the engine is loaded and has described itself
         self.idle = False  # whether it has nothing to do
+        self.looks_on = ""  # why the engine cannot be steered from here; "" where it can
         self.ended = ""  # why no more will come; "" while more may
         self.notes: deque[Note] = deque()  # words for people, not yet taken
         self.jumps: set[int] = set()  # positions before which deltas are missing: a keyframe stands there

@@ -9,6 +9,7 @@ while nobody watches.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -76,11 +77,14 @@ class SteppedEngine(Protocol):
         ...
 
 
-def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
-    """The process, from the factory to the end. An error goes to the log and, as a note, to the parent; never to the terminal."""
+def main(call: bytes, commands: BinaryIO, records: BinaryIO, own_log: str | None = None) -> None:
+    """The process, from the factory to the end. An error goes to the log and, as a note, to the parent; never to the terminal.
+
+    own_log: the log's path, where it is a file that the parent made for this process alone.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(commands, inbox), name="commands", daemon=True).start()
+    threading.Thread(target=_listen, args=(commands, inbox, own_log), name="commands", daemon=True).start()
     try:
         writer = RecordPipe(records, Header())
         try:
@@ -105,7 +109,7 @@ def main(call: bytes, commands: BinaryIO, records: BinaryIO) -> None:
         os._exit(0)  # the parent has gone
 
 
-def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
+def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command], own_log: str | None) -> None:
     try:
         while (record := read_record(commands)) is not None:
             received, columns = packing.unpack(record.body, most=packing.MAX_BODY_BYTES)
@@ -114,6 +118,9 @@ def _listen(commands: BinaryIO, inbox: queue.SimpleQueue[Command]) -> None:
             inbox.put({**received, **columns})
     except (TraceError, OSError, ValueError):
         pass  # a broken pipe says the same as a closed one
+    with contextlib.suppress(OSError):  # a parent that was killed takes nothing away
+        if own_log is not None and not os.path.getsize(own_log):
+            os.unlink(own_log)
     os._exit(0)  # the parent has hung up or died: whatever the engine is doing, nobody waits for it
 
 
@@ -202,6 +209,8 @@ class EngineLoop:
                 self._answers.ask(
                     int(received["ticket"]), received.get("tokens", NO_TOKENS).tolist(), received["params"]
                 )
+            elif do == "call":
+                received["call"]()
             elif do == "cancel" and self._answers is not None:
                 self._answers.cancel(int(received["ticket"]))
             elif do == "serve":
@@ -233,7 +242,9 @@ class EngineLoop:
     def _serve(self) -> None:
         """From now on a server asks: it needs the tokenizer, and no deltas until somebody watches."""
         engine: Any = self.engine  # a whole Engine: screens are served by less
-        self._answers = Answers(engine)
+        self._answers = Answers(engine, lambda call: self.inbox.put({"do": "call", "call": call}))
+        with contextlib.suppress(InputError):  # no llguidance, or no end token: the first request for a schema is told
+            engine.read_vocabulary()
         self._watch(False)
         self.permits = 1 << 62
         codec_bytes = np.frombuffer(pickle.dumps(engine.codec), np.uint8)

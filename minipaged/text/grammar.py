@@ -29,6 +29,9 @@ class Line(Protocol):
         ...
 
 
+Grammar = Callable[[Line], bytes]  # the tokens that may come next in a sequence, a bit each
+
+
 class Grammars:
     """The schemas of one engine's requests, over its vocabulary. InputError without the package that it needs."""
 
@@ -46,7 +49,7 @@ class Grammars:
             llguidance.TokenizerWrapper(_Vocabulary(codec, eos_token_ids[0])), eos_token=list(eos_token_ids)
         )
 
-    def masks(self, schema: str) -> Callable[[Line], bytes]:
+    def masks(self, schema: str) -> Grammar:
         """What says, of a sequence that follows this schema, which tokens may come next. RequestError if the schema is none."""
         try:
             grammar = self._matcher.grammar_from_json_schema(_checked(schema), overrides=SPACES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -124,9 +125,11 @@ def test_unknown_devices(device: Any) -> None:
 def test_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = types.ModuleType("huggingface_hub")
     asked: list[tuple[str, list[str]]] = []
+    loud: list[bool] = []  # whether the client's own words would be printed meanwhile
 
     def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
         asked.append((repository, allow_patterns))
+        loud.append(logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
         if repository == "org/gone":
             raise OSError("We couldn't connect\nto the hub")
         return str(folder)
@@ -139,6 +142,8 @@ def test_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("bin" in pattern or "pt" in pattern for pattern in asked[0][1])
     with pytest.raises(ModelError, match=r"hf:org/gone.*couldn't connect to the hub"):
         zoo.load("hf:org/gone", device="cpu")
+    assert loud == [False, False]
+    assert logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelError, match="pip install huggingface_hub"):
         zoo.load("hf:org/tiny", device="cpu")

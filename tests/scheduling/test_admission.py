@@ -31,6 +31,24 @@ def test_a_resumed_requests_hits_are_its_own() -> None:
     assert scheduler.counters.swaps == 0
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("num_prompt", [1, 3, 4, 5, 17, 30])
+@pytest.mark.parametrize("limits", [{"num_blocks": 12}, {"max_model_len": 33}], ids=["pool", "context"])
+def test_the_room_is_the_longest_answer_that_is_taken(limits: dict[str, int], num_prompt: int, width: int) -> None:
+    """What an answer without a limit is given, and what a server tells a client that asks for more."""
+    scheduler = scheduler_of(**limits)
+    most = scheduler.room.most_tokens(num_prompt, width)
+    assert most > 0
+    for asked, taken in ((most, True), (most + 1, False)):
+        params = SamplingParams(max_tokens=asked, n=width, temperature=1.0)
+        request = Request(0, tuple(range(num_prompt)), params)
+        if taken:
+            scheduler.check(request)
+        else:
+            with pytest.raises(RequestError, match=r"num_blocks|max_tokens may be at most"):
+                scheduler.check(request)
+
+
 def test_what_just_fits_is_served_and_one_more_is_refused() -> None:
     """The context's length, the pool, the sequences at once and the tokens a step, each at its edge."""
     for limits, good, bad in (

@@ -204,11 +204,13 @@ sys.exit(serve(scripted, {"step_seconds": 0.01}, Options("scripted", ("scripted"
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGINT, 0)])
-def test_a_server_that_is_killed_leaves_no_engine(sign: signal.Signals, code: int) -> None:
+def test_a_server_that_is_killed_leaves_no_engine_and_no_file(sign: signal.Signals, code: int, tmp_path: Path) -> None:
     free = listen(Address(port=0))
     port = free.getsockname()[1]
     free.close()
-    process = subprocess.Popen([sys.executable, "-c", CHILD, str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", CHILD, str(port)]
+    place = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=place, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert "ready" in process.stdout.readline()
@@ -224,6 +226,7 @@ def test_a_server_that_is_killed_leaves_no_engine(sign: signal.Signals, code: in
         while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not Path(f"/proc/{children[0]}").exists()
+        assert list(tmp_path.iterdir()) == []
     finally:
         process.kill()
         process.wait()

@@ -6,6 +6,8 @@ By hand: pytest -o addopts= -m slow -s tests/serving/test_load.py; SERVE_SOAK=10
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import random
 import subprocess
@@ -122,6 +124,7 @@ def test_256_streams_at_a_step_of_20_ms() -> None:
 
 
 def test_one_token() -> None:
+    """What HTTP adds to a request. The clock's figures are for a machine that does nothing else; the processor's hold on any."""
     engine = scripted()
     one = SamplingParams(max_tokens=1)
     inside: list[float] = []
@@ -133,10 +136,12 @@ def test_one_token() -> None:
         inside.append(1000 * (time.perf_counter() - start))
     with process() as server, httpx.Client(base_url=server.url) as client:
         through: list[float] = []
+        before = server.seconds
         for i in range(400):
             start = time.perf_counter()
             client.post("/v1/completions", json={"prompt": [1 + i % 200] * 8, "max_tokens": 1})
             through.append(1000 * (time.perf_counter() - start))
+        used = 1000 * (server.seconds - before) / 400
         bare: list[float] = []  # what the client itself takes
         for _ in range(400):
             start = time.perf_counter()
@@ -145,7 +150,8 @@ def test_one_token() -> None:
     middle = [sorted(values)[200] for values in (inside, through, bare)]
     late = [sorted(values)[395] for values in (inside, through, bare)]
     print(f"\n1 token, ms, in process / through HTTP / GET /version: p50 {middle}, p99 {late}")
-    assert middle[1] < 20
+    print(f"server's processor time: {used:.2f} ms a request")
+    assert used < 2
 
 
 def test_a_thousand_streams() -> None:
@@ -185,11 +191,12 @@ def test_stalled_readers_cost_what_their_answers_are_long() -> None:
 
 @pytest.mark.parametrize("count", [int(os.environ.get("SERVE_SOAK", "20000"))])
 def test_mixed_requests_leave_nothing(count: int) -> None:
-    """n, stop, cut, bad, streams, clients that leave: memory and descriptors are flat after a tenth of them."""
+    """n, stop, cut, bad fields and bodies, streams, slow readers, clients that leave at once or in the middle: memory and descriptors are
+    flat after a tenth of them, and no block is lost."""
     marks: list[tuple[int, int]] = []
 
     async def one(client: httpx.AsyncClient, rng: random.Random) -> None:
-        kind = rng.randrange(8)
+        kind = rng.randrange(12)
         body: dict[str, Any] = {
             "prompt": "p" * rng.randrange(1, 200),
             "max_tokens": rng.randrange(1, 12),
@@ -201,24 +208,41 @@ def test_mixed_requests_leave_nothing(count: int) -> None:
             body["temperature"] = "x"
         elif kind == 2:
             body["max_tokens"] = 10**6
-        if kind in (3, 4):
-            async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        elif kind == 3:
+            body["logprobs"] = 3
+        if kind in (4, 5, 6):
+            body |= {"stream": True, "max_tokens": 200}
+            async with client.stream("POST", "/v1/completions", json=body) as answer:
                 async for _ in answer.aiter_raw():
-                    if kind == 4:
+                    if kind == 4:  # leaves in the middle
                         break
+                    if kind == 5:  # reads slowly
+                        await asyncio.sleep(0.02)
+        elif kind == 7:  # leaves before the answer
+            body["max_tokens"] = 300
+            with contextlib.suppress(httpx.ReadTimeout):
+                await client.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.01))
+        elif kind in (8, 9):
+            bad = json.dumps(body).encode()[: rng.randrange(40)] if kind == 8 else rng.randbytes(rng.randrange(1, 300))
+            answer = await client.post("/v1/chat/completions", content=bad)
+            assert answer.status_code == 400, answer.text
         else:
             answer = await client.post("/v1/completions", json=body)
-            assert answer.status_code == (400 if kind in (1, 2) else 200)
+            assert answer.status_code == (400 if kind in (1, 2) else 200), answer.text
 
     async def run(server: Process) -> None:
         rng = random.Random(5)
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            done = 0
-            while done < count:
-                await asyncio.gather(*(one(client, rng) for _ in range(50)))
-                done += 50
-                if done in (count // 10 // 50 * 50, count // 50 * 50):
-                    marks.append((server.rss, server.descriptors))
+            left = iter(range(count))
+
+            async def some() -> None:
+                for done in left:
+                    await one(client, rng)
+                    if done == count // 10:
+                        marks.append((server.rss, server.descriptors))
+
+            await asyncio.gather(*(some() for _ in range(50)))
+            marks.append((server.rss, server.descriptors))
 
     with process('{"max_model_len": 512}') as server:
         asyncio.run(run(server))

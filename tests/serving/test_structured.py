@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 from minipaged import LLM, SamplingParams
 from minipaged.errors import RequestError
+from minipaged.serving.loop import EngineLoop
+from minipaged.trace.file import Header, RecordPipe
 from tests.serving.engines import toy
 from tests.serving.running import Serving, serving, text_of
 
@@ -103,3 +107,12 @@ def test_response_format(server: Serving) -> None:
         assert status == 400
         assert "schema" in error["message"]
     assert server.complete(prompt="x", max_tokens=1)["choices"], "the engine lives"
+
+
+def test_the_vocabulary_is_read_before_the_first_request() -> None:
+    """It takes some hundred milliseconds in which no token is drawn: not while others stream."""
+    engine = toy(num_blocks=64)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    loop = EngineLoop(engine, RecordPipe(io.BytesIO(), Header()), inbox)
+    loop._obey({"do": "serve"})
+    assert engine._grammars is not None

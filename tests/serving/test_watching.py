@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.serving.attach import attach
 from minipaged.serving.live import LiveSource
@@ -257,3 +258,59 @@ def test_L75_a_clients_name_cannot_steer_the_terminal() -> None:
     assert "\x07" not in person.id
     assert "\u202e" not in person.id
     assert note(kind="request").kind == Kind.NOTE
+
+
+def test_a_screen_that_only_looks_on_says_so(server: Serving) -> None:
+    source = attach(server.url)
+    assert source.wait(lambda: source.ready)
+    session = Session(source)
+    assert not session.submit("hi", SamplingParams(max_tokens=2))
+    assert "--allow-control" in session.message
+    session.knob("max_num_seqs", 3)
+    assert "--allow-control" in session.message
+    source.pause()
+    assert server.complete(prompt="x", max_tokens=2)["choices"], "nobody is paused"
+    answer = server.http.post("/control", json={"do": "pause"})
+    assert (answer.status_code, "--allow-control" in answer.text) == (403, True)
+    source.close()
+
+
+def test_who_may_control_pauses_and_steps_everybody_and_the_engine_runs_on_when_they_leave() -> None:
+    with serving(scripted, step_seconds=0.01, num_blocks=512, options={"allow_control": True}) as server:
+        source = attach(server.url)
+        assert source.wait(lambda: source.ready)
+        assert source.looks_on == ""
+        link = server.run.app.link
+        assert link is not None
+        source.run()
+        found: list[str] = []
+        asker = threading.Thread(
+            target=lambda: found.append(server.complete(prompt="x", max_tokens=300)["choices"][0]["text"])
+        )
+        asker.start()
+        assert source.wait(lambda: len(source) > 5)
+        source.pause()
+        still = [-1]
+        assert source.wait(lambda: _stands(source, still), 20)
+        count = len(source)
+        source.permit(3)
+        assert source.wait(lambda: len(source) >= count + 3)
+        time.sleep(0.1)
+        source.poll()
+        assert len(source) == count + 3
+        assert httpx.get(server.url + "/health").status_code == 200
+        for body in ({"do": "dance"}, {"do": "permit", "steps": 0}, {"do": "knob", "name": 5}):
+            assert server.http.post("/control", json=body).status_code == 400
+        stranger = server.http.post("/control", json={"do": "run"}, headers={"x-minipaged-watcher": "me"})
+        assert stranger.status_code == 404
+        assert asker.is_alive()
+        source.close()
+        asker.join(20)
+        assert len(found[0]) == 300
+
+
+def _stands(source: LiveSource, seen: list[int]) -> bool:
+    """Whether nothing has come since the last look, a while ago."""
+    time.sleep(0.1)
+    before, seen[0] = seen[0], len(source)
+    return before == len(source)

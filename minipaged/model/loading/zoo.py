@@ -7,9 +7,11 @@ file is named: `toy` and `random:SHAPE` need none of them.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -225,6 +227,18 @@ def _toy(dtype: torch.dtype, device: torch.device, part: Part | None) -> LoadedM
     return LoadedModel(config, placed.pack(), ByteTokenizer(config.vocab_size))
 
 
+@contextmanager
+def quiet_logger(name: str) -> Iterator[None]:
+    """What another package logs below an error stays off the user's terminal: what matters of it is in the error that it raises."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _from_hub(repository: str) -> Path:
     """A snapshot in huggingface_hub's own cache: configs, safetensors and tokenizer, no pickles.
 
@@ -237,14 +251,15 @@ def _from_hub(repository: str) -> Path:
     except ImportError:
         raise ModelError(f"hf:{repository} needs the package huggingface_hub: pip install huggingface_hub") from None
     try:
-        read_config(Path(hf_hub_download(repository, "config.json")).parent)
-        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES)))
+        with quiet_logger("huggingface_hub"):
+            read_config(Path(hf_hub_download(repository, "config.json")).parent)
+            return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES)))
     except ModelError:
         raise
     except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise ModelError(f"hf:{repository} could not be kept: no space left on the disk") from None
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ModelError(
             f"hf:{repository} could not be fetched: {reason}; give a folder or a .gguf file instead"
         ) from None

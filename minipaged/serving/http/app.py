@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from minipaged import __version__
 from minipaged.page.page import part
+from minipaged.scheduling.validation import Room
 from minipaged.serving.http import completions, dialects, fields
 from minipaged.serving.http.asgi import (
     JSON_TYPE,
@@ -37,12 +38,12 @@ from minipaged.serving.http.asgi import (
     send_part,
     start_events,
 )
-from minipaged.serving.http.completions import Codec, Job, Limits
+from minipaged.serving.http.completions import Codec, Job
 from minipaged.serving.http.errors import ApiError, bad_request
 from minipaged.serving.http.link import EngineLink
 from minipaged.serving.http.mailbox import Growth, Signal
 from minipaged.serving.http.metrics import Metrics
-from minipaged.serving.http.watch import BlockView, Feed
+from minipaged.serving.http.watch import WATCHER_HEADER, BlockView, Control, Feed
 from minipaged.trace import packing
 from minipaged.trace.file import Kind, Record
 
@@ -72,6 +73,7 @@ class Options:
     max_waiting: int = 1024
     metrics_prefix: str = "minipaged"
     show_prompts: bool = False  # to those who look on
+    allow_control: bool = False  # whether they may pause the engine, step it, abort requests, change settings
 
 
 class Writer(Protocol):
@@ -146,6 +148,7 @@ class App:
             "/detokenize": {"POST": self.detokenize},
             "/tokenizer_info": {"GET": self.tokenizer_info},
             "/trace": {"GET": self.trace},
+            "/control": {"POST": self.control},
             "/blocks": {"GET": self.blocks},
             "/": {"GET": self.page},
         }
@@ -228,10 +231,10 @@ class App:
         link = self.link
         return {name: v for name, v in link.header.engine.items() if isinstance(v, int)} if link is not None else {}
 
-    def _limits(self) -> Limits:
+    def _room(self) -> Room:
         settings = self._settings
         keeps_all = self.link is None or self.link.header.engine.get("retention", "all") == "all"
-        return Limits(settings["max_model_len"], settings["block_size"], settings["num_blocks"] if keeps_all else None)
+        return Room(settings["max_model_len"], settings["block_size"], settings["num_blocks"] if keeps_all else None)
 
     def _check_model(self, name: object) -> str:
         """The served name that a request means. 404 for another."""
@@ -376,6 +379,8 @@ class App:
         try:
             call.started = True
             kind = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-cache")]
+            if self.options.allow_control:
+                kind.append((WATCHER_HEADER, watcher.name.encode()))
             await call.send({"type": "http.response.start", "status": 200, "headers": kind})
             await send_part(
                 call.send,
@@ -390,6 +395,15 @@ class App:
         finally:
             watch.cancel()
             feed.leave(watcher)
+
+    async def control(self, call: Call) -> None:
+        """A command of somebody who looks on. A pause ends when they leave."""
+        if not self.options.allow_control:
+            raise ApiError(403, "nobody may control this server: it was started without --allow-control")
+        asked, _ = fields.read_fields(await call.body(), Control)
+        if not self._feed().obey(header(call.scope, WATCHER_HEADER), asked):
+            raise ApiError(404, "nobody of that name looks on", code="not_found")
+        await call.reply({})
 
     # ---- completions
 
@@ -422,7 +436,7 @@ class App:
     async def _complete(
         self,
         call: Call,
-        prepare: Callable[[completions.JSON, Codec, Limits, str], Awaitable[Job]],
+        prepare: Callable[[completions.JSON, Codec, Room, str], Awaitable[Job]],
         write: Callable[[Job], Writer] = completions.Chunks,
         translate: Callable[[completions.JSON], completions.JSON] | None = None,
     ) -> None:
@@ -434,7 +448,7 @@ class App:
             data = translate(data)
         link = self._ready()
         model = self._check_model(data.get("model"))
-        job = await prepare(data, link.codec, self._limits(), model)
+        job = await prepare(data, link.codec, self._room(), model)
         writer = write(job)
         call.headers.update(fields.ignored_header(job.ignored))
         signal = self.ask(job, call)

@@ -18,6 +18,7 @@ import msgspec
 
 from minipaged.config import NO_LIMIT
 from minipaged.errors import InputError
+from minipaged.scheduling.validation import Room
 from minipaged.serving.http import fields
 from minipaged.serving.http.asgi import DONE, event
 from minipaged.serving.http.errors import ApiError, bad_request
@@ -51,26 +52,6 @@ class Codec(Protocol):
     def chat(self, messages: Any, add_generation_prompt: bool = True, *, values: Any = None) -> str:
         """The text that a template makes of a conversation."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the engine can hold: `context` tokens a sequence, a pool of `num_blocks` blocks of `block_size` slots.
-
-    num_blocks: None where blocks are released as a sequence grows; the engine says then what does not fit.
-    """
-
-    context: int
-    block_size: int
-    num_blocks: int | None
-
-    def most_tokens(self, num_prompt: int, width: int) -> int:
-        """How long an answer to such a prompt can be, where `width` sequences share the prompt's full blocks."""
-        if self.num_blocks is None:
-            return self.context - num_prompt
-        shared = num_prompt // self.block_size
-        in_pool = (shared + max(0, self.num_blocks - 1 - shared) // width) * self.block_size
-        return min(self.context, in_pool) - num_prompt
 
 
 @dataclass(slots=True)
@@ -395,7 +376,7 @@ async def off_loop(size: int, call: Callable[[], Result]) -> Result:
         raise bad_request(str(error)) from None
 
 
-async def prepare_chat(data: JSON, codec: Codec, limits: Limits, model: str) -> Job:
+async def prepare_chat(data: JSON, codec: Codec, room: Room, model: str) -> Job:
     """A job of the body of /v1/chat/completions. ApiError says what is wrong with it."""
     asked, ignored = fields.read_fields(data, fields.ChatRequest)
     top = asked.top_logprobs
@@ -407,7 +388,7 @@ async def prepare_chat(data: JSON, codec: Codec, limits: Limits, model: str) -> 
     text, tokens = await chat_tokens(asked, codec)
     job = Job(chat=True, model=model, prompts=[Prompt(tokens, text)], params={}, codec=codec, logprobs=logprobs)
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    _finish_job(job, asked, ignored, limits, most)
+    _finish_job(job, asked, ignored, room, most)
     return job
 
 
@@ -436,7 +417,7 @@ async def chat_tokens(asked: fields.ChatRequest | fields.TokenizeRequest, codec:
     return await off_loop(sum(len(message["content"]) for message in messages), render)
 
 
-async def prepare_completion(data: JSON, codec: Codec, limits: Limits, model: str) -> Job:
+async def prepare_completion(data: JSON, codec: Codec, room: Room, model: str) -> Job:
     """A job of the body of /v1/completions. ApiError says what is wrong with it."""
     asked, ignored = fields.read_fields(data, fields.CompletionRequest)
     if asked.logprobs is not None and not 0 <= asked.logprobs <= 100:
@@ -460,7 +441,7 @@ async def prepare_completion(data: JSON, codec: Codec, limits: Limits, model: st
     if most == 0 and echo:
         job.no_answer, most = True, 1
     absent = asked.max_tokens is None and asked.max_completion_tokens is None
-    _finish_job(job, asked, ignored, limits, most, cut=absent)
+    _finish_job(job, asked, ignored, room, most, cut=absent)
     return job
 
 
@@ -500,7 +481,7 @@ def _schema_of(asked: fields.ResponseFormat | None) -> str | None:
 
 
 def _finish_job(
-    job: Job, asked: fields.Common, ignored: list[str], limits: Limits, most: int | None, *, cut: bool = False
+    job: Job, asked: fields.Common, ignored: list[str], room: Room, most: int | None, *, cut: bool = False
 ) -> None:
     """Parameters and limits. most: tokens of an answer, None for all that fit; cut: a limit that nobody gave may be lowered."""
     scored = asked.prompt_logprobs
@@ -518,26 +499,26 @@ def _finish_job(
     for prompt in job.prompts:
         if not prompt.tokens:
             raise bad_request("the prompt is empty: give at least one token", "messages" if job.chat else "prompt")
-        room = limits.most_tokens(len(prompt.tokens), job.width)
-        if room < 1:
-            slots = "" if limits.num_blocks is None else f" and the pool {(limits.num_blocks - 1) * limits.block_size}"
-            fits_once = job.width > 1 and limits.most_tokens(len(prompt.tokens), 1) >= 1
+        longest = room.most_tokens(len(prompt.tokens), job.width)
+        if longest < 1:
+            slots = "" if room.num_blocks is None else f" and the pool {(room.num_blocks - 1) * room.block_size}"
+            fits_once = job.width > 1 and room.most_tokens(len(prompt.tokens), 1) >= 1
             each = f" of each of {job.width} answers" if fits_once else ""
             raise bad_request(
-                f"the prompt has {len(prompt.tokens)} tokens; the context holds {limits.context}{slots}, answers included{each}",
+                f"the prompt has {len(prompt.tokens)} tokens; the context holds {room.context}{slots}, answers included{each}",
                 "n" if fits_once else "messages" if job.chat else "prompt",
                 "context_length_exceeded",
             )
-        if most is not None and most > room:
+        if most is not None and most > longest:
             if not cut:
                 name = "max_completion_tokens" if asked.max_completion_tokens is not None else "max_tokens"
                 raise bad_request(
-                    f"{name} may be at most {room} after a prompt of {len(prompt.tokens)} tokens, not {most}",
+                    f"{name} may be at most {longest} after a prompt of {len(prompt.tokens)} tokens, not {most}",
                     name,
                     "context_length_exceeded",
                 )
-            job.params["max_tokens"] = room
-        longest = room if most is None else most
+            job.params["max_tokens"] = longest
+        longest = longest if most is None else most
         for name, listed, tokens in (
             ("prompt_logprobs", scored, len(prompt.tokens)),
             ("logprobs", job.logprobs, longest),

@@ -20,6 +20,7 @@ from minipaged.serving.http.link import EngineLink
 
 KEEP_ALIVE_SECONDS = 75  # longer than nginx keeps an idle connection to a server behind it
 LAST_WORDS_SECONDS = 0.5  # to write error events once all must end
+READY = "is ready; ctrl+c ends it"  # the end of the line that says so
 Say = Callable[[str], None]
 
 
@@ -136,7 +137,7 @@ class Run:
             self._later(self._leave())
         elif not self._was_ready:
             self._was_ready = True
-            self._say(f"{', '.join(self.options.names)}: {self.url}/v1 is ready; ctrl+c ends it")
+            self._say(f"{', '.join(self.options.names)}: {self.url}/v1 {READY}")
 
     # ---- the end
 

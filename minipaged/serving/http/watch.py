@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import uuid4
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -26,16 +28,29 @@ from minipaged.trace.snapshot import Snapshot
 if TYPE_CHECKING:
     from minipaged.serving.http.mailbox import Ticket
 
+WATCHER_HEADER = b"x-minipaged-watcher"  # who looks on, and may control the engine
+FREELY = 1 << 62  # permits of an engine that nobody has paused
 MAX_BEHIND = 4 << 20  # bytes that may wait for a watcher before it jumps to a keyframe
 FRAME_SECONDS = 0.2  # between two pictures of the page
 SHOWN_BLOCKS = 1 << 16
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+class Control(msgspec.Struct, kw_only=True):
+    """What one who looks on may ask of the engine."""
+
+    do: Literal["pause", "run", "permit", "abort", "knob"]
+    steps: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1  # permit: how many it may take while it is paused
+    request: int = -1  # abort: its number in the trace
+    name: str = ""  # knob: the setting
+    value: bool | int | float | str | None = None
+
+
 class Watcher:
     """One who looks on: records that wait to be read."""
 
     def __init__(self) -> None:
+        self.name = uuid4().hex
         self.records: deque[Record] = deque()
         self.signal = Signal()
         self.size = 0  # bytes that wait
@@ -62,6 +77,7 @@ class Feed:
         self._link = link
         self._show_text = show_text
         self._watchers: set[Watcher] = set()
+        self._paused_by: Watcher | None = None
         link.on_trace = self._pass_on
         link.on_request = self._name
 
@@ -77,9 +93,32 @@ class Feed:
                 watcher.put(_named(ticket))
         return watcher
 
+    def obey(self, name: str, asked: Control) -> bool:
+        """Do what a watcher asks; False if there is none of that name."""
+        watcher = next((watcher for watcher in self._watchers if watcher.name == name), None)
+        if watcher is None:
+            return False
+        if asked.do == "pause":
+            self._paused_by = watcher
+            self._link.send("pause")
+        elif asked.do == "run":
+            self._paused_by = None
+            self._link.send("permit", steps=FREELY)
+        elif asked.do == "permit":
+            if self._paused_by is not None:
+                self._link.send("permit", steps=asked.steps)
+        elif asked.do == "abort":
+            self._link.send("abort", request=asked.request)
+        else:
+            self._link.send("knob", name=asked.name, value=asked.value)
+        return True
+
     def leave(self, watcher: Watcher) -> None:
-        """They look away; with the last one the engine stops telling."""
+        """They look away; with the last one the engine stops telling. If they had paused it, it runs on."""
         self._watchers.discard(watcher)
+        if self._paused_by is watcher:
+            self._paused_by = None
+            self._link.send("permit", steps=FREELY)
         if not self._watchers:
             self._link.send("watch", on=False)
 
