@@ -128,6 +128,11 @@ SCENES: dict[int, Scene] = {
         _several(9, 30),
         {"num_blocks": 96, "block_size": 8, "max_num_seqs": 3},
     ),
+    19: Scene(
+        "All that two ranks must agree on: these tables. Each of them would hold its own heads in these very blocks.",
+        _several(3),
+        {"num_blocks": 48, "block_size": 8},
+    ),
 }
 
 
