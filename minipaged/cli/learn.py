@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from minipaged.errors import InputError
+from minipaged.laws import LAWS, Law
 from minipaged.learn.catalog import Lesson, lesson, lessons, task_of
 from minipaged.learn.checking import Result
 from minipaged.learn.checking import check as run_check
@@ -162,6 +164,56 @@ def show(
         raise typer.Exit(open_screen(DEFAULT_MODEL, replay=path, headless=headless, screenshot=screenshot))
 
 
+@app.command("break")
+def break_it(
+    number: Annotated[int | None, typer.Argument(metavar="[N]", help="Which break; any one if left out.")] = None,
+    about: Annotated[int | None, typer.Option("--lesson", help="Any one on the subject of this lesson.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The law, such as L12, instead of asking for it.")] = None,
+    headless: Annotated[bool, typer.Option("--headless", help="Run without a terminal and end at once.")] = False,
+    screenshot: Annotated[Path | None, typer.Option(help="Write the screen as SVG to this file.")] = None,
+) -> None:
+    """A bug of the past is put into a copy of the block manager: watch the run, and name the law that broke."""
+    from minipaged.cli.show import show as open_screen
+    from minipaged.config import DEFAULT_MODEL
+    from minipaged.learn import breaks
+
+    if number is None:
+        fitting = [i for i, one in enumerate(breaks.BREAKS, 1) if about in (None, one.lesson)]
+        if not fitting:
+            taken = ", ".join(str(n) for n in sorted({one.lesson for one in breaks.BREAKS}))
+            raise InputError(f"no break is about lesson {about}: there are some about {taken}")
+        number = random.choice(fitting)
+    chosen = breaks.choose(number)
+    given = law_of(answer) if answer is not None else None
+    console.print(f"[bold]Break {number} of {len(breaks.BREAKS)}[/bold]. One bug is in this block manager.")
+    console.print(f"{chosen.look_at} Keys: ] and \\[ step, q ends. Then name the law.")
+    if not headless:
+        typer.prompt("Enter opens the screen", default="", show_default=False)
+    with TemporaryDirectory(prefix="minipaged-") as scratch:
+        path = Path(scratch) / "break.trace"
+        ended = breaks.play(chosen, chosen.kind, path)
+        code = open_screen(DEFAULT_MODEL, replay=path, headless=headless, screenshot=screenshot)
+    if code:
+        raise typer.Exit(code)
+    if ended:
+        console.print(f"\nThe run ended early: {escape(ended)}")
+    if given is None:
+        console.print("\nWhich of these broke?")
+        for each in [each for each in LAWS if each.id in breaks.candidates()]:
+            console.print(f"  {each.id}  {escape(each.sentence)}")
+        given = law_of(typer.prompt("The law"))
+    best = law_of(chosen.laws[0])
+    right = given.id in chosen.laws
+    console.print(
+        f"\n[green]Right[/green]: {given.id}. {given.sentence}" if right else f"\n[red]No[/red]: you said {given.id}."
+    )
+    if given.id != best.id:
+        console.print(f"{'It is best told by' if right else 'It was'} {best.id}. {best.sentence}")
+    console.print(f"The bug: {escape(chosen.kind.__doc__ or '')}")
+    if not right:
+        raise typer.Exit(1)
+
+
 @app.command()
 def notebooks(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder for them.")],
@@ -187,6 +239,15 @@ def reset(
         typer.confirm(f"Begin lesson {one.number} again?", abort=True)
     kept = workspace.reset(one)
     console.print(f"{one.path.name} is fresh." + (f" Your version is {escape(kept.name)}." if kept else ""))
+
+
+def law_of(name: str) -> Law:
+    """The law of this id, in any case, with or without its L and zero. InputError if there is none."""
+    digits = name.strip().upper().removeprefix("L")
+    for one in LAWS:
+        if digits.isdecimal() and one.id == f"L{int(digits):02}":
+            return one
+    raise InputError(f"a law is named as L12 is, not {name.strip()!r}: minipaged laws lists them")
 
 
 def show_list(folder: Path | None) -> None:

@@ -118,6 +118,21 @@ SCENES: dict[int, Scene] = {
         ((_STORY[:30], SamplingParams(max_tokens=60, ignore_eos=True)),),
         {"num_blocks": 24, "block_size": 4, "retention": "sinks:4+window:16"},
     ),
+    17: Scene(
+        "The pool is too small, and the host has room: find who is carried out (/ then swap_out) and back, and what had to wait for it.",
+        _several(5, 60),
+        {"num_blocks": 20, "block_size": 8, "num_host_blocks": 24, "preemption": "auto"},
+    ),
+    18: Scene(
+        "Three rows and nine people: watch the queue. Who is let in at the step after somebody has finished?",
+        _several(9, 30),
+        {"num_blocks": 96, "block_size": 8, "max_num_seqs": 3},
+    ),
+    19: Scene(
+        "All that two ranks must agree on: these tables. Each of them would hold its own heads in these very blocks.",
+        _several(3),
+        {"num_blocks": 48, "block_size": 8},
+    ),
 }
 
 

@@ -22,6 +22,7 @@ import ast
 import re
 import textwrap
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 TITLE = re.compile(r"lesson \d+, task (\d+): ([\w.]+)")
 
 
@@ -52,7 +53,7 @@ def solve(exercise: str, solutions: str, tasks: int | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def stubs(exercise: str) -> dict[str, tuple[str, ast.FunctionDef]]:
+def stubs(exercise: str) -> dict[str, tuple[str, Function]]:
     """Function or Class.method -> the title in its stub, and the function. In the order of the file."""
     found = {}
     for name, function in _functions(ast.parse(exercise)).items():
@@ -80,14 +81,14 @@ def source_of(names: list[str], solved: str) -> str:
     return "\n\n".join(parts)
 
 
-def _functions(module: ast.Module) -> dict[str, ast.FunctionDef]:
+def _functions(module: ast.Module) -> dict[str, Function]:
     """Functions of a module and methods of its classes, by qualified name."""
-    found: dict[str, ast.FunctionDef] = {}
+    found: dict[str, Function] = {}
     for node in module.body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, Function):
             found[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{each.name}": each for each in node.body if isinstance(each, ast.FunctionDef)}
+            found |= {f"{node.name}.{each.name}": each for each in node.body if isinstance(each, Function)}
     return found
 
 
@@ -99,11 +100,11 @@ def _check_that_only_functions_stand_in(solutions: str) -> None:
         *(inner for each in module.body if isinstance(each, ast.ClassDef) for inner in each.body),
     ]:
         docstring = node is module.body[0] and isinstance(node, ast.Expr)
-        if not docstring and not isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if not docstring and not isinstance(node, Function | ast.ClassDef):
             raise ValueError(f"line {node.lineno} of the solutions is no function: {ast.unparse(node)}")
 
 
-def _signature(function: ast.FunctionDef) -> str:
+def _signature(function: Function) -> str:
     """Decorators, name, arguments and what is returned, on one line."""
-    bare = ast.FunctionDef(function.name, function.args, [ast.Pass()], function.decorator_list, function.returns)
+    bare = type(function)(function.name, function.args, [ast.Pass()], function.decorator_list, function.returns)
     return ast.unparse(ast.fix_missing_locations(bare)).removesuffix("\n    pass").replace("\n", " ")

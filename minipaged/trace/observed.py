@@ -241,8 +241,8 @@ class ManagerTrace:
         """One for each step."""
         return self._observed.deltas
 
-    def step(self) -> StepDelta:
-        """What changed since the last one."""
+    def step(self, counts: Sequence[int] | None = None) -> StepDelta:
+        """What changed since the last one. counts: each block's reference count, as the manager gives it."""
         raw = self.manager.take_events()
         self._copies += sum(event.kind == "copy" for event in raw)
         tables, host_tables = tables_of(self.manager, self.actors)
@@ -254,6 +254,7 @@ class ManagerTrace:
             tables=tables,
             host_tables=host_tables,
             reported=[(e.kind, e.seq_id, e.block, e.other, e.index) for e in raw],
+            counts=counts,
             token_bytes=lambda token: self._token_bytes.get(token, b""),
         )
 

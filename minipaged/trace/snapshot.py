@@ -209,7 +209,7 @@ class Snapshot:
         held = max(0, stats.total_blocks - 1 - stats.free_blocks)
         self.stats = stats._replace(
             token_slots=self.token_slots,
-            tail_slots=held * stats.block_size - self.token_slots,
+            tail_slots=max(0, held * stats.block_size - self.token_slots),  # a broken memory frees what it still names
             shared_saved_blocks=self.shared_saved_blocks,
         )
         return self.stats

@@ -338,7 +338,7 @@ class SwapInTooEager(BlockManager):
 
     def swap_in(self, seq_ids: Iterable[int]) -> list[tuple[int, int]] | None:
         real = swap.next_step_blocks
-        swap.next_step_blocks = lambda group, block_size: 0  # type: ignore[assignment]
+        swap.next_step_blocks = lambda group, block_size: 0
         try:
             return super().swap_in(seq_ids)
         finally:

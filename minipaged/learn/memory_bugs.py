@@ -1,0 +1,1 @@
+../../tests/mutants/memory_bugs.py
