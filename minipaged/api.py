@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from minipaged.config import (
     DEFAULT_MODEL,
@@ -25,9 +25,10 @@ from minipaged.config import (
 from minipaged.engine import Engine
 from minipaged.errors import RequestError
 from minipaged.memory.retention import Retention
-from minipaged.page.recording import Recording
 from minipaged.scheduling.request import RequestOutput
-from minipaged.trace.file import header_of
+
+if TYPE_CHECKING:
+    from minipaged.page.recording import Recording
 
 # Text, token ids, or a mapping: {"prompt": text}, or {"prompt_token_ids": [...]} with the text beside it or not.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -174,6 +175,9 @@ class LLM:
         return self._begin_recording() if self._recording is None else self._recording
 
     def _begin_recording(self) -> Recording:
+        from minipaged.page.recording import Recording
+        from minipaged.trace.file import header_of
+
         self._recording = Recording(self.engine.trace.subscribe, partial(header_of, self.engine))
         return self._recording
 
