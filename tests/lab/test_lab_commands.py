@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+from minipaged.cli import lab_simulated
 from minipaged.cli.lab import app
 from minipaged.errors import InputError
 from minipaged.lab.formats import seconds, size
@@ -55,6 +56,17 @@ def test_compare_writes_a_page_that_stands_alone(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="http', html), "the page must not load anything"
     found = json.loads(numbers.read_text())
     assert [s["rate"] for s in found["sweep"]] == [0.2, 0.5]
+
+
+@pytest.mark.parametrize(("given", "runs"), [([], "random:smollm2-135m"), (["--model", "toy"], "toy")])
+def test_compare_on_a_device_has_a_model_that_runs(
+    given: list[str], runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape that simulations begin with is no model's name."""
+    asked: list[object] = []
+    monkeypatch.setattr(lab_simulated, "compare_on_device", lambda *words: asked.extend(words))
+    assert CliRunner().invoke(app, ["compare", "--device", "cpu", *given]).exit_code == 0
+    assert asked[2] == runs
 
 
 def test_plan_and_gpus() -> None:
