@@ -545,4 +545,4 @@ if __name__ == "__main__":
 #
 # - `minipaged/model/split.py`: `Part` cuts a model.
 # - `minipaged/execution/collectives.py`: `GlooCollectives.all_reduce`, your sum; `CudaCollectives` for GPUs.
-# - `minipaged/execution/workers.py`: `RankRunner` sends each plan to all ranks.
+# - `minipaged/execution/ranks.py`: `RankRunner` sends each plan to all ranks.

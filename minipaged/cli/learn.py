@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from minipaged.cli.keys import Keys
 from minipaged.errors import InputError
 from minipaged.laws import LAWS, Law
-from minipaged.learn.catalog import Lesson, lesson, lessons, task_of
+from minipaged.learn.catalog import Lesson, Task, lesson, lessons, task_of
 from minipaged.learn.checking import Result
 from minipaged.learn.checking import check as run_check
 from minipaged.learn.workspace import Workspace
@@ -24,6 +25,7 @@ from minipaged.text.safe import printable
 
 app = typer.Typer(help="Rebuild PagedAttention in lessons, each one checked.", pretty_exceptions_enable=False)
 console = Console(highlight=False, emoji=False)
+KEYS = "h hint · s answer · v screen · n next lesson · ctrl+c ends"
 NOTE_LINES, PRINTED_LINES = 4, 20  # the last lines of what tests printed that passed, and of the one that failed
 
 Number = Annotated[int, typer.Argument(metavar="N", help="The lesson's number.")]
@@ -78,29 +80,40 @@ def watch(
     folder: Folder = None,
     runs: Annotated[int | None, typer.Option(help="Stop after so many checks.", hidden=True)] = None,
 ) -> None:
-    """Check a lesson again each time you save it. ctrl+c ends it."""
+    """Check a lesson again each time you save it. Keys: h a hint, s the answer, v the screen, n the next lesson; ctrl+c ends it."""
     one = lesson(number)
     workspace = Workspace.find(folder)
-    path = workspace.file(one)
+    workspace.file(one)
     seen: tuple[int, int] | None = None
+    asked_for_answer = False
     count = 0
-    while runs is None or count < runs:
-        try:
-            found = path.stat()
-        except OSError:  # some editors replace the file: it is gone for a moment
-            time.sleep(0.1)
-            continue
-        if (found.st_mtime_ns, found.st_size) == seen:
-            time.sleep(0.3)
-            continue
-        seen = (found.st_mtime_ns, found.st_size)
-        count += 1
-        if console.is_terminal:
-            console.clear()
-        result = _check(workspace, one)
-        if result.failure is None:
-            return
-        console.print(f"[dim]watching {escape(str(path))}; ctrl+c ends[/dim]")
+    with Keys() as keys:
+        while runs is None or count < runs:
+            stamp = _stamp(workspace, one)
+            if stamp is not None and stamp != seen:  # some editors replace the file: it is gone for a moment
+                seen, count, asked_for_answer = stamp, count + 1, False
+                if console.is_terminal:
+                    console.clear()
+                result = _check(workspace, one)
+                if result.failure is None and not keys.come:
+                    return
+                console.print(f"[dim]watching {escape(str(workspace.file(one)))}; {KEYS}[/dim]")
+            match keys.get(0.3):
+                case "h":
+                    _show_hint(workspace, one, task_of(one, _next_task(workspace, one)))
+                case "s" if not asked_for_answer:
+                    asked_for_answer = True
+                    console.print(f"[dim]s again shows the answer to task {_next_task(workspace, one)}[/dim]")
+                case "s":
+                    _show_answer(one, task_of(one, _next_task(workspace, one)))
+                case "v":
+                    keys.lend(partial(_open_screen, one, workspace))
+                    seen = None
+                case "n" if one.number < len(lessons()):
+                    one, seen = lesson(one.number + 1), None
+                    workspace.file(one)
+                case "n":
+                    console.print("This is the last lesson.")
 
 
 @app.command()
@@ -109,15 +122,7 @@ def hint(number: Number, task: TaskNumber = None, folder: Folder = None) -> None
     one = lesson(number)
     workspace = Workspace.find(folder)
     chosen = task_of(one, task if task is not None else _next_task(workspace, one))
-    level = workspace.next_hint(one, chosen.number, len(chosen.hints))
-    console.print(
-        f"[bold]lesson {one.number}, task {chosen.number}: {chosen.name}[/bold] · hint {level} of {len(chosen.hints)}\n"
-    )
-    console.print(escape(chosen.hints[level - 1]))
-    if level == len(chosen.hints):
-        console.print(
-            f"\n[dim]That was the last one. The answer: minipaged learn solution {one.number} --task {chosen.number}[/dim]"
-        )
+    _show_hint(workspace, one, chosen)
 
 
 @app.command()
@@ -140,8 +145,7 @@ def solution(
     chosen = task_of(one, task)
     if not yes:
         typer.confirm(f"Show the answer to lesson {one.number}, task {chosen.number} ({chosen.name})?", abort=True)
-    console.print(f"\n[bold]{escape(one.stub(chosen.number))}[/bold]")
-    console.print(Syntax(one.answer(chosen.number), "python", background_color="default", word_wrap=True))
+    _show_answer(one, chosen)
 
 
 @app.command()
@@ -153,15 +157,7 @@ def show(
 ) -> None:
     """Open the screen on the lesson's replay: record a small run that shows its idea, then play it."""
     one = lesson(number)
-    from minipaged.cli.show import show as open_screen
-    from minipaged.config import DEFAULT_MODEL
-    from minipaged.learn.replays import replay
-
-    workspace = _workspace_or_none(folder)
-    with TemporaryDirectory(prefix="minipaged-") as scratch:
-        path, look_for = replay(one, workspace.folder if workspace is not None else None, Path(scratch))
-        console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}")
-        raise typer.Exit(open_screen(DEFAULT_MODEL, replay=path, headless=headless, screenshot=screenshot))
+    raise typer.Exit(_open_screen(one, _workspace_or_none(folder), headless=headless, screenshot=screenshot))
 
 
 @app.command("break")
@@ -279,6 +275,46 @@ def show_list(folder: Path | None) -> None:
 def escape(text: str) -> str:
     """A learner's text (paths, output, messages) as it is: nothing in it is markup, nothing steers the terminal."""
     return markup.escape(printable(text))
+
+
+def _stamp(workspace: Workspace, one: Lesson) -> tuple[int, int] | None:
+    """What changes when the file is saved; None while it is not there."""
+    try:
+        found = (workspace.folder / one.path.name).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _show_hint(workspace: Workspace, one: Lesson, chosen: Task) -> None:
+    level = workspace.next_hint(one, chosen.number, len(chosen.hints))
+    console.print(
+        f"[bold]lesson {one.number}, task {chosen.number}: {chosen.name}[/bold] · hint {level} of {len(chosen.hints)}\n"
+    )
+    console.print(escape(chosen.hints[level - 1]))
+    if level == len(chosen.hints):
+        console.print(
+            f"\n[dim]That was the last one. The answer: minipaged learn solution {one.number} --task {chosen.number}[/dim]"
+        )
+
+
+def _show_answer(one: Lesson, chosen: Task) -> None:
+    console.print(f"\n[bold]{escape(one.stub(chosen.number))}[/bold]")
+    console.print(Syntax(one.answer(chosen.number), "python", background_color="default", word_wrap=True))
+
+
+def _open_screen(
+    one: Lesson, workspace: Workspace | None, *, headless: bool = False, screenshot: Path | None = None
+) -> int:
+    """The screen on the learner's own run if there is one, else on the lesson's replay. Returns the exit code."""
+    from minipaged.cli.show import show as open_screen
+    from minipaged.config import DEFAULT_MODEL
+    from minipaged.learn.replays import replay
+
+    with TemporaryDirectory(prefix="minipaged-") as scratch:
+        path, look_for = replay(one, workspace.folder if workspace is not None else None, Path(scratch))
+        console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}")
+        return open_screen(DEFAULT_MODEL, replay=path, headless=headless, screenshot=screenshot)
 
 
 def _done(workspace: Workspace, one: Lesson) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -295,3 +297,43 @@ def test_check_shows_what_a_failing_test_printed_and_both_sides(folder: Path) ->
     assert "written is 15" in text
     assert "you said  Split(token=15, reserved=0, internal=0)" in text
     assert "right     Split(token=15, reserved=25, internal=60)" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals there")
+def test_watch_obeys_its_keys(folder: Path) -> None:
+    """In a real terminal: a hint, the answer at the second press, the next lesson."""
+    import pty
+
+    solve(folder, 1)
+    terminal, other = pty.openpty()
+    command = [sys.executable, "-m", "minipaged", "learn", "watch", "1", "--dir", str(folder)]
+    child = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env={**os.environ, "TERM": "xterm"})
+    os.close(other)
+    said = ""
+
+    def until(words: str) -> None:
+        nonlocal said
+        deadline = time.monotonic() + 60
+        while words not in said:
+            assert time.monotonic() < deadline, said
+            if select.select([terminal], [], [], 0.5)[0]:
+                said += os.read(terminal, 65536).decode()
+        said = ""
+
+    try:
+        for key, words in (
+            ("", "All done"),
+            ("n", "Next: write"),
+            ("h", "hint 1 of 3"),
+            ("s", "s again"),
+            ("s", "lengths"),
+        ):
+            os.write(terminal, key.encode())
+            until(words)
+        child.send_signal(signal.SIGINT)
+        child.wait(timeout=30)
+    finally:
+        child.kill()
+        child.wait()
+        os.close(terminal)
