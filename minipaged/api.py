@@ -44,7 +44,8 @@ class LLM:
     float32, float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them,
     auto packs where that is faster (a GPU, or a CPU in bfloat16); kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or
     fp8, which take about half the memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV
-    pool, None to measure what fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or
+    pool, None to measure what fits; num_host_blocks: blocks of host memory, for swapped requests, and the rest for
+    cached prefixes that leave the pool and come back on a hit; preemption: auto, recompute or swap (to host memory); policy: fcfs, or
     priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
     waits; retention: which tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the
     model's context), None for what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or

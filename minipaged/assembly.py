@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -255,7 +255,9 @@ def assemble_engine(
     manager_class: type | None = None,
 ) -> Engine:
     """An engine over a runner that has its KV pool. manager_class: the user's, in place of BlockManager."""
-    make = BlockManager if manager_class is None else partial(own_manager, manager_class)
+    # A user's manager need not know of a cache on the host.
+    ours = partial(BlockManager, host_cache=cache.num_host_blocks > 0)
+    make: Callable[..., BlockManager] = ours if manager_class is None else partial(own_manager, manager_class)
     retention = retention_of(loaded.config, cache)
     manager = make(
         cache.num_blocks,

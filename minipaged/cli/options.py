@@ -46,6 +46,13 @@ TensorParallel = Annotated[
 PipelineParallel = Annotated[
     int, typer.Option(help="Stages that the layers are cut into, each of --tensor-parallel processes.")
 ]
+HostBlocks = Annotated[
+    int,
+    typer.Option(
+        "--host-blocks",
+        help="Blocks of the computer's memory: for requests that are swapped out, the rest for prefixes that the device has no room for.",
+    ),
+]
 RetentionText = Annotated[
     str | None,
     typer.Option(
@@ -77,6 +84,7 @@ ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "kv_cache_dtype": (KVCacheDTypeName, "auto"),
     "block_size": (BlockSize, 16),
     "num_blocks": (NumBlocks, None),
+    "num_host_blocks": (HostBlocks, 0),
     "retention": (RetentionText, None),
     "block_manager": (BlockManagerText, None),
     "tensor_parallel": (TensorParallel, 1),

@@ -42,6 +42,8 @@ class Scheduler:
         manager = self.manager = adapted(manager)
         # Called once before the first step: from now on the manager expects end_step in each.
         manager.end_step()
+        # Managers of another kind have no cache on the host.
+        self._take_moves = getattr(manager, "take_moves", None)
         running_set = self.running_set = RunningSet(config, manager, block_size, cost)
         self.block_size = block_size
         self.text_stops: TextStops | None = None
@@ -75,6 +77,12 @@ class Scheduler:
             self._let_in(step)
         # Until here a promise to write could be taken back; from here on what this step fills stays published.
         self.manager.end_step()
+        if self._take_moves is not None:
+            spills, fetches = self._take_moves()
+            step.swap_outs.extend(spills)
+            step.swap_ins.extend(fetches)
+            self.counters.spilled_blocks += len(spills)
+            self.counters.host_hit_tokens += len(fetches) * self.block_size
         # 4) The plan is built: its tokens count as computed, and what it draws as pending. The engine launches it next.
         plan = step.build(running_set.steps_launched, self.batch)
         self.made_way = step.preempted
@@ -258,8 +266,8 @@ class Scheduler:
 
     def _will_start(self, step: StepBuilder, request: Request) -> bool:
         """Whether a waiting request finds slots and blocks in the next step, when what this one swaps out is free."""
-        found, end, _ = self._first_tokens(step, request)
-        need = -(-end // self.block_size) - found // self.block_size
+        found, end, hit = self._first_tokens(step, request)
+        need = -(-end // self.block_size) - found // self.block_size + getattr(hit, "num_on_host", 0)
         return need <= self.manager.usage().free and self.running_set.width(request) <= self.batch.num_free
 
     def _would_help(self, request: Request, victims: list[Request]) -> bool:
