@@ -45,7 +45,8 @@ class LLM:
     auto packs where that is faster (a GPU, or a CPU in bfloat16); kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or
     fp8, which take about half the memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV
     pool, None to measure what fits; num_host_blocks: blocks of host memory, for swapped requests, and the rest for
-    cached prefixes that leave the pool and come back on a hit; preemption: auto, recompute or swap (to host memory); policy: fcfs, or
+    cached prefixes that leave the pool and come back on a hit; disk_cache: a folder where full blocks are kept, up to disk_gb GB (1e9
+    bytes), for this process and later ones (it holds prompts); preemption: auto, recompute or swap (to host memory); policy: fcfs, or
     priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
     waits; retention: which tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the
     model's context), None for what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or
@@ -73,6 +74,8 @@ class LLM:
         block_size: int = 16,
         num_blocks: int | None = None,
         num_host_blocks: int = 0,
+        disk_cache: str | None = None,
+        disk_gb: float = 10.0,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
@@ -118,7 +121,17 @@ class LLM:
         manager_class = None if block_manager is None else find_class(block_manager)
         # every number is checked before the model is fetched
         cache = CacheConfig(
-            block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype, retention
+            *(
+                block_size,
+                num_blocks or 2,
+                num_host_blocks,
+                enable_prefix_caching,
+                watermark,
+                kv_cache_dtype,
+                retention,
+            ),
+            disk_cache=disk_cache,
+            disk_gb=disk_gb,
         )
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -154,7 +167,10 @@ class LLM:
         self.model_config = self._parts.model_config
 
     def close(self) -> None:
-        """End the other ranks, where there are any; they end with this process at the latest. Nothing can be generated afterwards."""
+        """End the other ranks and write what the disk cache still has to, where there are any; at the latest when this process ends.
+        Nothing can be generated afterwards."""
+        if self.engine.scheduler.disk is not None:
+            self.engine.scheduler.disk.close()
         if self._parts.ranks is not None:
             self._parts.ranks.close()
 
@@ -224,7 +240,7 @@ class LLM:
         return self.generate(prompts, params, use_tqdm, sampling_params=sampling_params)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. False, and nothing changed, while a request holds a block."""
+        """Forget all cached prefixes, but for those on disk. False, and nothing changed, while a request holds a block."""
         return self.engine.reset_prefix_cache()
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:

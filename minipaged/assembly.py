@@ -14,6 +14,8 @@ import torch
 from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress, Weights
 from minipaged.engine import Engine
 from minipaged.errors import InputError
+from minipaged.execution.disk_store import DiskStore
+from minipaged.execution.disk_tier import DiskTier, fingerprint
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
 FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
+MOST_DISK_BLOCKS = 1024  # of host memory, by way of which blocks come from the disk where nobody says how many
 GPU_POOL_SHARE = 0.9  # of the memory that is free once the weights are loaded
 CAPTURE_SECONDS = 2.0  # at start; graphs that are not captured by then are when their shape comes for the second time
 
@@ -146,6 +149,11 @@ def assemble(
     arguments: of the LLM that each of the others makes, if this process is to start them; manager_class: the user's block manager.
     In a process that is one of the others this serves until rank 0 ends, and ends the process (SystemExit).
     """
+    if cache.disk_cache is not None and (tensor_parallel * pipeline_parallel > 1 or manager_class is not None):
+        raise InputError(
+            "disk_cache needs a model on one device and minipaged's own block manager: leave tensor_parallel, "
+            "pipeline_parallel and block_manager out, or disk_cache"
+        )
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
@@ -208,6 +216,8 @@ def assemble(
         if ranks is not None:
             num_blocks = ranks.least(num_blocks)  # the same block ids everywhere: the smallest pool is everybody's
         cache = replace(cache, num_blocks=num_blocks)
+        if cache.disk_cache is not None and not cache.num_host_blocks:  # what is read comes by way of the host
+            cache = replace(cache, num_host_blocks=min(MOST_DISK_BLOCKS, -(-config.max_model_len // cache.block_size)))
         check_pool(held, cache, kind, chosen)
         runner = build_runner(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
         runner.pipe = pipe
@@ -216,6 +226,8 @@ def assemble(
             capturing.capture_ahead(CAPTURE_SECONDS, progress)
     driven = runner if ranks is None else ranks.drive(runner)
     engine = assemble_engine(loaded, cache, config, driven, dtype=kind, manager_class=manager_class)
+    if cache.disk_cache is not None:
+        connect_disk(engine, loaded, cache, runner.kv, dtype=kind)
     if ranks is not None:
         engine.about |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind, ranks, compiled)
@@ -229,6 +241,13 @@ def _compile_ahead(
 
     gpu = gpu_of(device)
     return None if gpu.capability == (0, 0) else CompileAhead(deployment_of(shape, config, cache, dtype, gpu, memory))
+
+
+def connect_disk(engine: Engine, loaded: LoadedModel, cache: CacheConfig, kv: PagedKV, *, dtype: str) -> None:
+    """Let the engine keep full blocks in the folder that the cache names. InputError if it cannot be used."""
+    name = fingerprint(loaded.model, loaded.config, cache, dtype, str(retention_of(loaded.config, cache)))
+    store = DiskStore(cache.disk_cache or "", int(cache.disk_gb * 1e9), name)
+    engine.scheduler.disk = DiskTier(store, engine.scheduler.manager, kv)
 
 
 def build_engine(

@@ -327,6 +327,8 @@ class Engine:
             outputs = self.scheduler.take_ended()
             if not outputs and self.scheduler.requests and not self.scheduler.made_way:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
+        if self.scheduler.disk is not None:
+            self.scheduler.disk.save(idle=not self.scheduler.requests)
         self.trace.publish(plan, outputs)
         return outputs
 

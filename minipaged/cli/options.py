@@ -53,6 +53,15 @@ HostBlocks = Annotated[
         help="Blocks of the computer's memory: for requests that are swapped out, the rest for prefixes that the device has no room for.",
     ),
 ]
+DiskCache = Annotated[
+    str | None,
+    typer.Option(
+        "--disk-cache",
+        metavar="DIR",
+        help="Keep computed prefixes in this folder, for later runs too. It holds prompts.",
+    ),
+]
+DiskGB = Annotated[float, typer.Option("--disk-gb", help="GB that --disk-cache may take; the least recently used go.")]
 RetentionText = Annotated[
     str | None,
     typer.Option(
@@ -85,6 +94,8 @@ ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "block_size": (BlockSize, 16),
     "num_blocks": (NumBlocks, None),
     "num_host_blocks": (HostBlocks, 0),
+    "disk_cache": (DiskCache, None),
+    "disk_gb": (DiskGB, 10.0),
     "retention": (RetentionText, None),
     "block_manager": (BlockManagerText, None),
     "tensor_parallel": (TensorParallel, 1),

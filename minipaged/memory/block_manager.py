@@ -482,7 +482,33 @@ class BlockManager:
         self._pool.clear_cached()
         self._host.forget()
         self._spills, self._fetches = [], []
+        if self._editor.published is not None:
+            self._editor.published.clear()
         return True
+
+    # ---- what lies below the host
+
+    def note_published(self) -> None:
+        """From now on `take_published` tells which blocks were published."""
+        self._editor.published = []
+
+    def take_published(self) -> list[tuple[bytes, int]]:
+        """(key, device block) of each that was published since the last call; steps that were planned since then write them."""
+        published, self._editor.published = self._editor.published or [], []
+        return published
+
+    def holds(self, key: bytes, block: int) -> bool:
+        """Whether the device block still has the content of the key."""
+        return self._editor.index.key_of(block) == key
+
+    def missing(self, hit: PrefixHit) -> list[bytes]:
+        """Keys of a prompt's full blocks from the first on that neither tier holds. What the host holds before it is not given up for
+        what `receive` makes room for in this step."""
+        return hit.missing(self._host.touch)
+
+    def receive(self, key: bytes) -> int | None:
+        """A host block for content that the caller is about to put there, which can be found from now on; None: there is no room."""
+        return self._host.keep(key) if self._host_index is not None else None
 
     # ---- looking
 

@@ -17,7 +17,7 @@ the one that is found, and the other is found once the first is evicted. No tabl
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 from minipaged.memory.retention import KEEP_ALL, Retention
@@ -302,6 +302,19 @@ class PrefixHit:
             front, behind = (spare.start, end - spare.stop) if spare else (0, end)
             if rows[end - 1] >= behind and None not in found[:front]:
                 return [NULL_BLOCK if block is None or i in spare else block for i, block in enumerate(found[:end])]
+        return []
+
+    def missing(self, touch: Callable[[int], None]) -> list[bytes]:
+        """Keys of the full blocks from the first miss on. Host blocks before it are told to `touch`."""
+        most = max(0, len(self.tokens) - 1) // self._block_size
+        for _ in self._further_keys(most):
+            pass
+        for index, key in enumerate(self.keys[:most]):
+            block = self._find_in_tiers(key)
+            if block is None:
+                return self.keys[index:most]
+            if block < 0:
+                touch(~block)
         return []
 
     def _find_in_tiers(self, key: bytes) -> int | None:

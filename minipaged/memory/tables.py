@@ -241,6 +241,7 @@ class TableEditor:
         self.save: Callable[[bytes, int, int], None] | None = (
             None  # told (key, block, cause) of content that is about to be lost
         )
+        self.published: list[tuple[bytes, int]] | None = None  # (key, block) of each, where somebody wants to know
         self._events: list[tuple[str, int, int, int, int, str, int]] = []
 
     def take_events(self) -> tuple[BlockEvent, ...]:
@@ -331,6 +332,8 @@ class TableEditor:
         if block == NULL_BLOCK or not self.index.publish(sequence.keys[index], block):
             return False
         self.emit("publish", sequence.seq_id, block, -1, index)
+        if self.published is not None:
+            self.published.append((sequence.keys[index], block))
         return True
 
     def promised_entries(self, sequence: SequenceBlocks, num_tokens: int) -> list[int]:

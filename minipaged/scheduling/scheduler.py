@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,22 @@ from minipaged.scheduling.step_builder import StepBuilder
 from minipaged.scheduling.validation import check_request
 
 
+class Disk(Protocol):
+    """Blocks on a disk (execution/disk_tier.py)."""
+
+    def bring(self, hit: PrefixHit) -> int:
+        """Read into host memory what the disk has of a prompt; returns the number of blocks."""
+        ...
+
+    def save(self, *, idle: bool) -> None:
+        """Let the full blocks of steps that were launched be written. idle: nothing runs."""
+        ...
+
+    def close(self) -> None:
+        """Write what waits."""
+        ...
+
+
 class Scheduler:
     """Continuous batching with chunked prefill, preemption, samples and beams over a block manager.
 
@@ -47,6 +64,7 @@ class Scheduler:
         running_set = self.running_set = RunningSet(config, manager, block_size, cost)
         self.block_size = block_size
         self.text_stops: TextStops | None = None
+        self.disk: Disk | None = None  # where blocks are kept beyond the host's memory
         # The running set's own, for those who look: they stay the same objects.
         self.batch, self.counters = running_set.batch, running_set.counters
         self.requests, self.sequences = running_set.requests, running_set.sequences
@@ -366,6 +384,8 @@ class Scheduler:
         first, params = request.alive[0], request.params
         if request.prefix is None:  # once, however long it waits
             request.prefix = self.manager.lookup(first.token_ids, salt=params.cache_salt)
+            if self.disk is not None and params.prompt_logprobs is None:
+                self.counters.disk_hit_tokens += self.disk.bring(request.prefix) * self.block_size
             sequence_groups.plan_forks(request)
         hit = request.prefix if params.prompt_logprobs is None else None
         found = hit.num_tokens if hit is not None else 0
