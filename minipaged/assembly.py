@@ -140,14 +140,16 @@ def assemble(
     pipeline_parallel: int = 1,
     arguments: Mapping[str, Any] | None = None,
     manager_class: type | None = None,
+    offload: str | float = "none",
 ) -> Parts:
     """Load the model and build an engine around it.
 
     Replaced: cache.num_blocks by what fits if `num_blocks` is None, config.max_model_len by the model's context if `max_model_len` is
-    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. warm_up: on one GPU, compile all kernels
-    while the weights are loaded, and capture graphs, so that nothing waits for that later. tensor_parallel: ranks that share the model;
-    arguments: of the LLM that each of the others makes, if this process is to start them; manager_class: the user's block manager.
-    In a process that is one of the others this serves until rank 0 ends, and ends the process (SystemExit).
+    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. warm_up: on one GPU, compile all kernels while
+    the weights are loaded, and capture graphs, so that nothing waits for that later. tensor_parallel: ranks that share the model;
+    arguments: of the LLM that each of the others makes, if this process is to start them; manager_class: the user's block manager;
+    offload: of the weights, as LLM's offload_weights. In a process that is one of the others this serves until rank 0 ends, and ends
+    the process (SystemExit).
     """
     if cache.disk_cache is not None and (tensor_parallel * pipeline_parallel > 1 or manager_class is not None):
         raise InputError(
@@ -183,9 +185,8 @@ def assemble(
 
         part = None if ranks is None else ranks.part
         try:
-            loaded = zoo.load(
-                model, device=chosen, dtype=precision, weights=weights, progress=progress, part=part, known=known
-            )
+            wanted: dict[str, Any] = {"device": chosen, "dtype": precision, "weights": weights, "offload": offload}
+            loaded = zoo.load(model, **wanted, progress=progress, part=part, known=known)
             compiled = tuple(compiling.wait(progress)) if compiling is not None else ()
         except BaseException:
             if compiling is not None:

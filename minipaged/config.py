@@ -454,3 +454,18 @@ LOGIT_CHANGES = (  # what SamplingParams does to logits beside temperature and t
 def describe(config: ModelConfig | CacheConfig | EngineConfig) -> dict[str, object]:
     """A config as plain values, for a trace header or a results file."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def parse_offload(wish: str | float) -> float | None:
+    """GB (1e9 bytes) of weights to keep on the host, 0 for none; None for what does not fit (`auto`). InputError for anything else."""
+    if wish == "auto":
+        return None
+    if wish == "none":
+        return 0.0
+    try:
+        size = float(wish) if not isinstance(wish, bool) else math.nan
+    except (TypeError, ValueError):
+        size = math.nan
+    if not 0.0 <= size < math.inf:
+        raise InputError(f"offload_weights must be auto, none or a number of GB, not {wish!r}")
+    return size

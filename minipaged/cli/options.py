@@ -30,6 +30,14 @@ WeightsName = Annotated[
         autocompletion=complete.weights,
     ),
 ]
+OffloadWeights = Annotated[
+    str,
+    typer.Option(
+        "--offload-weights",
+        metavar="auto|none|GB",
+        help="Weights that stay in host memory and are copied in each step: auto for what the device has no room for.",
+    ),
+]
 KVCacheDTypeName = Annotated[
     str,
     typer.Option(
@@ -90,6 +98,7 @@ ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "device": (Device, "auto"),
     "dtype": (DTypeName, "auto"),
     "weights": (WeightsName, "auto"),
+    "offload_weights": (OffloadWeights, "none"),
     "kv_cache_dtype": (KVCacheDTypeName, "auto"),
     "block_size": (BlockSize, 16),
     "num_blocks": (NumBlocks, None),

@@ -106,7 +106,13 @@ def fingerprint(model: Llama, config: ModelConfig, cache: CacheConfig, dtype: st
         "device": model.norm.weight.device.type,
     }
     digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
-    for name, parameter in sorted(model.named_parameters()):
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    if model.stream is not None:  # these are on the device in turn
+        weights = {
+            name: w for name, w in weights.items() if not name.startswith(tuple(f"layers.{i}." for i in model.streamed))
+        }
+        weights |= {f"streamed.{i}": model.stream.content(i) for i in model.streamed}
+    for name, parameter in sorted(weights.items()):
         weight = parameter.detach()
         if weight.is_meta:
             continue
