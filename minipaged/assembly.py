@@ -14,14 +14,11 @@ import torch
 from minipaged.config import CacheConfig, EngineConfig, ModelConfig, Progress, Weights
 from minipaged.engine import Engine
 from minipaged.errors import InputError
-from minipaged.execution.disk_store import DiskStore
-from minipaged.execution.disk_tier import DiskTier, fingerprint
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.kernels.launch_table import gpu_of
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.own_manager import own_manager
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
@@ -33,7 +30,7 @@ from minipaged.scheduling.scheduler import Scheduler
 if TYPE_CHECKING:
     from minipaged.execution.collectives import Pipe
     from minipaged.execution.compile_ahead import CompileAhead, Compiled
-    from minipaged.execution.workers import Ranks
+    from minipaged.execution.ranks import Ranks
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
 FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
@@ -161,7 +158,7 @@ def assemble(
     kind = str(precision).removeprefix("torch.")
     ranks = None
     if tensor_parallel * pipeline_parallel > 1:
-        from minipaged.execution.workers import start_ranks
+        from minipaged.execution.ranks import start_ranks
 
         ranks = start_ranks(tensor_parallel * pipeline_parallel, chosen, arguments or {}, stages=pipeline_parallel)
         chosen = ranks.device
@@ -246,6 +243,9 @@ def _compile_ahead(
 
 def connect_disk(engine: Engine, loaded: LoadedModel, cache: CacheConfig, kv: PagedKV, *, dtype: str) -> None:
     """Let the engine keep full blocks in the folder that the cache names. InputError if it cannot be used."""
+    from minipaged.execution.disk_store import DiskStore
+    from minipaged.execution.disk_tier import DiskTier, fingerprint
+
     name = fingerprint(loaded.model, loaded.config, cache, dtype, str(retention_of(loaded.config, cache)))
     store = DiskStore(cache.disk_cache or "", int(cache.disk_gb * 1e9), name)
     engine.scheduler.disk = DiskTier(store, engine.scheduler.manager, kv)
@@ -276,8 +276,11 @@ def assemble_engine(
 ) -> Engine:
     """An engine over a runner that has its KV pool. manager_class: the user's, in place of BlockManager."""
     # A user's manager need not know of a cache on the host.
-    ours = partial(BlockManager, host_cache=cache.num_host_blocks > 0)
-    make: Callable[..., BlockManager] = ours if manager_class is None else partial(own_manager, manager_class)
+    make: Callable[..., BlockManager] = partial(BlockManager, host_cache=cache.num_host_blocks > 0)
+    if manager_class is not None:
+        from minipaged.memory.own_manager import own_manager
+
+        make = partial(own_manager, manager_class)
     retention = retention_of(loaded.config, cache)
     manager = make(
         cache.num_blocks,

@@ -193,5 +193,5 @@ def test_a_store_that_checks_nothing_is_found_out(tmp_path: Path, monkeypatch: p
     for path in files_of(tmp_path):
         data = path.read_bytes()
         path.write_bytes(data[:100] + bytes(len(data) - 100))
-    monkeypatch.setattr("minipaged.assembly.DiskStore", Trusting)
+    monkeypatch.setattr("minipaged.execution.disk_store.DiskStore", Trusting)
     assert ask(engine_of(tmp_path)) != (expected, 0)

@@ -11,14 +11,15 @@ from textual import events
 from textual.message import Message
 
 from minipaged.trace.events import MARKS
+from minipaged.trace.words import TICK_ORDER, TICKS, sentence, summary
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View
 from minipaged.tui.words.cells import fit
-from minipaged.tui.words.sentences import TICK_ORDER, TICKS, sentence, summary
 
 _LEGEND = {  # in the order of a request's life
     "admit": "start",
     "cache_hit": "hit",
+    "host_hit": "CPU hit",
     "fork": "fork",
     "copy": "copy",
     "preempt": "preempt",
@@ -26,6 +27,7 @@ _LEGEND = {  # in the order of a request's life
     "swap_in": "swap in",
     "finish": "done",
     "evict": "evict",
+    "spill": "to CPU",
     "prune": "drop",
     "abort": "abort",
     "refuse": "refuse",
