@@ -61,7 +61,7 @@ def release_and_flush(event: threading.Event, store: DiskStore) -> None:
     store.flush()
 
 
-@pytest.mark.parametrize("kept", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("kept", ["auto", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("retention", [None, "window:24", "sinks:4+window:24"])
 @pytest.mark.parametrize(
     "params",

@@ -47,7 +47,7 @@ def rounds(engine: Engine, params: SamplingParams, times: int = 2) -> list[list[
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kept", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("kept", ["auto", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("retention", [None, "window:24", "sinks:4+window:24"])
 def test_L36_L55_L60_L70_the_text_is_the_same(kind: str, kept: str, retention: str | None) -> None:
     settings: dict[str, Any] = {"kv_cache_dtype": kept, "retention": retention}
