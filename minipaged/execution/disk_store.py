@@ -120,6 +120,9 @@ class DiskStore:
                     return
                 for key, content in blocks():
                     self._write(key, content)
+            except Exception as error:  # a dead thread would let flush wait for ever
+                self._full = True
+                self._warn(f"{error}: nothing more is written in this run")
             finally:
                 self._waiting.task_done()
 
