@@ -20,6 +20,7 @@ from minipaged.config import (
     check_choice,
     check_int,
     check_real,
+    parse_offload,
     plain_value,
 )
 from minipaged.engine import Engine
@@ -43,21 +44,24 @@ class LLM:
     """A model ready to generate.
 
     model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto,
-    float32, float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them,
-    auto packs where that is faster (a GPU, or a CPU in bfloat16); kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or
-    fp8, which take about half the memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV
-    pool, None to measure what fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or
-    priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
-    waits; retention: which tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the
-    model's context), None for what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or
-    FILE.py:CLASS, whose failures raise BlockManagerError; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0
-    on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile the kernels there at the start, so that no
+    float32, float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of
+    them, auto packs where that is faster (a GPU, or a CPU in bfloat16); offload_weights: GB of the layers' weights that stay in host
+    memory and are copied to the device in each step, auto for what the device has no room for, which is said with the speed to
+    expect; kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or fp8, which take about half the memory of sixteen
+    bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV pool, None to measure what fits;
+    num_host_blocks: blocks of host memory, for swapped requests, and the rest for cached prefixes that leave the pool and come back
+    on a hit; disk_cache: a folder where full blocks are kept, up to disk_gb GB (1e9 bytes), for this process and later ones (it holds
+    prompts); preemption: auto, recompute or swap (to host memory); policy: fcfs, or priority, under which the smaller
+    SamplingParams.priority is served first and running requests make way for a more urgent one that waits; retention: which tokens
+    stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the model's context), None for
+    what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or FILE.py:CLASS, whose
+    failures raise BlockManagerError; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU;
+    graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile the kernels there at the start, so that no
     request waits for one (those of packed weights, windows and several ranks are still compiled when they are first used);
-    tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU; pipeline_parallel: stages that the layers
-    are cut into, each of so many processes. This process starts the others, unless torchrun has started all of them: then each makes the
-    same LLM, and only rank 0 comes back from it
-    (execution/README.md); trace: record every step from the start, for the attribute `trace`. Raises InputError naming the value that
-    does not work.
+    tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU; pipeline_parallel: stages that the
+    layers are cut into, each of so many processes. This process starts the others, unless torchrun has started all of them: then each
+    makes the same LLM, and only rank 0 comes back from it (execution/README.md); trace: record every step from the start, for the
+    attribute `trace`. Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for
@@ -71,10 +75,13 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         weights: Weights = "auto",
+        offload_weights: str | float = "none",
         kv_cache_dtype: KVCacheDType = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         num_host_blocks: int = 0,
+        disk_cache: str | None = None,
+        disk_gb: float = 10.0,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
@@ -121,6 +128,7 @@ class LLM:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         if retention is not None:
             Retention.parse(retention)
+        parse_offload(offload_weights)
         manager_class = None
         if block_manager is not None:
             from minipaged.memory.own_manager import find_class
@@ -128,7 +136,17 @@ class LLM:
             manager_class = find_class(block_manager)
         # every number is checked before the model is fetched
         cache = CacheConfig(
-            block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype, retention
+            *(
+                block_size,
+                num_blocks or 2,
+                num_host_blocks,
+                enable_prefix_caching,
+                watermark,
+                kv_cache_dtype,
+                retention,
+            ),
+            disk_cache=disk_cache,
+            disk_gb=disk_gb,
         )
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -158,6 +176,7 @@ class LLM:
             pipeline_parallel=check_int("pipeline_parallel", pipeline_parallel, 1, MOST_RANKS),
             arguments=arguments,
             manager_class=manager_class,
+            offload=offload_weights,
         )
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer
@@ -182,7 +201,10 @@ class LLM:
         return self._recording
 
     def close(self) -> None:
-        """End the other ranks, where there are any; they end with this process at the latest. Nothing can be generated afterwards."""
+        """End the other ranks and write what the disk cache still has to, where there are any; at the latest when this process ends.
+        Nothing can be generated afterwards."""
+        if self.engine.scheduler.disk is not None:
+            self.engine.scheduler.disk.close()
         if self._parts.ranks is not None:
             self._parts.ranks.close()
 
@@ -252,7 +274,7 @@ class LLM:
         return self.generate(prompts, params, use_tqdm, sampling_params=sampling_params)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. False, and nothing changed, while a request holds a block."""
+        """Forget all cached prefixes, but for those on disk. False, and nothing changed, while a request holds a block."""
         return self.engine.reset_prefix_cache()
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
 FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
+MOST_DISK_BLOCKS = 1024  # of host memory, by way of which blocks come from the disk where nobody says how many
 GPU_POOL_SHARE = 0.9  # of the memory that is free once the weights are loaded
 CAPTURE_SECONDS = 2.0  # at start; graphs that are not captured by then are when their shape comes for the second time
 
@@ -136,15 +137,22 @@ def assemble(
     pipeline_parallel: int = 1,
     arguments: Mapping[str, Any] | None = None,
     manager_class: type | None = None,
+    offload: str | float = "none",
 ) -> Parts:
     """Load the model and build an engine around it.
 
     Replaced: cache.num_blocks by what fits if `num_blocks` is None, config.max_model_len by the model's context if `max_model_len` is
-    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. warm_up: on one GPU, compile all kernels
-    while the weights are loaded, and capture graphs, so that nothing waits for that later. tensor_parallel: ranks that share the model;
-    arguments: of the LLM that each of the others makes, if this process is to start them; manager_class: the user's block manager.
-    In a process that is one of the others this serves until rank 0 ends, and ends the process (SystemExit).
+    None, config.depth by `overlap`, or by 1 on a GPU and 0 on a CPU if that is None. warm_up: on one GPU, compile all kernels while
+    the weights are loaded, and capture graphs, so that nothing waits for that later. tensor_parallel: ranks that share the model;
+    arguments: of the LLM that each of the others makes, if this process is to start them; manager_class: the user's block manager;
+    offload: of the weights, as LLM's offload_weights. In a process that is one of the others this serves until rank 0 ends, and ends
+    the process (SystemExit).
     """
+    if cache.disk_cache is not None and (tensor_parallel * pipeline_parallel > 1 or manager_class is not None):
+        raise InputError(
+            "disk_cache needs a model on one device and minipaged's own block manager: leave tensor_parallel, "
+            "pipeline_parallel and block_manager out, or disk_cache"
+        )
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)
     kind = str(precision).removeprefix("torch.")
@@ -174,9 +182,8 @@ def assemble(
 
         part = None if ranks is None else ranks.part
         try:
-            loaded = zoo.load(
-                model, device=chosen, dtype=precision, weights=weights, progress=progress, part=part, known=known
-            )
+            wanted: dict[str, Any] = {"device": chosen, "dtype": precision, "weights": weights, "offload": offload}
+            loaded = zoo.load(model, **wanted, progress=progress, part=part, known=known)
             compiled = tuple(compiling.wait(progress)) if compiling is not None else ()
         except BaseException:
             if compiling is not None:
@@ -207,6 +214,8 @@ def assemble(
         if ranks is not None:
             num_blocks = ranks.least(num_blocks)  # the same block ids everywhere: the smallest pool is everybody's
         cache = replace(cache, num_blocks=num_blocks)
+        if cache.disk_cache is not None and not cache.num_host_blocks:  # what is read comes by way of the host
+            cache = replace(cache, num_host_blocks=min(MOST_DISK_BLOCKS, -(-config.max_model_len // cache.block_size)))
         check_pool(held, cache, kind, chosen)
         runner = build_runner(loaded, cache, config, device=chosen, dtype=kind, graphs=graphs)
         runner.pipe = pipe
@@ -215,6 +224,8 @@ def assemble(
             capturing.capture_ahead(CAPTURE_SECONDS, progress)
     driven = runner if ranks is None else ranks.drive(runner)
     engine = assemble_engine(loaded, cache, config, driven, dtype=kind, manager_class=manager_class)
+    if cache.disk_cache is not None:
+        connect_disk(engine, loaded, cache, runner.kv, dtype=kind)
     if ranks is not None:
         engine.about |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     return Parts(engine, loaded.tokenizer, shape, cache, chosen, kind, ranks, compiled)
@@ -228,6 +239,16 @@ def _compile_ahead(
 
     gpu = gpu_of(device)
     return None if gpu.capability == (0, 0) else CompileAhead(deployment_of(shape, config, cache, dtype, gpu, memory))
+
+
+def connect_disk(engine: Engine, loaded: LoadedModel, cache: CacheConfig, kv: PagedKV, *, dtype: str) -> None:
+    """Let the engine keep full blocks in the folder that the cache names. InputError if it cannot be used."""
+    from minipaged.execution.disk_store import DiskStore
+    from minipaged.execution.disk_tier import DiskTier, fingerprint
+
+    name = fingerprint(loaded.model, loaded.config, cache, dtype, str(retention_of(loaded.config, cache)))
+    store = DiskStore(cache.disk_cache or "", int(cache.disk_gb * 1e9), name)
+    engine.scheduler.disk = DiskTier(store, engine.scheduler.manager, kv)
 
 
 def build_engine(
@@ -254,7 +275,8 @@ def assemble_engine(
     manager_class: type | None = None,
 ) -> Engine:
     """An engine over a runner that has its KV pool. manager_class: the user's, in place of BlockManager."""
-    make: Callable[..., BlockManager] = BlockManager
+    # A user's manager need not know of a cache on the host.
+    make: Callable[..., BlockManager] = partial(BlockManager, host_cache=cache.num_host_blocks > 0)
     if manager_class is not None:
         from minipaged.memory.own_manager import own_manager
 

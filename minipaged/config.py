@@ -6,6 +6,7 @@ Imports no torch, so that wrong settings are refused at once.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -233,6 +234,8 @@ class CacheConfig:
     kv_cache_dtype: KVCacheDType = "auto"
     # By memory/retention.py: all, window:W, sinks:S+window:W; None: as the model's own windows allow.
     retention: str | None = None
+    disk_cache: str | None = None  # the folder for blocks that outlive the process
+    disk_gb: float = 10.0
 
     def __post_init__(self) -> None:
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
@@ -241,6 +244,13 @@ class CacheConfig:
         check_int("num_host_blocks", self.num_host_blocks, 0)
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_real("watermark", self.watermark, 0.0, 0.5)
+        check_real("disk_gb", self.disk_gb, 0.0, open_low=True)
+        if self.disk_cache is not None and (
+            not isinstance(self.disk_cache, str | os.PathLike) or not str(self.disk_cache)
+        ):
+            raise InputError(f"disk_cache must be a folder, not {self.disk_cache!r}")
+        if self.disk_cache is not None and not self.enable_prefix_caching:
+            raise InputError("disk_cache keeps cached prefixes: leave enable_prefix_caching on, or disk_cache out")
 
     def kv_dtype(self, dtype: str) -> str:
         """The dtype that keys and values of a model of `dtype` are kept as, by torch's name."""
@@ -444,3 +454,18 @@ LOGIT_CHANGES = (  # what SamplingParams does to logits beside temperature and t
 def describe(config: ModelConfig | CacheConfig | EngineConfig) -> dict[str, object]:
     """A config as plain values, for a trace header or a results file."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def parse_offload(wish: str | float) -> float | None:
+    """GB (1e9 bytes) of weights to keep on the host, 0 for none; None for what does not fit (`auto`). InputError for anything else."""
+    if wish == "auto":
+        return None
+    if wish == "none":
+        return 0.0
+    try:
+        size = float(wish) if not isinstance(wish, bool) else math.nan
+    except (TypeError, ValueError):
+        size = math.nan
+    if not 0.0 <= size < math.inf:
+        raise InputError(f"offload_weights must be auto, none or a number of GB, not {wish!r}")
+    return size

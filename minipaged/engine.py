@@ -352,6 +352,8 @@ class Engine:
             outputs = self.scheduler.take_ended()
             if not outputs and self.scheduler.requests and not self.scheduler.made_way:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
+        if self.scheduler.disk is not None:
+            self.scheduler.disk.save(idle=not self.scheduler.requests)
         self._emit(plan, outputs)
         return outputs
 

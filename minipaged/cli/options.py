@@ -30,6 +30,14 @@ WeightsName = Annotated[
         autocompletion=complete.weights,
     ),
 ]
+OffloadWeights = Annotated[
+    str,
+    typer.Option(
+        "--offload-weights",
+        metavar="auto|none|GB",
+        help="Weights that stay in host memory and are copied in each step: auto for what the device has no room for.",
+    ),
+]
 KVCacheDTypeName = Annotated[
     str,
     typer.Option(
@@ -46,6 +54,22 @@ TensorParallel = Annotated[
 PipelineParallel = Annotated[
     int, typer.Option(help="Stages that the layers are cut into, each of --tensor-parallel processes.")
 ]
+HostBlocks = Annotated[
+    int,
+    typer.Option(
+        "--host-blocks",
+        help="Blocks of the computer's memory: for requests that are swapped out, the rest for prefixes that the device has no room for.",
+    ),
+]
+DiskCache = Annotated[
+    str | None,
+    typer.Option(
+        "--disk-cache",
+        metavar="DIR",
+        help="Keep computed prefixes in this folder, for later runs too. It holds prompts.",
+    ),
+]
+DiskGB = Annotated[float, typer.Option("--disk-gb", help="GB that --disk-cache may take; the least recently used go.")]
 RetentionText = Annotated[
     str | None,
     typer.Option(
@@ -74,9 +98,13 @@ ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
     "device": (Device, "auto"),
     "dtype": (DTypeName, "auto"),
     "weights": (WeightsName, "auto"),
+    "offload_weights": (OffloadWeights, "none"),
     "kv_cache_dtype": (KVCacheDTypeName, "auto"),
     "block_size": (BlockSize, 16),
     "num_blocks": (NumBlocks, None),
+    "num_host_blocks": (HostBlocks, 0),
+    "disk_cache": (DiskCache, None),
+    "disk_gb": (DiskGB, 10.0),
     "retention": (RetentionText, None),
     "block_manager": (BlockManagerText, None),
     "tensor_parallel": (TensorParallel, 1),

@@ -13,7 +13,9 @@ from minipaged.scheduling.request import RequestOutput
 from minipaged.text.safe import printable
 from minipaged.trace.events import StepDelta
 
-TOLD = frozenset({"fork", "copy", "cache_hit", "preempt", "evict", "swap_out", "swap_in", "finish"})
+TOLD = frozenset(
+    {"fork", "copy", "cache_hit", "preempt", "evict", "swap_out", "swap_in", "spill", "host_hit", "finish"}
+)
 EVERY = 16  # steps between two lines of gauges
 WIDEST_PROMPT = 60  # characters of a prompt that stand over its answer
 
@@ -89,6 +91,8 @@ def describe(kind: str, sequence: int, block: int, other: int, amount: int) -> s
         "evict": f"cached block {block} is handed out again",
         "swap_out": f"sequence {sequence}: block {block} moves to host block {other}",
         "swap_in": f"sequence {sequence}: host block {other} comes back as block {block}",
+        "spill": f"cached block {block} goes on as host block {other}",
+        "host_hit": f"sequence {sequence} finds host block {other} in the prefix cache: it comes back as block {block}",
         "finish": f"sequence {sequence} is complete ({amount} tokens)",
     }
     return words.get(kind, kind)

@@ -21,6 +21,7 @@ A step:
     begin_step()          opens the plan
     allocate, append, swap_out, swap_in, mark_computed, truncate, free, in any order
     end_step()            closes it: what the plan says will be done
+    take_moves()          where the host caches: more swap-outs and swap-ins
     the caller runs swap-outs, swap-ins, copies and writes, in this order
     mark_computed, fork, truncate, release, free
 
@@ -39,7 +40,7 @@ from collections.abc import Iterable
 from minipaged.config import check_bool, check_int, check_real
 from minipaged.errors import InputError
 from minipaged.memory import swap
-from minipaged.memory.blocks import PrefixHit
+from minipaged.memory.blocks import PrefixHit, PrefixIndex
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.tables import SequenceBlocks, SequenceDirectory, TableEditor
 from minipaged.memory.types import (
@@ -62,8 +63,9 @@ class BlockManager:
     """The paged memory of one engine.
 
     num_blocks: device blocks, the null block (0) included; block_size: tokens a block; num_host_blocks: blocks for swapped sequences;
-    watermark: share of the pool that new and returning sequences leave free for those that run; retention: which entries the caller
-    releases as a sequence grows. InputError for anything out of range.
+    host_cache: whether the rest of them keeps content that the device evicts, which is found like any other (the caller runs take_moves()
+    with each step); watermark: share of the pool that new and returning sequences leave free for those that run; retention: which
+    entries the caller releases as a sequence grows. InputError for anything out of range.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class BlockManager:
         prefix_caching: bool = True,
         watermark: float = 0.01,
         retention: Retention = KEEP_ALL,
+        host_cache: bool = False,
     ) -> None:
         check_int("num_blocks", num_blocks, 2, MAX_BLOCKS)
         check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
@@ -88,6 +91,13 @@ class BlockManager:
         self._editor = TableEditor(num_blocks, block_size)
         self._pool = self._editor.pool
         self._host = swap.HostPool(num_host_blocks)
+        check_bool("host_cache", host_cache)
+        self._host_index: PrefixIndex | None = None  # where the host's cached content is found
+        if host_cache and prefix_caching and num_host_blocks:
+            self._host_index = self._host.index
+            self._editor.save = self._spill
+        self._spills: list[tuple[int, int]] = []  # (device, host), since take_moves
+        self._fetches: list[tuple[int, int]] = []  # (host, device)
         self._sequences = SequenceDirectory()
         self._arrivals: set[int] = set()  # device blocks that this step swaps in
         self._ends_steps = False  # whether the caller says when its plans are final
@@ -101,8 +111,10 @@ class BlockManager:
         # Every copy and swap guards the block that it reads, so without guards there is nothing on the host to let go of either.
         if self._pool.guards:
             self._pool.begin_step()
-            self._host.begin_step()
             self._arrivals.clear()
+            self._host.begin_step()
+        elif self._editor.save is not None:
+            self._host.begin_step()
         self._planning = self._ends_steps
 
     def end_step(self) -> None:
@@ -118,6 +130,32 @@ class BlockManager:
         if self._editor.promises.writers:
             self._editor.promises.settle()
 
+    def take_moves(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """What the host's cache adds to the step: swap-outs (device, host) and swap-ins (host, device), since the last call. They are
+        run even if whoever caused them leaves the step."""
+        moves = self._spills, self._fetches
+        self._spills, self._fetches = [], []
+        return moves
+
+    def _spill(self, key: bytes, block: int, seq_id: int) -> None:
+        """The content of a device block goes on in the host's cache, if there is room."""
+        home = self._host.keep(key)
+        if home is not None:
+            self._spills.append((block, home))
+            self._editor.emit("spill", seq_id, block, home, -1)
+
+    def _fetch(self, sequence: SequenceBlocks, key: bytes, home: int, index: int) -> int:
+        """A device block for what the host holds, published. It can neither be swapped out nor handed out in the step that fills it."""
+        block = self._editor.take(sequence.seq_id)
+        self._editor.emit("alloc", sequence.seq_id, block, -1, index)
+        self._editor.emit("host_hit", sequence.seq_id, block, home, index)
+        self._fetches.append((home, block))
+        self._arrivals.add(block)
+        self._pool.guard(block)
+        if self._editor.index.publish(key, block):
+            self._editor.emit("publish", sequence.seq_id, block, -1, index)
+        return block
+
     def take_events(self) -> tuple[BlockEvent, ...]:
         """What happened since the last call, in causal order. The list grows until somebody takes it."""
         return self._editor.take_events()
@@ -127,7 +165,9 @@ class BlockManager:
     def lookup(self, token_ids: Iterable[int], *, salt: str | None = None) -> PrefixHit:
         """A prompt's keys, to be given to can_admit and allocate, now or in a later step: so it is hashed once. Changes nothing."""
         check_salt(salt)
-        return PrefixHit(self._editor.index, token_array(token_ids), self._block_size, salt, self.retention)
+        return PrefixHit(
+            self._editor.index, token_array(token_ids), self._block_size, salt, self.retention, self._host_index
+        )
 
     def match_prefix(self, token_ids: Iterable[int], *, salt: str | None = None) -> int:
         """Tokens that a new sequence would find in the cache: whole blocks, and never all of its tokens. Changes nothing."""
@@ -165,7 +205,8 @@ class BlockManager:
         elif token_ids is not None:
             hit = self.lookup(token_ids, salt=salt)
         found = hit.find(num_tokens) if hit is not None else []
-        need = shared + num_sequences * (self._editor.blocks_for(num_tokens) - shared) - len(found)
+        need = shared + num_sequences * (self._editor.blocks_for(num_tokens) - shared)
+        need -= sum(block >= 0 for block in found)
         need += self._editor.count_available(found)
         return Admission.OK if need + self._watermark() <= self._pool.num_available else Admission.LATER
 
@@ -197,18 +238,24 @@ class BlockManager:
                     f"hit is of other tokens ({len(hit.tokens)} of them, not these {len(tokens)}): look these up"
                 )
         if hit is None or hit.salt != salt:
-            hit = PrefixHit(self._editor.index, tokens, self._block_size, salt, self.retention)
+            hit = PrefixHit(self._editor.index, tokens, self._block_size, salt, self.retention, self._host_index)
         blocks = hit.find(wanted) if read_cache else []
-        count = self._editor.blocks_for(wanted) - len(blocks)
-        if count + self._editor.count_available(blocks) > self._pool.num_available:
+        count, on_host = self._editor.blocks_for(wanted) - len(blocks), [~block for block in blocks if block < 0]
+        if count + len(on_host) + self._editor.count_available(blocks) > self._pool.num_available:
             return None
         sequence = SequenceBlocks(seq_id, hit.root)
         self._sequences.add(sequence)
         # All of them, before one is taken: what is found must not be evicted for the rest.
-        for index, block in enumerate(blocks):
-            if block != NULL_BLOCK:
+        for block in blocks:
+            if block > 0:
                 self._pool.share(block)
+        for home in on_host:
+            self._host.touch(home)
+        for index, block in enumerate(blocks):
+            if block > 0:
                 self._editor.emit("cache_hit", seq_id, block, -1, index)
+            elif block < 0:
+                blocks[index] = self._fetch(sequence, hit.keys[index], ~block, index)
         sequence.table = blocks
         sequence.keys = hit.keys[: len(blocks)]
         sequence.computed = len(blocks) * self._block_size
@@ -433,7 +480,35 @@ class BlockManager:
             self._editor.index.erase(block)
             self._editor.emit("evict", -1, block, -1, -1)
         self._pool.clear_cached()
+        self._host.forget()
+        self._spills, self._fetches = [], []
+        if self._editor.published is not None:
+            self._editor.published.clear()
         return True
+
+    # ---- what lies below the host
+
+    def note_published(self) -> None:
+        """From now on `take_published` tells which blocks were published."""
+        self._editor.published = []
+
+    def take_published(self) -> list[tuple[bytes, int]]:
+        """(key, device block) of each that was published since the last call; steps that were planned since then write them."""
+        published, self._editor.published = self._editor.published or [], []
+        return published
+
+    def holds(self, key: bytes, block: int) -> bool:
+        """Whether the device block still has the content of the key."""
+        return self._editor.index.key_of(block) == key
+
+    def missing(self, hit: PrefixHit) -> list[bytes]:
+        """Keys of a prompt's full blocks from the first on that neither tier holds. What the host holds before it is not given up for
+        what `receive` makes room for in this step."""
+        return hit.missing(self._host.touch)
+
+    def receive(self, key: bytes) -> int | None:
+        """A host block for content that the caller is about to put there, which can be found from now on; None: there is no room."""
+        return self._host.keep(key) if self._host_index is not None else None
 
     # ---- looking
 
@@ -463,6 +538,7 @@ class BlockManager:
             len(pool.pins),
             self._host.num_blocks,
             self._host.num_free,
+            self._host.num_cached,
         )
 
     def _check_block(self, block_id: int) -> None:

@@ -17,7 +17,7 @@ the one that is found, and the other is found once the first is evicted. No tabl
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 from minipaged.memory.retention import KEEP_ALL, Retention
@@ -200,6 +200,7 @@ class PrefixIndex:
         self._block_of: dict[bytes, int] = {}  # the block that is found by the key: the one published first
         self._twins: dict[bytes, dict[int, None]] = {}  # the other blocks of the key, in the order they were published
         self.find = self._block_of.get  # a block that holds the content of a key, or None
+        self.key_of = self._key_of.get  # the key of a block that has one, or None
 
     def __contains__(self, block: int) -> bool:
         """Whether this block is remembered under its content."""
@@ -239,7 +240,7 @@ class PrefixIndex:
 class PrefixHit:
     """A prompt's keys, each hashed once and only when it is needed. It holds no block: what it finds is looked up anew each time."""
 
-    __slots__ = ("_block_size", "_retention", "index", "keys", "root", "salt", "tokens")
+    __slots__ = ("_block_size", "_host", "_retention", "index", "keys", "root", "salt", "tokens")
 
     def __init__(
         self,
@@ -248,28 +249,35 @@ class PrefixHit:
         block_size: int,
         salt: str | None,
         retention: Retention = KEEP_ALL,
+        host: PrefixIndex | None = None,
     ) -> None:
         self.tokens, self.salt, self.root = tokens, salt, root_key(salt)
         self.keys: list[bytes] = []  # of the leading full blocks, as far as anybody has asked
         self.index = index  # where it looks
         self._block_size = block_size
         self._retention = retention
+        self._host = host  # where content is looked for that the device does not hold
 
     @property
     def num_tokens(self) -> int:
         """Tokens that a new sequence would find now: whole blocks, and never all of its tokens."""
         return len(self.find(len(self.tokens))) * self._block_size
 
+    @property
+    def num_on_host(self) -> int:
+        """Blocks of these that only the host holds: each takes a block of the device all the same."""
+        return sum(block < 0 for block in self.find(len(self.tokens)))
+
     def find(self, num_tokens: int) -> list[int]:
         """Blocks that hold the prompt's leading full blocks now, inside its first `num_tokens` tokens and with at least one token of
-        it left to compute. The first miss ends it. Blocks that the retention policy would have released by then are not asked for: null
-        entries stand in their place.
+        it left to compute; a host block h, whose content is to come back, stands as ~h. The first miss ends it. Blocks that the
+        retention policy would have released by then are not asked for: null entries stand in their place.
         """
         most = max(0, min(len(self.tokens) - 1, num_tokens)) // self._block_size
         if self._retention.spare(most * self._block_size, self._block_size):
             return self._find_without_spare(most)
         blocks: list[int] = []
-        keys, find = self.keys, self.index.find
+        keys, find = self.keys, self.index.find if self._host is None else self._find_in_tiers
         for key in keys[:most]:
             block = find(key)
             if block is None:
@@ -286,7 +294,7 @@ class PrefixHit:
         """As `find`, where some of the `most` leading entries are spare: the longest run of blocks of which all others are found."""
         for _ in self._further_keys(most):
             pass
-        found = list(map(self.index.find, self.keys[:most]))
+        found = list(map(self._find_in_tiers, self.keys[:most]))
         in_a_row = 0
         rows = [in_a_row := in_a_row + 1 if block is not None else 0 for block in found]  # found blocks up to each one
         for end in range(most, 0, -1):
@@ -295,6 +303,26 @@ class PrefixHit:
             if rows[end - 1] >= behind and None not in found[:front]:
                 return [NULL_BLOCK if block is None or i in spare else block for i, block in enumerate(found[:end])]
         return []
+
+    def missing(self, touch: Callable[[int], None]) -> list[bytes]:
+        """Keys of the full blocks from the first miss on. Host blocks before it are told to `touch`."""
+        most = max(0, len(self.tokens) - 1) // self._block_size
+        for _ in self._further_keys(most):
+            pass
+        for index, key in enumerate(self.keys[:most]):
+            block = self._find_in_tiers(key)
+            if block is None:
+                return self.keys[index:most]
+            if block < 0:
+                touch(~block)
+        return []
+
+    def _find_in_tiers(self, key: bytes) -> int | None:
+        block = self.index.find(key)
+        if block is not None or self._host is None:
+            return block
+        on_host = self._host.find(key)
+        return None if on_host is None else ~on_host
 
     def _further_keys(self, most: int) -> Iterator[bytes]:
         """Hash on to `most` keys, one at a time; what was hashed is kept."""

@@ -1,4 +1,5 @@
-"""The host's blocks, and moving whole groups of sequences there and back: each block once, with the sharing among them kept.
+"""The host's blocks: those of swapped sequences, and content that the device had no room for. And moving whole groups of sequences there
+and back: each block once, with the sharing among them kept.
 
 The caller has seen that there is room. The pairs of a swap, once returned, are executed even if the sequence leaves in the same step: the
 blocks they read stay out of reach until the next step begins.
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from minipaged.memory.blocks import BlockPool
+from minipaged.memory.blocks import BlockPool, PrefixIndex
 from minipaged.memory.tables import NO_HOST_BLOCK, SequenceBlocks
 from minipaged.memory.types import NULL_BLOCK
 
@@ -18,7 +19,9 @@ Pairs = list[tuple[int, int]]
 
 
 class HostPool:
-    """Blocks 0 .. num_blocks - 1 of the host, where swapped sequences wait: no null block, no cache.
+    """Blocks 0 .. num_blocks - 1 of the host, where swapped sequences wait, and content whose device block was handed out (a cache).
+
+    No null block. What is cached makes room for swapped sequences, the least recently used first.
 
     A block that this step reads or writes is not handed out again before the next one: the step's swaps run as one batch, in which
     no block may be written twice or be both source and destination.
@@ -27,6 +30,8 @@ class HostPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.refs: dict[int, int] = {}  # block -> table entries that name it
+        self.index = PrefixIndex()  # what the cached blocks hold
+        self._cached: dict[int, None] = {}  # blocks with a key and no entries, the least recently used first
         self._fresh = 0
         self._free: list[int] = []
         self._touched: set[int] = set()  # in this step
@@ -35,7 +40,13 @@ class HostPool:
     @property
     def num_available(self) -> int:
         """Blocks that can be handed out now."""
-        return len(self._free) + self.num_blocks - self._fresh
+        busy = sum(block in self._cached for block in self._touched) if self._cached else 0
+        return len(self._free) + self.num_blocks - self._fresh + len(self._cached) - busy
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks whose content can be found."""
+        return len(self._cached)
 
     @property
     def num_free(self) -> int:
@@ -44,20 +55,52 @@ class HostPool:
 
     def take(self) -> int:
         """Hand out a block with count 0; the caller shares it for each entry. IndexError if none is available."""
+        block = self._take()
+        self.refs[block] = 0
+        return block
+
+    def _take(self) -> int:
         if self._free:
             block = self._free.pop()
         elif self._fresh < self.num_blocks:
             block = self._fresh
             self._fresh += 1
         else:
-            raise IndexError("the host pool is full")
-        self.refs[block] = 0
+            # This step may still write or read the content of those that it touched.
+            oldest = next((block for block in self._cached if block not in self._touched), None)
+            if oldest is None:
+                raise IndexError("the host pool is full")
+            block = oldest
+            del self._cached[block]
+            self.index.erase(block)
         self._touched.add(block)
         return block
 
     def touch(self, block: int) -> None:
         """This step reads the block."""
         self._touched.add(block)
+        if block in self._cached:
+            self._cached[block] = self._cached.pop(block)
+
+    def keep(self, key: bytes) -> int | None:
+        """A block for content that is to come to the host and can be found there from now on. None: it is there, or there is no room."""
+        block = self.index.find(key)
+        if block is not None:
+            self._cached[block] = self._cached.pop(block)
+            return None
+        if not self.num_available:
+            return None
+        block = self._take()
+        self.index.publish(key, block)
+        self._cached[block] = None
+        return block
+
+    def forget(self) -> None:
+        """Nothing that is cached can be found any more."""
+        for block in self._cached:
+            self.index.erase(block)
+            (self._held_back if block in self._touched else self._free).append(block)
+        self._cached.clear()
 
     def share(self, block: int) -> None:
         """One more table entry names the block."""

@@ -6,7 +6,7 @@ The editor decides nothing: its callers check first that there are enough blocks
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -238,6 +238,10 @@ class TableEditor:
         self.pool = BlockPool(num_blocks, self.index)
         self.copies = PendingCopies(self.pool)
         self.promises = Promises()
+        self.save: Callable[[bytes, int, int], None] | None = (
+            None  # told (key, block, cause) of content that is about to be lost
+        )
+        self.published: list[tuple[bytes, int]] | None = None  # (key, block) of each, where somebody wants to know
         self._events: list[tuple[str, int, int, int, int, str, int]] = []
 
     def take_events(self) -> tuple[BlockEvent, ...]:
@@ -254,14 +258,18 @@ class TableEditor:
         return -(-num_tokens // self.block_size)
 
     def count_available(self, blocks: list[int]) -> int:
-        """How many of these could be handed out: they are lost to others once they are shared. Null entries are no blocks."""
-        return sum(map(self.pool.is_available, filter(None, blocks)))
+        """How many of these could be handed out: they are lost to others once they are shared. Null entries
+        and blocks of the host are none."""
+        return sum(block > 0 and self.pool.is_available(block) for block in blocks)
 
     def take(self, seq_id: int) -> int:
         """A block of count 1 whose old content can no longer be found."""
         block = self.pool.take()
+        key = None if self.save is None else self.index.key_of(block)
         if self.index.erase(block):
             self.emit("evict", seq_id, block, -1, -1)
+            if self.save is not None and key is not None and self.index.find(key) is None:
+                self.save(key, block, seq_id)
         return block
 
     def grow(self, sequence: SequenceBlocks, count: int) -> tuple[int, ...]:
@@ -324,6 +332,8 @@ class TableEditor:
         if block == NULL_BLOCK or not self.index.publish(sequence.keys[index], block):
             return False
         self.emit("publish", sequence.seq_id, block, -1, index)
+        if self.published is not None:
+            self.published.append((sequence.keys[index], block))
         return True
 
     def promised_entries(self, sequence: SequenceBlocks, num_tokens: int) -> list[int]:

@@ -45,7 +45,8 @@ class PoolUsage(NamedTuple):
     referenced: int
     pinned: int
     host_total: int
-    host_free: int
+    host_free: int  # includes host_cached
+    host_cached: int = 0
 
 
 class BlockEvent(NamedTuple):
@@ -66,6 +67,8 @@ class BlockEvent(NamedTuple):
     | evict     | cause, -1 | block       | -1          | it can no longer; -1: the cache was reset                            |
     | swap_out  | holder    | device one  | host block  | entry index moved to the host table; device count - 1, host + 1      |
     | swap_in   | holder    | device one  | host block  | the reverse                                                          |
+    | spill     | cause     | device one  | host block  | evicted content goes on in the host's cache; index -1                |
+    | host_hit  | holder    | device one  | host block  | entry index, just allocated, gets its content from the host's cache  |
     | pin/unpin | -1        | block       | -1          | count + 1 or - 1, held by no table; index -1                         |
 
     A sequence that is freed or swapped emits one event for each entry that is not null, last entry first when freed; null entries leave

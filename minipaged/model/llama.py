@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from minipaged.config import ModelConfig, RopeDivisors, RopeScaling
 from minipaged.model.linear import Dense, Linear, Packed, RMSNorm, empty_parameter
+from minipaged.model.streaming import LayerStream
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attention(layer, query [T, H, D], key [T, KH, D], value [T, KH, D]) -> [T, H, D].
@@ -127,7 +128,8 @@ class Llama(nn.Module):
     """The decoder. Its parameters are empty until `slots()` is filled (loading/weights.py) or `random` draws them.
 
     embeds, draws: whether it begins with the embedding and ends with the head; a stage of a pipeline may do neither (split.py).
-    weight_device: where the matrices of the products are made, if not on `device`: "meta" where each is to be given a format.
+    weight_device: where the matrices of the products are made, if not on `device`: "meta" where each is to be given a format. streamed:
+    layers that are made on the host; once they are filled, `stream_layers` says where they run.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Llama(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         weight_device: torch.device | str | None = None,
+        streamed: tuple[int, ...] = (),
         embeds: bool = True,
         draws: bool = True,
     ) -> None:
@@ -148,8 +151,10 @@ class Llama(nn.Module):
         table_device = device if reads_table else "meta"
         self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=table_device)
         layers = nn.ModuleList(
-            Layer(config, i, dtype=dtype, device=device, weight_device=weight_device) for i in range(config.num_layers)
+            Layer(config, i, dtype=dtype, device="cpu" if i in streamed else device, weight_device=weight_device)
+            for i in range(config.num_layers)
         )
+        self.streamed, self.stream = streamed, cast("LayerStream | None", None)
         self.layers = cast(list[Layer], layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         head_device = weight_device or device if draws and not config.tie_embeddings else "meta"
@@ -185,9 +190,28 @@ class Llama(nn.Module):
 
     def run_layers(self, hidden: Tensor, attention: RawAttention) -> Tensor:
         """Hidden states before the last norm, for those after the embedding: [T, hidden_size], which may be changed in place."""
+        stream = self.stream
+        if stream is None:
+            for layer in self.layers:
+                hidden = layer(hidden, attention)
+            return hidden
+        stream.begin()
         for layer in self.layers:
+            stream.before(layer.index)
             hidden = layer(hidden, attention)
+            stream.after(layer.index)
+        stream.end()
         return hidden
+
+    def stream_layers(self, device: torch.device) -> None:
+        """The weights of `streamed` layers, which are filled, stay where they are from now on and visit the device when they are used."""
+        if self.streamed:
+            self.stream = LayerStream(self.layers, self.streamed, device)
+
+    def weight_device(self, linear: Linear, device: torch.device | str) -> torch.device | str:
+        """Where a Linear's weight is kept: on the device, or on the host if its layer is streamed."""
+        held = any(linear is module for index in self.streamed for module in self.layers[index].modules())
+        return "cpu" if held else device
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, float32 [R, vocab_size], for hidden states after the last norm, [R, hidden_size]."""
@@ -207,8 +231,10 @@ class Llama(nn.Module):
         """
         onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         if onednn and self.norm.weight.device.type == "cpu":
+            # What oneDNN rearranges cannot be copied, so layers that are streamed stay plain.
+            plain = {id(module) for index in self.streamed for module in self.layers[index].modules()}
             for module in self.modules():
-                if isinstance(module, Linear) and (self.draws or module is not self.head):
+                if isinstance(module, Linear) and (self.draws or module is not self.head) and id(module) not in plain:
                     module.pack()
         return self
 
@@ -246,19 +272,21 @@ class Llama(nn.Module):
         std: float = INITIAL_STD,
         *,
         packed: bool = False,
+        streamed: tuple[int, ...] = (),
     ) -> Llama:
         """A model with weights drawn on `device` from `seed`: equal on a rerun, meaningless in what it says.
 
         packed: the layers' matrices are four-bit codes, the head is dense, as AWQ leaves it.
         """
-        model = Llama(config, dtype=dtype, device=device, weight_device="meta" if packed else None)
+        model = Llama(config, dtype=dtype, device=device, weight_device="meta" if packed else None, streamed=streamed)
         generator = torch.Generator(device=device).manual_seed(seed)
         if packed:
             for linear, _ in model.linears():
                 if linear is model.head:
                     linear.format = linear.dense_on(device)
                 else:
-                    linear.format = Packed.random(linear.out_features, linear.in_features, std, device, generator)
+                    drawn = Packed.random(linear.out_features, linear.in_features, std, device, generator)
+                    linear.format = drawn.to(model.weight_device(linear, device))
         for name, parameter in model.named_parameters():
             if not name.endswith((".words", ".scales")):
                 _draw(name, parameter, std, generator)
@@ -279,6 +307,8 @@ def draw_parameters(
 def _draw(name: str, values: Tensor, std: float, generator: torch.Generator) -> None:
     if name.endswith("norm.weight"):
         values.fill_(1.0)
+    elif values.device != generator.device:  # of a layer that stays on the host: the same numbers all the same
+        values.copy_(torch.empty_like(values, device=generator.device).normal_(0.0, std, generator=generator))
     else:
         values.normal_(0.0, std, generator=generator)
 

@@ -49,6 +49,9 @@ class Counters:
     copies: int = 0
     hit_tokens: int = 0
     queried_tokens: int = 0
+    host_hit_tokens: int = 0  # of those found, the resumed requests' own too: brought back from the host's cache
+    disk_hit_tokens: int = 0  # read from the disk into the host's cache
+    spilled_blocks: int = 0  # that went to it
     own_hit_tokens: int = 0  # a resumed request's hits on blocks it left behind; not in hit_tokens
     preemptions: int = 0
     swaps: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -32,6 +32,22 @@ if TYPE_CHECKING:
     from minipaged.scheduling.runtime_settings import SettingChange
 
 
+class Disk(Protocol):
+    """Blocks on a disk (execution/disk_tier.py)."""
+
+    def bring(self, hit: PrefixHit) -> int:
+        """Read into host memory what the disk has of a prompt; returns the number of blocks."""
+        ...
+
+    def save(self, *, idle: bool) -> None:
+        """Let the full blocks of steps that were launched be written. idle: nothing runs."""
+        ...
+
+    def close(self) -> None:
+        """Write what waits."""
+        ...
+
+
 class Scheduler:
     """Continuous batching with chunked prefill, preemption, samples and beams over a block manager.
 
@@ -45,9 +61,12 @@ class Scheduler:
         manager = self.manager = adapted(manager)
         # Called once before the first step: from now on the manager expects end_step in each.
         manager.end_step()
+        # Managers of another kind have no cache on the host.
+        self._take_moves = getattr(manager, "take_moves", None)
         running_set = self.running_set = RunningSet(config, manager, block_size, cost)
         self.block_size = block_size
         self.text_stops: TextStops | None = None
+        self.disk: Disk | None = None  # where blocks are kept beyond the host's memory
         # The running set's own, for those who look: they stay the same objects.
         self.batch, self.counters = running_set.batch, running_set.counters
         self.requests, self.sequences = running_set.requests, running_set.sequences
@@ -78,6 +97,12 @@ class Scheduler:
             self._let_in(step)
         # Until here a promise to write could be taken back; from here on what this step fills stays published.
         self.manager.end_step()
+        if self._take_moves is not None:
+            spills, fetches = self._take_moves()
+            step.swap_outs.extend(spills)
+            step.swap_ins.extend(fetches)
+            self.counters.spilled_blocks += len(spills)
+            self.counters.host_hit_tokens += len(fetches) * self.block_size
         # 4) The plan is built: its tokens count as computed, and what it draws as pending. The engine launches it next.
         plan = step.build(running_set.steps_launched, self.batch)
         self.made_way = step.preempted
@@ -282,8 +307,8 @@ class Scheduler:
 
     def _will_start(self, step: StepBuilder, request: Request) -> bool:
         """Whether a waiting request finds slots and blocks in the next step, when what this one swaps out is free."""
-        found, end, _ = self._first_tokens(step, request)
-        need = -(-end // self.block_size) - found // self.block_size
+        found, end, hit = self._first_tokens(step, request)
+        need = -(-end // self.block_size) - found // self.block_size + getattr(hit, "num_on_host", 0)
         return need <= self.manager.usage().free and self.running_set.width(request) <= self.batch.num_free
 
     def _would_help(self, request: Request, victims: list[Request]) -> bool:
@@ -382,6 +407,8 @@ class Scheduler:
         first, params = request.alive[0], request.params
         if request.prefix is None:  # once, however long it waits
             request.prefix = self.manager.lookup(first.token_ids, salt=params.cache_salt)
+            if self.disk is not None and params.prompt_logprobs is None:
+                self.counters.disk_hit_tokens += self.disk.bring(request.prefix) * self.block_size
             sequence_groups.plan_forks(request)
         hit = request.prefix if params.prompt_logprobs is None else None
         found = hit.num_tokens if hit is not None else 0

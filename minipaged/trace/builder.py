@@ -281,6 +281,8 @@ class TraceBuilder:
             queried_tokens=counters.queried_tokens,
             preemptions=counters.preemptions,
             swaps=counters.swaps,
+            host_hit_tokens=counters.host_hit_tokens,
+            disk_hit_tokens=counters.disk_hit_tokens,
             generated_tokens=counters.generated_tokens,
             elapsed_ns=elapsed,
             num_waiting=len(scheduler.waiting),

@@ -137,7 +137,8 @@ class Stats(NamedTuple):
     free_blocks: int = 0  # cached ones included
     cached_blocks: int = 0
     host_total: int = 0
-    host_free: int = 0
+    host_free: int = 0  # cached ones included
+    host_cached: int = 0
     block_size: int = 0
     token_slots: int = 0  # device slots that hold a live token's KV, each physical slot once
     tail_slots: int = 0  # slots of referenced blocks that hold none (internal waste)
@@ -147,6 +148,8 @@ class Stats(NamedTuple):
     queried_tokens: int = 0
     preemptions: int = 0
     swaps: int = 0
+    host_hit_tokens: int = 0  # brought back from the host's cache
+    disk_hit_tokens: int = 0  # of these, read from the disk first
     generated_tokens: int = 0
     elapsed_ns: int = 0  # wall time of the step
     num_waiting: int = 0  # sequences not started; Queues names the first of them
@@ -183,7 +186,7 @@ MARKS: dict[str, int] = {
     for bit, kind in enumerate(
         (
             *("admit", "copy", "cache_hit", "preempt", "swap_out", "swap_in", "finish", "evict"),
-            *("fork", "abort", "refuse", "prune", "release", "knob"),
+            *("fork", "abort", "refuse", "prune", "release", "knob", "host_hit", "spill"),
         )
     )
 }

@@ -207,6 +207,7 @@ def pool_stats(usage: PoolUsage, block_size: int) -> Stats:
         cached_blocks=usage.cached,
         host_total=usage.host_total,
         host_free=usage.host_free,
+        host_cached=usage.host_cached,
         block_size=block_size,
     )
 

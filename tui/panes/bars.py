@@ -228,7 +228,8 @@ def host_line(view: View, width: int) -> Line:
     """The host pool in one line: a cell a block where it fits, else a bar."""
     pool = view.snapshot.host
     held = int((pool.refs > 0).sum())
-    text = f" {held} of {plural(len(pool), 'block')}"
+    cached = view.snapshot.stats.host_cached
+    text = f" {held} of {plural(len(pool), 'block')}" + (f", {cached} cached" if cached else "")
     room = width - 4 - len(text)
     line: Line = [("CPU ", "dim")]
     if len(pool) <= room:

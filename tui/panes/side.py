@@ -58,6 +58,9 @@ def waste_lines(view: View, width: int) -> list[Line]:
         lines.append([(f"sharing saves {plural(stats.shared_saved_blocks, 'block')} now", "good")])
     if stats.queried_tokens:
         lines.append([(f"prefix cache: {stats.hit_tokens} of {stats.queried_tokens} prompt tokens found", "dim")])
+    if stats.host_hit_tokens:
+        disk = f", {stats.disk_hit_tokens} of them from disk" if stats.disk_hit_tokens else ""
+        lines.append([(f"{plural(stats.host_hit_tokens, 'token')} came back from CPU memory{disk}", "good")])
     return [[(fit(text, width), role) for text, role in line] if len(line) == 1 else line for line in lines]
 
 

@@ -19,6 +19,7 @@ from minipaged.tui.words.cells import fit
 _LEGEND = {  # in the order of a request's life
     "admit": "start",
     "cache_hit": "hit",
+    "host_hit": "CPU hit",
     "fork": "fork",
     "copy": "copy",
     "preempt": "preempt",
@@ -26,6 +27,7 @@ _LEGEND = {  # in the order of a request's life
     "swap_in": "swap in",
     "finish": "done",
     "evict": "evict",
+    "spill": "to CPU",
     "prune": "drop",
     "abort": "abort",
     "refuse": "refuse",

@@ -73,11 +73,13 @@ def load_model(
     progress: Progress | None = None,
     stays_packed: StaysPacked | None = None,
     part: Part | None = None,
+    streamed: tuple[int, ...] = (),
 ) -> Llama:
     """Build the network, or one rank's part of it, and fill it from the checkpoint. ModelError names a missing, unexpected or misshapen
     tensor.
 
-    stays_packed: which of the matrices that are stored as codes are kept so; the others, and all if it is None, become dense.
+    streamed: layers whose weights stay on the host; not where there is a part. stays_packed: which of the matrices that are stored as
+    codes are kept so; the others, and all if it is None, become dense.
     """
     last = f"model.layers.{checkpoint.config.num_layers - 1}.input_layernorm.weight"
     if last not in checkpoint.shapes():  # asked first, since a damaged count of layers could be in the billions
@@ -90,14 +92,15 @@ def load_model(
     config = checkpoint.config
     weight_device = "meta" if stays_packed else None
     if part is None:
-        model = Llama(config, dtype=dtype, device=device, weight_device=weight_device)
+        model = Llama(config, dtype=dtype, device=device, weight_device=weight_device, streamed=streamed)
     else:
         model = part.build(config, dtype, device, weight_device)
     if stays_packed is not None:
         for linear, pieces in model.linears():
             matrix = _read_stacked(checkpoint, pieces, part)
             keep = matrix is not None and stays_packed(matrix)
-            linear.format = Packed(matrix.packed(device)) if matrix is not None and keep else linear.dense_on(device)
+            place = model.weight_device(linear, device)
+            linear.format = Packed(matrix.packed(place)) if matrix is not None and keep else linear.dense_on(place)
     slots = model.slots() if part is None else part.slots(model, config)
     for done, (name, slot) in enumerate(slots.items()):
         if progress is not None:

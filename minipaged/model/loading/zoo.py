@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress, Weights
+from minipaged.config import DEFAULT_MODEL, ModelConfig, Progress, Weights, parse_offload
 from minipaged.errors import InputError, ModelError
 from minipaged.model.linear import Packed, int4_on_cpu
 from minipaged.model.llama import Llama
+from minipaged.model.loading.offload import choose_layers
 from minipaged.model.loading.placement import ROOM_SHARE, check_room, choose_device, choose_dtype, free_bytes
 from minipaged.model.loading.shapes import SHAPES, SIMULATED_ONLY, shape
 from minipaged.model.loading.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
@@ -57,34 +58,44 @@ def load(
     seed: int = 0,
     part: Part | None = None,
     known: Callable[[ModelConfig], None] = lambda config: None,
+    offload: str | float = "none",
 ) -> LoadedModel:
     """The model called `name`, on `device`, ready to run. known: called with its shape before the weights are drawn or read.
 
-    `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are
-    drawn on the device from `seed`. weights: see choose_weights; of random:SHAPE, packed draws four-bit codes. part: what of it one
-    rank is to hold. ModelError says in a line what is wrong with a name or a file; InputError with the rest.
+    `smollm2-135m` (fetched on first use), `toy`, a folder, a .gguf file, `hf:org/name`, or `random:SHAPE`, whose weights are drawn on
+    the device from `seed`. weights: see choose_weights; of random:SHAPE, packed draws four-bit codes. part: what of it one rank is to
+    hold. offload: which layers' weights stay in host memory, as LLM's offload_weights. ModelError says in a line what is wrong with a
+    name or a file; InputError with the rest.
     """
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
+    if part is not None and parse_offload(offload) != 0.0:
+        raise InputError(
+            "offload_weights needs a model on one device: leave tensor_parallel and pipeline_parallel out, or it"
+        )
     if name == "toy":
         if weights == "packed":
             raise InputError("toy has no packed weights: it is drawn in floats")
         known(shape("toy"))
-        return _toy(precision, place, part)
+        return _toy(precision, place, part, offload)
     if name.startswith("random:"):
         if name.removeprefix("random:").lower() in SIMULATED_ONLY:
             raise ModelError(f"{name}: this shape is known to the simulator only; its network is not of LLaMA's kind")
         config = shape(name)
-        check_weights(name, config if part is None else part.share(config), precision, place)
+        num_bytes = config.num_parameters() * precision.itemsize // (4 if weights == "packed" else 1)
+        streamed, less = choose_layers(offload, config, num_bytes, precision, place)
+        held = num_bytes - less if streamed else None
+        check_weights(name, config if part is None else part.share(config), precision, place, num_bytes=held)
         if weights == "packed" and part is not None:
             raise InputError(f"{name} draws packed weights on one device only: leave weights or the ranks out")
         known(config)
         if part is not None:
             model = part.random(config, seed, precision, place)
         else:
-            model = Llama.random(config, seed, precision, place, packed=weights == "packed")
+            model = Llama.random(config, seed, precision, place, packed=weights == "packed", streamed=streamed)
+        model.stream_layers(place)
         return LoadedModel(config, model.pack(), ByteTokenizer(config.vocab_size))
-    return _from_disk(find(name, progress), precision, place, weights, progress, part, known)
+    return _from_disk(find(name, progress), precision, place, weights, progress, part, known, offload)
 
 
 def choose_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> StaysPacked | None:
@@ -167,6 +178,7 @@ def _from_disk(
     progress: Progress | None,
     part: Part | None,
     known: Callable[[ModelConfig], None],
+    offload: str | float,
 ) -> LoadedModel:
     from minipaged.model.loading.weights import load_model, open_checkpoint
 
@@ -183,11 +195,18 @@ def _from_disk(
     num_bytes = None
     if stays_packed is not None:
         num_bytes = weight_bytes(checkpoint, dtype) // (1 if part is None else part.ranks * part.stages)
+    streamed: tuple[int, ...] = ()
+    if parse_offload(offload) != 0.0:
+        whole = num_bytes or config.num_parameters() * dtype.itemsize
+        streamed, less = choose_layers(offload, config, whole, dtype, device)
+        num_bytes = whole - less if streamed else num_bytes
     check_weights(str(path), config if part is None else part.share(config), dtype, device, num_bytes=num_bytes)
     known(config)
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress, stays_packed=stays_packed, part=part)
+    kinds = {"dtype": dtype, "device": device, "stays_packed": stays_packed}
+    model = load_model(checkpoint, **kinds, progress=progress, part=part, streamed=streamed)  # type: ignore[arg-type]
     if weights == "packed" and not any(isinstance(linear.format, Packed) for linear, _ in model.linears()):
         raise ModelError(f"{path}: holds no weights that can stay packed; `minipaged quantize` makes a folder of such")
+    model.stream_layers(device)
     return LoadedModel(config, model.pack(), tokenizer)
 
 
@@ -208,7 +227,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     return IdTokenizer(config.vocab_size, why, config.eos_token_ids)
 
 
-def _toy(dtype: torch.dtype, device: torch.device, part: Part | None) -> LoadedModel:
+def _toy(dtype: torch.dtype, device: torch.device, part: Part | None, offload: str | float) -> LoadedModel:
     """Two layers with weights large enough that each token depends on all before it: one wrong key or value anywhere changes
     the text. It can say small letters and spaces only. Drawn on the CPU, so that it is the same everywhere."""
     config = shape("toy")
@@ -219,11 +238,14 @@ def _toy(dtype: torch.dtype, device: torch.device, part: Part | None) -> LoadedM
     silent = torch.ones(config.vocab_size, dtype=torch.bool)
     silent[said] = False
     scores[silent] = 0
-    placed = Llama(config, dtype=dtype, device=device) if part is None else part.build(config, dtype, device)
+    streamed, _ = choose_layers(offload, config, config.num_parameters() * dtype.itemsize, dtype, device)
+    kinds = {"dtype": dtype, "device": device}
+    placed = Llama(config, **kinds, streamed=streamed) if part is None else part.build(config, **kinds)  # type: ignore[arg-type]
     slots = placed.slots() if part is None else part.slots(placed, config)
     whole = model.slots()
     for name, slot in slots.items():
         slot.copy_(whole[name] if part is None else part.cut(config, name, whole[name]))
+    placed.stream_layers(device)
     return LoadedModel(config, placed.pack(), ByteTokenizer(config.vocab_size))
 
 
