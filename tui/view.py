@@ -18,11 +18,11 @@ from rich.style import Style
 from textual.strip import Strip
 
 from minipaged.text.safe import clean
-from minipaged.trace.events import ShadowDelta, StepDelta
+from minipaged.trace.events import ShadowDelta, Stats, StepDelta
 from minipaged.trace.file import Header
 from minipaged.trace.snapshot import Snapshot
 from minipaged.tui import palette
-from minipaged.tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
+from minipaged.tui.palette import NUM_HUES, NUM_LOOKS, UNICODE, Glyphs, Mode, letter
 from minipaged.tui.words.cells import to_ascii
 
 if TYPE_CHECKING:
@@ -45,12 +45,17 @@ class View:
     occupied: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     marks: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     token_bytes: Mapping[int, bytes] = field(default_factory=dict)
-    word: str = ""  # LIVE, PAUSED, REPLAY, IDLE, LOADING, ENDED
+    word: str = ""  # LIVE, PAUSED, TOUR, REPLAY, IDLE, DONE, LOADING, ENDED
     branched: bool = False  # whether this run repeats another one's beginning
     speed: str = ""
     message: str = ""  # the last word from the engine or the program, shown in place of the sentence
     shadows: Mapping[str, ShadowDelta] = field(default_factory=dict)  # what other systems would hold here
     hindsight: bool = True  # whether they know the answers' true lengths
+    trends: npt.NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros((0, 5), np.float32)
+    )  # reading.trends' rows up to here
+    pending: tuple[str, ...] = ()  # prompts that the engine has not taken yet
+    final: Stats | None = None  # what a run that is over has come to, while its fullest moment is shown
     caption: str = ""  # of a lesson's beat
     zoom: int = 2  # the map's (mapmodel.Zoom)
     per_cell: int = 1  # blocks that a cell of the map stands for, at the lowest zoom
@@ -64,30 +69,30 @@ class View:
     past: tuple[Past, ...] = ()  # of the cursor's block
     glyphs: Glyphs = UNICODE
     mode: Mode = "dark"
-    _other_hues: Mapping[int, int] | None = field(default=None, init=False, repr=False, compare=False)
+    _other_looks: Mapping[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def letter(self, sequence: int) -> str:
         """A sequence's letter; ? once it is forgotten."""
         state = self.snapshot.sequences.get(sequence)
         return letter(state.label) if state is not None else "?"
 
-    def hue(self, sequence: int) -> int:
-        """A sequence's hue, 0 to 6."""
+    def look(self, sequence: int) -> int:
+        """A sequence's look: its hue, 0 to 6, and 7 more where it stands on a tint."""
         state = self.snapshot.sequences.get(sequence)
-        return self.other_hues.get(sequence, state.label % NUM_HUES) if state is not None else 0
+        return self.other_looks.get(sequence, state.label % NUM_LOOKS) if state is not None else 0
 
     @property
-    def other_hues(self) -> Mapping[int, int]:
-        """The hues of sequences that have not their label's."""
-        if self._other_hues is None:
-            self._other_hues = other_hues(self.snapshot)
-        return self._other_hues
+    def other_looks(self) -> Mapping[int, int]:
+        """The looks of sequences that have not their label's."""
+        if self._other_looks is None:
+            self._other_looks = other_looks(self.snapshot)
+        return self._other_looks
 
     def role(self, sequence: int, *, shared: bool = False) -> str:
         """A sequence's role for palette.style; faint when another one is looked at alone."""
         if self.only not in (-1, sequence):
             return "faint"
-        return f"{'shared' if shared else 'hue'}{self.hue(sequence)}"
+        return f"{'shared' if shared else 'hue'}{self.look(sequence)}"
 
     def style(self, role: str) -> Style:
         """The look of a role in this mode."""
@@ -110,10 +115,10 @@ class View:
         return self.position >= self.length
 
 
-def other_hues(snapshot: Snapshot) -> dict[int, int]:
-    """Sequence -> hue, where the hue of its label is that of a living sibling: the next one that none in its request has.
+def other_looks(snapshot: Snapshot) -> dict[int, int]:
+    """Sequence -> look, where the look of its label would not tell it from a living sibling.
 
-    So no two living answers to one prompt look alike, up to seven; past seven hues repeat, and the letters tell them apart.
+    Up to seven living answers to one prompt have seven hues; up to fourteen have fourteen looks. Past that, looks repeat.
     """
     alive = [state for state in snapshot.sequences.values() if state.alive]
     if len({(state.request, state.label % NUM_HUES) for state in alive}) == len(alive):
@@ -122,11 +127,15 @@ def other_hues(snapshot: Snapshot) -> dict[int, int]:
     others: dict[int, int] = {}
     for state in sorted(alive, key=lambda state: state.label):
         siblings = taken.setdefault(state.request, set())
-        hue = state.label % NUM_HUES
-        if hue in siblings and len(siblings) < NUM_HUES:
-            hue = next(other % NUM_HUES for other in range(hue + 1, hue + NUM_HUES) if other % NUM_HUES not in siblings)
-            others[state.sequence] = hue
-        siblings.add(hue)
+        own = state.label % NUM_LOOKS
+        hues = {look % NUM_HUES for look in siblings}
+        around = [(own + step) % NUM_LOOKS for step in range(NUM_LOOKS)]
+        look = next((look for look in around if look % NUM_HUES not in hues), None)
+        if look is None:
+            look = next((look for look in around if look not in siblings), own)
+        if look != own:
+            others[state.sequence] = look
+        siblings.add(look)
     return others
 
 

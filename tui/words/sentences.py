@@ -102,6 +102,8 @@ def sentence(view: View) -> str:
         return (
             "the model reads the prompts: its first step is under way"
             if view.word == "LIVE"
+            else "the model loads: these prompts wait for it"
+            if view.word == "LOADING" and view.pending
             else "the start: every block is free"
         )
     return " · ".join(found)
@@ -109,10 +111,11 @@ def sentence(view: View) -> str:
 
 def summary(view: View) -> str:
     """What a run has come to, once nothing is left to do."""
-    stats = view.snapshot.stats
+    stats = view.final or view.snapshot.stats
     if not stats.generated_tokens:
         return sentence(view)
-    return " · ".join([f"done: {plural(stats.generated_tokens, 'token')}", *counted(stats)])
+    shown = [f"this is step {view.snapshot.step}, its fullest"] if view.final is not None else []
+    return " · ".join([f"done: {plural(stats.generated_tokens, 'token')}", *counted(stats), *shown])
 
 
 def counted(stats: Stats) -> list[str]:
