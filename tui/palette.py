@@ -2,7 +2,7 @@
 away.
 
 Seven hues of Okabe and Ito (Color Universal Design, 2008), which differ in the three simulated colour-blindnesses. Each comes in two
-weights, plain and pale on a tint, so that there are fourteen looks (view.other_looks keeps living siblings apart); past fourteen sequences
+weights, plain and pale on a tint, so that there are fourteen looks (words.other_looks keeps living siblings apart); past fourteen sequences
 looks repeat, and the letters tell sequences apart.
 """
 
@@ -13,6 +13,8 @@ from functools import cache
 from typing import Literal
 
 from rich.style import Style
+
+from minipaged.trace.words import NUM_HUES, NUM_LOOKS
 
 Mode = Literal["dark", "light", "plain"]
 
@@ -27,15 +29,7 @@ HUES_LIGHT = (
     "#A34800",
     "#8F3F6C",
 )
-NUM_HUES = len(HUES_DARK)
-NUM_LOOKS = 2 * NUM_HUES  # each hue plain, then each on a tint
 PAPER = {"dark": "#101010", "light": "#FFFFFF"}
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"
-
-
-def letter(label: int) -> str:
-    """The letter of a sequence's label; past the alphabet letters repeat."""
-    return LETTERS[label % len(LETTERS)]
 
 
 @dataclass(frozen=True, slots=True)

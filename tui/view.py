@@ -21,8 +21,9 @@ from minipaged.text.safe import clean
 from minipaged.trace.events import ShadowDelta, Stats, StepDelta
 from minipaged.trace.file import Header
 from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.words import NUM_LOOKS, letter, other_looks
 from minipaged.tui import palette
-from minipaged.tui.palette import NUM_HUES, NUM_LOOKS, UNICODE, Glyphs, Mode, letter
+from minipaged.tui.palette import UNICODE, Glyphs, Mode
 from minipaged.tui.words.cells import to_ascii
 
 if TYPE_CHECKING:
@@ -113,30 +114,6 @@ class View:
     def at_edge(self) -> bool:
         """Whether this is the newest moment."""
         return self.position >= self.length
-
-
-def other_looks(snapshot: Snapshot) -> dict[int, int]:
-    """Sequence -> look, where the look of its label would not tell it from a living sibling.
-
-    Up to seven living answers to one prompt have seven hues; up to fourteen have fourteen looks. Past that, looks repeat.
-    """
-    alive = [state for state in snapshot.sequences.values() if state.alive]
-    if len({(state.request, state.label % NUM_HUES) for state in alive}) == len(alive):
-        return {}  # as almost always
-    taken: dict[int, set[int]] = {}
-    others: dict[int, int] = {}
-    for state in sorted(alive, key=lambda state: state.label):
-        siblings = taken.setdefault(state.request, set())
-        own = state.label % NUM_LOOKS
-        hues = {look % NUM_HUES for look in siblings}
-        around = [(own + step) % NUM_LOOKS for step in range(NUM_LOOKS)]
-        look = next((look for look in around if look % NUM_HUES not in hues), None)
-        if look is None:
-            look = next((look for look in around if look not in siblings), own)
-        if look != own:
-            others[state.sequence] = look
-        siblings.add(look)
-    return others
 
 
 @lru_cache(maxsize=4096)

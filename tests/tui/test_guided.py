@@ -16,14 +16,15 @@ from textual.pilot import Pilot
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.app import run_screen
+from minipaged.trace.words import sentence, summary
+from minipaged.tui.app import ScreenApp
+from minipaged.tui.panes.bars import news_lines
 from minipaged.tui.panes.text import TextPane, text_title
-from minipaged.tui.screen import ScreenApp
+from minipaged.tui.run import run_screen
 from minipaged.tui.scripted.guide import MOST_STEPS, Guide
 from minipaged.tui.scripted.tour import STOP_SECONDS, Tour
 from minipaged.tui.session import Session
 from minipaged.tui.view import View
-from minipaged.tui.words.sentences import sentence, summary
 
 PARAMS = SamplingParams(max_tokens=30)
 
@@ -199,7 +200,7 @@ def test_the_whole_run_is_summed_up_wherever_one_looks(
         session.go(0)
         return 0
 
-    monkeypatch.setattr("minipaged.tui.app._show", looked_back)
+    monkeypatch.setattr("minipaged.tui.run._show", looked_back)
     assert run_screen(partial(scripted_engine, num_blocks=64), prompts=["good"]) == 0
     said = re.search(r"1 answer, (\d+) tokens in (\d+) steps", capsys.readouterr().out)
     assert said is not None
@@ -219,9 +220,9 @@ def test_a_run_that_is_over_shows_its_fullest_moment() -> None:
         assert int(source.occupied[session.position - 1]) == most > int(source.occupied[-1])
         assert session.position < len(source)
         assert session.final is not None
-        view = View(snapshot=session.snapshot, delta=session.delta, word="DONE", final=session.final)
-        assert summary(view).startswith(f"done: {session.final.generated_tokens} tokens")
-        assert summary(view).endswith(f"this is step {session.snapshot.step}, its fullest")
+        view = View(snapshot=session.snapshot, delta=session.delta, word="DONE")
+        assert summary(view, session.final).startswith(f"done: {session.final.generated_tokens} tokens")
+        assert summary(view, session.final).endswith(f"this is step {session.snapshot.step}, its fullest")
         here = session.position
         session.tick(now + 10)
         assert (session.position, session.playback.word) == (here, "DONE"), "it stays there"
@@ -259,4 +260,4 @@ def test_prompts_are_seen_while_the_model_loads() -> None:
     view = View(word="LOADING", pending=("What is a page table? \x1b[31m", "Name a fruit."))
     lines = ["".join(text for text, _ in line) for line in TextPane(view).lines(view, 60, 3)]
     assert lines == ["…│What is a page table? �[31m", "…│Name a fruit."]
-    assert sentence(view) == "the model loads: these prompts wait for it"
+    assert news_lines(view, 80, 2) == [[(" ", "text"), ("the model loads: these prompts wait for it", "news")]]

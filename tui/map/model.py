@@ -11,9 +11,10 @@ from rich.segment import Segment
 from rich.style import Style
 
 from minipaged.text.safe import clean_bytes
+from minipaged.trace.words import NUM_HUES
 from minipaged.tui.map.cells import FREE, LONGEST, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
 from minipaged.tui.map.layout import GAP, MapLayout, Zoom
-from minipaged.tui.palette import NUM_HUES, Glyphs
+from minipaged.tui.palette import Glyphs
 from minipaged.tui.view import View
 from minipaged.tui.words.cells import to_ascii
 

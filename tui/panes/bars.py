@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
+from minipaged.trace.words import plural, sentence, summary
 from minipaged.tui.map.layout import Zoom
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, Run, View, bar, spread, width_of
-from minipaged.tui.words.sentences import plural, sentence, summary
 
 KEYS: tuple[tuple[str, str], ...] = (
     ("␣", "run"),
@@ -107,7 +107,9 @@ class News(Pane, can_focus=False):
 
 def news_lines(view: View, width: int, height: int) -> list[Line]:
     """What the program says, else what the step did: broken between words, and cut only where no line is left."""
-    words = view.message or (summary(view) if view.word in ("IDLE", "DONE") else sentence(view))
+    words = view.message or (summary(view, view.final) if view.word in ("IDLE", "DONE") else sentence(view))
+    if view.word == "LOADING" and view.pending and not view.message:
+        words = "the model loads: these prompts wait for it"
     room = max(10, width - 2)
     parts = words.split(" · ") if not view.message else [words]
     if len(parts) == 2 <= height and all(len(part) <= room for part in parts) and len(words) > room:

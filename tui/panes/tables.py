@@ -6,10 +6,10 @@ from rich.cells import cell_len
 
 from minipaged.text.safe import clean_bytes
 from minipaged.trace.snapshot import SequenceState
+from minipaged.trace.words import plural
 from minipaged.tui.panes.pane import ListPane
 from minipaged.tui.view import Line, Run, View, shown, width_of
 from minipaged.tui.words.cells import tail
-from minipaged.tui.words.sentences import plural
 
 WORDY = 48  # columns of the pane from which on blocks stand with their words
 WORD_CELLS = 25  # at least, of a block with its words

@@ -11,9 +11,9 @@ from textual import events
 from textual.message import Message
 
 from minipaged.trace.events import MARKS
+from minipaged.trace.words import TICK_ORDER, TICKS
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View
-from minipaged.tui.words.sentences import TICK_ORDER, TICKS
 
 _LEGEND = {  # in the order of a request's life
     "admit": "start",
