@@ -17,6 +17,7 @@ from minipaged.tui.panes.pane import Pane
 from minipaged.tui.panes.side import TreePane, WastePane
 from minipaged.tui.panes.tables import TablesPane
 from minipaged.tui.panes.text import TextPane
+from minipaged.tui.panes.trends import TrendsPane
 from minipaged.tui.reading.finding import arrivals
 from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.session import Change, Session
@@ -31,6 +32,7 @@ OVERLAYS: dict[
     "inspector": ("5 Inspector", Inspector),
     "waste": ("6 Waste", WastePane),
     "tree": ("7 Tree", TreePane),
+    "trends": ("8 Trends", TrendsPane),
 }
 
 
@@ -209,7 +211,7 @@ class Actions(App[int]):
         script = [(at, old.asked[request]) for at, request in arrivals(old.source, until, old.asked)]
         old.playback.pause()
         self._before = old
-        self.session = Session(restart(self._next_run), speed=old.playback.speed)
+        self.session = Session(restart(self._next_run), speed=old.playback.speed, ends_fullest=old.ends_fullest)
         last = max((at for at, _ in script), default=0)
         self.session.repeat(script, last if then_run else until, then_run=then_run)
         self.view = replace(self.view, block=-1, watched=-1, only=-1)

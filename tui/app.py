@@ -28,7 +28,7 @@ from minipaged.trace.snapshot import Snapshot
 from minipaged.tui.actions import Actions
 from minipaged.tui.map.blockmap import BlockMap
 from minipaged.tui.palette import ASCII, UNICODE, Mode
-from minipaged.tui.panes.bars import Caption, Header, HostStrip, Keys, Legend
+from minipaged.tui.panes.bars import Caption, Gauge, Header, HostStrip, Keys, Legend, News
 from minipaged.tui.panes.compare import ComparePane
 from minipaged.tui.panes.dialogs import Overlay
 from minipaged.tui.panes.inspector import Inspector, Journey
@@ -37,6 +37,7 @@ from minipaged.tui.panes.side import TreePane, WastePane
 from minipaged.tui.panes.tables import TablesPane
 from minipaged.tui.panes.text import TextPane, text_title
 from minipaged.tui.panes.timeline import Timeline, timeline_title
+from minipaged.tui.panes.trends import TrendsPane
 from minipaged.tui.reading.history import History
 from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.session import Change, Session
@@ -48,13 +49,13 @@ LEAST_SIZE = (40, 12)  # columns and rows that the screen needs to show anything
 # Of one core, while an engine runs at full speed: the screen's frames become fewer before the engine becomes slower.
 CPU_SHARE = 0.1 * max(1, (os.cpu_count() or 2) - 1)
 THEMES = (
-    Theme("minipaged", primary="#56B4E9", background="#101010", surface="#1c1c1c", foreground="#d8d8d8", dark=True),
+    Theme("minipaged", primary="#B4A5FF", background="#101010", surface="#1c1c1c", foreground="#d8d8d8", dark=True),
     Theme(
-        "minipaged-light", primary="#1C6EA4", background="#ffffff", surface="#f0f0f0", foreground="#202020", dark=False
+        "minipaged-light", primary="#5B3FBF", background="#ffffff", surface="#f0f0f0", foreground="#202020", dark=False
     ),
 )
-_PAINTED = "#header, #map, #host, #caption, #inspector, #text, #timeline, #keys"
-PANE_IDS = ("blocks", "tables", "text", "timeline", "inspector", "waste", "tree")
+_PAINTED = "#header, #news, #gauge, #map, #host, #caption, #inspector, #text, #timeline, #keys"
+PANE_IDS = ("blocks", "tables", "text", "timeline", "inspector", "waste", "tree", "trends")
 
 
 class ScreenApp(Actions):
@@ -138,7 +139,7 @@ class ScreenApp(Actions):
         self._compare_first = compare
         self._next_run: dict[str, object] = {}
         self._painted: tuple[Widget, ...] = ()
-        self._painted_word = ""
+        self._painted_words = ("", "", 0)
         self._before: Session | None = None  # the run that another one took the place of
         self._rest_until = 0.0
         self._used = time.process_time()
@@ -155,6 +156,9 @@ class ScreenApp(Actions):
             f"this terminal is too small: {LEAST_SIZE[0]} × {LEAST_SIZE[1]} at least", id="too-small", markup=False
         )
         yield Header(view, id="header")
+        yield News(view, id="news")
+        yield _titled(Caption(view, id="caption"), "Lesson")
+        yield Gauge(view, id="gauge")
         with Horizontal(id="upper"):
             with Vertical(id="blocks", classes="pane") as blocks:
                 blocks.border_title = "1 Blocks"
@@ -167,8 +171,8 @@ class ScreenApp(Actions):
         with Horizontal(id="middle"):
             yield _titled(TextPane(view, id="text", classes="pane"), "3 Text")
             yield _titled(WastePane(view, id="waste", classes="pane"), "6 Waste")
+            yield _titled(TrendsPane(view, id="trends", classes="pane"), "8 Trends")
             yield _titled(TreePane(view, id="tree", classes="pane"), "7 Tree")
-        yield _titled(Caption(view, id="caption"), "Lesson")
         yield _titled(Timeline(view, id="timeline", classes="pane"), "4 Timeline")
         yield Keys(view, id="keys")
 
@@ -237,7 +241,11 @@ class ScreenApp(Actions):
                 self.exit(2 if session.input_error else 1)
             else:
                 self._return_from_failed_run(self._before)
-        elif change.moved or self._painted_word != session.playback.word:
+        elif (
+            change.moved
+            or self._painted_words != _words_of(session)
+            or (session.trends_behind and self._shows(TrendsPane))
+        ):
             self.paint(change)
             used = time.process_time()
             self._rest_until, self._used = now + (used - self._used) / CPU_SHARE, used
@@ -248,7 +256,7 @@ class ScreenApp(Actions):
             return
         session = self.session
         script = session.playback.script
-        self._painted_word = session.playback.word
+        self._painted_words = _words_of(session)
         block_map = self.screen_stack[0].query_one("#map", BlockMap).model
         self.view = view = replace(
             self.view,
@@ -271,6 +279,9 @@ class ScreenApp(Actions):
             per_cell=block_map.per_cell,
             moves=session.moves,
             flash=script.flash if script is not None else frozenset(),
+            pending=session.pending,
+            final=session.final,
+            trends=session.trends() if self._shows(TrendsPane) else self.view.trends,
             shadows=session.shadows(),
             hindsight=session.live is None,
         )
@@ -304,6 +315,8 @@ class ScreenApp(Actions):
         caption = base.query_one("#caption", Caption)
         caption.set_class(bool(view.caption), "shown")
         base.set_class(bool(view.caption), "-lesson")
+        base.set_class(view.word == "LOADING" and bool(view.pending), "-loading")
+        base.set_class(any(state.parent >= 0 for state in view.snapshot.sequences.values()), "-forks")
         base.query_one("#host").set_class(len(view.snapshot.host) > 0, "shown")
         if isinstance(self.screen, Overlay):
             self.screen.pane.show(view)
@@ -311,6 +324,11 @@ class ScreenApp(Actions):
     def _inspecting(self) -> bool:
         base = self.screen_stack[0]
         return base.query_one("#inspector").display or isinstance(self.screen, Overlay)
+
+    def _shows(self, kind: type[Pane]) -> bool:
+        """Whether a pane of that kind is seen, in its place or over the others."""
+        over = isinstance(self.screen, Overlay) and isinstance(self.screen.pane, kind)
+        return over or any(pane.display for pane in self.screen_stack[0].query(kind))
 
     def pick(self, block: int) -> None:
         """Put the cursor on a block."""
@@ -340,6 +358,11 @@ class ScreenApp(Actions):
     def on_resize(self, _: events.Resize) -> None:
         """Titles depend on the size."""
         self.call_after_refresh(self.paint)
+
+
+def _words_of(session: Session) -> tuple[str, str, int]:
+    """What the panes show beside the state: painted anew where it differs."""
+    return session.playback.word, session.playback.speed_text, len(session.pending)
 
 
 def telling_block(delta: StepDelta | None) -> int:

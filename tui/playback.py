@@ -92,10 +92,16 @@ class Script:
 
 
 class Playback:
-    """A position in a source. speed: steps a second; inf: as fast as they come. Without one, a live engine runs at full speed."""
+    """A position in a source. speed: steps a second; inf: as fast as they come. Without one, a live engine runs at full speed.
 
-    def __init__(self, source: Source, *, speed: float | None = None) -> None:
+    ends_fullest: a run that is over shows the step at which most blocks were in use, for at its end they are all free again.
+    """
+
+    def __init__(self, source: Source, *, speed: float | None = None, ends_fullest: bool = False) -> None:
         self.source = source
+        self._ends_fullest = ends_fullest
+        self._rested: tuple[int, int] | None = None  # where a run that was over came to stand: its length, the position
+        self._seen = 0  # how long the trace was when a run was last over
         self.live = source if isinstance(source, LiveSource) else None
         self.mode = Mode.PAUSED if self.live is None else Mode.FOLLOWING
         self.speed = speed if speed is not None else REPLAY_SPEED if self.live is None else math.inf
@@ -143,6 +149,24 @@ class Playback:
         return self.mode in (Mode.FOLLOWING, Mode.REPLAYING)
 
     @property
+    def done(self) -> bool:
+        """Whether the run is over and its fullest moment is shown."""
+        if self._rested != (len(self.source), self.position) or self.mode in (Mode.REPLAYING, Mode.SCRIPTED):
+            return False
+        return self.live is None or (self.live.idle and not self.live.ended)
+
+    def _stand_at_fullest(self) -> None:
+        """A run is over: go to its fullest step, the last one where there are several."""
+        first, length = self._seen, len(self.source)
+        if not self._ends_fullest or first >= length:
+            return
+        occupied = self.source.occupied[first:length]
+        position = length - int(occupied[::-1].argmax())
+        self.seek(position)
+        self._seen = 0 if self.live is None else length
+        self._rested = (length, position)
+
+    @property
     def at_full_speed(self) -> bool:
         """Whether a live engine steps as fast as it can."""
         live = self.live
@@ -160,6 +184,8 @@ class Playback:
             return "LOADING"
         if self.mode is Mode.SCRIPTED and self.script is not None:
             return self.script.word
+        if self.done:
+            return "DONE"
         if live is None:
             return "REPLAY"
         if self.mode is Mode.PAUSED:
@@ -290,14 +316,18 @@ class Playback:
         if self.at_edge:
             if live is not None and not live.ended:
                 self._enter(Mode.FOLLOWING)
+                self._seen = 0  # all of it was shown again
                 self.start()
             else:
                 self._enter(Mode.PAUSED)
+                self._stand_at_fullest()
         return applied
 
     def _tick_following(self, player: Player, now: float) -> Progress:
         """All that has come; with a script step by step, up to where it stops."""
         applied: list[StepDelta] = []
+        if self.done:
+            return Progress(applied)
         while self.script is not None and player.behind and (came := player.advance(1)):
             applied += came
             if message := self.script.stop_at(came[0], player.snapshot, now):
@@ -308,6 +338,8 @@ class Playback:
             self.let_script_go()
         if self.script is None:
             applied += player.advance(player.behind)
+        if self.live is not None and self.live.idle and not player.behind:
+            self._stand_at_fullest()
         return Progress(applied)
 
     def let_script_go(self) -> None:
@@ -330,7 +362,11 @@ class Playback:
         live = self.live
         if self.mode is Mode.SCRIPTED and self.script is not None:
             return self.script.run(self)
-        if self.moving:
+        if self.done:
+            self.pause()
+            self.seek(0)
+            self._replay()
+        elif self.moving:
             self.pause()
         elif live is None:
             if self.at_edge:

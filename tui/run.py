@@ -6,7 +6,8 @@ import asyncio
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,13 @@ def run_screen(
     goes `steps` steps (None: until nothing is left to do), saves `screenshot` (SVG) and returns. size: (columns, rows)
     of a headless screen, 80 by 24 by default. guided: a live run in a terminal goes slowly at first and says what it does.
     compare: begin with other systems in the place of the map.
+    Inside a running event loop (a notebook) only a headless screen can be had: InputError for another one.
     """
+    if not headless and _loop_runs():
+        raise InputError(
+            "the screen needs a terminal and an event loop of its own, and one runs here already (a notebook?): "
+            "run_screen(…, headless=True, screenshot='x.svg') draws a picture instead, or use a terminal"
+        )
     if screenshot is not None and Path(screenshot).suffix.lower() != ".svg":
         raise InputError(f"{str(screenshot)!r}: a screenshot is an SVG picture: give a name that ends in .svg")
     display = DisplayOptions(ascii, light, load_keys(binding_ids()), size or (80, 24), compare)
@@ -64,7 +71,11 @@ def run_screen(
     elif callable(given):
         runner = EngineRunner(given, {}, record=record)
     else:
-        recorded = Session(given, speed=speed if speed is not None else play_speed(len(given)))
+        recorded = Session(
+            given,
+            speed=speed if speed is not None else play_speed(len(given)),
+            ends_fullest=not (headless or given.live),
+        )
         if not (headless or given.live or recorded.playback.at_edge):
             recorded.playback.toggle()
         code = _show(recorded, display, None, headless, steps, screenshot)
@@ -72,7 +83,7 @@ def run_screen(
             print(f"minipaged: {plural(len(given), 'step')} in this trace; --screenshot FILE keeps a picture of one")
         return code
     try:
-        session = Session(runner.start(), speed=speed, guided=guided and not headless)
+        session = Session(runner.start(), speed=speed, guided=guided and not headless, ends_fullest=not headless)
         for prompt in prompts:
             session.submit(*(prompt if isinstance(prompt, tuple) else (prompt, SamplingParams())))
         if not headless:
@@ -178,7 +189,7 @@ def _show(
         compare=display.compare,
     )
     if headless:
-        code = asyncio.run(_headless(app, steps, screenshot, display.size))
+        code = _run(lambda: _headless(app, steps, screenshot, display.size))
         if code:
             print(f"minipaged: {printable(session.failed or session.message)}", file=sys.stderr)
         return code
@@ -186,6 +197,22 @@ def _show(
     if session.failed and not session.playback.ready:
         print(f"minipaged: {printable(session.failed)}", file=sys.stderr)
     return found if found is not None else 0
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _run(make: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """The coroutine's result; where this thread has a running event loop, from a thread of its own."""
+    if not _loop_runs():
+        return asyncio.run(make())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(make())).result()
 
 
 async def _headless(app: ScreenApp, steps: int | None, screenshot: str | Path | None, size: tuple[int, int]) -> int:

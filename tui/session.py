@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from minipaged.config import SamplingParams
 from minipaged.serving.live import LiveSource
-from minipaged.trace.events import Event, ShadowDelta, StepDelta
+from minipaged.trace.events import Event, ShadowDelta, Stats, StepDelta
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
 from minipaged.tui.playback import Mode, Playback
@@ -22,6 +22,7 @@ from minipaged.tui.reading.finding import cause_of, find, next_event
 from minipaged.tui.reading.moves import RecentMoves, moves_in
 from minipaged.tui.reading.people import Person
 from minipaged.tui.reading.shadowfeed import ShadowFeed
+from minipaged.tui.reading.trends import Trends
 from minipaged.tui.scripted.branch import Asked, Branch
 from minipaged.tui.scripted.lessons import Lesson
 from minipaged.tui.scripted.tour import Tour
@@ -46,9 +47,13 @@ NOTHING = Change(np.zeros(0, np.int32), False)
 class Session:
     """One trace being looked at. guided: a live run goes slowly at first, and stops where there is something to explain."""
 
-    def __init__(self, source: Source, *, speed: float | None = None, guided: bool = False) -> None:
+    def __init__(
+        self, source: Source, *, speed: float | None = None, guided: bool = False, ends_fullest: bool = False
+    ) -> None:
         self.source = source
-        self.playback = Playback(source, speed=speed)
+        self.ends_fullest = ends_fullest
+        self.playback = Playback(source, speed=speed, ends_fullest=ends_fullest)
+        self._trends = Trends(source)
         if guided:
             self.playback.script = Tour()
         self.message = ""
@@ -104,6 +109,26 @@ class Session:
     def moves(self) -> Mapping[int, str]:
         """Who has just gone from queue to queue: while it runs for long enough to be seen, else in this very step."""
         return self._moves.kinds if self.playback.moving else moves_in(self.delta)
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Prompts that the engine has not taken yet."""
+        return tuple(prompt for prompt, _ in self._pending)
+
+    @property
+    def final(self) -> Stats | None:
+        """What a run that is over has come to, while its fullest moment is shown."""
+        return self.source.delta(len(self.source) - 1).stats if self.playback.done else None
+
+    @property
+    def trends_behind(self) -> bool:
+        """Whether the figures do not reach to this step yet."""
+        return self._trends.behind
+
+    def trends(self) -> npt.NDArray[np.float32]:
+        """The figures of the steps up to this one."""
+        self._trends.follow()
+        return self._trends.upto(self.position)
 
     # Other systems.
 

@@ -18,10 +18,10 @@ from rich.style import Style
 from textual.strip import Strip
 
 from minipaged.text.safe import clean
-from minipaged.trace.events import ShadowDelta, StepDelta
+from minipaged.trace.events import ShadowDelta, Stats, StepDelta
 from minipaged.trace.file import Header
 from minipaged.trace.snapshot import Snapshot
-from minipaged.trace.words import NUM_HUES, letter, other_hues
+from minipaged.trace.words import NUM_LOOKS, letter, other_looks
 from minipaged.tui import palette
 from minipaged.tui.palette import UNICODE, Glyphs, Mode
 from minipaged.tui.words.cells import to_ascii
@@ -46,12 +46,17 @@ class View:
     occupied: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     marks: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     token_bytes: Mapping[int, bytes] = field(default_factory=dict)
-    word: str = ""  # LIVE, PAUSED, REPLAY, IDLE, LOADING, ENDED
+    word: str = ""  # LIVE, PAUSED, TOUR, REPLAY, IDLE, DONE, LOADING, ENDED
     branched: bool = False  # whether this run repeats another one's beginning
     speed: str = ""
     message: str = ""  # the last word from the engine or the program, shown in place of the sentence
     shadows: Mapping[str, ShadowDelta] = field(default_factory=dict)  # what other systems would hold here
     hindsight: bool = True  # whether they know the answers' true lengths
+    trends: npt.NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros((0, 5), np.float32)
+    )  # reading.trends' rows up to here
+    pending: tuple[str, ...] = ()  # prompts that the engine has not taken yet
+    final: Stats | None = None  # what a run that is over has come to, while its fullest moment is shown
     caption: str = ""  # of a lesson's beat
     zoom: int = 2  # the map's (mapmodel.Zoom)
     per_cell: int = 1  # blocks that a cell of the map stands for, at the lowest zoom
@@ -65,30 +70,30 @@ class View:
     past: tuple[Past, ...] = ()  # of the cursor's block
     glyphs: Glyphs = UNICODE
     mode: Mode = "dark"
-    _other_hues: Mapping[int, int] | None = field(default=None, init=False, repr=False, compare=False)
+    _other_looks: Mapping[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def letter(self, sequence: int) -> str:
         """A sequence's letter; ? once it is forgotten."""
         state = self.snapshot.sequences.get(sequence)
         return letter(state.label) if state is not None else "?"
 
-    def hue(self, sequence: int) -> int:
-        """A sequence's hue, 0 to 6."""
+    def look(self, sequence: int) -> int:
+        """A sequence's look: its hue, 0 to 6, and 7 more where it stands on a tint."""
         state = self.snapshot.sequences.get(sequence)
-        return self.other_hues.get(sequence, state.label % NUM_HUES) if state is not None else 0
+        return self.other_looks.get(sequence, state.label % NUM_LOOKS) if state is not None else 0
 
     @property
-    def other_hues(self) -> Mapping[int, int]:
-        """The hues of sequences that have not their label's."""
-        if self._other_hues is None:
-            self._other_hues = other_hues(self.snapshot)
-        return self._other_hues
+    def other_looks(self) -> Mapping[int, int]:
+        """The looks of sequences that have not their label's."""
+        if self._other_looks is None:
+            self._other_looks = other_looks(self.snapshot)
+        return self._other_looks
 
     def role(self, sequence: int, *, shared: bool = False) -> str:
         """A sequence's role for palette.style; faint when another one is looked at alone."""
         if self.only not in (-1, sequence):
             return "faint"
-        return f"{'shared' if shared else 'hue'}{self.hue(sequence)}"
+        return f"{'shared' if shared else 'hue'}{self.look(sequence)}"
 
     def style(self, role: str) -> Style:
         """The look of a role in this mode."""

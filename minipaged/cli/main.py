@@ -288,6 +288,9 @@ def tui(
     web: Annotated[
         bool, typer.Option("--web", help="Show the screen in a browser on this machine (extra `web`).")
     ] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of each answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None,
+    no_tour: Annotated[bool, typer.Option("--no-tour", help="Let the first run go on without its stops.")] = False,
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -310,6 +313,9 @@ def tui(
             attach=attach,
             api_key=api_key,
             web=web,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            tour=not no_tour,
             settings=settings,
         )
     )

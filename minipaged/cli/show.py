@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ def show(
     attach: str | None = None,
     api_key: str = "",
     web: bool = False,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    tour: bool = True,
     settings: dict[str, Any] | None = None,
 ) -> int:
     """Show a run; every argument is checked before anything is started. Returns the exit code."""
@@ -58,27 +62,41 @@ def show(
     cells = parse_size(size)
     in_browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve's: it talks to the screen over pipes
     terminal = in_browser or (sys.stdin.isatty() and sys.stdout.isatty())
+    asked_for = settings or {}
+    of_a_run = {
+        "--record": record is not None,
+        "--model": model != DEFAULT_MODEL,
+    }  # what only a run of one's own can have
+    of_a_run |= {
+        "--max-tokens": max_tokens is not None,
+        "--temperature": temperature is not None,
+        "--no-tour": not tour,
+    }
+    of_a_run |= {
+        f"--{name.replace('_', '-')}": asked_for.get(name, usual) != usual
+        for name, (_, usual) in ENGINE_OPTIONS.items()
+    }
     if attach is not None:
         given = {"--scenario": scenario is not None, "--replay": replay is not None, "--prompts": prompts is not None}
-        given |= {"--record": record is not None, "--model": model != DEFAULT_MODEL}
-        refuse(given, "--attach looks on at a server: it takes no")
+        refuse(given | of_a_run, "--attach looks on at a server: it takes no")
     if scenario is not None or replay is not None:
         recording = "--scenario" if scenario is not None else "--replay"
         if scenario is not None and replay is not None:
             raise InputError("--scenario and --replay both name a recording: give one of them")
-        given = {"--prompts": prompts is not None, "--record": record is not None, "--model": model != DEFAULT_MODEL}
-        asked_for = settings or {}
-        given |= {
-            f"--{name.replace('_', '-')}": asked_for.get(name, usual) != usual
-            for name, (_, usual) in ENGINE_OPTIONS.items()
-        }
-        refuse(given, f"{recording} shows a recording, which is over: it takes no")
+        refuse(
+            {"--prompts": prompts is not None} | of_a_run, f"{recording} shows a recording, which is over: it takes no"
+        )
     on_screen = (web or terminal) and not headless
     if on_screen or (not headless and replay is None and scenario is None):  # the second prints lines instead
         given = {"--screenshot": screenshot is not None, "--size": size is not None}
         given["--steps"] = on_screen and steps is not None
         refuse(given, "without --headless there is no use for")
+    if not tour:
+        refuse(
+            {"--no-tour": not (demo and on_screen)}, "only the first run on a screen has a tour: there is no use for"
+        )
     asked = read_prompts(prompts) if prompts is not None else DEMO
+    asked = with_params(asked, max_tokens, temperature)
     for target in (record, screenshot):
         if target is not None and not target.resolve().parent.is_dir():
             raise InputError(f"{target}: the folder {target.resolve().parent} does not exist")
@@ -113,7 +131,7 @@ def show(
         screenshot=screenshot,
         size=cells,
         light=light,
-        guided=demo,
+        guided=demo and tour,
         compare=scenario == "orca",  # what it shows is how the others fare
     )
 
@@ -175,6 +193,16 @@ def read_prompts(path: Path) -> Asked:
     if not texts:
         raise InputError(f"{path}: holds no prompt; give a prompt a line")
     return tuple((text, SamplingParams(max_tokens=96)) for text in texts)
+
+
+def with_params(asked: Asked, max_tokens: int | None, temperature: float | None) -> Asked:
+    """The prompts with these in the place of their own. InputError for what they cannot be."""
+    changes: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return tuple((text, replace(params, **changes)) for text, params in asked)
+    except RequestError as error:
+        raise InputError(str(error)) from None
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

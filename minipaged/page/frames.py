@@ -27,7 +27,7 @@ from minipaged.trace.words import (
     TICKS,
     block_state,
     letter,
-    other_hues,
+    other_looks,
     sentence,
     summary,
 )
@@ -203,7 +203,7 @@ class _Folder:
         return _block_values(host, np.flatnonzero(differs).astype(np.int32))
 
     def _sequences(self, snapshot: Snapshot) -> Document:
-        others = other_hues(snapshot)
+        others = other_looks(snapshot)
         changed: list[list[Any]] = []
         computed: Values = []
         written: dict[str, Values] = {}
@@ -211,7 +211,7 @@ class _Folder:
             told = self._told.get(sequence)
             if told is None:
                 told = self._told[sequence] = _Told()
-            hue = others.get(sequence, state.label % NUM_HUES)
+            hue = others.get(sequence, state.label) % NUM_HUES
             values = [letter(state.label), hue, state.request, state.parent, printable(state.status)]
             values += [state.num_prompt, state.num_cached, printable(state.finish_reason)]
             if values != told.values:

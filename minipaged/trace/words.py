@@ -89,6 +89,7 @@ PAST = {
 }
 
 NUM_HUES = 7  # that a person can tell apart (tui/palette.py has them for a terminal)
+NUM_LOOKS = 2 * NUM_HUES  # each hue plain, then each on a tint
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"
 
 
@@ -97,10 +98,10 @@ def letter(label: int) -> str:
     return LETTERS[label % len(LETTERS)]
 
 
-def other_hues(snapshot: Snapshot) -> dict[int, int]:
-    """Sequence -> hue, where the hue of its label is that of a living sibling: the next one that none in its request has.
+def other_looks(snapshot: Snapshot) -> dict[int, int]:
+    """Sequence -> look, where the look of its label would not tell it from a living sibling.
 
-    So no two living answers to one prompt look alike, up to seven; past seven hues repeat, and the letters tell them apart.
+    Up to seven living answers to one prompt have seven hues; up to fourteen have fourteen looks. Past that, looks repeat.
     """
     alive = [state for state in snapshot.sequences.values() if state.alive]
     if len({(state.request, state.label % NUM_HUES) for state in alive}) == len(alive):
@@ -109,11 +110,15 @@ def other_hues(snapshot: Snapshot) -> dict[int, int]:
     others: dict[int, int] = {}
     for state in sorted(alive, key=lambda state: state.label):
         siblings = taken.setdefault(state.request, set())
-        hue = state.label % NUM_HUES
-        if hue in siblings and len(siblings) < NUM_HUES:
-            hue = next(other % NUM_HUES for other in range(hue + 1, hue + NUM_HUES) if other % NUM_HUES not in siblings)
-            others[state.sequence] = hue
-        siblings.add(hue)
+        own = state.label % NUM_LOOKS
+        hues = {look % NUM_HUES for look in siblings}
+        around = [(own + step) % NUM_LOOKS for step in range(NUM_LOOKS)]
+        look = next((look for look in around if look % NUM_HUES not in hues), None)
+        if look is None:
+            look = next((look for look in around if look not in siblings), own)
+        if look != own:
+            others[state.sequence] = look
+        siblings.add(look)
     return others
 
 
@@ -195,12 +200,13 @@ def sentence(view: Moment) -> str:
     return " · ".join(found)
 
 
-def summary(view: Moment) -> str:
-    """What a run has come to, once nothing is left to do."""
-    stats = view.snapshot.stats
+def summary(view: Moment, final: Stats | None = None) -> str:
+    """What a run has come to, once nothing is left to do. final: its last figures, where a moment before is shown."""
+    stats = final or view.snapshot.stats
     if not stats.generated_tokens:
         return sentence(view)
-    return " · ".join([f"done: {plural(stats.generated_tokens, 'token')}", *counted(stats)])
+    shown = [f"this is step {view.snapshot.step}, its fullest"] if final is not None else []
+    return " · ".join([f"done: {plural(stats.generated_tokens, 'token')}", *counted(stats), *shown])
 
 
 def counted(stats: Stats) -> list[str]:

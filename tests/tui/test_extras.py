@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -432,12 +433,11 @@ def test_lists_scroll_and_themes_follow(size: tuple[int, int]) -> None:
 
     async def script(pilot: Pilot[int]) -> None:
         await pilot.press("2", "down")
-        tables = text(app).splitlines()[2]
-        assert "B 0→1" in tables
+        assert "B 0→1" in _line(app, "0→1", before=2)
         await pilot.press("down", "down", "down", "up", "up", "up", "k")
-        assert "A 0→1" in text(app).splitlines()[2]
+        assert "A 0→1" in _line(app, "0→1", before=2)
         await pilot.press("3", "j")
-        assert not any(line.startswith("│A") for line in text(app).splitlines())
+        assert not any(line.startswith(" A │") for line in text(app).splitlines())
         app.theme = "minipaged-light"
         await until(pilot, lambda: app.view.mode == "light")
         app.theme = "minipaged"
@@ -573,3 +573,86 @@ def test_a_screenshot_that_is_no_svg_is_refused(name: str, tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"ends in \.svg"):
         run_screen(scripted_engine, prompts=["x"], headless=True, steps=1, screenshot=tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+def test_inside_a_running_event_loop_a_picture_is_drawn_and_a_screen_is_refused(tmp_path: Path) -> None:
+    """As a notebook's cell would call it."""
+    picture = tmp_path / "x.svg"
+
+    async def cell() -> None:
+        with pytest.raises(InputError, match=r"needs a terminal and an event loop of its own.*headless=True"):
+            run_screen(scenario_path("cow"))
+        assert run_screen(scenario_path("cow"), headless=True, screenshot=picture) == 0
+
+    asyncio.run(cell())
+    assert "Blocks" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scenario": "cow", "max_tokens": 5}, "--max-tokens"),
+        ({"scenario": "cow", "temperature": 0.5}, "--temperature"),
+        ({"scenario": "cow", "tour": False}, "--no-tour"),
+        ({"replay": Path("x.mpt"), "tour": False}, "--no-tour"),
+        ({"attach": "http://localhost:1", "settings": {"num_blocks": 9}}, "--num-blocks"),
+        ({"attach": "http://localhost:1", "max_tokens": 9}, "--max-tokens"),
+        ({"headless": True, "tour": False}, "--no-tour"),
+        ({"headless": True, "max_tokens": 0}, "max_tokens"),
+        ({"headless": True, "temperature": -1.0}, "temperature"),
+    ],
+)
+def test_options_that_do_nothing_together_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words) as refused:
+        show(DEFAULT_MODEL, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
+
+
+def test_most_tokens_and_temperature_are_those_of_all_prompts(tmp_path: Path) -> None:
+    from minipaged.cli.show import read_prompts, with_params
+
+    prompts = tmp_path / "p"
+    prompts.write_text("one\ntwo\n")
+    asked = with_params(read_prompts(prompts), 7, 0.5)
+    assert [(text, p.max_tokens, p.temperature) for text, p in asked] == [("one", 7, 0.5), ("two", 7, 0.5)]
+    assert with_params(asked, None, None) == asked
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_trends_stand_beside_the_rest_or_over_it(size: tuple[int, int]) -> None:
+    app = replay(source=FileSource(scenario_path("orca")), at=70)
+
+    async def script(pilot: Pilot[int]) -> None:
+        await pilot.press("8")
+        await until(pilot, lambda: "8 Trends" in text(app) and "tok/s  " in text(app))
+        for word in ("running", "waiting", "found cached", "waste"):
+            assert word in text(app)
+        stats, queues = app.session.snapshot.stats, app.session.snapshot.queues
+        await until(pilot, lambda: f"{len(queues.running)} " in _line(app, "running "))
+        assert f"{stats.num_drawn / stats.elapsed_ns * 1e9:,.0f}" in _line(app, "tok/s  ")
+
+    drive(app, size, script)
+
+
+def _line(app: ScreenApp, word: str, before: int = 0) -> str:
+    """The first line with that word, from so many cells before it on."""
+    return next((line[line.index(word) - before :] for line in text(app).splitlines() if word in line), "")
+
+
+def test_trends_of_a_long_trace_keep_every_second_step_and_stop_at_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minipaged.tui.panes.trends import trends_lines
+    from minipaged.tui.reading import trends
+
+    monkeypatch.setattr(trends, "MOST_ROWS", 4)
+    source = ListSource(sharing_scene().deltas)
+    kept = trends.Trends(source)
+    kept.follow(seconds=60)
+    assert kept.every == 4
+    assert not kept.behind
+    for at, row in enumerate(kept.upto(len(source))):
+        assert tuple(row) == pytest.approx(trends.figures(source.delta(4 * at)))
+    assert len(kept.upto(4)) == 1
+    for width, height in ((40, 5), (60, 11), (20, 1)):
+        lines = trends_lines(View(trends=kept.upto(len(source))), width, height)
+        assert len(lines) <= height
+        assert all(width_of(line) <= max(width, 24) for line in lines)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from screens import drive, until
+from screens import drive, replay, text, until
 from scripted import Scene, scripted_engine, sharing_scene
 from textual.pilot import Pilot
 
@@ -18,7 +18,8 @@ from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.words import sentence, summary
 from minipaged.tui.app import ScreenApp
-from minipaged.tui.panes.text import text_title
+from minipaged.tui.panes.bars import news_lines
+from minipaged.tui.panes.text import TextPane, text_title
 from minipaged.tui.run import run_screen
 from minipaged.tui.scripted.guide import MOST_STEPS, Guide
 from minipaged.tui.scripted.tour import STOP_SECONDS, Tour
@@ -82,12 +83,14 @@ def test_a_run_stops_says_why_and_goes_on_by_itself() -> None:
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
         assert session.playback.speed_text == "slowly at first"
-        now = go(session, 0.0, "PAUSED")
+        now = go(session, 0.0, "TOUR")
         assert "A letter is one answer" in session.message
-        assert session.playback.speed_text == "goes on by itself"
+        assert session.playback.speed_text == f"goes on in {STOP_SECONDS:.0f} s"
+        session.tick(now + 2.5)
+        assert session.playback.speed_text == f"goes on in {STOP_SECONDS - 2:.0f} s"
         here = session.position
         session.tick(now + STOP_SECONDS - 0.1)
-        assert (session.position, session.playback.word) == (here, "PAUSED")
+        assert (session.position, session.playback.word) == (here, "TOUR")
         session.tick(now + STOP_SECONDS)
         assert session.playback.word == "LIVE"
         assert not session.message
@@ -101,7 +104,9 @@ def test_a_stop_waits_while_a_window_stands_before_it() -> None:
         app = ScreenApp(session)
 
         async def script(pilot: Pilot[int]) -> None:
-            await until(pilot, lambda: session.playback.word == "PAUSED")
+            await until(pilot, lambda: session.playback.word == "TOUR")
+            assert "TOUR" in text(app)
+            assert "goes on in" in text(app)
             await pilot.press("question_mark")
             await until(pilot, lambda: len(app.screen_stack) > 1)
             app.frame()
@@ -109,9 +114,9 @@ def test_a_stop_waits_while_a_window_stands_before_it() -> None:
             assert isinstance(tour, Tour)
             session.playback.look_away(tour.stop_ends + 100)
             session.tick(tour.stop_ends - 1)
-            assert session.playback.word == "PAUSED"
+            assert session.playback.word == "TOUR"
             await pilot.press("escape", "space")
-            await until(pilot, lambda: session.playback.word != "PAUSED")
+            await until(pilot, lambda: session.playback.word != "TOUR")
 
         drive(app, (80, 24), script)
 
@@ -119,7 +124,7 @@ def test_a_stop_waits_while_a_window_stands_before_it() -> None:
 def test_keys_take_over_from_a_guide() -> None:
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
-        now = go(session, 0.0, "PAUSED")
+        now = go(session, 0.0, "TOUR")
         session.playback.toggle()
         assert session.playback.word == "LIVE", "space ends a stop"
         session.playback.pause()
@@ -130,12 +135,12 @@ def test_keys_take_over_from_a_guide() -> None:
         assert session.playback.word == "PAUSED", "a speed does not end a pause of one's own"
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
-        go(session, 0.0, "PAUSED")
+        go(session, 0.0, "TOUR")
         session.playback.change_speed(1)
         assert (session.playback.script, session.playback.word) == (None, "LIVE"), "a speed ends a stop, and the tour"
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
-        now = go(session, 0.0, "PAUSED")
+        now = go(session, 0.0, "TOUR")
         session.go(0)
         session.tick(now + 100)
         assert (session.playback.word, session.position) == ("PAUSED", 0), "who looks back is left alone"
@@ -144,7 +149,7 @@ def test_keys_take_over_from_a_guide() -> None:
 def test_a_stop_does_not_outlive_the_engine() -> None:
     with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
         session = guided(engine)
-        now = go(session, 0.0, "PAUSED")
+        now = go(session, 0.0, "TOUR")
         os.kill(engine.pid, signal.SIGKILL)
         assert session.live is not None
         session.live._thread.join(30)
@@ -153,7 +158,7 @@ def test_a_stop_does_not_outlive_the_engine() -> None:
         assert "has ended" in said
         session.tick(now + STOP_SECONDS + 1)
         assert (session.playback.word, session.playback.moving, session.message) == ("ENDED", False, said)
-        assert session.playback.speed_text != "goes on by itself"
+        assert "goes on in" not in session.playback.speed_text
 
 
 def test_the_end_is_summed_up() -> None:
@@ -191,7 +196,7 @@ def test_the_whole_run_is_summed_up_wherever_one_looks(
         live = session.live
         assert live is not None
         assert live.wait(lambda: live.ready)
-        go(session, 0.0, "IDLE")
+        go(session, 0.0, "DONE")
         session.go(0)
         return 0
 
@@ -200,3 +205,59 @@ def test_the_whole_run_is_summed_up_wherever_one_looks(
     said = re.search(r"1 answer, (\d+) tokens in (\d+) steps", capsys.readouterr().out)
     assert said is not None
     assert min(int(said[1]), int(said[2])) > 0
+
+
+def test_a_run_that_is_over_shows_its_fullest_moment() -> None:
+    with EngineProcess(partial(scripted_engine, num_blocks=64)) as engine:
+        source = engine.source
+        assert source.wait(lambda: source.ready)
+        session = Session(source, ends_fullest=True)
+        for prompt in ("The cache is split into pages", "and another one"):
+            session.submit(prompt, PARAMS)
+        session.playback.start()
+        now = go(session, 0.0, "DONE")
+        most = int(source.occupied.max())
+        assert int(source.occupied[session.position - 1]) == most > int(source.occupied[-1])
+        assert session.position < len(source)
+        assert session.final is not None
+        view = View(snapshot=session.snapshot, delta=session.delta, word="DONE")
+        assert summary(view, session.final).startswith(f"done: {session.final.generated_tokens} tokens")
+        assert summary(view, session.final).endswith(f"this is step {session.snapshot.step}, its fullest")
+        here = session.position
+        session.tick(now + 10)
+        assert (session.position, session.playback.word) == (here, "DONE"), "it stays there"
+        session.submit("one more", PARAMS)
+        session.tick(now + 10.1)
+        now = go(session, now + 11, "DONE")
+        assert session.position > here, "the fullest moment of what came since"
+        session.playback.toggle()
+        assert session.playback.word == "PLAYING", "space plays it again, from the start"
+        assert session.position == 0
+        go(session, now + 1, "DONE")
+        session.go(len(source))
+        assert session.playback.word == "PAUSED"
+
+
+def test_a_recording_ends_on_its_fullest_moment_too() -> None:
+    app = replay()
+    source = app.session.source
+    app.session = Session(source, ends_fullest=True)
+
+    async def script(pilot: Pilot[int]) -> None:
+        app.session.playback.toggle()
+        await until(pilot, lambda: "DONE" in text(app))
+        assert source.occupied[app.session.position - 1] == source.occupied.max()
+        assert "behind live" not in text(app)
+        assert "play it again" in text(app)
+        await pilot.press("G")
+        await until(pilot, lambda: "REPLAY" in text(app))
+        assert app.session.position == len(source)
+
+    drive(app, (80, 24), script)
+
+
+def test_prompts_are_seen_while_the_model_loads() -> None:
+    view = View(word="LOADING", pending=("What is a page table? \x1b[31m", "Name a fruit."))
+    lines = ["".join(text for text, _ in line) for line in TextPane(view).lines(view, 60, 3)]
+    assert lines == ["…│What is a page table? �[31m", "…│Name a fruit."]
+    assert news_lines(view, 80, 2) == [[(" ", "text"), ("the model loads: these prompts wait for it", "news")]]

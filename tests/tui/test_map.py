@@ -12,11 +12,11 @@ from scripted import Scene, sharing_scene
 
 from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
-from minipaged.trace.words import LETTERS, NUM_HUES
+from minipaged.trace.words import LETTERS, NUM_HUES, NUM_LOOKS
 from minipaged.tui.map.cells import STYLE_BITS, STYLES
 from minipaged.tui.map.layout import Zoom
-from minipaged.tui.map.model import MapModel
-from minipaged.tui.palette import ASCII
+from minipaged.tui.map.model import MapModel, _fill_bar
+from minipaged.tui.palette import ASCII, UNICODE, Mode
 from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.view import View
 
@@ -77,10 +77,15 @@ def test_four_cells_and_slots() -> None:
     model.resize(80, 4)
     model.set_zoom(Zoom.SLOTS)
     first = row(model, 0)
-    assert model.slot_width == 1
-    assert " 1 A2 The␣" in first
-    assert " 3 A1 e␣i·" in first
-    assert " 4 B1 e␣sp" in first
+    assert model.slot_width == 5, "words, though not all of the pool is in view"
+    assert " 1 A2 T     h     e     ␣" in first
+    model.resize(24, 9)
+    assert [row(model, number).rstrip() for number in range(2, 6)] == [
+        " 1 A2 T     h     e",
+        "      ␣",
+        " 2 A2 c     a     c",
+        "      h",
+    ]
 
 
 def test_tiles_show_how_full_a_block_is_where_there_is_room() -> None:
@@ -244,14 +249,14 @@ def test_no_two_living_answers_to_one_prompt_look_alike() -> None:
     view = View(snapshot)
     labels = [snapshot.sequences[sequence].label for sequence in (beam, *others)]
     assert labels[0] == labels[1] - NUM_HUES == 0, "the scene is of the kind that looked alike"
-    assert len({view.hue(sequence) for sequence in (beam, *others)}) == 3
+    assert len({view.look(sequence) % NUM_HUES for sequence in (beam, *others)}) == 3
     model = MapModel(view)
     model.resize(80, 10)
     for sequence in (beam, *others):
         table = snapshot.tables[sequence]
         own = [block for block in table if snapshot.device.refs[block] == 1]
         codes = model.looks.codes(snapshot.device, slice(own[0], own[0] + 1), model._labels, 4)
-        assert STYLES[int(codes[0]) % STYLE_BITS] == f"hue{view.hue(sequence)}"
+        assert STYLES[int(codes[0]) % STYLE_BITS] == f"hue{view.look(sequence)}"
 
 
 def test_a_hue_that_changes_is_painted_everywhere() -> None:
@@ -265,10 +270,31 @@ def test_a_hue_that_changes_is_painted_everywhere() -> None:
     scene.step()
     view = View(fold(scene.deltas))
     model = MapModel(view)
-    assert view.other_hues == {}, "seven have a hue each; past seven the letters tell them apart"
+    assert view.other_looks == {}, "seven have a hue each, the eighth the first hue on a tint"
+    assert view.look(NUM_HUES) == NUM_HUES
     for sequence in range(1, NUM_HUES):
         scene.finish(sequence)
     scene.step()
     last = View(fold(scene.deltas))
-    assert last.other_hues == {NUM_HUES: 1}
+    assert last.other_looks == {NUM_HUES: 1 + NUM_HUES}
     assert model.update(last, np.zeros(0, np.int32)) is None, "all rows"
+
+
+@pytest.mark.parametrize("mode", ["dark", "light", "plain"])
+def test_fourteen_living_answers_have_fourteen_looks(mode: Mode) -> None:
+    """All of them on the map; as letters they differ in more than colour where there is none."""
+    scene = Scene(num_blocks=200)
+    first = scene.add("abcd")
+    scene.admit(first)
+    scene.step()
+    family = [first, *(scene.fork(first) for _ in range(13))]
+    for sequence in family:
+        scene.write(sequence, "wxyz")
+    scene.step()
+    view = View(fold(scene.deltas), mode=mode)
+    assert sorted(view.look(sequence) for sequence in family) == list(range(NUM_LOOKS))
+    styles = {str(view.style(view.role(sequence))) for sequence in family}
+    assert len(styles) == (NUM_LOOKS if mode != "plain" else 2)
+    for glyphs in (UNICODE, ASCII):
+        bars = {_fill_bar(2, 4, 4, glyphs, tinted=tinted) for tinted in (False, True)}
+        assert len(bars) == 2

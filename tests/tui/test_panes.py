@@ -14,14 +14,14 @@ from scripted import Scene, sharing_scene
 
 from minipaged.memory.types import PoolBreakdown
 from minipaged.text.safe import clean, clean_bytes
-from minipaged.trace.events import ShadowDelta, StepDelta
+from minipaged.trace.events import MARKS, ShadowDelta, StepDelta
 from minipaged.trace.player import Player
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import ListSource
 from minipaged.trace.words import TICKS, sentence, sentences
 from minipaged.tui.map.layout import Zoom
 from minipaged.tui.palette import ASCII, UNICODE, Glyphs
-from minipaged.tui.panes.bars import header_line, host_line, keys_line, legend_lines
+from minipaged.tui.panes.bars import gauge_lines, header_line, host_line, keys_line, legend_lines, news_lines
 from minipaged.tui.panes.inspector import block_lines, journey_lines, past_lines
 from minipaged.tui.panes.side import tree_lines, waste_lines
 from minipaged.tui.panes.tables import TablesPane, queue_lines, table_lines
@@ -126,34 +126,81 @@ def test_every_kind_of_event_has_words() -> None:
 
 def test_timeline_of_ten_steps() -> None:
     lines = timeline_lines(view_at(4), 60)
-    assert read(lines[1]).startswith(" +f▲3")
+    assert read(lines[1]).startswith("    +   f   ▲3"), "ten steps have four columns each"
     assert "◆" not in read(lines[0])
-    assert len(read(lines[0])) == 10
-    assert read(lines[2]).startswith("B writes shared block 3")
+    assert len(read(lines[0])) == 40
+
+
+def test_all_kinds_of_event_of_a_step_leave_marks() -> None:
+    bits = MARKS["preempt"] | MARKS["evict"] | MARKS["finish"] | MARKS["admit"] | MARKS["copy"]
+    view = View(position=1, length=2)
+    view.occupied, view.marks = np.array([5000, 5000], np.uint16), np.array([bits, MARKS["fork"]], np.uint16)
+    rows = [read(line) for line in timeline_lines(view, 40, 1, 3)]
+    assert rows[1].startswith("pc✓+f")
+    assert rows[2].startswith("e")
+    view.length, view.position = 40, 20
+    view.occupied, view.marks = np.full(40, 5000, np.uint16), np.full(40, bits, np.uint16)
+    assert read(timeline_lines(view, 40, 1, 2)[1])[0] == "p"
+    assert read(timeline_lines(view, 40, 1, 2)[2])[0] == "…", "there were more"
+    assert read(timeline_lines(view, 40, 1, 5)[5])[0] == "e"
+
+
+@pytest.mark.parametrize("width", [80, 50, 40])
+def test_what_happens_stands_whole_on_two_lines(width: int) -> None:
+    """The words of each step of a scene, unless two sentences are too long for the narrowest screens."""
+    deltas = sharing_scene().deltas
+    for position in range(1, len(deltas) + 1):
+        view = view_at(position, deltas)
+        lines = [read(line) for line in news_lines(view, width, 2)]
+        assert len(lines) <= 2
+        assert all(len(line) <= width for line in lines)
+        told = " ".join(line.strip() for line in lines).removesuffix(" …").replace(" · ", " ")
+        assert sentence(view).replace(" · ", " ").startswith(told)
+        if width == 80:
+            assert told == sentence(view).replace(" · ", " ")
+    view = replace(view, message="words of the program")
+    assert news_lines(view, 80, 2) == [[(" ", "text"), ("words of the program", "alert")]]
+
+
+def test_the_gauge_says_how_full_and_what_is_shared() -> None:
+    view = view_at(8)
+    for width in (40, 80, 200):
+        for height in (1, 2, 3):
+            lines = gauge_lines(view, width, height)
+            assert len(lines) == height
+            assert all(width_of(line) <= width for line in lines[: max(1, height - 1)])
+    assert "23%" in read(gauge_lines(view, 80, 1)[0])
+    assert "7/31 blocks" in read(gauge_lines(view, 80, 1)[0])
+    words = read(gauge_lines(view, 120, 2)[1])
+    assert f"{len(view.snapshot.device.sharers)} shared by several" in words
+    assert "no pool yet" in read(gauge_lines(View(), 80, 1)[0])
 
 
 @given(st.integers(0, 100_000), st.integers(16, 300), st.booleans(), st.integers(1, 5))
 def test_the_timeline_fits_any_length(length: int, width: int, recorded: bool, rows: int) -> None:
     view = View(position=length // 2, length=length, word="PAUSED", hindsight=recorded)
     view.occupied, view.marks = np.full(length, 5000, np.uint16), np.full(length, 3, np.uint16)
-    for line in timeline_lines(view, width, rows)[: rows + 1]:
+    for line in timeline_lines(view, width, rows, rows):
         assert width_of(line) <= width
     found = scale(length, width, growing=not recorded)
     assert found.columns <= width
+    wide = found.per_step
     if recorded:
-        assert found.columns == min(length, width), "a recording uses the whole width"
+        assert found.columns == min(length * wide, width), "a recording uses the whole width"
     starts = found.starts().tolist()
     for column in {0, found.columns // 2, found.columns - 1} & set(range(found.columns)):
         last = found.last_of(column)
-        assert found.column_of(last) == column, "a click goes where the caret then stands"
-        assert starts[column] == (found.last_of(column - 1) if column else 0)
+        assert found.column_of(last) == column - column % wide, "a click goes where the caret then stands"
+        assert starts[column // wide] == (found.last_of(column - column % wide - 1) if column >= wide else 0)
 
 
 def test_a_tall_timeline_stands_on_its_last_line() -> None:
     view = View(position=3, length=3)
     view.occupied, view.marks = np.array([10000, 5000, 100], np.uint16), np.zeros(3, np.uint16)
     rows = [read(line) for line in timeline_lines(view, 20, 4)[:4]]
-    assert rows == ["█  ", "█  ", "██ ", "██▁"]
+    assert rows == [
+        bar.replace("█", "████").replace(" ", "    ").replace("▁", "▁▁▁▁") for bar in ("█  ", "█  ", "██ ", "██▁")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +211,7 @@ def test_a_pool_that_stays_nearly_empty_has_bars_that_say_something(most: int, w
     view.occupied, view.marks = np.array([most // 2, most], np.uint16), np.zeros(2, np.uint16)
     assert (words or "bars") in timeline_title(view, 80) or not words
     assert "bars" in timeline_title(view, 80) or not words
-    row = read(timeline_lines(view, 20)[0])
+    row = read(timeline_lines(view, 20)[0])[::4]
     if most in (5000, 5001):
         assert row == ("▄█" if words else "▂▄")
 
@@ -197,7 +244,7 @@ def test_header_says_where_and_how_full() -> None:
     live.length = 20
     line = read(header_line(live, 100))
     assert line.startswith(" ‖ PAUSED · step 7 · 12 behind live")
-    assert line.endswith("7/31 blocks 23% · waste 3.6% ")
+    assert line.endswith("2 run · 1 wait · waste 3.6% ")
     assert width_of(header_line(live, 80)) <= 80
     assert "live" not in read(header_line(view_at(8, word="REPLAY"), 80))
 

@@ -73,11 +73,11 @@ def start(terminal: Terminal, tmp_path: Path, *, speed: str = "float('inf')") ->
 
 def test_a_session_from_start_to_quit(terminal: Terminal, tmp_path: Path) -> None:
     program = start(terminal, tmp_path)
-    terminal.until(lambda shown: "IDLE" in shown)
+    terminal.until(lambda shown: "DONE" in shown)
     shown = terminal.screen()
     assert "a prompt that goes on" in shown
     assert "�[31m�" in shown, "escape sequences and bidi marks show as marks"
-    terminal.keys("[", "[")
+    terminal.keys("G", "[", "[")
     terminal.until(lambda shown: "2 behind live" in shown)
     terminal.tmux("resize-window", "-t", "t", "-x", "140", "-y", "45")
     terminal.until(lambda shown: "5 Inspector" in shown and "2 behind live" in shown)

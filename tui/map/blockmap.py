@@ -18,7 +18,6 @@ from minipaged.tui.map.layout import TITLES, Zoom
 from minipaged.tui.map.model import MapModel
 from minipaged.tui.view import View
 
-READABLE = 5  # cells a slot from which on words can be made out
 WHOLE = 0.7  # share of visible rows beyond which the whole widget is painted
 
 
@@ -134,8 +133,6 @@ class BlockMap(ScrollView, can_focus=True):
         for zoom in (Zoom.SLOTS, Zoom.FOUR, Zoom.CELL, Zoom.HALF, Zoom.HEAT):
             self.model.set_zoom(zoom)
             room = max(1, self.model.height)
-            if zoom == Zoom.SLOTS and self.model.slot_width < READABLE:
-                continue  # a letter a token is for those who ask for it
             if self.model.num_rows <= (room * self._screens if zoom == Zoom.CELL else room):
                 break
 

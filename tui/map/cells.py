@@ -14,16 +14,16 @@ import numpy.typing as npt
 
 from minipaged.trace.events import FLAG_CACHED, FLAG_COPIED, FLAG_NULL
 from minipaged.trace.snapshot import Pool, Snapshot
-from minipaged.trace.words import LETTERS, NUM_HUES
+from minipaged.trace.words import LETTERS, NUM_LOOKS
 from minipaged.tui.palette import Glyphs
 
 Ints = npt.NDArray[np.int32]
 
-# Styles by number: 0-6 hues, 7-13 shared in a hue, then these.
-FREE, CACHED, NULL, COPIED, FAINT, FAINT_SHARED = 14, 15, 16, 17, 18, 19
+# Styles by number: the looks of owners, the same for shared blocks, then these.
+FREE, CACHED, NULL, COPIED, FAINT, FAINT_SHARED = range(2 * NUM_LOOKS, 2 * NUM_LOOKS + 6)
 STYLES = (
-    *(f"hue{n}" for n in range(NUM_HUES)),
-    *(f"shared{n}" for n in range(NUM_HUES)),
+    *(f"hue{n}" for n in range(NUM_LOOKS)),
+    *(f"shared{n}" for n in range(NUM_LOOKS)),
     "free",
     "cached",
     "null",
@@ -59,13 +59,13 @@ class Looks:
     ) -> Ints:
         """The looks of some consecutive blocks. swapped: a host pool, where a held block is a swapped one."""
         owner, refs, fill, flags = pool.owner[part], pool.refs[part], pool.fill[part], pool.flags[part]
-        label, hue = labels.of(owner), labels.hue_of(owner)
+        label, look = labels.of(owner), labels.look_of(owner)
         size = max(1, block_size)
         held, full, shared = refs > 0, fill >= size, refs > 1
         level = np.minimum(self._num_fills - 1, fill * self._num_fills // size)
         glyph = np.where(full, self._letters + label % len(LETTERS), self._fills + level)
         glyph = np.where(shared, np.where(refs > 9, self._many, self._digits + np.minimum(refs, 9)), glyph)
-        style = np.where(shared, NUM_HUES + hue, hue)
+        style = np.where(shared, NUM_LOOKS + look, look)
         if only >= 0:
             style = np.where(owner == only, style, np.where(shared, FAINT_SHARED, FAINT))
         if swapped:
@@ -81,25 +81,25 @@ class Looks:
 
 
 class Labels:
-    """Sequence -> label and hue, as array operations. other_hues: of the sequences that have not their label's."""
+    """Sequence -> label and look, as array operations. other_looks: of the sequences that have not their label's."""
 
-    def __init__(self, snapshot: Snapshot, other_hues: Mapping[int, int]) -> None:
+    def __init__(self, snapshot: Snapshot, other_looks: Mapping[int, int]) -> None:
         known = snapshot.sequences
         self._first = min(known, default=0)
         self._table: Ints = np.zeros(max(known, default=0) - self._first + 1 if known else 1, np.int32)
         for sequence, state in known.items():
             self._table[sequence - self._first] = state.label
-        self._hues: Ints = self._table % NUM_HUES
-        for sequence, hue in other_hues.items():
-            self._hues[sequence - self._first] = hue
+        self._looks: Ints = self._table % NUM_LOOKS
+        for sequence, look in other_looks.items():
+            self._looks[sequence - self._first] = look
 
     def of(self, owner: Ints) -> Ints:
         """The label of each owner; 0 where nobody, or nobody known, owns."""
         return self._table.take(owner - self._first, mode="clip")
 
-    def hue_of(self, owner: Ints) -> Ints:
-        """The hue of each owner."""
-        return self._hues.take(owner - self._first, mode="clip")
+    def look_of(self, owner: Ints) -> Ints:
+        """The look of each owner."""
+        return self._looks.take(owner - self._first, mode="clip")
 
 
 def runs(codes: Ints) -> list[int]:
@@ -113,7 +113,7 @@ def runs(codes: Ints) -> list[int]:
 
 
 def heat_codes(looks: Looks, pool: Pool, labels: Labels, per_cell: int, cells: Ints | None = None) -> Ints:
-    """One cell for `per_cell` consecutive blocks: height is the share in use, hue the owner of most of them.
+    """One cell for `per_cell` consecutive blocks: height is the share in use, the look that of the owner of most of them.
 
     cells: only these; None: all.
     """
@@ -127,8 +127,8 @@ def heat_codes(looks: Looks, pool: Pool, labels: Labels, per_cell: int, cells: I
         places = np.flatnonzero(pool.refs.take(blocks, mode="clip") * (blocks < len(pool)))
         held, cell = blocks[places], places // per_cell
     used = np.bincount(cell, minlength=count)
-    hue = labels.hue_of(pool.owner[held])
-    counts = np.bincount(cell * NUM_HUES + hue, minlength=count * NUM_HUES).reshape(count, NUM_HUES)
+    look = labels.look_of(pool.owner[held])
+    counts = np.bincount(cell * NUM_LOOKS + look, minlength=count * NUM_LOOKS).reshape(count, NUM_LOOKS)
     level = np.where(used == 0, 0, np.maximum(1, used * (looks.num_heat - 1) // per_cell))
     style = np.where(used > 0, counts.argmax(axis=1), FREE)
     glyph = np.where(used > 0, looks.heat + level, 0)  # 0: the free glyph

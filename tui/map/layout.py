@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 from minipaged.trace.snapshot import Pool
 from minipaged.tui.view import View
 
 GAP = 2  # cells between blocks that show their slots
-WIDEST_SLOT = 9
+WIDEST_SLOT, READABLE = 9, 5  # cells of a token's word
 LARGEST_TILE = 3
 
 
@@ -19,7 +20,7 @@ class Zoom(IntEnum):
     HALF = 1  # two blocks a cell
     CELL = 2  # one cell a block
     FOUR = 3  # owner, count, fill, mark
-    SLOTS = 4  # a cell a token
+    SLOTS = 4  # a word a token
 
 
 TITLES = ("heat", "1:2", "1:1", "4:1", "slots")
@@ -97,17 +98,16 @@ class MapLayout:
 
     @property
     def slot_width(self) -> int:
-        """Cells a slot: as many as leave the whole pool in view, so that few small blocks show words and many show a letter a token."""
-        for width in range(WIDEST_SLOT, 1, -1):
-            per_row = (self.width + GAP) // self._cells_of(width)
-            if per_row and -(-self.num_blocks // per_row) <= self.height:
-                return width
-        return 1
+        """Cells a slot: as many as leave the whole pool in view, but never fewer than a word needs to be made out."""
+        return _widest_slot(self.num_blocks, self.width + GAP, self.height, self._cells_of(0), self._block_size)
 
     def _cells_of(self, slot_width: int) -> int:
         """Cells of a block: number, owner and count, its slots, and the gap to the next."""
-        size = max(1, self.view.snapshot.stats.block_size)
-        return self._head + (size if slot_width == 1 else size * (slot_width + 1) - 1) + GAP
+        return self._head + self._block_size * (slot_width + 1) - 1 + GAP
+
+    @property
+    def _block_size(self) -> int:
+        return max(1, self.view.snapshot.stats.block_size)
 
     @property
     def _head(self) -> int:
@@ -123,9 +123,12 @@ class MapLayout:
             return 1 + self._tile
         if self.zoom != Zoom.SLOTS:
             return 1
-        room = max(1, self.width - self._head)
-        narrow = self._cells_of(1) - GAP > self.width
-        return -(-max(1, self.view.snapshot.stats.block_size) // room) if narrow else 1
+        return -(-self._block_size // self._slots_per_line)
+
+    @property
+    def _slots_per_line(self) -> int:
+        """Slots of a block beside each other: all of them, or as many as there is room for."""
+        return max(1, min(self._block_size, (self.width - self._head + 1) // (self.slot_width + 1)))
 
     @property
     def num_rows(self) -> int:
@@ -165,3 +168,13 @@ class MapLayout:
     def step_down(self) -> int:
         """How far below in block numbers the next row is."""
         return self.per_row // 2 if self.zoom == Zoom.HALF else self.per_row
+
+
+@lru_cache(maxsize=64)
+def _widest_slot(num_blocks: int, width: int, height: int, least: int, block_size: int) -> int:
+    """Cells of a slot at which all blocks are in view, or READABLE. least: cells of a block whose slots have none."""
+    for slot in range(WIDEST_SLOT, READABLE, -1):
+        per_row = width // (least + slot * block_size)
+        if per_row and -(-num_blocks // per_row) <= height:
+            return slot
+    return READABLE

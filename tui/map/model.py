@@ -11,6 +11,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from minipaged.text.safe import clean_bytes
+from minipaged.trace.words import NUM_HUES
 from minipaged.tui.map.cells import FREE, LONGEST, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
 from minipaged.tui.map.layout import GAP, MapLayout, Zoom
 from minipaged.tui.palette import Glyphs
@@ -27,7 +28,7 @@ class MapModel(MapLayout):
     def __init__(self, view: View, *, host: bool = False) -> None:
         super().__init__(view, host=host)
         self.looks = Looks(view.glyphs)
-        self._labels = Labels(view.snapshot, view.other_hues)
+        self._labels = Labels(view.snapshot, view.other_looks)
         self.base = Style()
         self._segments: dict[int, Segment] = {}  # by code * LONGEST + length
         self._rows: dict[int, list[Segment]] = {}
@@ -59,7 +60,7 @@ class MapModel(MapLayout):
             view.mode,
             view.only,
             view.flash,
-            view.other_hues,
+            view.other_looks,
             len(view.snapshot.host if self.host else view.snapshot.device),
         )
         old_block, old = self.view.block, self._look_key
@@ -68,7 +69,7 @@ class MapModel(MapLayout):
             ids = None
             self._segments.clear()
             self.looks = Looks(view.glyphs)
-        self._labels = Labels(view.snapshot, view.other_hues)
+        self._labels = Labels(view.snapshot, view.other_looks)
         if ids is None:
             self._heat = None
             self._rows.clear()
@@ -183,7 +184,7 @@ class MapModel(MapLayout):
             role = NAMES[code % STYLE_BITS].replace("shared", "hue")
             if pool.refs[block]:
                 role = "mark" if block in view.flash else role
-                text = _fill_bar(int(pool.fill[block]), size, cells, view.glyphs)
+                text = _fill_bar(int(pool.fill[block]), size, cells, view.glyphs, tinted=_tinted(role))
             else:
                 text = self.looks.alphabet[code // STYLE_BITS] * cells
             made += [Segment(text, self.base + view.style(role)), Segment(" ", self.base)]
@@ -235,7 +236,10 @@ class MapModel(MapLayout):
 
     def _two(self, upper: int, lower: int, length: int) -> Segment:
         view, looks = self.view, self.looks
-        over, under = (view.style(NAMES[n].replace("shared", "hue")) for n in (upper, lower))
+        over, under = (
+            Style(color=found.color, dim=found.dim, underline=found.underline)
+            for found in (view.style(NAMES[n].replace("shared", "hue")) for n in (upper, lower))
+        )
         if upper == FREE and lower == FREE:
             return Segment(view.glyphs.free * length, self.base + over)
         if view.glyphs.ascii:
@@ -270,10 +274,8 @@ class MapModel(MapLayout):
         role = "mark" if block in view.flash else role
         plain_role = role.replace("shared", "hue")
         owner = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}" if refs else "  "
-        text = ("" if width == 1 else " ").join(self._slot_text(block, code, size, width))
-        if lines > 1:
-            room = max(1, self.width - self._head)
-            text = text[part * room : (part + 1) * room]
+        each = self._slots_per_line if lines > 1 else size
+        text = " ".join(self._slot_text(block, code, size, width)[part * each : (part + 1) * each])
         if part:
             return [
                 Segment(" " * self._head, self.base),
@@ -320,14 +322,18 @@ class MapModel(MapLayout):
     def _token_cells(self, token: int, width: int) -> str:
         text = clean_bytes(self.view.token_bytes.get(token, b""))
         shown = text.strip() or ("␣" if text else "▪")
-        if width > 1:
-            return set_cell_size(shown, width)
-        return shown[0] if len(shown[0].encode()) < 3 or shown[0] in "↵␣▪" else "▪"
+        return set_cell_size(shown, width)
 
 
-def _fill_bar(fill: int, size: int, cells: int, glyphs: Glyphs) -> str:
-    """Cells filled from the left."""
-    if glyphs.ascii:
-        return ("#" * round(cells * fill / size)).ljust(cells, glyphs.free)
+def _tinted(role: str) -> bool:
+    """Whether the role is one of the second seven looks."""
+    return role.startswith("hue") and int(role[3:]) >= NUM_HUES
+
+
+def _fill_bar(fill: int, size: int, cells: int, glyphs: Glyphs, *, tinted: bool = False) -> str:
+    """Cells filled from the left; coarser in the second seven looks, so that they differ without colour too."""
+    if glyphs.ascii or tinted:
+        mark = "=" if glyphs.ascii and tinted else "#" if glyphs.ascii else "▓"
+        return (mark * -(-cells * min(fill, size) // size)).ljust(cells, glyphs.free)
     full, eighths = divmod(8 * cells * min(fill, size) // size, 8)
     return ("█" * full + ("▏▎▍▌▋▊▉"[eighths - 1] if eighths else "")).ljust(cells, glyphs.free)

@@ -91,9 +91,11 @@ def tree_lines(view: View, width: int, height: int) -> list[Line]:
         mark = "" if state.alive else " x" if state.finish_reason in ("", "prune", "pruned", "abort") else " ✓"
         score = f" {state.score:.2f}" if state.score == state.score else ""
         head = f"{lead}{joint}"
-        name = f"{view.letter(state.sequence)}{mark}{score} "
-        words = tail(clean_bytes(state.text[state.prompt_bytes :][-4 * width :]), max(0, width - len(head) - len(name)))
-        lines.append([(head, "faint"), (name, view.role(state.sequence)), (words, "dim")])
+        own, name = view.letter(state.sequence), f"{mark}{score} "
+        words = tail(
+            clean_bytes(state.text[state.prompt_bytes :][-4 * width :]), max(0, width - len(head) - 1 - len(name))
+        )
+        lines.append([(head, "faint"), (own, view.role(state.sequence)), (name, "text"), (words, "dim")])
         below = sorted(children.get(state.sequence, []), key=lambda child: child.sequence)
         for at, child in enumerate(below):
             last = at == len(below) - 1

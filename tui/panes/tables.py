@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from rich.cells import cell_len
+
+from minipaged.text.safe import clean_bytes
 from minipaged.trace.snapshot import SequenceState
 from minipaged.trace.words import plural
 from minipaged.tui.panes.pane import ListPane
 from minipaged.tui.view import Line, Run, View, shown, width_of
+from minipaged.tui.words.cells import tail
+
+WORDY = 48  # columns of the pane from which on blocks stand with their words
+WORD_CELLS = 25  # at least, of a block with its words
 
 
 class TablesPane(ListPane):
@@ -48,14 +55,18 @@ def table_lines(view: View, width: int, room: int, first: int = 0) -> list[Line]
 
 def sequence_lines(view: View, state: SequenceState, width: int, most: int) -> list[Line]:
     """`A 0→7 1→8 2→31▆`; entries that are shared stand in reverse, the block copied now carries its mark."""
-    name: Run = (f"{view.letter(state.sequence)} ", view.role(state.sequence))
+    name: Line = [(view.letter(state.sequence), view.role(state.sequence)), (" ", "text")]
     snapshot = view.snapshot
     if state.status == "swapped":
         count = len(snapshot.host_tables.get(state.sequence, ()))
-        return [[name, (f"{view.glyphs.swapped} on CPU: {plural(count, 'block')}", "dim")]]
+        return [[*name, (f"{view.glyphs.swapped} on CPU: {plural(count, 'block')}", "dim")]]
     table = snapshot.tables.get(state.sequence, ())
-    numbered = len(table) <= 6
+    worded = width >= WORDY and most > 1
+    numbered = worded or len(table) <= 6
     entries = [_entry(view, state, index, block, numbered=numbered) for index, block in enumerate(table)]
+    if worded:
+        cells = (width - 2) // max(1, (width - 2) // WORD_CELLS)
+        entries = [_with_words(view, state, index, entry, cells) for index, entry in enumerate(entries)]
     was = _copied_from(view, state.sequence)
     if was is not None:
         entries.append([(f" was {was}", "strong")])
@@ -87,14 +98,24 @@ def _entry(view: View, state: SequenceState, index: int, block: int, *, numbered
     return line
 
 
+def _with_words(view: View, state: SequenceState, index: int, entry: Line, cells: int) -> Line:
+    """An entry with the end of what the block holds, filled up to so many cells."""
+    size = max(1, view.snapshot.stats.block_size)
+    tokens = state.token_ids[index * size : min((index + 1) * size, state.num_computed)]
+    text = clean_bytes(b"".join(view.token_bytes.get(token, b"") for token in tokens)).strip()
+    room = max(0, cells - width_of(entry) - 1)
+    words = tail(text, room)
+    return [*entry, (words + " " * (room - cell_len(words) + 1), "dim")]
+
+
 def _copied_from(view: View, sequence: int) -> int | None:
     events = view.delta.events if view.delta is not None else ()
     return next((event.block for event in events if event.kind == "copy" and event.sequence == sequence), None)
 
 
-def _wrap(name: Run, entries: list[Line], width: int, most: int) -> list[Line]:
+def _wrap(name: Line, entries: list[Line], width: int, most: int) -> list[Line]:
     """Entries on up to `most` lines; if they do not fit, the middle is left out, for the end is where things happen."""
-    lines: list[Line] = [[name]]
+    lines: list[Line] = [[*name]]
     for entry in entries:
         if width_of(lines[-1]) + width_of(entry) > width + 1:
             lines.append([("  ", "text")])
@@ -115,7 +136,7 @@ def _wrap(name: Run, entries: list[Line], width: int, most: int) -> list[Line]:
         if width_of(first) + width_of(entry) + width_of(last) > room + 1:
             break
         first = [*first, *entry]
-    return [[name, *first, *gap, *last]]
+    return [[*name, *first, *gap, *last]]
 
 
 def queue_lines(view: View, width: int) -> list[Line]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
-from minipaged.text.safe import clean_bytes
+from minipaged.text.safe import clean, clean_bytes
 from minipaged.trace.snapshot import SequenceState
 from minipaged.trace.words import plural
 from minipaged.tui.panes.pane import ListPane
@@ -26,7 +26,8 @@ class TextPane(ListPane):
         states = ordered(view)
         states = states[min(self.first, max(0, len(states) - 1)) :]
         if not states:
-            return [[("no text yet: a adds a prompt", "dim")]]
+            asked = [[("…│", "faint"), (fit(clean(text), width - 2), "dim")] for text in view.pending[: max(1, height)]]
+            return asked or [[("no text yet: a adds a prompt", "dim")]]
         states = states[: max(1, height)]
         each, more = divmod(max(1, height), len(states))
         lines: list[Line] = []

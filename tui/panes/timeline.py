@@ -1,4 +1,4 @@
-"""The timeline: occupancy over all steps, a tick an event, the caret, and a sentence for the step at the caret. Click or drag to seek."""
+"""The timeline: occupancy over all steps, a tick for each kind of event in a step, and the caret. Click or drag to seek."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from textual import events
 from textual.message import Message
 
 from minipaged.trace.events import MARKS
-from minipaged.trace.words import TICK_ORDER, TICKS, sentence, summary
+from minipaged.trace.words import TICK_ORDER, TICKS
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View
-from minipaged.tui.words.cells import fit
 
 _LEGEND = {  # in the order of a request's life
     "admit": "start",
@@ -35,16 +34,23 @@ _LEGEND = {  # in the order of a request's life
     "knob": "knob",
 }
 _BITS = [(MARKS[kind], TICKS[kind]) for kind in TICK_ORDER]
+WIDEST_STEP = 4  # columns of a step
+MORE = "…"  # in the place of a last tick: there were more than have room
 
 
 class Scale(NamedTuple):
-    """Which steps a column stands for: `columns` columns share `length` steps."""
+    """Which steps a column stands for: `columns` columns share `length` steps, or each step has several columns."""
 
     length: int
     columns: int
 
+    @property
+    def per_step(self) -> int:
+        """Columns of a step; 1 also where a column stands for several steps."""
+        return max(1, self.columns // max(1, self.length))
+
     def column_of(self, position: int) -> int:
-        """The column of the step that led to a position (1 the first)."""
+        """The first column of the step that led to a position (1 the first)."""
         return (max(1, position) - 1) * self.columns // max(1, self.length)
 
     def last_of(self, column: int) -> int:
@@ -52,18 +58,24 @@ class Scale(NamedTuple):
         return min(self.length, -(-(column + 1) * self.length // max(1, self.columns)))
 
     def starts(self) -> npt.NDArray[np.int64]:
-        """The first step (0 the first) of each column."""
-        return -(-np.arange(self.columns, dtype=np.int64) * self.length // max(1, self.columns))
+        """The first step (0 the first) of each column, or, where steps have several columns, of each step's first column."""
+        count = self.columns // self.per_step
+        return -(-np.arange(count, dtype=np.int64) * self.length // max(1, count))
 
 
 def scale(length: int, width: int, *, growing: bool) -> Scale:
-    """All steps in the width. A trace that grows has a power of two of steps a column, so that the picture keeps still for a while."""
+    """All steps in the width: few steps get two or more columns each, so that all their marks have room.
+
+    A trace that grows has a power of two of steps a column, or of columns a step, so that the picture keeps still for a while.
+    """
+    width = max(1, width)
     if length <= width:
-        return Scale(length, length)
+        per_step = min(WIDEST_STEP, width // max(1, length))
+        return Scale(length, length * (1 << per_step.bit_length() - 1 if growing and per_step else per_step))
     if not growing:
-        return Scale(length, max(1, width))
+        return Scale(length, width)
     per_column = 1
-    while -(-length // per_column) > max(1, width):
+    while -(-length // per_column) > width:
         per_column *= 2
     columns = -(-length // per_column)
     return Scale(columns * per_column, columns)
@@ -75,7 +87,7 @@ def scale_of(view: View, width: int) -> Scale:
 
 
 class Timeline(Pane):
-    """Occupancy in the lines that are left, ticks with the caret, a sentence."""
+    """Occupancy in the lines that are left, ticks with the caret."""
 
     class Sought(Message):
         """A place was clicked."""
@@ -85,8 +97,9 @@ class Timeline(Pane):
             self.position = position
 
     def lines(self, view: View, width: int, height: int) -> list[Line]:
-        """Occupancy, ticks and caret, sentence."""
-        return timeline_lines(view, width, max(0, height - 2))[: max(1, height)]
+        """One line: ticks and caret. Two: occupancy above. More: two or three lines of ticks."""
+        ticks = 1 if height < 3 else 2 if height < 6 else 3
+        return timeline_lines(view, width, max(0, height - ticks), ticks)[: max(1, height)]
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
         """Start to scrub."""
@@ -109,13 +122,15 @@ class Timeline(Pane):
         self.post_message(self.Sought(min(self.view.length, found.last_of(min(column, found.columns - 1)))))
 
 
-def timeline_lines(view: View, width: int, rows: int = 1) -> list[Line]:
-    """`rows` lines of occupancy (none on the lowest screens), the ticks, the sentence."""
+def timeline_lines(view: View, width: int, rows: int = 1, tick_rows: int = 1) -> list[Line]:
+    """`rows` lines of occupancy (none on the lowest screens), then the ticks; the caret stands in the last line."""
     found = scale_of(view, width)
     caret = found.column_of(view.position)
-    heights, ticks = _columns(view, found, rows)
-    lines: list[Line] = [[(row[: caret + 1], "hue1"), (row[caret + 1 :], "faint")] for row in heights]
-    return [*lines, _tick_line(view, ticks, caret, width), _sentence(view, width)]
+    here = caret + found.per_step
+    heights, ticks = _columns(view, found, rows, tick_rows)
+    lines: list[Line] = [[(row[:here], "gauge"), (row[here:], "faint")] for row in heights]
+    lines += [[(row[:here], "text"), (row[here:], "dim")] for row in ticks[:-1]]
+    return [*lines, _tick_line(view, ticks[-1], caret, width)]
 
 
 def full_height(view: View) -> int:
@@ -136,18 +151,11 @@ def timeline_title(view: View, width: int) -> str:
     return title
 
 
-def _sentence(view: View, width: int) -> Line:
-    """What the program says, else what the step did."""
-    if view.message:
-        return [(fit(view.message, width), "strong")]
-    return [(fit(summary(view) if view.word == "IDLE" else sentence(view), width), "text")]
-
-
-def _columns(view: View, found: Scale, rows: int) -> tuple[list[str], str]:
-    """Bars of `rows` lines, the top one first, and a tick a column."""
+def _columns(view: View, found: Scale, rows: int, tick_rows: int) -> tuple[list[str], list[str]]:
+    """Bars of `rows` lines, the top one first, and lines of ticks."""
     if not found.columns:
-        return [""] * rows, ""
-    starts = found.starts()
+        return [""] * rows, [""] * tick_rows
+    starts, wide = found.starts(), found.per_step
     occupied, marks = np.zeros(found.length, np.uint16), np.zeros(found.length, np.uint16)
     occupied[: view.length] = view.occupied[: view.length]
     marks[: view.length] = view.marks[: view.length]
@@ -157,13 +165,24 @@ def _columns(view: View, found: Scale, rows: int) -> tuple[list[str], str]:
     top = len(heat) - 1
     levels = np.where(most > 0, np.maximum(1, most.astype(np.int64) * top * rows // full_height(view)), 0)
     bars = [
-        "".join(heat[level] for level in np.clip(levels - row * top, 0, top).tolist()) for row in reversed(range(rows))
+        "".join(heat[level] * wide for level in np.clip(levels - row * top, 0, top).tolist())
+        for row in reversed(range(rows))
     ]
-    return bars, "".join(_tick(bit) for bit in bits.tolist())
+    return bars, _ticks(bits.tolist(), wide, tick_rows)
 
 
-def _tick(bits: int) -> str:
-    return next((tick for mask, tick in _BITS if bits & mask), " ") if bits else " "
+def _ticks(columns: list[int], wide: int, rows: int) -> list[str]:
+    """A tick for each kind of event, the most telling first: over a step's columns, then on the next line."""
+    lines = [[" "] * (wide * len(columns)) for _ in range(rows)]
+    for at, bits in enumerate(columns):
+        if not bits:
+            continue
+        found = [tick for mask, tick in _BITS if bits & mask]
+        if len(found) > wide * rows:
+            found[wide * rows - 1] = MORE
+        for place, tick in enumerate(found[: wide * rows]):
+            lines[place // wide][at * wide + place % wide] = tick
+    return ["".join(line) for line in lines]
 
 
 def _tick_line(view: View, ticks: str, caret: int, width: int) -> Line:

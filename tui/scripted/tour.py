@@ -22,17 +22,19 @@ class Tour(Script):
 
     pace = SLOWLY
     yields = True
+    word = "TOUR"
 
     def __init__(self) -> None:
         self.guide = Guide()
         self.stop_ends = math.inf  # when the last stop ends
+        self._now = 0.0
 
     def stop_at(self, delta: StepDelta, snapshot: Snapshot, now: float) -> str:
         """Stop where the guide has something to say."""
         words = self.guide.words(delta, snapshot)
         self.over = self.guide.over
         if words:
-            self.stop_ends = now + STOP_SECONDS
+            self._now, self.stop_ends = now, now + STOP_SECONDS
         return words
 
     def look_away(self, now: float) -> None:
@@ -41,6 +43,7 @@ class Tour(Script):
 
     def tick(self, playback: Playback, now: float) -> str | None:
         """Go on once the stop has been long enough."""
+        self._now = now
         return self.run(playback) if now >= self.stop_ends else None
 
     def run(self, playback: Playback) -> str:
@@ -52,4 +55,6 @@ class Tour(Script):
 
     def speed_words(self, mode: Mode) -> str:
         """The speed in words."""
-        return "goes on by itself" if mode is Mode.SCRIPTED else "slowly at first"
+        if mode is not Mode.SCRIPTED:
+            return "slowly at first"
+        return f"goes on in {max(1, math.ceil(self.stop_ends - self._now))} s"

@@ -18,6 +18,7 @@ PANES: dict[str, str] = {
     "inspector": "5 Inspector: one block from near: who owns it, its text, its past.",
     "waste": "6 Waste: slots that hold no token, here and in other systems on the same traffic.",
     "tree": "7 Tree: which sequence was forked from which.",
+    "trends": "8 Trends: who runs and waits, tokens a second, cache hits and waste, over the steps up to here.",
 }
 
 KEYS = """space     run, pause              ] [       one step on, one back
@@ -26,7 +27,7 @@ g G       start, newest           < >       slower, faster
 + - 0     zoom in, out, fit       arrows    move the cursor (or h j k l)
 enter     inspect the block       w         why: go to the cause
 f         dim all but one         z         one pane alone (escape: back)
-1 … 7     go to a pane            a         add a prompt
+1 … 8     go to a pane            a         add a prompt
 b         bookmark here           x         abort the request under the cursor
 t         a token's journey       c         compare with other systems
 e         settings, pool size     L         lessons
