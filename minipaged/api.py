@@ -46,15 +46,15 @@ class LLM:
     fp8, which take about half the memory of sixteen bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV
     pool, None to measure what fits; preemption: auto, recompute or swap (to `num_host_blocks` blocks of host memory); policy: fcfs, or
     priority, under which the smaller SamplingParams.priority is served first and running requests make way for a more urgent one that
-    waits; retention: which tokens stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the
-    model's context), None for what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or
-    FILE.py:CLASS, whose failures raise BlockManagerError; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0
-    on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile the kernels there at the start, so that no
-    request waits for one (those of packed weights, windows and several ranks are still compiled when they are first used);
-    tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU; pipeline_parallel: stages that the layers
-    are cut into, each of so many processes. This process starts the others, unless torchrun has started all of them: then each makes the
-    same LLM, and only rank 0 comes back from it
-    (execution/README.md). Raises InputError naming the value that does not work.
+    waits; retention: which tokens stay in memory, `all`, `window:W`, `h2o:HEAVY+RECENT` (heavy hitters) or `sinks:S+window:W`
+    (StreamingLLM: max_model_len may be beyond the model's context), None for what the model's own windows allow; block_manager: a class
+    of the user's in place of BlockManager, or FILE.py:CLASS, whose failures raise BlockManagerError; overlap: steps in flight beside
+    the one being committed, auto is 1 on a GPU and 0 on a CPU; graphs: replay decode steps as CUDA graphs where there is a GPU;
+    warm_up: compile the kernels there at the start, so that no request waits for one (those of packed weights, windows and several
+    ranks are still compiled when they are first used); tensor_parallel: processes that share the model, each on a GPU of its own, or
+    all on the CPU; pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others,
+    unless torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it (execution/README.md).
+    Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for

@@ -145,7 +145,7 @@ class Engine:
     def _fit_context(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
         """Answers end where the context does; those without a limit also where the pool does, so that they are not refused for its size."""
         most = self.scheduler.config.max_model_len
-        if params.max_tokens == NO_LIMIT and self.scheduler.running_set.retention.window is None:
+        if params.max_tokens == NO_LIMIT and self.scheduler.running_set.retention.keeps_all:
             size, width = self.scheduler.block_size, params.num_sequences
             usable, shared = self.scheduler.manager.usage().total - 1, num_prompt // size
             most = min(most, (shared + max(0, usable - shared) // width) * size)

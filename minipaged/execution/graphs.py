@@ -183,8 +183,10 @@ class GraphRunner(TorchRunner):
     def launch(self, plan: StepPlan) -> Pending:
         """Replay a graph where there is one for the step's shape; else as TorchRunner."""
         # Rows with a window may have left what they share behind.
-        groups = shared_groups(plan, self.kv.block_size) if self.kv.retention.window is None else []
+        groups = shared_groups(plan, self.kv.block_size) if self.kv.retention.keeps_all else []
         shape = shape_of(plan, shared=bool(groups))
+        if self.kv.marks:  # heavy hitters are chosen by torch, which reads lengths on the host
+            return super().launch(plan)
         # A recomputed group may hold more than its policy's width until it has forked again.
         if shape is None or plan.tables.shape[1] > self._width:
             return super().launch(plan)

@@ -105,7 +105,7 @@ class Scheduler:
         # 2) What it drew: sequences gain a token, fork or end.
         outputs = commit_draws(running_set, plan, ids, tokens, self.text_stops)
         # 3) Blocks that the retention policy no longer keeps go back.
-        if running_set.retention.window is not None:
+        if not running_set.retention.keeps_all:
             running_set.release_spare()
         # 4) Requests that ended since the last commit are reported with it.
         if self._ended:
@@ -207,7 +207,7 @@ class Scheduler:
             if step.swap_outs:  # the blocks of whoever left are handed out from the next step on: nobody else need go
                 take[np.isin(slots, [s.slot for s in sequence.request.alive])] = 0
                 return
-            victim = self._choose_victim()
+            victim = self._choose_victim(step)
             if victim is None:
                 take[i] = 0  # all wait for a step in flight
                 return
@@ -216,10 +216,10 @@ class Scheduler:
             if victim is sequence.request:
                 return
 
-    def _choose_victim(self) -> Request | None:
-        """The last of the running requests that is not waiting for the result of a step in flight."""
-        awaiting = self.batch.awaiting_result
-        return next((r for r in reversed(self.running) if not awaiting[r.alive[0].slot]), None)
+    def _choose_victim(self, step: StepBuilder) -> Request | None:
+        """The last of the running requests that may leave and is not waiting for the result of a step in flight."""
+        awaiting, can_leave = self.batch.awaiting_result, self.running_set.can_leave
+        return next((r for r in reversed(self.running) if not awaiting[r.alive[0].slot] and can_leave(r, step)), None)
 
     def _preempt(self, step: StepBuilder, request: Request) -> None:
         """Send a running request away, and take what it was given out of the step."""
@@ -243,11 +243,15 @@ class Scheduler:
         ]
         if not victims or self._can_start(step, first) or not self._would_help(first, victims):
             return
+        if not self.running_set.can_stay(first):
+            return
         while victims and not self._can_start(step, first):
             # Blocks that are swapped out are handed out from the next step on (law L52): they count, though nobody can have them yet.
             if step.swap_outs and self._will_start(step, first):
                 return
-            self._preempt(step, victims.pop())
+            victim = victims.pop()
+            if self.running_set.can_leave(victim, step):
+                self._preempt(step, victim)
 
     def _can_start(self, step: StepBuilder, request: Request) -> bool:
         """Whether a waiting request would find slots, budget and blocks now."""
@@ -288,7 +292,10 @@ class Scheduler:
             if swapped is None and waiting is None:
                 return
             swapped_first = swapped is not None and (
-                waiting is None or self.config.policy == "fcfs" or self.rank(swapped) < self.rank(waiting)
+                waiting is None
+                or self.config.policy == "fcfs"
+                or self.rank(swapped) < self.rank(waiting)
+                or not self.running_set.can_stay(waiting)
             )
             if swapped_first and swapped is not None:
                 if not self._resume(step, swapped):
@@ -328,7 +335,7 @@ class Scheduler:
             return False
         first, params, manager = request.alive[0], request.params, self.manager
         found, end, hit = self._first_tokens(step, request)
-        if manager.can_admit(end, hit=hit) is not Admission.OK:
+        if manager.can_admit(end, hit=hit) is not Admission.OK or not self.running_set.can_stay(request):
             return False
         if request.to_fork:
             end = found  # some may be forked at once: blocks for more are reserved after that
