@@ -6,7 +6,8 @@ attends first, over everything that its slots hold; then `keep_heaviest` adds th
 than it may keep, those with the lowest scores go, except for the newest. What stays moves into the slots of what went, so that it fills the
 first slots of the sequence's blocks. Keys stay rotated for their true positions.
 
-The paper keeps a set for each head of each layer; here heads that share keys and values share the set. All of it is torch.
+The paper keeps a set for each head of each layer; here heads that share keys and values share the set. Steps of decodes alone
+have Triton kernels on a GPU (heavy_hitters_triton.py); prompts, and what is decoded beside them, take the torch form everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from minipaged.kernels.attention.decode import GATHER_BYTES, row_batches
 from minipaged.kernels.cache.quantize import Scales, dequantize, movable
 from minipaged.kernels.checks import check_integers, shape_of
+from minipaged.kernels.dispatch import use_triton
 
 QUERY_TILE = 128  # of a chunk, at a time: their probabilities for all keys are held in memory
 
@@ -63,7 +65,8 @@ def keep_heaviest(
     query, key_cache, value_cache, block_tables [B, width], context_lens, scale, scales: as paged_decode and paged_prefill have just
     had them. query_starts: int32 [B + 1], of chunks; None: each row is one query. positions: int32 [T], of the queries in their
     sequences; the tokens that these belong to are the last ones of their rows, and get their position and their first score here.
-    drawn_from: bool [B], whether a row's tokens may go; None: all rows' may. A row of length 0 is padding.
+    drawn_from: bool [B], whether a row's tokens may go; None: all rows' may, and no row of one query sees more than heavy + recent tokens.
+    A row of length 0 is padding.
 
     What stays of a row is in its first budget.most slots afterwards: those with the highest scores, and the last budget.recent - 1. At
     equal scores the oldest goes. Reads sum(context_lens) * kv_heads * head_dim elements of keys, and 8 bytes of marks for each head_dim of
@@ -75,6 +78,15 @@ def keep_heaviest(
         if drawn_from is not None and drawn_from.shape != context_lens.shape:
             raise ValueError(f"drawn_from has shape {shape_of(drawn_from)}; it must be {shape_of(context_lens)}")
     if query_starts is None:
+        # Torch reads lengths on the host, so it has no place in a captured step: there all rows draw, and let go of one token at most.
+        if drawn_from is None and use_triton(query):
+            from minipaged.kernels.attention.heavy_hitters_triton import keep_heaviest_triton
+
+            keep_heaviest_triton(
+                *(query, key_cache, value_cache, marks, block_tables, context_lens, positions, budget, scale),
+                scales=scales,
+            )
+            return
         keep_heaviest_torch(
             *(query, key_cache, value_cache, marks, block_tables, context_lens, positions, drawn_from, budget, scale),
             scales=scales,

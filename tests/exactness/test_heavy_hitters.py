@@ -88,7 +88,7 @@ def tight_pool(retention: Retention, asked: list[tuple[list[int], SamplingParams
     )
 
 
-@examples(12)
+@examples(9)
 @given(
     retention=st.builds(Retention, heavy=st.integers(1, 9), recent=st.integers(1, 9)),
     asked=workloads(),
@@ -111,7 +111,7 @@ def test_L59_L72_heavy_hitters_are_the_simulation(
 def test_L72_swapped_sequences_keep_their_scores() -> None:
     """In a pool that holds one of four, all are swapped out and in again and keep what they would have kept."""
     retention = Retention(heavy=6, recent=4)
-    asked = [([n, *(i * n % 50 for i in range(9 + n))], replace(KINDS["greedy"], max_tokens=30)) for n in (1, 2, 3, 5)]
+    asked = [([n, *(i * n % 50 for i in range(9 + n))], replace(KINDS["greedy"], max_tokens=22)) for n in (1, 2, 3, 5)]
     for policy in ("fcfs", "priority"):
         limits = {"num_host_blocks": 60, "preemption": "recompute", "policy": policy}
         engine, runner = engine_of(MODEL, retention, num_blocks=13, block_size=2, max_num_batched_tokens=6, **limits)
@@ -122,7 +122,7 @@ def test_L72_swapped_sequences_keep_their_scores() -> None:
         assert counters.swaps == counters.preemptions > 0
         compared = assert_as_simulated(runner, retention)
         assert compared.left_out == 0
-        assert compared.evicted > 500
+        assert compared.evicted > 300
 
 
 def test_without_a_host_pool_nobody_is_sent_away() -> None:
@@ -142,13 +142,13 @@ def test_L59_a_sequence_holds_its_budget_in_fixed_blocks() -> None:
     """Once its prompt is computed its table never changes, and holds heavy + recent slots."""
     retention = Retention(heavy=8, recent=8)
     engine, _ = engine_of(MODEL, retention, num_blocks=14, block_size=4)
-    output, tables = engine.ask([i % 60 for i in range(50)], replace(KINDS["greedy"], max_tokens=150)), set()
+    output, tables = engine.ask([i % 60 for i in range(50)], replace(KINDS["greedy"], max_tokens=60)), set()
     while engine.has_work:
         engine.step()
         for sequence in engine.scheduler.sequences.values():
             if sequence.num_output:
                 tables.add(engine.scheduler.manager.table(sequence.seq_id))
-    assert len(output.outputs[0].token_ids) == 150
+    assert len(output.outputs[0].token_ids) == 60
     assert [len(table) for table in tables] == [4]
     # A prompt that the pool cannot hold, though it holds the budget, is refused with the reason.
     refused = engine.ask(list(range(60)), KINDS["greedy"])
