@@ -24,9 +24,10 @@ from minipaged.config import (
 )
 from minipaged.engine import Engine
 from minipaged.errors import RequestError
-from minipaged.memory.own_manager import find_class
 from minipaged.memory.retention import Retention
+from minipaged.page.recording import Recording
 from minipaged.scheduling.request import RequestOutput
+from minipaged.trace.file import header_of
 
 # Text, token ids, or a mapping: {"prompt": text}, or {"prompt_token_ids": [...]} with the text beside it or not.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -53,8 +54,9 @@ class LLM:
     warm_up: compile the kernels there at the start, so that no request waits for one (those of packed weights, windows and several
     ranks are still compiled when they are first used); tensor_parallel: processes that share the model, each on a GPU of its own, or
     all on the CPU; pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others,
-    unless torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it (execution/README.md).
-    Raises InputError naming the value that does not work.
+    unless torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it
+    (execution/README.md); trace: record every step from the start, for the attribute `trace`. Raises InputError naming
+    the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for
@@ -88,13 +90,16 @@ class LLM:
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         progress: Callable[[str, int, int], None] | None = None,
+        trace: bool = False,
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
         tensor_parallel_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         arguments = {
-            name: value for name, value in locals().items() if name not in ("self", "progress", "block_manager")
+            name: value
+            for name, value in locals().items()
+            if name not in ("self", "progress", "block_manager", "trace")
         }
         check_choice("dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
         check_choice("weights", weights, WEIGHTS)
@@ -107,6 +112,7 @@ class LLM:
         check_real("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0, open_low=True)
         check_bool("enforce_eager", enforce_eager)
         check_bool("warm_up", warm_up)
+        check_bool("trace", trace)
         ranks = check_int("tensor_parallel", tensor_parallel, 1, MOST_RANKS)
         if tensor_parallel_size is not None:
             ranks = check_int("tensor_parallel_size", tensor_parallel_size, ranks, MOST_RANKS)
@@ -114,7 +120,11 @@ class LLM:
             warnings.warn("trust_remote_code is ignored: no code of a model is ever run", stacklevel=2)
         if retention is not None:
             Retention.parse(retention)
-        manager_class = None if block_manager is None else find_class(block_manager)
+        manager_class = None
+        if block_manager is not None:
+            from minipaged.memory.own_manager import find_class
+
+            manager_class = find_class(block_manager)
         # every number is checked before the model is fetched
         cache = CacheConfig(
             block_size, num_blocks or 2, num_host_blocks, enable_prefix_caching, watermark, kv_cache_dtype, retention
@@ -151,6 +161,21 @@ class LLM:
         self.engine: Engine = self._parts.engine
         self.tokenizer = self._parts.tokenizer
         self.model_config = self._parts.model_config
+        self._recording: Recording | None = None
+        if trace:
+            self._begin_recording()
+
+    @property
+    def trace(self) -> Recording:
+        """What was done, step by step: a notebook shows it as a page that plays, `save(path)` writes it to a file.
+
+        Recorded from the start with LLM(..., trace=True), else from when this is first read: what was done before is not in it.
+        """
+        return self._begin_recording() if self._recording is None else self._recording
+
+    def _begin_recording(self) -> Recording:
+        self._recording = Recording(self.engine.trace.subscribe, partial(header_of, self.engine))
+        return self._recording
 
     def close(self) -> None:
         """End the other ranks, where there are any; they end with this process at the latest. Nothing can be generated afterwards."""

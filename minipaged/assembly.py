@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,6 @@ from minipaged.execution.paged_kv import PagedKV
 from minipaged.kernels.dispatch import use_triton
 from minipaged.kernels.launch_table import gpu_of
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.own_manager import own_manager
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import ROOM_SHARE, choose_device, choose_dtype, free_bytes
@@ -31,7 +30,7 @@ from minipaged.scheduling.scheduler import Scheduler
 if TYPE_CHECKING:
     from minipaged.execution.collectives import Pipe
     from minipaged.execution.compile_ahead import CompileAhead, Compiled
-    from minipaged.execution.workers import Ranks
+    from minipaged.execution.ranks import Ranks
 
 CPU_POOL_BYTES = 512 * 2**20  # of a machine without a GPU: room for a few hundred blocks, which a screen can show
 FLOAT8_CAPABILITY = (8, 9)  # below it Triton has no conversion to float8
@@ -154,7 +153,7 @@ def assemble(
     kind = str(precision).removeprefix("torch.")
     ranks = None
     if tensor_parallel * pipeline_parallel > 1:
-        from minipaged.execution.workers import start_ranks
+        from minipaged.execution.ranks import start_ranks
 
         ranks = start_ranks(tensor_parallel * pipeline_parallel, chosen, arguments or {}, stages=pipeline_parallel)
         chosen = ranks.device
@@ -260,7 +259,11 @@ def assemble_engine(
     manager_class: type | None = None,
 ) -> Engine:
     """An engine over a runner that has its KV pool. manager_class: the user's, in place of BlockManager."""
-    make = BlockManager if manager_class is None else partial(own_manager, manager_class)
+    make: Callable[..., BlockManager] = BlockManager
+    if manager_class is not None:
+        from minipaged.memory.own_manager import own_manager
+
+        make = partial(own_manager, manager_class)
     retention = retention_of(loaded.config, cache)
     manager = make(
         cache.num_blocks,

@@ -12,17 +12,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
+from typing import TYPE_CHECKING
 
 from minipaged.config import NO_LIMIT, SamplingParams, plain_value
 from minipaged.config import describe as settings_of
 from minipaged.errors import InputError, RequestError
 from minipaged.scheduling.plan import Pending, Runner, StepPlan
 from minipaged.scheduling.request import Request, RequestOutput
-from minipaged.scheduling.runtime_settings import change_of
 from minipaged.scheduling.scheduler import Scheduler
 from minipaged.text.detokenizer import Detokenizer, TextCodec
-from minipaged.text.grammar import Grammars
-from minipaged.trace.builder import TraceBuilder
+
+if TYPE_CHECKING:
+    from minipaged.text.grammar import Grammars
+    from minipaged.trace.builder import TraceBuilder
 
 
 class Engine:
@@ -56,7 +58,8 @@ class Engine:
         self.about = dict(about or {})
         self.depth = scheduler.config.depth
         self.detokenizer = scheduler.text_stops = Detokenizer(codec) if codec is not None else None
-        self.trace = TraceBuilder(scheduler, codec, clock)
+        self._clock = clock
+        self._trace: TraceBuilder | None = None
         self._grammar: Grammars | None = None
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
@@ -156,6 +159,8 @@ class Engine:
 
     def _grammars(self) -> Grammars:
         """Made when the first request wants one: it reads the whole vocabulary."""
+        from minipaged.text.grammar import Grammars
+
         if self.codec is None:
             raise RequestError("answers that follow a schema need a tokenizer, and this engine has none")
         if self._grammar is None:
@@ -180,11 +185,23 @@ class Engine:
 
     def knob(self, name: str, value: object) -> str:
         """Change a setting before the next step, and say what it is then. InputError, before anything is changed, if that cannot be."""
+        from minipaged.scheduling.runtime_settings import change_of
+
         change = change_of(name, value)
         self.scheduler.check_setting(change)
         self._inbox.append(lambda: self.scheduler.apply(change))
         self._inbox.append(lambda: self.trace.note_change(change))
         return change.words
+
+    @property
+    def trace(self) -> TraceBuilder:
+        """What each step changed, for those who subscribe. Made when it is first asked for: most runs are watched by nobody."""
+        with self._turns:
+            if self._trace is None:
+                from minipaged.trace.builder import TraceBuilder
+
+                self._trace = TraceBuilder(self.scheduler, self.codec, self._clock)
+            return self._trace
 
     def describe(self) -> dict[str, object]:
         """What a trace's header says: `model`, `seed`, and under `engine` the settings."""
@@ -314,7 +331,8 @@ class Engine:
     # ---- the step itself
 
     def _step(self) -> list[RequestOutput]:
-        self.trace.begin()
+        if self._trace is not None:
+            self._trace.begin()
         self._read_inbox()
         plan = self.scheduler.schedule()
         if plan is not None:
@@ -327,8 +345,15 @@ class Engine:
             outputs = self.scheduler.take_ended()
             if not outputs and self.scheduler.requests and not self.scheduler.made_way:
                 raise RuntimeError("no request can go on: the scheduler is stuck")
-        self.trace.publish(plan, outputs)
+        self._emit(plan, outputs)
         return outputs
+
+    def _emit(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
+        """The trace takes a step's events; where there is none, they are dropped."""
+        if self._trace is not None:
+            self._trace.emit(plan, outputs)
+        else:
+            self.scheduler.take_events()
 
     def _give_up(self) -> None:
         """After a step that was cut short nobody knows which keys and values were written: nothing goes on from them."""
@@ -338,10 +363,11 @@ class Engine:
     def _drain(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         while self._in_flight:
-            self.trace.begin()
+            if self._trace is not None:
+                self._trace.begin()
             plan, pending = self._in_flight.popleft()
             changed = self.scheduler.commit(plan, pending.tokens())
-            self.trace.publish(None, changed)
+            self._emit(None, changed)
             outputs.extend(changed)
         return outputs
 

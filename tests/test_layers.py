@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"kernels": "minipaged.kernels", "tui": "minipaged.tui", "minipaged": "minipaged"}
 TOP = {  # modules that stand beside the parts, and the part that they count as
-    "config": "config", "errors": "config", "engine": "engine", "assembly": "engine", "api": "engine", "worker": "engine", "laws": "cli",
-    "__init__": "engine", "__main__": "cli",
+    "config": "config", "errors": "config", "engine": "engine", "assembly": "engine", "api": "engine",
+    "rank_process": "engine", "laws": "cli", "__init__": "engine", "__main__": "cli",
 }  # fmt: skip
 
 # A part may import itself, and the parts named in its line. Lines stand in order: each names only parts above itself.
@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "text": "config",
     "execution": "scheduling memory model kernels config",
     "trace": "scheduling memory text config",
-    "engine": "scheduling execution text trace memory model kernels config",
+    "page": "trace text config",
+    "engine": "scheduling execution page text trace memory model kernels config",
     "baselines": "engine scheduling trace memory config",
-    "serving": "engine scheduling trace text config",
+    "serving": "engine scheduling page trace text config",
     "learn": "engine serving trace memory config",
     "lab": "baselines serving engine execution scheduling trace memory model text kernels config",
     "tui": "baselines serving engine scheduling trace memory model text config",
-    "cli": "tui lab learn baselines serving engine scheduling trace memory model text kernels config",
+    "cli": "page tui lab learn baselines serving engine scheduling trace memory model text kernels config",
 }
 # The rooms of the lab, in the same form. `formats` is one module beside them: how numbers are written.
 ROOMS_OF_LAB = {

@@ -9,6 +9,8 @@ import pytest
 import typer
 
 from minipaged.cli.main import app
+from minipaged.execution.paged_kv import PagedKV
+from minipaged.tui.app import ScreenApp
 from tests.names_in_text import FILE, ROOT, wrong_names
 from tests.test_layers import MAY_IMPORT
 
@@ -17,6 +19,7 @@ REQUESTS_WAY = (ROOT / "minipaged/README.md").read_text(encoding="utf-8")
 SERVING = (ROOT / "minipaged/serving/README.md").read_text(encoding="utf-8")
 KERNELS = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
 ITEMS = re.split(r"\n(?=\d+\. | *- |\|)|\n\n", REQUESTS_WAY)  # a step, a point of a list, a row or a paragraph each
+PLACES = re.findall(r"^\| (.*\?) \| (.*) \|$", REQUESTS_WAY, flags=re.MULTILINE)  # (question, answer) of "Where is …?"
 STEPS = re.findall(r"^\d+\. \*\*.*?(?=^\d+\. |^## )", REQUESTS_WAY, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.partition("#")[0].strip()
@@ -36,6 +39,26 @@ def test_each_step_of_a_requests_way_names_a_file_and_what_it_does_there() -> No
     assert len(STEPS) > 10
     for step in STEPS:
         assert re.search(rf"`{FILE}`\s+`[\w.]+`", step), step
+
+
+@pytest.mark.parametrize(("question", "answer"), PLACES)
+def test_each_question_is_answered_by_a_file_and_what_to_look_for_there(question: str, answer: str) -> None:
+    assert re.search(rf"^`{FILE}`\s+`[\w.]+`", answer), question
+    assert wrong_names(answer) == []
+
+
+def test_the_questions_are_those_that_one_asks() -> None:
+    asked = " ".join(question for question, _ in PLACES)
+    words = "last reference, stop string, key and value written, scales, screen, model family, preempted, replayed, law, Orca"
+    assert [word for word in words.split(", ") if word not in asked] == []
+
+
+@pytest.mark.parametrize("owner", [PagedKV, ScreenApp])
+def test_what_the_table_sends_a_reader_to_names_only_what_exists(owner: type) -> None:
+    text = owner.__doc__ or ""
+    assert len(re.findall(rf"`{FILE}`", text)) > 4
+    spoken = re.sub(r"(?<!\.py` )`(\w+)`", lambda m: m[0] if not hasattr(owner, m[1]) else "", text)
+    assert wrong_names(spoken) == []
 
 
 def test_the_servers_readme_names_only_what_exists() -> None:

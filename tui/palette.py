@@ -2,7 +2,7 @@
 away.
 
 Seven hues of Okabe and Ito (Color Universal Design, 2008), which differ in the three simulated colour-blindnesses. Past seven sequences
-hues repeat (view.other_hues keeps living siblings apart), and the letters tell sequences apart.
+hues repeat (words.other_hues keeps living siblings apart), and the letters tell sequences apart.
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ HUES_LIGHT = (
     "#A34800",
     "#8F3F6C",
 )
-NUM_HUES = len(HUES_DARK)
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"
-
-
-def letter(label: int) -> str:
-    """The letter of a sequence's label; past the alphabet letters repeat."""
-    return LETTERS[label % len(LETTERS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +62,7 @@ def style(name: str, mode: Mode) -> Style:
 def _hue(number: int, mode: Mode) -> Style:
     if mode == "plain":
         return Style()
-    return Style(color=(HUES_DARK if mode == "dark" else HUES_LIGHT)[number % NUM_HUES])
+    return Style(color=(HUES_DARK if mode == "dark" else HUES_LIGHT)[number % len(HUES_DARK)])
 
 
 _DARK = {

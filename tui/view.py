@@ -21,8 +21,9 @@ from minipaged.text.safe import clean
 from minipaged.trace.events import ShadowDelta, StepDelta
 from minipaged.trace.file import Header
 from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.words import NUM_HUES, letter, other_hues
 from minipaged.tui import palette
-from minipaged.tui.palette import NUM_HUES, UNICODE, Glyphs, Mode, letter
+from minipaged.tui.palette import UNICODE, Glyphs, Mode
 from minipaged.tui.words.cells import to_ascii
 
 if TYPE_CHECKING:
@@ -108,26 +109,6 @@ class View:
     def at_edge(self) -> bool:
         """Whether this is the newest moment."""
         return self.position >= self.length
-
-
-def other_hues(snapshot: Snapshot) -> dict[int, int]:
-    """Sequence -> hue, where the hue of its label is that of a living sibling: the next one that none in its request has.
-
-    So no two living answers to one prompt look alike, up to seven; past seven hues repeat, and the letters tell them apart.
-    """
-    alive = [state for state in snapshot.sequences.values() if state.alive]
-    if len({(state.request, state.label % NUM_HUES) for state in alive}) == len(alive):
-        return {}  # as almost always
-    taken: dict[int, set[int]] = {}
-    others: dict[int, int] = {}
-    for state in sorted(alive, key=lambda state: state.label):
-        siblings = taken.setdefault(state.request, set())
-        hue = state.label % NUM_HUES
-        if hue in siblings and len(siblings) < NUM_HUES:
-            hue = next(other % NUM_HUES for other in range(hue + 1, hue + NUM_HUES) if other % NUM_HUES not in siblings)
-            others[state.sequence] = hue
-        siblings.add(hue)
-    return others
 
 
 @lru_cache(maxsize=4096)

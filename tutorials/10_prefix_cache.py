@@ -26,7 +26,7 @@
 #
 # And when a request ends? Its blocks become free **and stay findable**. Free memory is no use to anybody, so
 # it may as well remember. Only when a block is needed for something else is its content forgotten: that is
-# eviction. The victim is the block that has been free for longest, the least recently used.
+# eviction. What goes is the block that has been free for longest, the least recently used.
 #
 # ## The pain
 #

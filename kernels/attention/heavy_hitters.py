@@ -55,14 +55,14 @@ def keep_heaviest(
     positions: Tensor,
     drawn_from: Tensor | None,
     budget: Budget,
-    scale: float,
+    softmax_scale: float,
     *,
     scales: Scales | None = None,
     check: bool = True,
 ) -> None:
     """Add the attention of the step's queries to the scores of what they saw; where a row is drawn from, drop what is beyond the budget.
 
-    query, key_cache, value_cache, block_tables [B, width], context_lens, scale, scales: as paged_decode and paged_prefill have just
+    query, key_cache, value_cache, block_tables [B, width], context_lens, softmax_scale, scales: as paged_decode and paged_prefill have just
     had them. query_starts: int32 [B + 1], of chunks; None: each row is one query. positions: int32 [T], of the queries in their
     sequences; the tokens that these belong to are the last ones of their rows, and get their position and their first score here.
     drawn_from: bool [B], whether a row's tokens may go; None: all rows' may, and no row of one query sees more than heavy + recent tokens.
@@ -83,12 +83,23 @@ def keep_heaviest(
             from minipaged.kernels.attention.heavy_hitters_triton import keep_heaviest_triton
 
             keep_heaviest_triton(
-                *(query, key_cache, value_cache, marks, block_tables, context_lens, positions, budget, scale),
+                *(query, key_cache, value_cache, marks, block_tables, context_lens, positions, budget, softmax_scale),
                 scales=scales,
             )
             return
         keep_heaviest_torch(
-            *(query, key_cache, value_cache, marks, block_tables, context_lens, positions, drawn_from, budget, scale),
+            *(
+                query,
+                key_cache,
+                value_cache,
+                marks,
+                block_tables,
+                context_lens,
+                positions,
+                drawn_from,
+                budget,
+                softmax_scale,
+            ),
             scales=scales,
         )
         return
@@ -102,7 +113,7 @@ def keep_heaviest(
         key = keys_of(key_cache, scales, slots, query.dtype)[0]
         given = key.new_zeros(key.shape[1::-1], dtype=torch.promote_types(key.dtype, torch.float32))
         for at in range(start, end, QUERY_TILE):
-            given += attention_given(query[at : min(at + QUERY_TILE, end)], key, length - end + at, scale)
+            given += attention_given(query[at : min(at + QUERY_TILE, end)], key, length - end + at, softmax_scale)
         add_scores(marks, slots, given[None], context_lens[row : row + 1], positions[start:end][None])
         if drawn_from is None or bool(drawn_from[row]):
             compact(key_cache, value_cache, scales, marks, slots, context_lens[row : row + 1], budget)
@@ -133,7 +144,7 @@ def keep_heaviest_torch(
     positions: Tensor,
     drawn_from: Tensor | None,
     budget: Budget,
-    scale: float,
+    softmax_scale: float,
     *,
     scales: Scales | None = None,
 ) -> None:
@@ -147,7 +158,7 @@ def keep_heaviest_torch(
         key = keys_of(key_cache, scales, slots, query.dtype)
         seen = torch.arange(slots.shape[-1], device=query.device) < length[:, None]
         key = key.masked_fill(~seen[:, :, None, None], 0)  # what nobody wrote may be NaN
-        given = probabilities(query.index_select(0, rows)[:, None], key, seen[:, None, None, None], scale).sum(
+        given = probabilities(query.index_select(0, rows)[:, None], key, seen[:, None, None, None], softmax_scale).sum(
             dim=(2, 3)
         )
         add_scores(marks, slots, given, length, positions.index_select(0, rows)[:, None])
@@ -180,24 +191,24 @@ def keys_of(key_cache: Tensor, scales: Scales | None, slots: Tensor, dtype: torc
     return found.transpose(1, 2)
 
 
-def probabilities(query: Tensor, key: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Softmax of scale * query . key over the keys that are seen, [rows, kv_heads, group, queries, keys], in float32 at least.
+def probabilities(query: Tensor, key: Tensor, seen: Tensor, softmax_scale: float) -> Tensor:
+    """Softmax of softmax_scale * query . key over the keys that are seen, [rows, kv_heads, group, queries, keys], in float32 at least.
 
     query: [rows, queries, heads, head_dim]; key: [rows, keys, kv_heads, head_dim]; seen: bool, broadcast to the result.
     """
     rows, queries, heads, head_dim = query.shape
     wide, kv_heads = torch.promote_types(query.dtype, torch.float32), key.shape[2]
     grouped = query.view(rows, queries, kv_heads, heads // kv_heads, head_dim).to(wide)
-    scores = torch.einsum("rqhgd,rkhd->rhgqk", grouped, key.to(wide)) * scale
+    scores = torch.einsum("rqhgd,rkhd->rhgqk", grouped, key.to(wide)) * softmax_scale
     return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
 
 
-def attention_given(query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
+def attention_given(query: Tensor, key: Tensor, first: int, softmax_scale: float) -> Tensor:
     """What the queries [queries, heads, head_dim] of places from `first` on give to each key [keys, kv_heads, head_dim] up to their own:
     [kv_heads, keys]."""
     at = torch.arange(key.shape[0], device=key.device)
     seen = at <= torch.arange(first, first + query.shape[0], device=key.device)[:, None]
-    return probabilities(query[None], key[None], seen, scale).sum(dim=(0, 2, 3))
+    return probabilities(query[None], key[None], seen, softmax_scale).sum(dim=(0, 2, 3))
 
 
 def add_scores(marks: Marks, slots: Tensor, given: Tensor, lengths: Tensor, positions: Tensor) -> None:

@@ -183,7 +183,7 @@ def keep_heaviest_triton(
     context_lens: torch.Tensor,
     positions: torch.Tensor,
     budget: tuple[int, int],  # heavy_hitters.Budget
-    scale: float,
+    softmax_scale: float,
     *,
     scales: Scales | None = None,
 ) -> None:
@@ -215,7 +215,7 @@ def keep_heaviest_triton(
         key_scale,
         block_tables,
         context_lens,
-        scale,
+        softmax_scale,
         width,
         query.stride(0),
         query.stride(1),

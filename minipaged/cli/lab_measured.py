@@ -29,7 +29,7 @@ def compare_on_device(
 ) -> None:
     """`lab compare --device`: peers first, while the device is empty, then every system in every pool."""
     from minipaged.cli.progress import status_line
-    from minipaged.lab.measure.device_run import DeviceResult, draws_for, run_systems
+    from minipaged.lab.measure.device_run import DeviceResult, requests_for, run_systems
     from minipaged.lab.measure.results import Results
     from minipaged.lab.measure.transformers_peer import PEERS, run_peer
     from minipaged.lab.report.device_report import device_dict, print_device
@@ -40,7 +40,7 @@ def compare_on_device(
     beside = [name.strip() for name in peers.split(",") if name.strip()]
     for peer in beside:
         check_choice("beside", peer, PEERS)
-    draws = draws_for(trace, model, count=requests, seed=seed)
+    asked = requests_for(trace, model, count=requests, seed=seed)
     kept = Results(json_file)
     found: list[DeviceResult] = []
 
@@ -52,12 +52,12 @@ def compare_on_device(
         for peer in beside:  # first, while the device is empty: each is a process of its own
             progress(f"transformers {peer}", 0, 1)
             largest = None if None in sizes else max(size for size in sizes if size is not None)
-            done(run_peer(peer, model, draws, device=device, pool=largest, seconds=limit))
+            done(run_peer(peer, model, asked, device=device, pool=largest, seconds=limit))
         run_systems(
-            names, draws,
+            names, asked,
             model=model, device=device, block_size=block_size, pools=sizes, seconds=limit, progress=progress, done=done,
         )  # fmt: skip
-    title = f"{trace} on {'this device' if device == 'auto' else device}, {len(draws)} requests, {model}"
+    title = f"{trace} on {'this device' if device == 'auto' else device}, {len(asked)} requests, {model}"
     print_device(title, found)
 
 

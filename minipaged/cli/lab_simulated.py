@@ -125,7 +125,7 @@ def compare(
 
     With --device the systems run for real, and all requests wait from the start. --model is then a zoo name or
     random:SHAPE, and the pool is what the device holds unless --slots says less. --trace sharegpt, nano or bN is the
-    fixed draw of `minipaged bench engine`. --gpu, --tp and --rate belong to the simulation and are not used.
+    fixed requests of `minipaged bench engine`. --gpu, --tp and --rate belong to the simulation and are not used.
     """
     if device is not None:
         if html is not None or rates:

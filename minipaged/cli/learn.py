@@ -163,6 +163,18 @@ def show(
 
 
 @app.command()
+def notebooks(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder for them.")],
+    solved: Annotated[bool, typer.Option("--solved", help="With the answers in their places.")] = False,
+) -> None:
+    """Write the lessons as Jupyter notebooks."""
+    from minipaged.learn.notebooks import write_notebooks
+
+    written = write_notebooks(folder, solved=solved)
+    console.print(f"{len(written)} notebooks written to {escape(str(folder))}: open {written[0].name} first.")
+
+
+@app.command()
 def reset(
     number: Number,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Reset it without asking.")] = False,

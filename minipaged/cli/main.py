@@ -311,6 +311,27 @@ def tui(
 
 
 @app.command()
+def show(
+    trace: Annotated[Path, typer.Argument(metavar="FILE", help="A recorded run, such as tui --record writes.")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write it as a page that plays in a browser, without a network.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --html: replace a file that is there.")] = False,
+) -> None:
+    """Show a recorded run: on the screen, or with --html as one page for a browser."""
+    if html is not None:
+        from minipaged.cli.page import write_page
+
+        typer.echo(printable(write_page(trace, html, force=force)))
+        return
+    from minipaged.cli.show import refuse
+    from minipaged.cli.show import show as run
+
+    refuse({"--force": force}, "without --html there is no use for")
+    raise typer.Exit(run(DEFAULT_MODEL, replay=trace))
+
+
+@app.command()
 def laws(tests: Annotated[Path, typer.Option(help="The tests folder to search.")] = Path("tests")) -> None:
     """List the laws of a paged engine, and the tests of each."""
     from minipaged.cli.laws import show_laws

@@ -89,7 +89,7 @@ def serve_with_screen(host: str, port: int, key: str) -> int:
                 time.sleep(0.2)
                 with contextlib.suppress(InputError):
                     source = attach(url, key)
-        from minipaged.tui.app import run_screen
+        from minipaged.tui.run import run_screen
 
         return run_screen(source)
     finally:

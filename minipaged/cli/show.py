@@ -96,7 +96,7 @@ def show(
         from minipaged.cli.plain import run_plain
 
         return run_plain(partial(build_engine, **engine), asked, steps=steps, record=record)
-    from minipaged.tui.app import run_screen
+    from minipaged.tui.run import run_screen
 
     source: Any = replay if replay is not None else (build_engine, engine)
     if attach is not None:

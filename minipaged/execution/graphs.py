@@ -103,8 +103,8 @@ class Draws(Enum):
 
 
 @dataclass(slots=True)
-class Stage:
-    """Host buffers of one step, pinned so that copies run beside the computation."""
+class HostBuffers:
+    """What the host sends and receives in one step, pinned so that copies run beside the computation."""
 
     inputs: Tensor  # int32, as on the device
     sampling: Tensor  # float64 [SAMPLING_INPUTS, rows]: of each draw the columns that SAMPLING_INPUTS names
@@ -115,16 +115,16 @@ class Stage:
 class GraphPending:
     """A replayed step: its tokens are on their way to the host."""
 
-    __slots__ = ("_draws", "_stage")
+    __slots__ = ("_buffers", "_draws")
 
-    def __init__(self, stage: Stage, draws: int) -> None:
-        self._stage = stage
+    def __init__(self, buffers: HostBuffers, draws: int) -> None:
+        self._buffers = buffers
         self._draws = draws
 
     def tokens(self) -> StepTokens:
         """Wait for the copy and read it."""
-        self._stage.done.synchronize()
-        return StepTokens(self._stage.drawn[: self._draws].numpy().astype(np.int32))
+        self._buffers.done.synchronize()
+        return StepTokens(self._buffers.drawn[: self._draws].numpy().astype(np.int32))
 
 
 class GraphRunner(TorchRunner):
@@ -168,11 +168,11 @@ class GraphRunner(TorchRunner):
             return
         self._memory = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stages = [self._new_stage(size) for _ in range(depth + 2)]
+        self._host_buffers = [self._new_buffers(size) for _ in range(depth + 2)]
         self._turn = 0
 
-    def _new_stage(self, size: int) -> Stage:
-        return Stage(
+    def _new_buffers(self, size: int) -> HostBuffers:
+        return HostBuffers(
             torch.zeros(size, dtype=torch.int32, pin_memory=True),
             torch.zeros(len(SAMPLING_INPUTS), self._rows, dtype=torch.float64, pin_memory=True),
             torch.zeros(self._rows, dtype=torch.int64, pin_memory=True),
@@ -199,10 +199,10 @@ class GraphRunner(TorchRunner):
             captured = self._capture(shape, draws)
         self._move_blocks(plan)
         count = len(plan.draw_rows)
-        stage = self._stages[self._turn]
-        self._turn = (self._turn + 1) % len(self._stages)
-        stage.done.synchronize()  # its last copy was made depth + 2 steps ago
-        self._send(plan, stage, shape, draws, groups)
+        buffers = self._host_buffers[self._turn]
+        self._turn = (self._turn + 1) % len(self._host_buffers)
+        buffers.done.synchronize()  # its last copy was made depth + 2 steps ago
+        self._send(plan, buffers, shape, draws, groups)
         received = self._received(plan.num_tokens)
         if received is not None:
             self._entering[: plan.num_tokens].copy_(received)
@@ -213,16 +213,16 @@ class GraphRunner(TorchRunner):
             graph, result = captured
             graph.replay()
         if not self.model.draws:
-            stage.done.record()
+            buffers.done.record()
             return self._give_on(result[: plan.num_tokens])
         if draws is Draws.NONE:
-            stage.done.record()
+            buffers.done.record()
             if shape.chunks or np.array_equal(plan.draw_rows, np.arange(len(plan.seq_ids))):
                 return self._draw(plan, result[:count])
             return self._draw(plan, result[to_device(plan.draw_rows, self.device, torch.int64)])
-        stage.drawn[:count].copy_(result[:count], non_blocking=True)
-        stage.done.record()
-        return GraphPending(stage, count)
+        buffers.drawn[:count].copy_(result[:count], non_blocking=True)
+        buffers.done.record()
+        return GraphPending(buffers, count)
 
     def _lets_go_of_one_each(self, plan: StepPlan) -> bool:
         """With heavy hitters: whether all rows are decodes that draw, and none sees more than the budget, as the end of a prompt may."""
@@ -231,19 +231,19 @@ class GraphRunner(TorchRunner):
         return every and int(places.max(initial=0)) < self.kv.retention.budget
 
     def _send(
-        self, plan: StepPlan, stage: Stage, shape: Shape, draws: Draws, groups: list[tuple[list[int], int]]
+        self, plan: StepPlan, buffers: HostBuffers, shape: Shape, draws: Draws, groups: list[tuple[list[int], int]]
     ) -> None:
         """Bring the step to the device: one copy for all integers, one more if the graph draws by temperature."""
-        inputs = views(stage.inputs.numpy(), shape, self._width)
+        inputs = views(buffers.inputs.numpy(), shape, self._width)
         used = fill(inputs, plan, self.kv.block_size, self._dummy_slot, groups)
         end = size_of(shape, self._width) - (shape.decodes - used) * self._width
-        self._inputs[:end].copy_(stage.inputs[:end], non_blocking=True)
+        self._inputs[:end].copy_(buffers.inputs[:end], non_blocking=True)
         if plan.sampling is not None and draws in (Draws.WARM, Draws.TRUNCATED):
-            count, sampling = len(plan.draw_rows), stage.sampling.numpy()
+            count, sampling = len(plan.draw_rows), buffers.sampling.numpy()
             sent = 2 if draws is Draws.WARM else len(SAMPLING_INPUTS)
             for row, name in zip(sampling[:sent], SAMPLING_INPUTS, strict=False):
                 row[:count] = getattr(plan.sampling, name)
-            self._sampling[:sent].copy_(stage.sampling[:sent], non_blocking=True)
+            self._sampling[:sent].copy_(buffers.sampling[:sent], non_blocking=True)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """As TorchRunner's, for the steps that are not replayed."""

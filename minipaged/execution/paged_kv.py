@@ -1,7 +1,7 @@
 """The tensors that hold keys and values: written and read by attention, and moved block by block (copy, swap out, swap in).
 
 The store is a named list of per-block tensors. Copies and swaps act on all of them alike; `write`, `rope_write` and `attend` are the only
-ones that say which tensor is what. The scales of quantized keys and values are tensors like the others.
+ones that say which tensor is what, and in the engine nobody else calls the kernels that store keys and values.
 """
 
 from __future__ import annotations
@@ -27,9 +27,19 @@ class PagedKV:
     Keys and values are [num_blocks, block_size, num_kv_heads, head_dim] each; a token's slot is block * block_size + offset. A step's
     keys and values are written before anyone attends, layer by layer, so a sequence may attend to blocks that another sequence of the
     same step fills. dtype: of what is written and attends; kept_as: what the cache keeps of it, as CacheConfig.kv_dtype names it: a
-    floating dtype, which must be that one, or int8 or float8_e4m3fn codes, with scales [num_blocks, num_kv_heads, block_size] beside
-    them (kernels/cache/quantize.py). Heavy hitters have scores and positions beside them, [num_blocks, num_kv_heads, block_size] too
-    (kernels/attention/heavy_hitters.py).
+    floating dtype, which must be that one, or int8 or float8_e4m3fn codes with scales.
+
+    The scales are two tensors more of each layer, float32 [num_blocks, num_kv_heads, block_size]. All that touches them:
+
+    - `__init__` makes them; `copy`, `swap_out` and `swap_in` move them with the codes, as any tensor of a block.
+    - `write` and `rope_write` fill them: `kernels/cache/quantize.py` `quantize` in the torch twins, `kernels/cache/quantize_triton.py`
+      `scale_of` in the Triton kernels.
+    - `attend` multiplies by them: `kernels/attention/decode.py` `gather_pages` in the torch twins; on a GPU
+      `kernels/attention/triton_tiles.py` `load_scales` while decoding, `kernels/cache/dequantize.py` `dequantize_pages` before a prefill.
+    - `kernels/checks.py` `check_scales` refuses what does not fit; `minipaged/config.py` `ModelConfig.kv_bytes_per_token` counts them.
+
+    Heavy hitters have two tensors more of each layer, of the same shape: the score and the position of the token in each slot
+    (kernels/attention/heavy_hitters.py); `attend` fills them.
     """
 
     def __init__(
@@ -47,7 +57,7 @@ class PagedKV:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = torch.device(device)
-        self.scale = config.head_dim**-0.5  # of attention scores
+        self.softmax_scale = config.head_dim**-0.5  # of attention scores
         # Tokens that a query of each layer sees: by the model's own window or the policy's, whichever is the smaller.
         windows = [(config.window_of(layer), retention.window) for layer in range(config.num_layers)]
         self.windows = [min((w for w in pair if w is not None), default=None) for pair in windows]
@@ -136,14 +146,14 @@ class PagedKV:
         if decodes:
             keep_heaviest(
                 *(query[:decodes], *cache, inputs.decode_tables, inputs.decode_lengths, None, positions[:decodes]),
-                *(None if drawn_from is None else drawn_from[:decodes], budget, self.scale),
+                *(None if drawn_from is None else drawn_from[:decodes], budget, self.softmax_scale),
                 scales=self.scales[layer],
                 check=layer == 0,
             )
         if len(inputs.chunk_lengths):
             keep_heaviest(
                 *(query, *cache, inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, positions),
-                *(None if drawn_from is None else drawn_from[decodes:], budget, self.scale),
+                *(None if drawn_from is None else drawn_from[decodes:], budget, self.softmax_scale),
                 scales=self.scales[layer],
                 check=layer == 0,
             )
@@ -158,7 +168,7 @@ class PagedKV:
         window, sinks = self.windows[layer], None
         if inputs.sink_turn is not None:
             sinks = self._sinks(layer, inputs.sink_turn)
-        rows = (inputs.decode_tables, inputs.decode_lengths, self.scale)
+        rows = (inputs.decode_tables, inputs.decode_lengths, self.softmax_scale)
         if not len(inputs.chunk_lengths):
             shared = inputs.shared if window is None else None
             return paged_decode(
@@ -181,7 +191,13 @@ class PagedKV:
                 out=out[:decodes],
                 check=layer == 0,
             )
-        chunks = (inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, inputs.longest_chunk, self.scale)
+        chunks = (
+            inputs.chunk_tables,
+            inputs.chunk_lengths,
+            inputs.chunk_starts,
+            inputs.longest_chunk,
+            self.softmax_scale,
+        )
         return paged_prefill(query, keys, values, *chunks, scales=scales, window=window, sinks=sinks, out=out)
 
     def copy(self, pairs: Pairs) -> None:

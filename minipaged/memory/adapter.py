@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.types import Admission, Allocation
+if TYPE_CHECKING:
+    from minipaged.memory.block_manager import BlockManager
+    from minipaged.memory.types import Admission, Allocation
 
 
 def adapted(manager: Any) -> BlockManager:
     """The manager itself if it has `lookup` and `end_step`; else one that adds them: its handles ask anew each time, and it takes back no
     promise."""
     whole = hasattr(manager, "lookup") and hasattr(manager, "end_step")
-    return cast(BlockManager, manager if whole else _Adapted(manager))
+    return cast("BlockManager", manager if whole else _Adapted(manager))
 
 
 class _Question(NamedTuple):
@@ -48,7 +49,7 @@ class _Adapted:
     def can_admit(self, *sizes: int, hit: _Question | None = None, **options: Any) -> Admission:
         """As the manager, which is given the prompt instead of the handle."""
         prompt = {} if hit is None else {"token_ids": hit.token_ids, "salt": hit.salt}
-        return cast(Admission, self._manager.can_admit(*sizes, **options, **prompt))
+        return cast("Admission", self._manager.can_admit(*sizes, **options, **prompt))
 
     def allocate(self, seq_id: int, token_ids: Iterable[int], *, hit: Any = None, **options: Any) -> Allocation | None:
         """As the manager, which looks the prompt up itself."""

@@ -10,37 +10,37 @@ from itertools import count
 from minipaged.config import EngineConfig, check_real
 from minipaged.scheduling.request import Request
 
-Rank = tuple[int, int]
+ServiceKey = tuple[int, int]
 
 
-def rank_of(policy: str) -> Callable[[Request], Rank]:
+def service_key_of(policy: str) -> Callable[[Request], ServiceKey]:
     """The order of service: under fcfs the arrival alone, under priority the smaller number first, then the arrival."""
     if policy == "priority":
-        return lambda request: request.rank
+        return lambda request: request.service_key
     return lambda request: (0, request.arrival)
 
 
 class RequestQueue:
     """A priority queue whose members can leave from the middle: push and pop are O(log n), remove is O(1)."""
 
-    def __init__(self, rank: Callable[[Request], Rank], members: Iterable[Request] = ()) -> None:
-        self._rank = rank
-        self._heap: list[tuple[Rank, int, int, Request]] = []  # rank, request id, ticket, request
+    def __init__(self, service_key: Callable[[Request], ServiceKey], members: Iterable[Request] = ()) -> None:
+        self._service_key = service_key
+        self._heap: list[tuple[ServiceKey, int, int, Request]] = []  # service key, request id, ticket, request
         self._members: dict[int, int] = {}  # request id -> the ticket of its entry; others of it are left over
         self._tickets = count()
         for request in members:
             self.push(request)
 
     def push(self, request: Request) -> None:
-        """Take a request in at its rank. ValueError if it is here already."""
+        """Take a request in at its place in the order of service. ValueError if it is here already."""
         if request.request_id in self._members:
             raise ValueError(f"request {request.request_id} is queued already")
         ticket = self._members[request.request_id] = next(self._tickets)
-        heapq.heappush(self._heap, (self._rank(request), request.request_id, ticket, request))
+        heapq.heappush(self._heap, (self._service_key(request), request.request_id, ticket, request))
 
-    def reorder(self, rank: Callable[[Request], Rank]) -> None:
+    def reorder(self, service_key: Callable[[Request], ServiceKey]) -> None:
         """Another order of service for those that are here and those that come."""
-        self._rank = rank
+        self._service_key = service_key
         members = list(self)
         self._heap.clear()
         self._members.clear()
@@ -54,7 +54,7 @@ class RequestQueue:
             heapq.heappop(heap)  # it left from the middle
         return heap[0][3] if heap else None
 
-    def _counts(self, entry: tuple[Rank, int, int, Request]) -> bool:
+    def _counts(self, entry: tuple[ServiceKey, int, int, Request]) -> bool:
         """Whether this is its request's entry, and not one that the request has left."""
         return self._members.get(entry[1]) == entry[2]
 

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from minipaged.config import SamplingParams
 from minipaged.errors import RequestError
-from minipaged.memory.blocks import PrefixHit
-from minipaged.scheduling.beam import BeamSearch
-from minipaged.scheduling.plan import IntArray
+
+if TYPE_CHECKING:
+    from minipaged.config import SamplingParams
+    from minipaged.memory.blocks import PrefixHit
+    from minipaged.scheduling.beam import BeamSearch
+    from minipaged.scheduling.plan import IntArray
 
 
 class Status(Enum):
@@ -241,7 +243,7 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def service_key(self) -> tuple[int, int]:
         """Smaller is served first; the priority counts under the priority policy only."""
         return (self.params.priority, self.arrival)
 

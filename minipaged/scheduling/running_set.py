@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from minipaged.config import EngineConfig
-from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.types import Allocation, BlockEvent
 from minipaged.scheduling.batch import Batch
 from minipaged.scheduling.plan import IntArray
-from minipaged.scheduling.policies import PreemptionCost, Rank, RequestQueue, rank_of, wants_swap
+from minipaged.scheduling.policies import PreemptionCost, RequestQueue, ServiceKey, service_key_of, wants_swap
 from minipaged.scheduling.request import Request, Sequence, Status
 from minipaged.scheduling.step_builder import StepBuilder
+
+if TYPE_CHECKING:
+    from minipaged.memory.block_manager import BlockManager
 
 Slots = npt.NDArray[np.int64]
 SwapPairs = list[tuple[int, int]]
@@ -55,7 +57,7 @@ class Counters:
 
 
 class RunningSet:
-    """`running` requests (in the batch, by rank), `waiting` ones and `swapped` ones.
+    """`running` requests (in the batch, in order of service), `waiting` ones and `swapped` ones.
 
     config: the limits; manager: the block tables; block_size: as the manager's; cost: what a swap and a recompute take, for
     `preemption="auto"`.
@@ -77,10 +79,10 @@ class RunningSet:
             block_size=block_size,
         )
         self.counters = Counters()
-        self.running: list[Request] = []  # by rank
-        self._rank = rank_of(config.policy)
-        self.waiting = RequestQueue(self._rank)
-        self.swapped = RequestQueue(self._rank)
+        self.running: list[Request] = []  # in order of service
+        self._service_key = service_key_of(config.policy)
+        self.waiting = RequestQueue(self._service_key)
+        self.swapped = RequestQueue(self._service_key)
         self.requests: dict[int, Request] = {}  # all that have not ended
         self.sequences: dict[int, Sequence] = {}  # theirs, those that have ended left out
         self.num_groups = 0  # running requests with several sequences
@@ -91,17 +93,17 @@ class RunningSet:
         self._arrivals = 0
         self._events: list[SchedulerEvent | BlockEvent] = []
 
-    def rank(self, request: Request) -> Rank:
+    def service_key(self, request: Request) -> ServiceKey:
         """The smaller is served first."""
-        return self._rank(request)
+        return self._service_key(request)
 
     def configure(self, config: EngineConfig) -> None:
         """Other choices from the next step on: order, preemption, batching. The limits stay: buffers were made for them."""
         self.config = config
-        self._rank = rank_of(config.policy)
-        self.running.sort(key=self._rank)
-        self.waiting.reorder(self._rank)
-        self.swapped.reorder(self._rank)
+        self._service_key = service_key_of(config.policy)
+        self.running.sort(key=self._service_key)
+        self.waiting.reorder(self._service_key)
+        self.swapped.reorder(self._service_key)
         self._order = None
 
     def order(self) -> Slots:
@@ -287,7 +289,7 @@ class RunningSet:
             self.log("admit", sequence, sequence.num_computed)
         if len(present) < len(request.alive):
             self.regrouping.append(request)
-        insort(self.running, request, key=self._rank)
+        insort(self.running, request, key=self._service_key)
         self.num_groups += request.params.num_sequences > 1
         self._order = None
 

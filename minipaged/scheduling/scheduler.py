@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minipaged.config import EngineConfig, check_int
 from minipaged.errors import InputError
 from minipaged.memory.adapter import adapted
-from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.blocks import PrefixHit
 from minipaged.memory.types import Admission, BlockEvent
 from minipaged.scheduling import sequence_groups
 from minipaged.scheduling.beam import BeamSearch
 from minipaged.scheduling.commit import TextStops, commit_draws, drawn_ids, note_prompt_logprobs
 from minipaged.scheduling.plan import IntArray, StepPlan, StepTokens
-from minipaged.scheduling.policies import PreemptionCost, Rank, may_join
+from minipaged.scheduling.policies import PreemptionCost, ServiceKey, may_join
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import RunningSet, SchedulerEvent, Slots
-from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.scheduling.step_builder import StepBuilder
 from minipaged.scheduling.validation import check_request
+
+if TYPE_CHECKING:
+    from minipaged.memory.block_manager import BlockManager
+    from minipaged.memory.blocks import PrefixHit
+    from minipaged.scheduling.runtime_settings import SettingChange
 
 
 class Scheduler:
@@ -66,8 +69,8 @@ class Scheduler:
         # 1) Under the priority policy, less urgent ones make way for a request that waits. It comes in with the next step.
         if running_set.config.policy == "priority":
             self._make_way(step)
-        # 2) Running requests come first, by rank. Where the pool runs dry, the last of them make way. After that nobody leaves the step,
-        #    so the blocks that it fills are published.
+        # 2) Running requests come first, in order of service. Where the pool runs dry, the last of them make way. After that nobody
+        #    leaves the step, so the blocks that it fills are published.
         self._schedule_running(step)
         # 3) Those on the host return, then new ones start: they share what the step writes for those before them. A step that sent
         #    somebody away lets nobody in.
@@ -236,7 +239,7 @@ class Scheduler:
         first, swapped, awaiting = self.waiting.peek(), self.swapped.peek(), self.batch.awaiting_result
         if first is None or self.config.batching != "continuous":
             return
-        if swapped is not None and self.rank(swapped) < self.rank(first):
+        if swapped is not None and self.service_key(swapped) < self.service_key(first):
             return
         victims = [
             r for r in self.running if r.params.priority > first.params.priority and not awaiting[r.alive[0].slot]
@@ -294,7 +297,7 @@ class Scheduler:
             swapped_first = swapped is not None and (
                 waiting is None
                 or self.config.policy == "fcfs"
-                or self.rank(swapped) < self.rank(waiting)
+                or self.service_key(swapped) < self.service_key(waiting)
                 or not self.running_set.can_stay(waiting)
             )
             if swapped_first and swapped is not None:
@@ -431,9 +434,9 @@ class Scheduler:
 
     # ---- looking
 
-    def rank(self, request: Request) -> Rank:
+    def service_key(self, request: Request) -> ServiceKey:
         """The smaller is served first."""
-        return self.running_set.rank(request)
+        return self.running_set.service_key(request)
 
     def order(self) -> Slots:
         """The running slots in serving order."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minipaged.config import LOGIT_CHANGES, EngineConfig, SamplingParams
 from minipaged.errors import RequestError
-from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.memory.types import Admission
 from minipaged.scheduling.request import Request
+
+if TYPE_CHECKING:
+    from minipaged.memory.block_manager import BlockManager
 
 
 def check_request(

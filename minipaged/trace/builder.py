@@ -18,7 +18,6 @@ from minipaged.memory.types import BlockEvent
 from minipaged.scheduling.plan import StepPlan
 from minipaged.scheduling.request import Request, RequestOutput, Sequence
 from minipaged.scheduling.running_set import SchedulerEvent
-from minipaged.scheduling.runtime_settings import SettingChange
 from minipaged.text.detokenizer import TextCodec
 from minipaged.trace.events import (
     FLAG_CACHED,
@@ -34,6 +33,7 @@ from minipaged.trace.observed import events_between, pool_stats, progress_of, ta
 from minipaged.trace.snapshot import Snapshot, as_longs
 
 if TYPE_CHECKING:
+    from minipaged.scheduling.runtime_settings import SettingChange
     from minipaged.scheduling.scheduler import Scheduler
 
 Listener = Callable[[StepDelta], None]
@@ -95,7 +95,7 @@ class TraceBuilder:
         """A setting was changed."""
         self._changes.append(change)
 
-    def publish(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
+    def emit(self, plan: StepPlan | None, outputs: list[RequestOutput]) -> None:
         """A step is done: send it to the listeners."""
         raw = self._scheduler.take_events()
         if not self._listeners:
@@ -264,7 +264,7 @@ class TraceBuilder:
     def _queues(self) -> Queues:
         scheduler = self._scheduler
         running = tuple(scheduler.batch.seq_id[scheduler.order()].tolist())
-        first = nsmallest(MAX_WAITING_SHOWN, scheduler.waiting, key=scheduler.rank)
+        first = nsmallest(MAX_WAITING_SHOWN, scheduler.waiting, key=scheduler.service_key)
         waiting = tuple(s.seq_id for r in first for s in r.alive)
         swapped = tuple(s.seq_id for r in scheduler.swapped for s in r.alive)
         return Queues(running, waiting, swapped)

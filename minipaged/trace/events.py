@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from minipaged.memory.types import PoolBreakdown, Run
+if TYPE_CHECKING:
+    from minipaged.memory.types import PoolBreakdown, Run
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 2, 0
 

@@ -83,7 +83,7 @@ def test_a_demo_is_text_to_be_continued_and_a_file_is_a_conversation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr("minipaged.tui.app.run_screen", lambda source, **_: seen.append(source[1]["chat"]) or 0)
+    monkeypatch.setattr("minipaged.tui.run.run_screen", lambda source, **_: seen.append(source[1]["chat"]) or 0)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is a page?\n")
     assert show("toy", headless=True) == show("toy", headless=True, prompts=prompts) == 0

@@ -21,8 +21,7 @@ from torch.distributed import TCPStore
 
 from minipaged import LLM, InputError, SamplingParams
 from minipaged.errors import RankError
-from minipaged.execution import workers
-from minipaged.execution.workers import Ranks, check_order, start_ranks
+from minipaged.execution.ranks import ALIVE, Place, Ranks, _interrupted_later, _store, check_order, start_ranks
 from minipaged.scheduling.request import RequestOutput
 from tests.execution.plans import plan_of
 from tests.model.tiny import CONFIGS, drawn_tokens, save_folder
@@ -115,7 +114,7 @@ def test_L62_L73_stages_of_several_ranks_say_what_one_says(
 
 PEER = """
 import sys, torch
-from minipaged.execution.workers import start_ranks
+from minipaged.execution.ranks import start_ranks
 ranks = start_ranks(2, torch.device("cpu"), {})
 print(ranks.least(int(sys.argv[1])), ranks.least(5), file=sys.stderr)
 ranks.wait_for_end()
@@ -172,7 +171,7 @@ def has_ended(pid: int, seconds: float = 10.0) -> bool:
 def test_L73_a_rank_that_dies_or_hangs_ends_the_run_with_a_word(
     sent: signal.Signals, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "SILENT_SECONDS", 3.0)
+    monkeypatch.setattr("minipaged.execution.ranks.SILENT_SECONDS", 3.0)
     llm = LLM("toy", device="cpu", num_blocks=100, tensor_parallel=2)
     try:
         stream, pid = llm.stream("hello", SamplingParams(max_tokens=1500, ignore_eos=True)), pid_of_peer(llm)
@@ -190,14 +189,14 @@ def test_L73_a_rank_that_dies_or_hangs_ends_the_run_with_a_word(
 
 
 def test_L73_a_rank_that_hangs_is_noticed_while_a_long_plan_is_sent_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr("minipaged.execution.ranks.SILENT_SECONDS", 2.0)
     llm = LLM("toy", device="cpu", num_blocks=100, tensor_parallel=2)
     ranks = llm._parts.ranks
     assert isinstance(ranks, Ranks)
     try:
         os.kill(pid_of_peer(llm), signal.SIGSTOP)
         started = time.monotonic()
-        ranks._send_all(workers.ALIVE + bytes(64 << 20))  # more than any socket holds
+        ranks._send_all(ALIVE + bytes(64 << 20))  # more than any socket holds
         with pytest.raises(RankError, match="rank 1 hangs"):
             llm.generate("hello", GREEDY)
         assert time.monotonic() - started < 15
@@ -207,12 +206,12 @@ def test_L73_a_rank_that_hangs_is_noticed_while_a_long_plan_is_sent_to_it(monkey
 
 @pytest.mark.parametrize("said", [b"", b"no challenge", b"#CHALLENGE#{sha256}" + bytes(20)])
 def test_a_stranger_on_the_ranks_socket_is_sent_away(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "SILENT_SECONDS", 1.0)
-    store = workers._store(None, 2)
+    monkeypatch.setattr("minipaged.execution.ranks.SILENT_SECONDS", 1.0)
+    store = _store(None, 2)
     assert isinstance(store, TCPStore)
     listening = f"0100007F:{store.port:04X} 00000000:0000 0A"
     assert listening in Path("/proc/net/tcp").read_text(), "on this host alone"
-    joined = Ranks(workers.Place(0, 2, 0), torch.device("cpu"), store)
+    joined = Ranks(Place(0, 2, 0), torch.device("cpu"), store)
     accepting = threading.Thread(target=joined._accept, daemon=True)
     accepting.start()
     of_others = TCPStore("127.0.0.1", store.port, 2, is_master=False, wait_for_workers=False)
@@ -221,7 +220,7 @@ def test_a_stranger_on_the_ranks_socket_is_sent_away(said: bytes, monkeypatch: p
     if said:
         stranger.sendall(len(said).to_bytes(4, "big") + said)
         stranger.recv(1 << 10)
-    other = Ranks(workers.Place(1, 2, 1), torch.device("cpu"), of_others)
+    other = Ranks(Place(1, 2, 1), torch.device("cpu"), of_others)
     other._connect()
     accepting.join(10)
     assert not accepting.is_alive()
@@ -296,7 +295,7 @@ def test_a_model_that_cannot_be_split_is_refused_and_leaves_nothing_behind() -> 
         LLM("random:smollm2-135m", device="cpu", num_blocks=8, tensor_parallel=2)
     assert not torch.distributed.is_initialized()
     children = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-    assert "minipaged.worker" not in children
+    assert "minipaged.rank_process" not in children
 
 
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +329,7 @@ def test_ctrl_c_waits_until_the_step_is_on_all_ranks() -> None:
     done = []
 
     def step() -> None:
-        with workers._interrupted_later():
+        with _interrupted_later():
             os.kill(os.getpid(), signal.SIGINT)
             done.append(np.arange(3).sum())
 

@@ -63,7 +63,7 @@ def rows_of(
         "context_lens": torch.tensor(lengths, dtype=torch.int32),
         "positions": newest,
         "budget": budget,
-        "scale": 0.3,
+        "softmax_scale": 0.3,
         "scales": scales,
     }
 

@@ -103,7 +103,7 @@ def test_steps_compute_what_the_engine_would() -> None:
 
 def test_a_small_run_measures_every_section(monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(sizes_for(CPU, 120.0), rows=2, context=64, lone=64, prompt=32)
-    small = replace(small, draws=small.draws[:12])
+    small = replace(small, requests=small.requests[:12])
     monkeypatch.setattr(module, "sizes_for", lambda device, seconds: small)
     stages: list[str] = []
     found = ablate("toy", device="cpu", seconds=120.0, progress=lambda what, done, total: stages.append(what))

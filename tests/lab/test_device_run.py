@@ -13,7 +13,15 @@ import pytest
 
 from minipaged.baselines.systems import RESERVING
 from minipaged.errors import InputError
-from minipaged.lab.measure.device_run import Bench, DeviceResult, draws_for, draws_of, percentiles, run_systems, serve
+from minipaged.lab.measure.device_run import (
+    Bench,
+    DeviceResult,
+    percentiles,
+    requests_for,
+    requests_of,
+    run_systems,
+    serve,
+)
 from minipaged.lab.measure.rows import ENOUGH_STEPS
 from minipaged.lab.report.bench_report import system_tables
 from minipaged.lab.report.device_report import (
@@ -154,10 +162,10 @@ def test_percentiles_count_what_never_came_as_infinitely_late() -> None:
 
 def test_draws_have_the_workloads_lengths_and_prefix() -> None:
     load = make_workload("prefix-80", rate=1.0, count=5)
-    draws = draws_of(load, 1000)
-    assert [len(p) for p, _ in draws] == load.prompts.tolist()
-    assert [o for _, o in draws] == load.outputs.tolist()
-    assert draws[0][0][:80] == draws[1][0][:80] != draws[0][0][80:160]
+    requests = requests_of(load, 1000)
+    assert [len(p) for p, _ in requests] == load.prompts.tolist()
+    assert [o for _, o in requests] == load.outputs.tolist()
+    assert requests[0][0][:80] == requests[1][0][:80] != requests[0][0][80:160]
 
 
 def test_bad_input_is_named() -> None:
@@ -190,10 +198,10 @@ def test_results_become_tables_and_a_plot() -> None:
 
 
 def test_draws_fit_the_vocabulary_and_the_count() -> None:
-    assert max(max(p) for p, _ in draws_for("sharegpt", "random:toy", count=9)) < 257
-    assert [len(p) for p, _ in draws_for("sharegpt", "random:llama-7b", count=3)] == [179, 46, 9]
-    assert len(draws_for("alpaca", "toy", count=4)) == 4
+    assert max(max(p) for p, _ in requests_for("sharegpt", "random:toy", count=9)) < 257
+    assert [len(p) for p, _ in requests_for("sharegpt", "random:llama-7b", count=3)] == [179, 46, 9]
+    assert len(requests_for("alpaca", "toy", count=4)) == 4
     with pytest.raises(InputError, match="requests"):
-        draws_for("sharegpt", "toy", count=0)
+        requests_for("sharegpt", "toy", count=0)
     with pytest.raises(InputError, match="unknown workload"):
-        draws_for("reddit", "toy", count=1)
+        requests_for("reddit", "toy", count=1)

@@ -12,13 +12,13 @@ DRAWS = [([1 + i] * (4 + i), 3 + i) for i in range(4)]
 
 
 def test_static_batches_fit_the_pool_and_keep_the_order() -> None:
-    draws = [([1] * length, 5) for length in (10, 200, 30, 976, 10)]
-    batches = static_batches(draws, 2 * (200 + MAX_NEW))
+    requests = [([1] * length, 5) for length in (10, 200, 30, 976, 10)]
+    batches = static_batches(requests, 2 * (200 + MAX_NEW))
     assert batches == [[0, 1], [2], [3], [4]] or [i for b in batches for i in b] == list(range(5))
     for batch in batches:
-        width = max(len(draws[i][0]) for i in batch)
+        width = max(len(requests[i][0]) for i in batch)
         assert len(batch) == 1 or len(batch) * (width + MAX_NEW) <= 2 * (200 + MAX_NEW)
-    assert static_batches(draws, 10**9, most=2) == [[0, 1], [2, 3], [4]]
+    assert static_batches(requests, 10**9, most=2) == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Traffic: means, seeds, the engines' fixed draws, and trace files with their errors."""
+"""Traffic: means, seeds, the engines' fixed requests, and trace files with their errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from minipaged.errors import InputError
 from minipaged.lab.simulation.trace_files import load_workload, read_trace
-from minipaged.lab.simulation.workloads import WORKLOADS, Lengths, engine_draws, make_workload
+from minipaged.lab.simulation.workloads import WORKLOADS, Lengths, engine_requests, make_workload
 
 
 @pytest.mark.parametrize(("name", "prompt", "output"), [("sharegpt", 161.31, 337.99), ("alpaca", 19.31, 58.45)])
@@ -49,8 +49,8 @@ def test_most_chats_fill_the_history() -> None:
     assert load.prompts.max() == 1024
 
 
-def digest(draws: list[tuple[list[int], int]]) -> str:
-    return hashlib.sha256(json.dumps(draws).encode()).hexdigest()[:16]
+def digest(requests: list[tuple[list[int], int]]) -> str:
+    return hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,15 @@ def digest(draws: list[tuple[list[int], int]]) -> str:
     ],
 )
 def test_the_engines_draws_never_change(name: str, count: int, expected: str) -> None:
-    draws = engine_draws(name)
-    assert len(draws) == count
-    assert digest(draws) == expected
+    requests = engine_requests(name)
+    assert len(requests) == count
+    assert digest(requests) == expected
 
 
 @pytest.mark.parametrize("name", ["bert", "b0", "b", "", "opt"])
 def test_unknown_draws_and_workloads_are_named(name: str) -> None:
     with pytest.raises(InputError, match="sharegpt"):
-        engine_draws(name)
+        engine_requests(name)
     with pytest.raises(InputError, match="alpaca"):
         make_workload(name, rate=1.0, count=1)
 

@@ -65,7 +65,7 @@ LAWS: tuple[Law, ...] = (
         _PREFIX,
         "No hit names a block before the step that writes it is planned, nor after its writer has left that step.",
     ),
-    Law("L30", _PREFIX, "The victim is the least recently used block, the deepest of those freed together."),
+    Law("L30", _PREFIX, "What is evicted is the least recently used block, the deepest of those freed together."),
     Law("L31", _PREFIX, "Found blocks are protected before anything is allocated."),
     Law("L32", _PREFIX, "Handing a cached block out again erases its key."),
     Law("L33", _PREFIX, "Of blocks with the same content the one published first, of those left, is found."),

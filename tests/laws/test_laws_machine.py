@@ -135,7 +135,7 @@ def test_L29_no_hit_before_the_write(obeys: Obeys) -> None:
 
 
 def test_L30_eviction_order(obeys: Obeys) -> None:
-    """The victim is the least recently used cached block, the deepest of those freed together."""
+    """What is evicted is the least recently used cached block, the deepest of those freed together."""
     obeys("L30")
 
 

@@ -261,20 +261,22 @@ def test_L45_priority(
     """Under priority the most urgent is visited first and the victim is the least urgent, latest arrival; what it was given in this step
     is given back."""
     world = ran(block_manager_class, scheduler_class, workload, arrangement, policy="priority")
-    rank = {o.request_id: (a.params.priority, o.request_id) for a, o in zip(workload, world.outputs, strict=True)}
+    service_key = {
+        o.request_id: (a.params.priority, o.request_id) for a, o in zip(workload, world.outputs, strict=True)
+    }
     running: list[int] = []
     for step in world.history():
         for queue in (step.running, step.waiting, step.swapped):
-            assert [rank[r] for r in queue] == sorted(rank[r] for r in queue)
+            assert [service_key[r] for r in queue] == sorted(service_key[r] for r in queue)
         left, gone = list(running), set()
         for event in of_kind(step, "preempt"):
             assert event.sequence is not None
             victim = event.sequence.request.request_id
-            urgent = any(rank[r][0] < rank[victim][0] for r in step.waiting)
+            urgent = any(service_key[r][0] < service_key[victim][0] for r in step.waiting)
             assert step.dry or urgent, "somebody makes way, and everybody found room"
             gone.add(event.seq_id)
             if victim in left:
-                assert rank[victim] == max(rank[r] for r in left)
+                assert service_key[victim] == max(service_key[r] for r in left)
                 left.remove(victim)
         if step.plan is not None:
             assert not gone & set(step.plan.seq_ids.tolist()), "a victim is still in the plan"
@@ -345,7 +347,7 @@ def test_L48_a_full_host_pool_falls_back_to_recompute(
 def test_L50_swapped_return_before_new_ones_start(
     block_manager_class: type, scheduler_class: type, workload: list[Asked], arrangement: dict[str, Any]
 ) -> None:
-    """Under fcfs swapped requests return before new ones are admitted; under priority swapped and waiting are one queue by rank."""
+    """Under fcfs swapped requests return before new ones are admitted; under priority both are one queue, in order of service."""
     for policy in ("fcfs", "priority"):
         world = ran(
             block_manager_class,

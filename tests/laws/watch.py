@@ -170,7 +170,7 @@ class Watch:
         handed = list(handed)
         before, keyed = self.view, set(self.found.key_of)
         guarded = self.guarded_before
-        victims_from = {b: at for b, at in self.freed.items() if b not in guarded}
+        evicted_from = {b: at for b, at in self.freed.items() if b not in guarded}
         evicted = self._take_events(what)
         if forgets is not None:
             gone, expected = evicted - set(handed), set(forgets)
@@ -186,7 +186,7 @@ class Watch:
         self.dense.poison(handed)
         self.view = self._look()
         self._follow_frees(before)
-        self._check_victims(what, [b for b in handed if b in keyed], victims_from)
+        self._check_evicted(what, [b for b in handed if b in keyed], evicted_from)
         self.check_always(what)
         self.guarded_before = self.guarded()
         self.broken = False
@@ -243,13 +243,13 @@ class Watch:
                 high = NEVER_ENDS if block in self.guarded() | self.given_up else self.calls
                 self.freed[block] = FreedAt(self.calls, high, self.calls, places.get(block, -1))
 
-    def _check_victims(self, what: str, victims: list[int], candidates: dict[int, FreedAt]) -> None:
+    def _check_evicted(self, what: str, evicted: list[int], candidates: dict[int, FreedAt]) -> None:
         if not self.judges("L30"):
             return
-        for victim in victims:
-            rest = [b for b, at in candidates.items() if b not in victims and not self.view.counts[b]]
-            sooner = [b for b in rest if victim in candidates and candidates[b].before(candidates[victim])]
-            self.hold("L30", not sooner, f"{what} evicted block {victim}; {sooner} were to go first: {candidates}")
+        for block in evicted:
+            rest = [b for b, at in candidates.items() if b not in evicted and not self.view.counts[b]]
+            sooner = [b for b in rest if block in candidates and candidates[b].before(candidates[block])]
+            self.hold("L30", not sooner, f"{what} evicted block {block}; {sooner} were to go first: {candidates}")
 
     def check_always(self, what: str) -> None:
         """The laws about pool and tables that hold at every moment."""

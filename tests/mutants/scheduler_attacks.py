@@ -157,8 +157,8 @@ class LessUrgentFirst(Scheduler):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        rank_of = self.running_set._rank
-        self.running_set._rank = turned = lambda request: (-rank_of(request)[0], rank_of(request)[1])
+        key_of = self.running_set._service_key
+        self.running_set._service_key = turned = lambda request: (-key_of(request)[0], key_of(request)[1])
         for queue in (self.waiting, self.swapped):
             queue.reorder(turned)
 

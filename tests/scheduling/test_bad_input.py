@@ -166,7 +166,7 @@ def test_aborting_twice_or_a_stranger_does_nothing() -> None:
 
 
 def test_the_queue() -> None:
-    queue = RequestQueue(lambda request: request.rank)
+    queue = RequestQueue(lambda request: request.service_key)
     requests = [Request(i, (1,), SamplingParams(priority=p)) for i, p in enumerate((3, -1, 0))]
     for request in requests:
         queue.push(request)

@@ -18,7 +18,7 @@ from minipaged.scheduling.request import Request
 def test_a_queue_keeps_its_order_when_many_leave(seed: int, leave: int) -> None:
     """Ranks in no order, most members gone from the middle, and one that comes back under its number."""
     rng = np.random.default_rng(seed)
-    queue = RequestQueue(lambda request: request.rank)
+    queue = RequestQueue(lambda request: request.service_key)
     requests = [Request(i, (1,), SamplingParams(priority=int(p))) for i, p in enumerate(rng.integers(-50, 50, 140))]
     for request in requests:
         queue.push(request)
@@ -26,7 +26,7 @@ def test_a_queue_keeps_its_order_when_many_leave(seed: int, leave: int) -> None:
     for request in gone:
         queue.remove(request)
         assert request not in queue
-    stay = sorted((r for r in requests if r not in gone), key=lambda r: (r.rank, r.request_id))
+    stay = sorted((r for r in requests if r not in gone), key=lambda r: (r.service_key, r.request_id))
     assert len(queue) == len(stay)
     assert list(queue) == stay
     assert [queue.pop() for _ in stay] == stay
@@ -37,7 +37,7 @@ def test_a_queue_keeps_its_order_when_many_leave(seed: int, leave: int) -> None:
 
 def test_a_queue_lets_go_of_those_that_left() -> None:
     """Requests that leave from the middle are not kept in memory until the queue's head comes to them."""
-    queue = RequestQueue(lambda request: request.rank)
+    queue = RequestQueue(lambda request: request.service_key)
     requests = [Request(i, (1,), SamplingParams(), arrival=i) for i in range(1000)]
     for request in requests:
         queue.push(request)
@@ -51,7 +51,7 @@ def test_a_queue_lets_go_of_those_that_left() -> None:
 
 
 def test_whoever_comes_back_to_a_queue_stands_once_at_its_new_place() -> None:
-    queue = RequestQueue(lambda request: request.rank)
+    queue = RequestQueue(lambda request: request.service_key)
     requests = [Request(i, (1,), SamplingParams(), arrival=i) for i in range(3)]
     for request in requests:
         queue.push(request)

@@ -113,8 +113,8 @@ def test_policy_and_preemption_turn_under_way() -> None:
         if len(deltas) % 5 == 4 and turns:
             engine.knob(*turns.pop(0))
         engine.step()
-        ranks = [engine.scheduler.rank(request) for request in engine.scheduler.running]
-        assert ranks == sorted(ranks)
+        keys = [engine.scheduler.service_key(request) for request in engine.scheduler.running]
+        assert keys == sorted(keys)
     assert not turns
     kinds = {event.kind for delta in deltas for event in delta.events}
     assert {"preempt", "swap_out", "knob"} <= kinds

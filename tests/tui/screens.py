@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 
 from minipaged.trace.events import StepDelta
 from minipaged.trace.sources import ListSource, Source
-from minipaged.tui.screen import ScreenApp
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.session import Session
 
 SIZES = ((80, 24), (120, 40), (200, 60))

@@ -20,13 +20,13 @@ from minipaged.trace.events import ShadowDelta
 from minipaged.trace.file import Header
 from minipaged.trace.player import Player
 from minipaged.trace.sources import FileSource, ListSource
-from minipaged.tui.app import run_screen
+from minipaged.tui.app import ScreenApp, binding_ids
 from minipaged.tui.gallery import SCENARIOS, scenario_path
 from minipaged.tui.keys import load_keys
 from minipaged.tui.panes.compare import compare_lines, real_breakdown, share_text
 from minipaged.tui.panes.dialogs import Overlay
 from minipaged.tui.panes.inspector import Journey
-from minipaged.tui.screen import ScreenApp, binding_ids
+from minipaged.tui.run import run_screen
 from minipaged.tui.view import View, width_of
 
 
@@ -244,8 +244,8 @@ def test_hostile_text_never_reaches_the_terminal(
 
 def test_branch_repeats_the_beginning_and_goes_on_otherwise() -> None:
     """The new run is in the same state after as many steps, though its prompts came at different steps."""
-    from minipaged.tui.app import EngineRunner
-    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.app import ScreenApp
+    from minipaged.tui.run import EngineRunner
     from minipaged.tui.session import Session
 
     runner = EngineRunner(scripted_engine, {"num_blocks": 64}, record=None)
@@ -285,7 +285,7 @@ def test_knobs_of_an_engine_that_has_none() -> None:
     from textual.widgets import Input
 
     from minipaged.serving.live import EngineProcess
-    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.app import ScreenApp
     from minipaged.tui.session import Session
 
     with EngineProcess(scripted_engine) as engine:
@@ -311,9 +311,9 @@ def toy_engine(num_blocks: int = 40, progress: object = None) -> object:
 def test_knobs_turn_and_the_next_run_has_another_pool() -> None:
     from textual.widgets import Input
 
-    from minipaged.tui.app import EngineRunner
+    from minipaged.tui.app import ScreenApp
     from minipaged.tui.panes.dialogs import Choice, Knobs
-    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.run import EngineRunner
     from minipaged.tui.session import Session
 
     runner = EngineRunner(toy_engine, {}, record=None)
@@ -393,7 +393,7 @@ def test_a_browser_gets_the_screen_over_pipes() -> None:
 
 @pytest.mark.parametrize(("length", "speed"), [(0, 1), (14, 1), (45, 2), (106, 5), (249, 10), (1_000_000, 10)])
 def test_a_short_recording_plays_slowly_enough_to_be_followed(length: int, speed: float) -> None:
-    from minipaged.tui.app import play_speed
+    from minipaged.tui.run import play_speed
 
     assert play_speed(length) == speed
 
@@ -490,8 +490,8 @@ def limited_engine(num_blocks: int = 40, progress: object = None) -> object:
 def test_a_next_run_that_cannot_start_leaves_the_run_before_on_the_screen() -> None:
     from textual.widgets import Input
 
-    from minipaged.tui.app import EngineRunner
-    from minipaged.tui.screen import ScreenApp
+    from minipaged.tui.app import ScreenApp
+    from minipaged.tui.run import EngineRunner
     from minipaged.tui.session import Session
 
     runner = EngineRunner(limited_engine, {}, record=None)

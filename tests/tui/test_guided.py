@@ -16,14 +16,14 @@ from textual.pilot import Pilot
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.app import run_screen
+from minipaged.trace.words import sentence, summary
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.panes.text import text_title
-from minipaged.tui.screen import ScreenApp
+from minipaged.tui.run import run_screen
 from minipaged.tui.scripted.guide import MOST_STEPS, Guide
 from minipaged.tui.scripted.tour import STOP_SECONDS, Tour
 from minipaged.tui.session import Session
 from minipaged.tui.view import View
-from minipaged.tui.words.sentences import sentence, summary
 
 PARAMS = SamplingParams(max_tokens=30)
 
@@ -195,7 +195,7 @@ def test_the_whole_run_is_summed_up_wherever_one_looks(
         session.go(0)
         return 0
 
-    monkeypatch.setattr("minipaged.tui.app._show", looked_back)
+    monkeypatch.setattr("minipaged.tui.run._show", looked_back)
     assert run_screen(partial(scripted_engine, num_blocks=64), prompts=["good"]) == 0
     said = re.search(r"1 answer, (\d+) tokens in (\d+) steps", capsys.readouterr().out)
     assert said is not None

@@ -16,11 +16,11 @@ from textual.widgets import Input, Label
 
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.map.blockmap import BlockMap
 from minipaged.tui.map.layout import Zoom
 from minipaged.tui.panes.dialogs import AddPrompt, Overlay, Reading
 from minipaged.tui.panes.inspector import Inspector
-from minipaged.tui.screen import ScreenApp
 from minipaged.tui.session import Session
 
 at_each_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")

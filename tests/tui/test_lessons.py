@@ -12,11 +12,11 @@ from textual.widgets import OptionList
 from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.player import Player
 from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.words import sentence
 from minipaged.tui.scripted.lessons import LESSONS, Lesson
 from minipaged.tui.scripted.walk import FLASH_SECONDS, LessonWalk
 from minipaged.tui.session import Session
 from minipaged.tui.view import View
-from minipaged.tui.words.sentences import sentence
 
 
 def states(lesson: Lesson) -> list[Snapshot]:

@@ -12,10 +12,11 @@ from scripted import Scene, sharing_scene
 
 from minipaged.trace.events import FLAG_CACHED
 from minipaged.trace.snapshot import Snapshot, fold
+from minipaged.trace.words import LETTERS, NUM_HUES
 from minipaged.tui.map.cells import STYLE_BITS, STYLES
 from minipaged.tui.map.layout import Zoom
 from minipaged.tui.map.model import MapModel
-from minipaged.tui.palette import ASCII, LETTERS, NUM_HUES
+from minipaged.tui.palette import ASCII
 from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.view import View
 

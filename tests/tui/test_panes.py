@@ -18,6 +18,7 @@ from minipaged.trace.events import ShadowDelta, StepDelta
 from minipaged.trace.player import Player
 from minipaged.trace.snapshot import fold
 from minipaged.trace.sources import ListSource
+from minipaged.trace.words import TICKS, sentence, sentences
 from minipaged.tui.map.layout import Zoom
 from minipaged.tui.palette import ASCII, UNICODE, Glyphs
 from minipaged.tui.panes.bars import header_line, host_line, keys_line, legend_lines
@@ -32,7 +33,6 @@ from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.session import Session
 from minipaged.tui.view import Line, View, width_of
 from minipaged.tui.words.cells import fit, rows_of, tail, to_ascii
-from minipaged.tui.words.sentences import TICKS, sentence, sentences
 
 
 def view_at(position: int, deltas: list[StepDelta] | None = None, **words: object) -> View:

@@ -13,7 +13,7 @@ from scripted import Scene
 from textual.pilot import Pilot
 
 from minipaged.trace.events import StepDelta
-from minipaged.tui.screen import ScreenApp
+from minipaged.tui.app import ScreenApp
 
 Compare = Callable[..., bool]
 

@@ -17,9 +17,9 @@ from test_map import big_snapshot
 from textual.pilot import Pilot
 
 from minipaged.trace.snapshot import Snapshot
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.map.blockmap import BlockMap
 from minipaged.tui.map.layout import Zoom
-from minipaged.tui.screen import ScreenApp
 
 
 def frame_times(num_blocks: int, changes: int, zoom: Zoom, *, frames: int = 40) -> list[tuple[float, float]]:

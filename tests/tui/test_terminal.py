@@ -22,7 +22,7 @@ import sys
 sys.path[:0] = [{root!r}, {trace!r}]
 from minipaged.config import SamplingParams
 from scripted import scripted_engine
-from minipaged.tui.app import run_screen
+from minipaged.tui.run import run_screen
 prompts = [("a prompt that goes on for a while \\x1b[31m\\u202e", SamplingParams(max_tokens=40)), "Once upon a time"]
 sys.exit(run_screen((scripted_engine, {{"num_blocks": 64}}), prompts=prompts, speed={speed}))
 """

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 from minipaged.errors import InputError
 from minipaged.serving.live import EngineProcess, LiveSource
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.bench.engine import requests, timed_engine
 from minipaged.tui.bench.pictures import take_pictures
-from minipaged.tui.screen import ScreenApp
 from minipaged.tui.session import Session
 
 SIZE = (160, 50)  # columns, rows, while it is timed

@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 
 from minipaged.trace.events import MARKS
 from minipaged.trace.sources import Source
-from minipaged.tui.screen import ScreenApp
+from minipaged.tui.app import ScreenApp
 from minipaged.tui.session import Session
 
 SIZES = ((120, 40), (200, 60))

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from minipaged.trace.events import FLAG_CACHED, FLAG_COPIED, FLAG_NULL
 from minipaged.trace.snapshot import Pool, Snapshot
-from minipaged.tui.palette import LETTERS, NUM_HUES, Glyphs
+from minipaged.trace.words import LETTERS, NUM_HUES
+from minipaged.tui.palette import Glyphs
 
 Ints = npt.NDArray[np.int32]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
+from minipaged.trace.words import plural
 from minipaged.tui.map.layout import Zoom
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, Run, View, bar, spread, width_of
-from minipaged.tui.words.sentences import plural
 
 KEYS: tuple[tuple[str, str], ...] = (
     ("␣", "run"),

@@ -10,12 +10,12 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 
 from minipaged.text.safe import clean_bytes
-from minipaged.trace.events import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event
+from minipaged.trace.events import Event
+from minipaged.trace.words import PAST, block_state, listing, plural
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.reading.history import Past
 from minipaged.tui.view import Line, View
 from minipaged.tui.words.cells import fit, rows_of, tail, to_ascii
-from minipaged.tui.words.sentences import listing, plural
 
 
 class Inspector(Pane, can_focus=True):
@@ -71,7 +71,7 @@ def block_lines(view: View, width: int) -> list[Line]:
     refs, fill, flags = int(pool.refs[block]), int(pool.fill[block]), int(pool.flags[block])
     lines: list[Line] = [
         [(f"block {block}", "strong"), (f"  ref {refs}  {fill}/{size} slots", "text")],
-        *([(text, "dim")] for text in textwrap.wrap(_state(refs, flags), max(10, width))),
+        *([(text, "dim")] for text in textwrap.wrap(block_state(refs, flags), max(10, width))),
     ]
     owners = view.snapshot.owners(block)
     if owners:
@@ -82,19 +82,6 @@ def block_lines(view: View, width: int) -> list[Line]:
             line.append((f"and {len(owners) - 6} more", "dim"))
         lines += [line, *_text(view, owners[0], fill, width)]
     return lines
-
-
-def _state(refs: int, flags: int) -> str:
-    if flags & FLAG_NULL:
-        return "the null block: it pads tables, no token lives here"
-    words = ["shared" if refs > 1 else "in use" if refs else "free"]
-    if flags & FLAG_CACHED:
-        words.append("known to the prefix cache" if refs else "still cached: a prefix may find it")
-    if flags & FLAG_PINNED:
-        words.append("pinned")
-    if flags & FLAG_COPIED:
-        words.append("copied in this step")
-    return ", ".join(words)
 
 
 def _text(view: View, owner: tuple[int, int], fill: int, width: int) -> list[Line]:
@@ -136,23 +123,9 @@ def describe(view: View, past: Past) -> str:
     event: Event = past.event
     who = view.letter(event.sequence)
     if event.kind == "copy":
-        return (
-            f"copied to {event.other} for {who}"
-            if event.block == view.inspected
-            else f"copied from {event.block} for {who}"
-        )
-    words = {
-        "alloc": f"taken by {who}",
-        "free": f"given back by {who}",
-        "fork": f"shared with {who}",
-        "cache_hit": f"found by {who} in the cache",
-        "publish": "full: known to the cache",
-        "evict": "forgotten by the cache",
-        "swap_out": f"swapped out ({who})",
-        "swap_in": f"swapped in ({who})",
-        "release": f"let go by {who}",
-    }
-    return words.get(event.kind, event.kind)
+        here = event.block == view.inspected
+        return PAST["copy" if here else "copied"].format(who=who, block=event.other if here else event.block)
+    return PAST.get(event.kind, event.kind).format(who=who)
 
 
 def journey_lines(view: View, sequence: int, position: int, width: int) -> list[Line]:

@@ -7,10 +7,10 @@ import math
 from minipaged.memory.types import PoolBreakdown
 from minipaged.text.safe import clean_bytes
 from minipaged.trace.snapshot import SequenceState
+from minipaged.trace.words import plural
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View, bar
 from minipaged.tui.words.cells import fit, tail
-from minipaged.tui.words.sentences import plural
 
 
 class WastePane(Pane):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from minipaged.trace.snapshot import SequenceState
+from minipaged.trace.words import plural
 from minipaged.tui.panes.pane import ListPane
 from minipaged.tui.view import Line, Run, View, shown, width_of
-from minipaged.tui.words.sentences import plural
 
 
 class TablesPane(ListPane):

@@ -6,10 +6,10 @@ from rich.cells import cell_len
 
 from minipaged.text.safe import clean_bytes
 from minipaged.trace.snapshot import SequenceState
+from minipaged.trace.words import plural
 from minipaged.tui.panes.pane import ListPane
 from minipaged.tui.view import Line, View
 from minipaged.tui.words.cells import fit, rows_of, tail
-from minipaged.tui.words.sentences import plural
 
 ENDS = {"finished": "✓", "aborted": "x", "refused": "!", "waiting": "…", "swapped": "▽"}
 

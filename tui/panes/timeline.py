@@ -11,10 +11,10 @@ from textual import events
 from textual.message import Message
 
 from minipaged.trace.events import MARKS
+from minipaged.trace.words import TICK_ORDER, TICKS, sentence, summary
 from minipaged.tui.panes.pane import Pane
 from minipaged.tui.view import Line, View
 from minipaged.tui.words.cells import fit
-from minipaged.tui.words.sentences import TICK_ORDER, TICKS, sentence, summary
 
 _LEGEND = {  # in the order of a request's life
     "admit": "start",

@@ -15,7 +15,7 @@ from minipaged.errors import TraceError
 from minipaged.trace.events import MARKS, Event
 from minipaged.trace.snapshot import Snapshot
 from minipaged.trace.sources import Source
-from minipaged.tui.palette import letter
+from minipaged.trace.words import letter
 
 MOST_READ = 20_000  # deltas that one search reads
 WORDS = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from minipaged.trace.events import Event, StepDelta, beside_appends
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.palette import letter
-from minipaged.tui.words.sentences import listing, plural
+from minipaged.trace.words import letter, listing, plural
 
 MOST_STEPS = 400  # after which it no longer slows the run: what has not happened by then may never happen
 KINDS = ("admit", "cache_hit", "fork", "copy", "preempt")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minipaged.trace.snapshot import Snapshot
-from minipaged.tui.palette import letter
+from minipaged.trace.words import letter
 from minipaged.tui.playback import Playback, Script
 from minipaged.tui.scripted.lessons import Lesson
 

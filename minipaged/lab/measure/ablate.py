@@ -34,7 +34,7 @@ from minipaged.lab.measure.attention_variants import (
 from minipaged.lab.measure.device_run import Bench, DeviceResult, serve
 from minipaged.lab.measure.rows import SECTIONS, too_few_steps
 from minipaged.lab.measure.step_bench import SlotPool, decode_step, prefill_step, time_of
-from minipaged.lab.simulation.workloads import Draw, engine_draws, make_workload
+from minipaged.lab.simulation.workloads import TimedRequest, engine_requests, make_workload
 from minipaged.model.llama import Llama
 
 BLOCK = 16
@@ -53,13 +53,13 @@ class Sizes:
     max_len: int
     max_new: int
     seconds: float  # limit of each serving run
-    draws: list[Draw] = field(repr=False)
+    requests: list[TimedRequest] = field(repr=False)
 
 
 def sizes_for(device: torch.device, seconds: float) -> Sizes:
     """The paper's proportions on a GPU, an eighth of them on a CPU."""
     if device.type == "cuda":
-        return Sizes(32, 1024, 2048, 2048, 15_728, 2048, 1024, seconds, engine_draws("sharegpt"))
+        return Sizes(32, 1024, 2048, 2048, 15_728, 2048, 1024, seconds, engine_requests("sharegpt"))
     load = make_workload("sharegpt", rate=math.inf, count=64)
     short = [
         ([(7 * i + k) % 250 for k in range(max(1, int(p) // 8))], max(2, min(int(o), 1024) // 8))
@@ -192,9 +192,9 @@ class _Work:
 
     def _mean_context(self) -> int:
         """Tokens that a running row holds on average: the prompt and half of the answer."""
-        draws = self.sizes.draws
-        weight = sum(n for _, n in draws)  # a row counts for as long as it runs
-        return round(sum(n * (len(p) + n / 2) for p, n in draws) / weight)
+        requests = self.sizes.requests
+        weight = sum(n for _, n in requests)  # a row counts for as long as it runs
+        return round(sum(n * (len(p) + n / 2) for p, n in requests) / weight)
 
     # ---- steps
 
@@ -296,14 +296,14 @@ class _Work:
         """The engine itself, in the pool that binds."""
         assert self.bench is not None
         sizes, first = self.sizes, math.nan
-        self.bench.warm_up(sizes.draws, [system for system, _ in self.BATCHING])
+        self.bench.warm_up(sizes.requests, [system for system, _ in self.BATCHING])
         for i, (system, name) in enumerate(self.BATCHING):
 
             def tell(share: float, i: int = i) -> None:
                 self._report("batching", (i + share) / len(self.BATCHING) - 1)
 
-            engine, slots, fits = self.bench.engine(system, sizes.draws, sizes.max_new, sizes.pool)
-            result, _ = serve(engine, system, sizes.draws, slots, sizes.seconds, tell, fits=fits)
+            engine, slots, fits = self.bench.engine(system, sizes.requests, sizes.max_new, sizes.pool)
+            result, _ = serve(engine, system, sizes.requests, slots, sizes.seconds, tell, fits=fits)
             self.found.runs[system] = result
             self.rows_of[system] = result.mean_rows
             if i == 0 and not result.too_few_steps:
@@ -322,7 +322,7 @@ class _Work:
 
         on_gpu = self.device.type == "cuda"
         rows, prompt, output = (16, 256, 256) if on_gpu else (5, 40, 56)
-        draws = [([(31 * i + k) % 250 for k in range(prompt)], output) for i in range(rows)]
+        requests = [([(31 * i + k) % 250 for k in range(prompt)], output) for i in range(rows)]
         demand = rows * (prompt + output)
         loaded = LoadedModel(self.config, self.model, self.parts.tokenizer)
         for size in (BLOCK, 4 * BLOCK):
@@ -335,7 +335,7 @@ class _Work:
                 )  # fmt: skip
                 engine = build_engine(loaded, cache, config, device=self.device, dtype=self.parts.dtype)
                 # On a GPU the first of two passes captures graphs.
-                took, tokens, count, steps = self._answer(engine, draws, passes=2 if on_gpu else 1)
+                took, tokens, count, steps = self._answer(engine, requests, passes=2 if on_gpu else 1)
                 name = f"{kind}, blocks of {size}"
                 stopped = "" if tokens == rows * output else f"stopped after {took:.0f} s"
                 if too_few_steps(steps, stopped):
@@ -350,14 +350,14 @@ class _Work:
                 del engine
                 self._forget()
 
-    def _answer(self, engine: Engine, draws: list[Draw], *, passes: int) -> tuple[float, int, int, int]:
-        """Seconds, tokens, preemptions and steps of the last pass over the draws; it alone is stopped at the time limit, since those
+    def _answer(self, engine: Engine, requests: list[TimedRequest], *, passes: int) -> tuple[float, int, int, int]:
+        """Seconds, tokens, preemptions and steps of the last pass over the requests; it alone is stopped at the time limit, since those
         before it compile and capture.
         """
         took, tokens, count, steps = math.nan, 0, 0, 0
         for limit in (*[math.inf] * (passes - 1), self.sizes.seconds):
             before, start = engine.scheduler.counters.preemptions, time.perf_counter()
-            outputs = [engine.ask(prompt, SamplingParams(max_tokens=n, ignore_eos=True)) for prompt, n in draws]
+            outputs = [engine.ask(prompt, SamplingParams(max_tokens=n, ignore_eos=True)) for prompt, n in requests]
             steps = 0
             while engine.has_work and time.perf_counter() - start < limit:
                 engine.step()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minipaged.execution.collectives import CudaCollectives
-from minipaged.execution.workers import start_ranks
+from minipaged.execution.ranks import start_ranks
 
 KIB = 1024
 SIZES = (4 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB, 4096 * KIB)  # bytes

@@ -22,7 +22,7 @@ from typing import Any
 
 from minipaged.errors import InputError
 from minipaged.lab.measure.engine import ContenderMissingError, Job, Pass, Runs, requests_of
-from minipaged.lab.simulation.workloads import Draw
+from minipaged.lab.simulation.workloads import TimedRequest
 from minipaged.model.loading.shapes import SHAPES, shape
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -70,7 +70,7 @@ def _check_room(job: Job) -> None:
         check_weights(job.model, held, choose_dtype("auto", place), place, fixed_dtype=True)
 
 
-def _within(asked: list[Draw], model: str) -> list[Draw]:
+def _within(asked: list[TimedRequest], model: str) -> list[TimedRequest]:
     """The draws with token ids that a small vocabulary has too; those of the known shapes hold all of them."""
     config = SHAPES.get(model.removeprefix("random:"))
     if config is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from minipaged.lab.measure.engine import Asked, ContenderMissingError, Job, Runs
-from minipaged.lab.simulation.workloads import Draw
+from minipaged.lab.simulation.workloads import TimedRequest
 from minipaged.model.loading.hub_shape import hub_config
 from minipaged.model.loading.placement import choose_device, choose_dtype
 from minipaged.model.loading.shapes import shape
@@ -45,7 +45,7 @@ def load(name: str, job: Job) -> Runs:
     return Runs(answer, most_requests=MOST_REQUESTS, repeats=1)
 
 
-def _batch(model: Any, asked: list[Draw]) -> int:
+def _batch(model: Any, asked: list[TimedRequest]) -> int:
     """One call of generate: all prompts and answers of batch:N are of one length."""
     import torch
 
@@ -55,8 +55,8 @@ def _batch(model: Any, asked: list[Draw]) -> int:
     return int(out.shape[0] * (out.shape[1] - prompts.shape[1]))
 
 
-def _continuous(model: Any, asked: list[Draw]) -> int:
-    """Its continuous batching, one request for each draw, as its own `generate_batch` does but with lengths of their own."""
+def _continuous(model: Any, asked: list[TimedRequest]) -> int:
+    """Its continuous batching, one request each, as its own `generate_batch` does but with lengths of their own."""
     tokens = 0
     with model.continuous_batching_context_manager(generation_config=model.generation_config) as manager:
         for prompt, count in asked:

@@ -23,7 +23,7 @@ from minipaged.engine import Engine
 from minipaged.errors import InputError
 from minipaged.lab.measure.rows import too_few_steps
 from minipaged.lab.simulation.trace_files import load_workload
-from minipaged.lab.simulation.workloads import Draw, Workload, engine_draws
+from minipaged.lab.simulation.workloads import TimedRequest, Workload, engine_requests
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.loading.shapes import SHAPES
 from minipaged.scheduling.request import RequestOutput
@@ -33,7 +33,7 @@ STEP_BUDGET = 8_192  # tokens a step where requests join and leave
 CPU_STEP_BUDGET = 256  # the same on a CPU, where a step of 8,192 takes longer than most time limits
 WARM_DRAWS = 12  # of every system, before anything is timed
 WHOLE_BATCHES = ("static", "fastertransformer")  # all rows start together, and nobody joins
-Fits = Callable[[Draw], bool]
+Fits = Callable[[TimedRequest], bool]
 SMALL_VOCABULARY = 250  # ids that every model has
 LAST_BATCH = 3  # a batch that nobody joins is let end, until the time limit has passed so often
 BATCH_BUDGET = 16_384  # tokens a step for batches that nobody joins: they start together
@@ -73,7 +73,7 @@ class DeviceResult:
         return self.tokens / self.seconds if self.seconds else math.nan
 
 
-def draws_of(load: Workload, vocab_size: int, *, seed: int = 0) -> list[Draw]:
+def requests_of(load: Workload, vocab_size: int, *, seed: int = 0) -> list[TimedRequest]:
     """Token ids for a workload's lengths, the common prefix the same in each; arrivals are left out."""
     rng = np.random.default_rng(seed)
     prefix = rng.integers(0, vocab_size, load.prefix).tolist()
@@ -83,8 +83,8 @@ def draws_of(load: Workload, vocab_size: int, *, seed: int = 0) -> list[Draw]:
     ]
 
 
-def draws_for(trace: str, model: str, *, count: int, seed: int = 0) -> list[Draw]:
-    """The first `count` draws that `trace` names: the fixed ones of the benchmarks, else a workload's lengths with random ids.
+def requests_for(trace: str, model: str, *, count: int, seed: int = 0) -> list[TimedRequest]:
+    """The first `count` requests that `trace` names: the fixed ones of the benchmarks, else a workload's lengths with random ids.
 
     Ids are folded into the vocabulary of a known shape. InputError for an unknown trace.
     """
@@ -92,14 +92,14 @@ def draws_for(trace: str, model: str, *, count: int, seed: int = 0) -> list[Draw
     config = SHAPES.get(model.removeprefix("random:"))
     vocabulary = SMALL_VOCABULARY if config is None else config.vocab_size
     if not fixed:
-        return draws_of(load_workload(trace, rate=math.inf, count=count, seed=seed), vocabulary, seed=seed)
-    drawn = engine_draws(trace)[: check_int("requests", count, 1)]
+        return requests_of(load_workload(trace, rate=math.inf, count=count, seed=seed), vocabulary, seed=seed)
+    drawn = engine_requests(trace)[: check_int("requests", count, 1)]
     return [([token % vocabulary for token in prompt], length) for prompt, length in drawn]
 
 
 def run_systems(
     systems: Sequence[str],
-    draws: Sequence[Draw],
+    requests: Sequence[TimedRequest],
     *,
     model: str,
     device: str = "auto",
@@ -113,7 +113,7 @@ def run_systems(
     progress: Progress,
     done: Callable[[DeviceResult], None] = lambda result: None,
 ) -> list[DeviceResult]:
-    """Serve the draws under every system in turn, in every pool (slots; None: all that the device holds).
+    """Serve the requests under every system in turn, in every pool (slots; None: all that the device holds).
 
     `max_new`: what a client allows, for systems that cannot know the answer's length. `seconds`: a system that is not
     through by then is stopped; a batch that nobody joins is let end first. `done` hears each result at once.
@@ -129,15 +129,15 @@ def run_systems(
     for pool in pools:
         if pool is not None:
             check_int("slots", pool, block_size)
-    if not draws or not pools:
+    if not requests or not pools:
         raise InputError("no requests to run")
-    for prompt, length in draws:
+    for prompt, length in requests:
         if len(prompt) + length > max_len:
             raise InputError(
                 f"a prompt of {len(prompt)} and an answer of {length} exceed the context of {max_len} tokens"
             )
     bench = Bench(model, device, dtype, block_size, pools, max_num_seqs, max_len, progress)
-    bench.warm_up(draws, systems, progress)
+    bench.warm_up(requests, systems, progress)
     results: list[DeviceResult] = []
     references: dict[int | None, list[list[int]]] = {}
     # webui has one row in any pool, so it runs once.
@@ -148,12 +148,12 @@ def run_systems(
             at_once = ": the whole batch's prompts, in one step" if system in WHOLE_BATCHES and not share else ""
             progress(system + at_once, round(1000 * (i + share)), 1000 * len(runs))
 
-        engine, slots, fits = bench.engine(system, draws, max_new, pool)
-        result, answers = serve(engine, system, draws, slots, seconds, tell, fits=fits)
+        engine, slots, fits = bench.engine(system, requests, max_new, pool)
+        result, answers = serve(engine, system, requests, slots, seconds, tell, fits=fits)
         first = references.setdefault(pool, answers)
         both = [
             (a, b)
-            for (a, b), (_, n) in zip(zip(answers, first, strict=True), draws, strict=True)
+            for (a, b), (_, n) in zip(zip(answers, first, strict=True), requests, strict=True)
             if len(a) == len(b) == n
         ]
         same = sum(a == b for a, b in both) / len(both) if both else math.nan
@@ -201,15 +201,17 @@ class Bench:
         self.config = replace(config, max_model_len=max_len, depth=self.parts.engine.depth)
         self.block_size, self.num_blocks, self.max_len = block_size, held, max_len
 
-    def warm_up(self, draws: Sequence[Draw], systems: Sequence[str], progress: Progress = lambda *what: None) -> None:
+    def warm_up(
+        self, requests: Sequence[TimedRequest], systems: Sequence[str], progress: Progress = lambda *what: None
+    ) -> None:
         """Compile and capture what the runs will need: on a GPU the batch shrinks from its full size to one, row by row; then each system
         takes its own way from prompts to rows, for a few tokens.
         """
-        few: list[Draw] = []
+        few: list[TimedRequest] = []
         most, room = (
             (self.config.max_num_seqs, self.num_blocks) if self.parts.device.type == "cuda" else (2, self.num_blocks)
         )
-        for prompt, _ in draws[:most]:
+        for prompt, _ in requests[:most]:
             length = min(2 + len(few), self.max_len - len(prompt))
             room -= -(-(len(prompt) + length) // self.block_size) + 1
             if few and room < 0:
@@ -221,29 +223,31 @@ class Bench:
             progress("warming up", i, 1 + len(systems))
             self._run_through(system, few[:WARM_DRAWS])
 
-    def _run_through(self, system: str, draws: Sequence[Draw]) -> None:
-        engine, _, fits = self.engine(system, draws, 0, None)
-        for prompt, length in filter(fits, draws):
+    def _run_through(self, system: str, requests: Sequence[TimedRequest]) -> None:
+        engine, _, fits = self.engine(system, requests, 0, None)
+        for prompt, length in filter(fits, requests):
             engine.ask(prompt, SamplingParams(max_tokens=length, ignore_eos=True))
         while engine.has_work:
             engine.step()
 
-    def engine(self, system: str, draws: Sequence[Draw], max_new: int, pool: int | None) -> tuple[Engine, int, Fits]:
+    def engine(
+        self, system: str, requests: Sequence[TimedRequest], max_new: int, pool: int | None
+    ) -> tuple[Engine, int, Fits]:
         """An engine of that system around the loaded model and a pool of that many slots; also the slots it has, and which
-        draws an empty pool would hold.
+        requests an empty pool would hold.
         """
         runner: Any = self.parts.engine.runner
         num_blocks = self.num_blocks if pool is None else pool // self.block_size + 1
         slots = (num_blocks - 1) * self.block_size
         if system == PAGED:
             paged = BlockManager(num_blocks, self.block_size, prefix_caching=False)
-            return Engine(Scheduler(self.config, paged, self.block_size), runner), slots, lambda draw: True
+            return Engine(Scheduler(self.config, paged, self.block_size), runner), slots, lambda request: True
         joins = system != "webui" and system not in WHOLE_BATCHES
         config = self.config if joins else replace(self.config, max_num_batched_tokens=BATCH_BUDGET)
         scheduler, manager = contiguous_scheduler(system, config, num_blocks, self.block_size, max_new=max_new)
 
-        def fits(draw: Draw) -> bool:
-            return manager.fits(len(draw[0]), Ask(max(max_new, draw[1]), draw[1]))
+        def fits(request: TimedRequest) -> bool:
+            return manager.fits(len(request[0]), Ask(max(max_new, request[1]), request[1]))
 
         return Engine(scheduler, runner), slots, fits
 
@@ -251,29 +255,29 @@ class Bench:
 def serve(
     engine: Engine,
     system: str,
-    draws: Sequence[Draw],
+    requests: Sequence[TimedRequest],
     slots: int,
     seconds: float | None,
     progress: Callable[[float], None],
     *,
-    fits: Fits = lambda draw: True,
+    fits: Fits = lambda request: True,
 ) -> tuple[DeviceResult, list[list[int]]]:
-    """Answer the draws; those that do not fit are refused, as are those that the engine refuses.
+    """Answer the requests; those that do not fit are refused, as are those that the engine refuses.
 
     `progress` is called before the first step and after each with the share that is done: of all tokens to compute, prompts
     included, or of the time limit, whichever is more.
     """
-    served = [i for i, draw in enumerate(draws) if fits(draw)]
+    served = [i for i, request in enumerate(requests) if fits(request)]
     outputs: list[RequestOutput] = []
     for i in served:
-        prompt, length = draws[i]
+        prompt, length = requests[i]
         outputs.append(engine.ask(prompt, SamplingParams(max_tokens=length, ignore_eos=True)))
-    count = len(draws)
+    count = len(requests)
     first, finish = np.full(count, math.nan), np.full(count, math.nan)
     batch = engine.scheduler.batch
     weighted_rows = weighted_tokens = 0.0
     done = steps = 0
-    work, ended, share = sum(len(prompt) + length for prompt, length in map(draws.__getitem__, served)), 0, 0.0
+    work, ended, share = sum(len(prompt) + length for prompt, length in map(requests.__getitem__, served)), 0, 0.0
     progress(0.0)
     start = before = time.perf_counter()
     while engine.has_work:
@@ -295,13 +299,13 @@ def serve(
             if output.finished and math.isnan(finish[index]):
                 finish[index] = now - start
                 done += 1
-                ended += len(draws[index][0]) + draws[index][1]
+                ended += len(requests[index][0]) + requests[index][1]
         share = max(share, (ended + computed) / work, (now - start) / seconds if seconds else 0.0)
         progress(min(1.0, share))
     took = before - start
     cut_short = engine.has_work
     engine.drain()
-    answers: list[list[int]] = [[] for _ in draws]
+    answers: list[list[int]] = [[] for _ in requests]
     for i, output in zip(served, outputs, strict=True):
         answers[i] = list(output.outputs[0].token_ids) if output.error is None and output.outputs else []
     written = np.array([len(answer) for answer in answers])
@@ -309,7 +313,7 @@ def serve(
     spaced = (written > 1) & ~np.isnan(first)
     gaps = (last - first)[spaced] / (written[spaced] - 1)
     refused = count - len(served) + sum(o.error is not None for o in outputs)
-    whole = finish / np.array([length for _, length in draws])
+    whole = finish / np.array([length for _, length in requests])
     result = DeviceResult(
         system=system,
         pool=slots,

@@ -24,7 +24,7 @@ from typing import Any
 
 from minipaged.config import KV_CACHE_DTYPES, WEIGHTS, Progress, check_choice, check_int, check_real
 from minipaged.errors import InputError
-from minipaged.lab.simulation.workloads import ENGINE_DRAWS, Draw, engine_draws
+from minipaged.lab.simulation.workloads import ENGINE_REQUESTS, TimedRequest, engine_requests
 
 OURS = "minipaged"
 PEERS = ("vllm", "transformers")
@@ -90,7 +90,7 @@ class Job:
 class Asked:
     """What a workload asks for. requests: (prompt token ids, output length) each."""
 
-    requests: list[Draw]
+    requests: list[TimedRequest]
     temperature: float = 0.0
     top_p: float = 1.0
     prefix_caching: bool = False
@@ -101,7 +101,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "chat": {"temperature": 0.8, "top_p": 0.95},
     "prefix": {"prefix_caching": True},
 }
-KNOWN = ", ".join(ENGINE_DRAWS) + " and batch:N"
+KNOWN = ", ".join(ENGINE_REQUESTS) + " and batch:N"
 
 
 @cache
@@ -109,10 +109,10 @@ def requests_of(workload: str) -> Asked:
     """The requests of a workload, and how they are drawn. InputError for an unknown name."""
     name, _, number = workload.partition(":")
     if name == "batch" and number.isdecimal():
-        return Asked(engine_draws(f"b{check_int('batch', int(number), 1, 4096)}"))
-    if workload not in ENGINE_DRAWS:
+        return Asked(engine_requests(f"b{check_int('batch', int(number), 1, 4096)}"))
+    if workload not in ENGINE_REQUESTS:
         raise InputError(f"workload must be {KNOWN}, not {workload!r}")
-    return Asked(engine_draws(workload), **SAMPLING.get(workload, {}))
+    return Asked(engine_requests(workload), **SAMPLING.get(workload, {}))
 
 
 Answer = Callable[[str, Asked], int]

@@ -19,7 +19,7 @@ from minipaged.api import LLM
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import InputError
-from minipaged.lab.simulation.workloads import engine_draws
+from minipaged.lab.simulation.workloads import engine_requests
 from minipaged.scheduling.plan import Pending, StepPlan, StepTokens
 from minipaged.trace.events import StepDelta
 from minipaged.trace.file import StreamWriter, header_of
@@ -41,7 +41,7 @@ class HostRow(NamedTuple):
 
 def phase(engine: Engine, batch: int, steps: int, measured: Callable[[], None]) -> None:
     """Bring `batch` requests to plain decoding, call `measured`, which may take `steps` steps, and abort them."""
-    room = len(engine_draws(f"b{batch}")[0][0]) + WARM_TOKENS + steps + 2 * PAIR_STEPS
+    room = len(engine_requests(f"b{batch}")[0][0]) + WARM_TOKENS + steps + 2 * PAIR_STEPS
     if batch > engine.scheduler.config.max_num_seqs:
         raise InputError(f"batch must be at most max_num_seqs ({engine.scheduler.config.max_num_seqs}), not {batch}")
     blocks, size = engine.runner.num_blocks() - 1, engine.scheduler.block_size
@@ -51,7 +51,9 @@ def phase(engine: Engine, batch: int, steps: int, measured: Callable[[], None]) 
         )
     params = SamplingParams(max_tokens=room, ignore_eos=True)
     vocabulary = engine.codec.vocab_size if engine.codec is not None else 1 << 31
-    outputs = [engine.ask([token % vocabulary for token in prompt], params) for prompt, _ in engine_draws(f"b{batch}")]
+    outputs = [
+        engine.ask([token % vocabulary for token in prompt], params) for prompt, _ in engine_requests(f"b{batch}")
+    ]
     refused = next((output.error for output in outputs if output.error), None)
     if refused is not None:
         raise InputError(refused)
@@ -196,7 +198,7 @@ def part_rows(engine: Engine, batch: int) -> Iterator[HostRow]:
         (engine.scheduler, "schedule", timed("schedule", engine.scheduler.schedule)),
         (engine.scheduler, "commit", timed("commit", engine.scheduler.commit)),
         (engine.runner, "launch", timed_launch),
-        (engine.trace, "publish", timed("trace, nobody listening", engine.trace.publish)),
+        (engine.trace, "emit", timed("trace, nobody listening", engine.trace.emit)),
     ]
     for owner, name, call in wrapped:
         setattr(owner, name, call)

@@ -1,7 +1,7 @@
-"""transformers beside the systems, on the same draws: `generate` over static batches, and its continuous batching.
+"""transformers beside the systems, on the same requests: `generate` over static batches, and its continuous batching.
 
 Runs as a process of its own, so that its memory is its own and its failure ends nothing else:
-`python -m minipaged.lab.measure.transformers_peer generate random:llama-7b draws.json result.json`. The
+`python -m minipaged.lab.measure.transformers_peer generate random:llama-7b requests.json result.json`. The
 weights are random and the lengths forced, so what is said does not matter.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from minipaged.errors import InputError
 from minipaged.lab.measure.device_run import DeviceResult, percentiles
-from minipaged.lab.simulation.workloads import Draw
+from minipaged.lab.simulation.workloads import TimedRequest
 
 PEERS = ("generate", "continuous")
 START_SECONDS = 240  # until the weights are drawn and the graphs captured; a peer that needs longer is given up
@@ -28,12 +28,12 @@ MAX_NEW = 1024  # what a client allows, as for the systems
 
 
 def run_peer(
-    peer: str, model: str, draws: Sequence[Draw], *, device: str, pool: int | None, seconds: float | None
+    peer: str, model: str, requests: Sequence[TimedRequest], *, device: str, pool: int | None, seconds: float | None
 ) -> DeviceResult:
     """Run one of PEERS in a process of its own. A peer that is absent or fails is a result without tokens that says why."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "draws.json"), Path(folder, "result.json")
-        settings = {"device": device, "pool": pool, "seconds": seconds, "draws": list(draws)}
+        asked, answered = Path(folder, "requests.json"), Path(folder, "result.json")
+        settings = {"device": device, "pool": pool, "seconds": seconds, "requests": list(requests)}
         asked.write_text(json.dumps(settings), encoding="utf-8")
         command = [
             sys.executable,
@@ -56,7 +56,7 @@ def run_peer(
             return DeviceResult(**found)
     nothing = (math.nan, math.nan)
     return DeviceResult(
-        f"transformers {peer}", pool or 0, len(draws), 0, 0, 0, 0.0, 0.0, 0.0, nothing, nothing, math.nan, 0, math.nan,
+        f"transformers {peer}", pool or 0, len(requests), 0, 0, 0, 0.0, 0.0, 0.0, nothing, nothing, math.nan, 0, math.nan,
         note=f"skipped: {why[:300]}",
     )  # fmt: skip
 
@@ -81,11 +81,11 @@ def _network(name: str, device: str) -> Any:
     return model.eval()
 
 
-def static_batches(draws: Sequence[Draw], pool: int, most: int = 256) -> list[list[int]]:
+def static_batches(requests: Sequence[TimedRequest], pool: int, most: int = 256) -> list[list[int]]:
     """Requests in order of arrival, as many to a batch as its slab fits the pool: rows x (longest prompt + MAX_NEW)."""
     batches: list[list[int]] = [[]]
     longest = 0
-    for i, (prompt, _) in enumerate(draws):
+    for i, (prompt, _) in enumerate(requests):
         longest = max(longest, len(prompt))
         rows = len(batches[-1]) + 1
         if batches[-1] and (rows > most or rows * (longest + MAX_NEW) > pool):
@@ -100,11 +100,11 @@ def _generate(name: str, settings: dict[str, Any]) -> DeviceResult:
     import torch
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-    model, draws, limit = _network(name, settings["device"]), settings["draws"], settings["seconds"]
+    model, requests, limit = _network(name, settings["device"]), settings["requests"], settings["seconds"]
     device = model.device
     pool = settings["pool"] or _free_slots(model)
-    count = len(draws)
-    lengths = [n for _, n in draws]
+    count = len(requests)
+    lengths = [n for _, n in requests]
     first, finish, written = [math.nan] * count, [math.nan] * count, [0] * count
     rows_seconds, steps_taken, steps_needed = 0.0, 0, 0
     promised = 0  # tokens of the batches that were begun
@@ -135,11 +135,11 @@ def _generate(name: str, settings: dict[str, Any]) -> DeviceResult:
             return torch.full((len(self.members),), self.steps >= self.longest or over, device=device)
 
     def run(members: list[int], longest: int, measured: bool) -> int:
-        width = max(len(draws[i][0]) for i in members)
+        width = max(len(requests[i][0]) for i in members)
         ids = torch.zeros(len(members), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(members):
-            prompt = draws[i][0]
+            prompt = requests[i][0]
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         clock = Clock(members, longest, measured)
@@ -150,7 +150,7 @@ def _generate(name: str, settings: dict[str, Any]) -> DeviceResult:
         )  # fmt: skip
         return clock.steps
 
-    batches = static_batches(draws, pool)
+    batches = static_batches(requests, pool)
     with torch.inference_mode():
         start = time.perf_counter()
         run(batches[0][:2], 2, False)
@@ -170,7 +170,7 @@ def _generate(name: str, settings: dict[str, Any]) -> DeviceResult:
             f"stopped after {took:.0f} s, at step {steps_taken} of {steps_needed}, while most rows still ran; at this pace "
             f"whole batches give {whole:,.0f} tok/s"
         )
-    return _result("generate", pool, draws, first, finish, written, took, rows_seconds, note)
+    return _result("generate", pool, requests, first, finish, written, took, rows_seconds, note)
 
 
 def _continuous(name: str, settings: dict[str, Any]) -> DeviceResult:
@@ -178,18 +178,18 @@ def _continuous(name: str, settings: dict[str, Any]) -> DeviceResult:
     import torch
     from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
-    model, draws, limit = _network(name, settings["device"]), settings["draws"], settings["seconds"]
+    model, requests, limit = _network(name, settings["device"]), settings["requests"], settings["seconds"]
     pool = settings["pool"]
     given: dict[str, Any] = {}
     if pool is not None:
         given["num_blocks"] = max(2, pool // 256)
         given["page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"] = 256
-    count = len(draws)
+    count = len(requests)
     chosen = GenerationConfig(max_new_tokens=MAX_NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     manager = model.init_continuous_batching(
         generation_config=chosen, continuous_batching_config=ContinuousBatchingConfig(**given)
     )
-    times: list[list[float]] = [[] for _ in draws]
+    times: list[list[float]] = [[] for _ in requests]
     finish = [math.nan] * count
     # no_grad: its own thread may not be in inference mode (5.17 is not), and may not write what was made in it
     with torch.no_grad():
@@ -197,7 +197,7 @@ def _continuous(name: str, settings: dict[str, Any]) -> DeviceResult:
             manager.warmup()
         manager.start()
         start = time.perf_counter()
-        for i, (prompt, length) in enumerate(draws):
+        for i, (prompt, length) in enumerate(requests):
             manager.add_request(prompt, request_id=str(i), max_new_tokens=length, streaming=True)
         done = 0
         while done < count and (limit is None or time.perf_counter() - start <= limit):
@@ -210,7 +210,7 @@ def _continuous(name: str, settings: dict[str, Any]) -> DeviceResult:
                 raise RuntimeError(output.error)
             now, index = time.perf_counter() - start, int(output.request_id)
             times[index] += [now] * (len(output.generated_tokens) - len(times[index]))
-            if len(times[index]) >= draws[index][1] and math.isnan(finish[index]):
+            if len(times[index]) >= requests[index][1] and math.isnan(finish[index]):
                 finish[index] = now
                 done += 1
     took = time.perf_counter() - start
@@ -218,7 +218,7 @@ def _continuous(name: str, settings: dict[str, Any]) -> DeviceResult:
     first = [t[0] if t else math.nan for t in times]
     rows_seconds = sum((took if math.isnan(f) else f) - t[0] for t, f in zip(times, finish, strict=True) if t)
     note = "" if done == count else f"stopped after {took:.0f} s"
-    return _result("continuous", pool or 0, draws, first, finish, written, took, rows_seconds, note)
+    return _result("continuous", pool or 0, requests, first, finish, written, took, rows_seconds, note)
 
 
 def _free_slots(model: Any) -> int:
@@ -235,7 +235,7 @@ def _free_slots(model: Any) -> int:
 def _result(
     peer: str,
     pool: int,
-    draws: Sequence[Draw],
+    requests: Sequence[TimedRequest],
     first: list[float],
     finish: list[float],
     written: list[int],
@@ -243,13 +243,13 @@ def _result(
     rows_seconds: float,
     note: str,
 ) -> DeviceResult:
-    count = len(draws)
+    count = len(requests)
     gaps = [
         ((took if math.isnan(end) else end) - begin) / (n - 1)
         for begin, end, n in zip(first, finish, written, strict=True)
         if n > 1 and not math.isnan(begin)
     ]
-    ended = [end / length for end, (_, length) in zip(finish, draws, strict=True) if not math.isnan(end)]
+    ended = [end / length for end, (_, length) in zip(finish, requests, strict=True) if not math.isnan(end)]
     return DeviceResult(
         system=f"transformers {peer}",
         pool=pool,

@@ -218,15 +218,18 @@ def system_tables(rows: Rows) -> list[str]:
         if row["tokens"] and not too_few_steps(row.get("steps"), row["note"])
     ]
     text = (
-        "Every system but those of transformers runs on this engine, with its kernels and its scheduler; they differ in what memory a "
-        "request holds and in who may enter. All requests wait from the start. The pool is counted in slots. P99 is over the requests."
+        "All systems but transformers' two run on this engine, with its kernels and its scheduler. They differ in how much memory a "
+        "request holds, and in which requests may run. All requests are there from the start. The pool is counted in slots: a slot holds "
+        "one token. First token: how long a request waited for it; next tokens: its mean time for each later one. P99: 99 of 100 requests "
+        "were as fast or faster."
     )
     stopped = {row["system"]: f"{row['seconds']:.0f} s" for row in rows if row["note"].startswith("stopped after")}
     if stopped:
         limit = min(stopped.values(), key=lambda words: int(words.split()[0]))
-        later = [f"{name} after {time}: a batch that runs goes on" for name, time in stopped.items() if time != limit]
-        text += f" Runs stop after {limit}" + (f" ({'; '.join(later)})" if later else "")
-        text += f"; a request with no first token by then counts as > {limit}."
+        later = [
+            f", {name} after {time}, since a batch that runs goes on" for name, time in stopped.items() if time != limit
+        ]
+        text += f" A run is stopped after {limit}{''.join(later)}. A request that has no first token by then counts as > {limit}."
     head = ("system", "pool", "tok/s", "mean batch", "pool used", "finished", "first token P99", "next tokens P99")
     whole = [
         f"{row['system']}: {_first_sentence(row['note'])}."
@@ -234,8 +237,8 @@ def system_tables(rows: Rows) -> list[str]:
         if row["note"] and not row["note"].endswith(" s")
     ]
     preempted = [
-        f"{row['system']}: {row['preemptions']:,} preemptions. A preempted request waits, and its wait counts in its next tokens; "
-        f"their median over the requests is {seconds(row['per_token'][0])}."
+        f"{row['system']} preempted requests {row['preemptions']:,} times. Such a request waits until it may go on, and that time counts "
+        f"in its next tokens. Their median over the requests is {seconds(row['per_token'][0])}."
         for row in rows
         if row.get("preemptions") and row["per_token"][0] is not None
     ]

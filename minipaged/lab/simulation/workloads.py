@@ -165,7 +165,7 @@ def chatbot(*, rate: float, count: int, seed: int = 0, mean_rounds: float = 8.0,
 
 
 def uniform(*, rate: float, count: int, seed: int = 0) -> Workload:
-    """Prompts and answers uniform from 100 to 1024, the draw of nano-vllm's benchmark."""
+    """Prompts and answers uniform from 100 to 1024, those of nano-vllm's benchmark."""
     rng = np.random.default_rng([seed, 6])
     lengths = rng.integers(100, 1025, (2, count))
     return Workload("uniform", poisson_arrivals(rng, rate, count), lengths[0], lengths[1], 1024)
@@ -206,21 +206,21 @@ def make_workload(name: str, *, rate: float, count: int, seed: int = 0) -> Workl
     return maker(rate, check_int("requests", count, 1), seed)
 
 
-Draw = tuple[list[int], int]  # prompt token ids, output length
+TimedRequest = tuple[list[int], int]  # prompt token ids, output length
 
 
-def engine_draws(name: str) -> list[Draw]:
-    """The exact requests that the engines are timed on, from fixed seeds: a name of ENGINE_DRAWS, or `bN` for N equal
+def engine_requests(name: str) -> list[TimedRequest]:
+    """The exact requests that the engines are timed on, from fixed seeds: a name of ENGINE_REQUESTS, or `bN` for N equal
     ones (128 in, 256 out).
 
     Python's own generator is used in a fixed order of calls, so the token ids are the same on every machine.
     """
-    if name in ENGINE_DRAWS:
-        return ENGINE_DRAWS[name]()
+    if name in ENGINE_REQUESTS:
+        return ENGINE_REQUESTS[name]()
     if name[:1] == "b" and name[1:].isdecimal() and int(name[1:]) > 0:
-        return _equal_draws(int(name[1:]), 128, 256, seed=2)
+        return _equal_requests(int(name[1:]), 128, 256, seed=2)
     raise InputError(
-        f"unknown draw {name!r}; known: {', '.join(ENGINE_DRAWS)}, or b followed by a batch size, such as b32"
+        f"unknown workload {name!r}; known: {', '.join(ENGINE_REQUESTS)}, or b followed by a batch size, such as b32"
     )
 
 
@@ -228,7 +228,7 @@ def _token_ids(rng: random.Random, count: int, *, low: int) -> list[int]:
     return [rng.randint(low, 10000) for _ in range(count)]
 
 
-def _nano_draws() -> list[Draw]:
+def _nano_requests() -> list[TimedRequest]:
     """nano-vllm's bench.py: 256 sequences, prompt and output lengths uniform from 100 to 1024; all the prompts are
     drawn first.
     """
@@ -237,7 +237,7 @@ def _nano_draws() -> list[Draw]:
     return [(prompt, rng.randint(100, 1024)) for prompt in prompts]
 
 
-def _equal_draws(count: int, prompt: int, output: int, *, seed: int, shared: int = 0) -> list[Draw]:
+def _equal_requests(count: int, prompt: int, output: int, *, seed: int, shared: int = 0) -> list[TimedRequest]:
     """`count` requests of the same lengths; the first `shared` tokens of the prompts are the same too."""
     rng = random.Random(seed)
     prefix = _token_ids(rng, shared, low=5)
@@ -249,7 +249,7 @@ def _length(rng: random.Random, mean: float, sigma: float, low: int, high: int) 
     return max(low, min(high, int(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
 
 
-def _sharegpt_draws(count: int, *, seed: int) -> list[Draw]:
+def _sharegpt_requests(count: int, *, seed: int) -> list[TimedRequest]:
     """Log-normal lengths with means near 161 in and 338 out before the cut to [4, 1024]."""
     rng = random.Random(seed)
     return [
@@ -257,22 +257,22 @@ def _sharegpt_draws(count: int, *, seed: int) -> list[Draw]:
     ]
 
 
-def _chat_draws(count: int, *, seed: int) -> list[Draw]:
+def _chat_requests(count: int, *, seed: int) -> list[TimedRequest]:
     """A chat server's mix: short questions, talks that have gone on for a while, long texts to work on; answers of all lengths."""
     rng = random.Random(seed)
     kinds = ((0.5, 80, 0.7), (0.4, 700, 0.6), (0.1, 2200, 0.3))  # share of the requests, mean and spread of the prompt
-    draws = []
+    found = []
     for _ in range(count):
         ((_, mean, sigma),) = rng.choices(kinds, [share for share, _, _ in kinds])
-        draws.append((_token_ids(rng, _length(rng, mean, sigma, 4, 3000), low=5), _length(rng, 330, 0.9, 4, 1024)))
-    return draws
+        found.append((_token_ids(rng, _length(rng, mean, sigma, 4, 3000), low=5), _length(rng, 330, 0.9, 4, 1024)))
+    return found
 
 
-ENGINE_DRAWS: dict[str, Callable[[], list[Draw]]] = {
-    "nano": _nano_draws,
-    "sharegpt": lambda: _sharegpt_draws(256, seed=1),
-    "chat": lambda: _chat_draws(256, seed=3),
-    "long": lambda: _equal_draws(48, 3000, 256, seed=4),
-    "context": lambda: _equal_draws(32, 3900, 16, seed=5),
-    "prefix": lambda: _equal_draws(128, 1560, 128, seed=6, shared=1500),
+ENGINE_REQUESTS: dict[str, Callable[[], list[TimedRequest]]] = {
+    "nano": _nano_requests,
+    "sharegpt": lambda: _sharegpt_requests(256, seed=1),
+    "chat": lambda: _chat_requests(256, seed=3),
+    "long": lambda: _equal_requests(48, 3000, 256, seed=4),
+    "context": lambda: _equal_requests(32, 3900, 16, seed=5),
+    "prefix": lambda: _equal_requests(128, 1560, 128, seed=6, shared=1500),
 }

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qs
@@ -18,6 +19,7 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from minipaged import __version__
+from minipaged.page.page import part
 from minipaged.serving.http import completions, dialects, fields
 from minipaged.serving.http.asgi import (
     JSON_TYPE,
@@ -45,13 +47,19 @@ from minipaged.trace import packing
 from minipaged.trace.file import Kind, Record
 
 PING_SECONDS = 10.0  # of silence in a stream
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page.html")  # its colours and its map are those of the page of a recorded run
 # It takes nothing from elsewhere and sends nothing elsewhere.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 OPEN_ROUTES = ("/health", "/version")  # without a key
 Handler = Callable[["Call"], Awaitable[None]]
+
+
+@cache
+def _page() -> bytes:
+    text = PAGE.read_text(encoding="utf-8")
+    return text.replace("/* look.css */", part("look.css")).replace("/* map.js */", part("map.js")).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +349,7 @@ class App:
         """The blocks live, for people without a terminal."""
         call.started = True
         headers = {**call.headers, "content-type": "text/html; charset=utf-8", "content-security-policy": PAGE_POLICY}
-        await respond(call.send, 200, PAGE.read_bytes(), headers)
+        await respond(call.send, 200, _page(), headers)
 
     async def blocks(self, call: Call) -> None:
         """What the page draws, as a stream of documents."""

@@ -12,6 +12,9 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from minipaged.errors import TraceError
 from minipaged.serving.http.link import EngineLink
 from minipaged.serving.http.mailbox import Signal
@@ -158,13 +161,16 @@ class BlockView:
                 continue  # the next keyframe mends it
 
     def document(self, state: Snapshot) -> dict[str, Any]:
-        """Blocks as letters: `.` free, `-` found in the cache alone, a to z by request, capital where several hold it."""
+        """Blocks as characters of three texts: letters (`.` free, `-` found in the cache alone, a to z by request, capital where several
+        hold it); how many hold it, 9 at most; how full it is, 9 is full.
+        """
         now = time.monotonic()
         owners = {seq: s.request for seq, s in state.sequences.items()}
         device = state.device
         cells = []
+        part = slice(1, SHOWN_BLOCKS)
         columns = (device.owner, device.refs, device.flags)
-        for owner, refs, flags in zip(*(column[1:SHOWN_BLOCKS].tolist() for column in columns), strict=True):
+        for owner, refs, flags in zip(*(column[part].tolist() for column in columns), strict=True):
             if refs == 0:
                 cells.append("-" if flags & FLAG_CACHED else ".")
             else:
@@ -179,6 +185,8 @@ class BlockView:
             "step": state.step,
             "block_size": stats.block_size,
             "blocks": "".join(cells),
+            "counts": _digits(device.refs[part]),
+            "fills": _digits(device.fill[part] * 9 // max(1, stats.block_size)),
             "free": stats.free_blocks - stats.cached_blocks,
             "cached": stats.cached_blocks,
             "saved": stats.shared_saved_blocks,
@@ -186,6 +194,10 @@ class BlockView:
             "waiting": self._link.num_waiting,
             "requests": [_row(ticket, held, now) for ticket in list(self._link.tickets.values())[:200]],
         }
+
+
+def _digits(values: npt.NDArray[np.int32]) -> str:
+    return (np.clip(values, 0, 9) + ord("0")).astype(np.uint8).tobytes().decode()
 
 
 def _row(ticket: Ticket, held: dict[int, int], now: float) -> dict[str, Any]:

@@ -474,7 +474,7 @@ def start_ranks(
     arguments: Mapping[str, Any],
     *,
     stages: int = 1,
-    command: tuple[str, ...] = (sys.executable, "-m", "minipaged.worker"),
+    command: tuple[str, ...] = (sys.executable, "-m", "minipaged.rank_process"),
 ) -> Ranks:
     """Join the ranks that were started with this process, or start them. ranks: of all `stages`. device: cpu or cuda, of which each rank
     takes its own.

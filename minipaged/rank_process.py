@@ -1,4 +1,4 @@
-"""One rank of several, in a process that rank 0 has started: `python -m minipaged.worker < ARGUMENTS` (execution/workers.py).
+"""One rank of several, in a process that rank 0 has started: `python -m minipaged.rank_process < ARGUMENTS` (execution/ranks.py).
 
 It makes the same LLM as rank 0; LLM(...) sees by the environment which rank it is, serves, and ends the process.
 """

@@ -1,16 +1,17 @@
-"""What happened, in words: one sentence for a step, from its events and the state after it."""
+"""What happened, in words: one sentence for a step, from its events and the state after it. And what sequences are called.
+
+The terminal screen and the page in a browser say the same.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from minipaged.scheduling.runtime_settings import SettingChange
-from minipaged.trace.events import Event, Stats
-
-if TYPE_CHECKING:
-    from minipaged.tui.view import View
+from minipaged.trace.events import FLAG_CACHED, FLAG_COPIED, FLAG_NULL, FLAG_PINNED, Event, Stats, StepDelta
+from minipaged.trace.snapshot import Snapshot
 
 Grouped = dict[str, list[Event]]
 # The most telling first: what a newcomer should not miss.
@@ -66,6 +67,87 @@ TICK_ORDER = (
 )
 
 
+# A block's past, an event at a time. copy: of the block that is left; copied: of the new one.
+PAST = {
+    "alloc": "taken by {who}",
+    "free": "given back by {who}",
+    "fork": "shared with {who}",
+    "copy": "copied to {block} for {who}",
+    "copied": "copied from {block} for {who}",
+    "cache_hit": "found by {who} in the cache",
+    "publish": "full: known to the cache",
+    "evict": "forgotten by the cache",
+    "swap_out": "swapped out ({who})",
+    "swap_in": "swapped in ({who})",
+    "release": "let go by {who}",
+}
+
+NUM_HUES = 7  # that a person can tell apart (tui/palette.py has them for a terminal)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"
+
+
+def letter(label: int) -> str:
+    """The letter of a sequence's label; past the alphabet letters repeat."""
+    return LETTERS[label % len(LETTERS)]
+
+
+def other_hues(snapshot: Snapshot) -> dict[int, int]:
+    """Sequence -> hue, where the hue of its label is that of a living sibling: the next one that none in its request has.
+
+    So no two living answers to one prompt look alike, up to seven; past seven hues repeat, and the letters tell them apart.
+    """
+    alive = [state for state in snapshot.sequences.values() if state.alive]
+    if len({(state.request, state.label % NUM_HUES) for state in alive}) == len(alive):
+        return {}  # as almost always
+    taken: dict[int, set[int]] = {}
+    others: dict[int, int] = {}
+    for state in sorted(alive, key=lambda state: state.label):
+        siblings = taken.setdefault(state.request, set())
+        hue = state.label % NUM_HUES
+        if hue in siblings and len(siblings) < NUM_HUES:
+            hue = next(other % NUM_HUES for other in range(hue + 1, hue + NUM_HUES) if other % NUM_HUES not in siblings)
+            others[state.sequence] = hue
+        siblings.add(hue)
+    return others
+
+
+def block_state(refs: int, flags: int) -> str:
+    """What a block is, by its reference count and its flags."""
+    if flags & FLAG_NULL:
+        return "the null block: it pads tables, no token lives here"
+    words = ["shared" if refs > 1 else "in use" if refs else "free"]
+    if flags & FLAG_CACHED:
+        words.append("known to the prefix cache" if refs else "still cached: a prefix may find it")
+    if flags & FLAG_PINNED:
+        words.append("pinned")
+    if flags & FLAG_COPIED:
+        words.append("copied in this step")
+    return ", ".join(words)
+
+
+class Moment(Protocol):
+    """One moment of a trace, as whoever shows it has it."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The state."""
+        ...
+
+    @property
+    def delta(self) -> StepDelta | None:
+        """What led there; None at the start."""
+        ...
+
+    @property
+    def word(self) -> str:
+        """LIVE while the engine runs."""
+        ...
+
+    def letter(self, sequence: int) -> str:
+        """A sequence's letter; ? once it is forgotten."""
+        ...
+
+
 def plural(count: int, noun: str) -> str:
     """1 block, 2 blocks."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
@@ -77,7 +159,7 @@ def listing(items: list[str], most: int = 4) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def sentences(view: View) -> list[str]:
+def sentences(view: Moment) -> list[str]:
     """A sentence for each of the two most telling kinds of thing that happened in the step that led here, in their order."""
     if view.delta is None:
         return []
@@ -93,7 +175,7 @@ def sentences(view: View) -> list[str]:
     return [text for _, text in sorted(telling[:2], key=lambda pair: grouped[pair[0]][0].id)]
 
 
-def sentence(view: View) -> str:
+def sentence(view: Moment) -> str:
     """The step in one line."""
     found = sentences(view)
     if not found:
@@ -107,7 +189,7 @@ def sentence(view: View) -> str:
     return " · ".join(found)
 
 
-def summary(view: View) -> str:
+def summary(view: Moment) -> str:
     """What a run has come to, once nothing is left to do."""
     stats = view.snapshot.stats
     if not stats.generated_tokens:
@@ -125,11 +207,11 @@ def counted(stats: Stats) -> list[str]:
     return [words for count, words in found if count]
 
 
-def _names(view: View, events: list[Event]) -> str:
+def _names(view: Moment, events: list[Event]) -> str:
     return listing([view.letter(event.sequence) for event in events])
 
 
-def _copy(view: View, grouped: Grouped) -> str:
+def _copy(view: Moment, grouped: Grouped) -> str:
     event = grouped["copy"][0]
     table = view.snapshot.tables.get(event.sequence, ())
     shared = [
@@ -148,7 +230,7 @@ def _copy(view: View, grouped: Grouped) -> str:
     )
 
 
-def _fork(view: View, grouped: Grouped) -> str:
+def _fork(view: Moment, grouped: Grouped) -> str:
     events = grouped["fork"]
     children = list(dict.fromkeys(event.sequence for event in events))
     parent = next(
@@ -160,7 +242,7 @@ def _fork(view: View, grouped: Grouped) -> str:
     return f"{names} {verb} from {view.letter(parent)}: the same {plural(len(table), 'block')}, no memory copied"
 
 
-def _admit(view: View, grouped: Grouped) -> str:
+def _admit(view: Moment, grouped: Grouped) -> str:
     back = {event.sequence for event in grouped.get("swap_in", [])}
     admitted = [event for event in grouped["admit"] if event.sequence not in back]
     if not admitted:
@@ -179,7 +261,7 @@ def _admit(view: View, grouped: Grouped) -> str:
     return text + (f"; {plural(len(hits), 'block')} found in the prefix cache, not computed again" if hits else "")
 
 
-def _rejoin(view: View, grouped: Grouped) -> str:
+def _rejoin(view: Moment, grouped: Grouped) -> str:
     forked = {event.sequence for event in grouped.get("fork", [])}  # those are told of as forks
     again = [event for event in grouped["rejoin"] if event.sequence not in forked]
     if not again:
@@ -189,26 +271,26 @@ def _rejoin(view: View, grouped: Grouped) -> str:
     return f"{_names(view, again)} {verb} again; {plural(len(hits), 'block')} found in the prefix cache"
 
 
-def _preempt(view: View, grouped: Grouped) -> str:
+def _preempt(view: Moment, grouped: Grouped) -> str:
     if grouped.get("swap_out"):
         return ""
     verb = "give their" if len({event.sequence for event in grouped["preempt"]}) > 1 else "gives its"
     return f"the pool is full: {_names(view, grouped['preempt'])} {verb} blocks back and will recompute later"
 
 
-def _swap(word: str) -> Callable[[View, Grouped], str]:
+def _swap(word: str) -> Callable[[Moment, Grouped], str]:
     kind, verb, way = (
         ("swap_out", "move", "to CPU memory") if word == "out" else ("swap_in", "come", "back from CPU memory")
     )
 
-    def tell(view: View, grouped: Grouped) -> str:
+    def tell(view: Moment, grouped: Grouped) -> str:
         s = "" if len({event.sequence for event in grouped[kind]}) > 1 else "s"
         return f"{_names(view, grouped[kind])} {verb}{s} {way}: {plural(len(grouped[kind]), 'block')}"
 
     return tell
 
 
-def _finish(view: View, grouped: Grouped) -> str:
+def _finish(view: Moment, grouped: Grouped) -> str:
     event = grouped["finish"][0]
     state = view.snapshot.sequences.get(event.sequence)
     freed = sum(1 for free in grouped.get("free", []) if free.sequence in {e.sequence for e in grouped["finish"]})
@@ -223,8 +305,8 @@ def _finish(view: View, grouped: Grouped) -> str:
     )
 
 
-def _blocks(kind: str, text: str) -> Callable[[View, Grouped], str]:
-    def tell(view: View, grouped: Grouped) -> str:
+def _blocks(kind: str, text: str) -> Callable[[Moment, Grouped], str]:
+    def tell(view: Moment, grouped: Grouped) -> str:
         blocks = listing([str(event.block) for event in grouped[kind] if event.block >= 0])
         noun = "block" if len({event.block for event in grouped[kind]}) == 1 else "blocks"
         return text.format(names=_names(view, grouped[kind]), noun=noun, blocks=blocks)
@@ -232,14 +314,14 @@ def _blocks(kind: str, text: str) -> Callable[[View, Grouped], str]:
     return tell
 
 
-def _prune(view: View, grouped: Grouped) -> str:
+def _prune(view: Moment, grouped: Grouped) -> str:
     names = _names(view, grouped["prune"])
     if len(grouped["prune"]) == 1:
         return f"beam {names} is dropped; what only it held is free again"
     return f"beams {names} are dropped; what only they held is free again"
 
 
-def _alloc(view: View, grouped: Grouped) -> str:
+def _alloc(view: Moment, grouped: Grouped) -> str:
     started = {event.sequence for event in grouped.get("admit", [])}
     events = [event for event in grouped["alloc"] if event.sequence not in started]
     if not events:
@@ -250,7 +332,7 @@ def _alloc(view: View, grouped: Grouped) -> str:
     return f"{_names(view, events)} {verb} {noun} {blocks} for more tokens"
 
 
-def _append(view: View, grouped: Grouped) -> str:
+def _append(view: Moment, grouped: Grouped) -> str:
     tokens = sum(event.amount for event in grouped["append"])
     names = _names(view, grouped["append"])
     if len({event.sequence for event in grouped["append"]}) == 1:
@@ -258,7 +340,7 @@ def _append(view: View, grouped: Grouped) -> str:
     return f"{names} write {plural(tokens, 'token')} into their last blocks"
 
 
-_TELL: dict[str, Callable[[View, Grouped], str]] = {
+_TELL: dict[str, Callable[[Moment, Grouped], str]] = {
     "refuse": lambda view, grouped: f"{_names(view, grouped['refuse'])} refused: it can never fit",
     "preempt": _preempt,
     "swap_out": _swap("out"),
