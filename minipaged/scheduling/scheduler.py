@@ -206,18 +206,34 @@ class Scheduler:
         sequence = self.batch.sequences[int(slots[i])]
         if sequence is None:
             return
+        request = sequence.request
+        mine = np.isin(slots, [s.slot for s in request.alive])
+        others_made_room = bool(step.swap_outs) and step.room_for is not request
+        step.room_for = request
         while not self.running_set.reserve(step, slots[i : i + 1], ends[i : i + 1]):
-            if step.swap_outs:  # the blocks of whoever left are handed out from the next step on: nobody else need go
-                take[np.isin(slots, [s.slot for s in sequence.request.alive])] = 0
-                return
             victim = self._choose_victim(step)
+            # Blocks that are swapped out are handed out from the next step on. Where they are enough, or come from one who left for
+            # somebody else, nobody else need go; too few of them would cost another step in which nothing is computed.
+            if step.swap_outs and (
+                others_made_room
+                or victim in (None, request)
+                or self._lacking(slots[mine], ends[mine]) <= self.manager.usage().free
+            ):
+                take[mine] = 0
+                return
             if victim is None:
                 take[i] = 0  # all wait for a step in flight
                 return
             take[np.isin(slots, [s.slot for s in victim.alive])] = 0
             self._preempt(step, victim)
-            if victim is sequence.request:
+            if victim is request:
                 return
+
+    def _lacking(self, slots: Slots, ends: IntArray) -> int:
+        """Blocks that these sequences need to reach `ends`, counting a copy for each that is in the middle of a block."""
+        gone = self.batch.num_left_out[slots]
+        room, ends = self.batch.num_reserved[slots] - gone, ends - gone
+        return int((-(-np.maximum(-(-ends // self.block_size) * self.block_size - room, 0) // self.block_size)).sum())
 
     def _choose_victim(self, step: StepBuilder) -> Request | None:
         """The last of the running requests that may leave and is not waiting for the result of a step in flight."""

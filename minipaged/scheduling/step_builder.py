@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from minipaged.scheduling.batch import MOST, Batch
 from minipaged.scheduling.plan import IntArray, LogitAdjustments, PromptQuery, SamplingColumns, StepPlan
-from minipaged.scheduling.request import Sequence
+from minipaged.scheduling.request import Request, Sequence
 
 Index = npt.NDArray[np.int64]
 _NO_ROWS, _NO_TAKES = np.zeros(0, np.int64), np.zeros(0, np.int32)
@@ -40,6 +40,7 @@ class StepBuilder:
     swap_outs: list[tuple[int, int]] = field(default_factory=list)
     swap_ins: list[tuple[int, int]] = field(default_factory=list)
     preempted: bool = False
+    room_for: Request | None = None  # the running request that others made way for last
 
     def add(self, slots: Index, takes: IntArray) -> None:
         """Schedule `takes[i]` tokens of slots[i]; slots with nothing to take are left out."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from minipaged.config import SamplingParams
@@ -217,6 +217,25 @@ def test_L42_the_watermark_gates_admission_only(
     assert all(o.finished for o in world.outputs)
 
 
+PROMPT = (1, 31, 1, 0, 5, 8, 11, 31, 0, 5, 19, 0, 3, 36)
+BEAMS_SHORT_OF_ROOM = [  # one that makes way for three beams holds fewer blocks than they need
+    Asked(PROMPT, SamplingParams(max_tokens=7, temperature=0.0), arrives=3),
+    Asked((*PROMPT, 0), SamplingParams(max_tokens=11, temperature=0.0), arrives=6),
+    Asked(PROMPT, SamplingParams(max_tokens=1, temperature=0.0, priority=1), arrives=5),
+    Asked((*PROMPT, 0, 2), SamplingParams(max_tokens=21, temperature=0.0, beam_width=3), arrives=5),
+    Asked((*PROMPT, *[0] * 11), SamplingParams(max_tokens=5, temperature=0.0), arrives=6),
+]
+TEN_HOST_BLOCKS = {
+    "slack": 1,
+    "block_size": 4,
+    "num_host_blocks": 10,
+    "watermark": 0.0,
+    "prefix_caching": False,
+    "limits": {"preemption": "swap", "max_num_batched_tokens": 9, "max_num_seqs": 6},
+}
+
+
+@example(workload=BEAMS_SHORT_OF_ROOM, arrangement=TEN_HOST_BLOCKS, policy="priority")
 @given(workload=workloads(), arrangement=tight, policy=st.sampled_from(["fcfs", "priority"]))
 def test_L43_every_step_gets_somewhere(
     block_manager_class: type,
