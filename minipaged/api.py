@@ -43,25 +43,36 @@ MOST_RANKS = 64
 class LLM:
     """A model ready to generate.
 
-    model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`; device: auto, cpu, cuda or cuda:N; dtype: auto,
-    float32, float16 or bfloat16; weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of
-    them, auto packs where that is faster (a GPU, or a CPU in bfloat16); offload_weights: GB of the layers' weights that stay in host
-    memory and are copied to the device in each step, auto for what the device has no room for, which is said with the speed to
-    expect; kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or fp8, which take about half the memory of sixteen
-    bits (fp8 is e4m3; each token and KV head has a scale); num_blocks: blocks of the KV pool, None to measure what fits;
-    num_host_blocks: blocks of host memory, for swapped requests, and the rest for cached prefixes that leave the pool and come back
-    on a hit; disk_cache: a folder where full blocks are kept, up to disk_gb GB (1e9 bytes), for this process and later ones (it holds
-    prompts); preemption: auto, recompute or swap (to host memory); policy: fcfs, or priority, under which the smaller
-    SamplingParams.priority is served first and running requests make way for a more urgent one that waits; retention: which tokens
-    stay in memory, `all`, `window:W` or `sinks:S+window:W` (StreamingLLM: max_model_len may be beyond the model's context), None for
-    what the model's own windows allow; block_manager: a class of the user's in place of BlockManager, or FILE.py:CLASS, whose
-    failures raise BlockManagerError; overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU;
-    graphs: replay decode steps as CUDA graphs where there is a GPU; warm_up: compile the kernels there at the start, so that no
-    request waits for one (those of packed weights, windows and several ranks are still compiled when they are first used);
-    tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU; pipeline_parallel: stages that the
-    layers are cut into, each of so many processes. This process starts the others, unless torchrun has started all of them: then each
-    makes the same LLM, and only rank 0 comes back from it (execution/README.md); trace: record every step from the start, for the
-    attribute `trace`. Raises InputError naming the value that does not work.
+    - model: a name of the zoo, a Hugging Face folder, a GGUF file or `hf:org/name`.
+    - device: auto, cpu, cuda or cuda:N.
+    - dtype: auto, float32, float16 or bfloat16.
+    - weights: packed keeps matrices that the file holds as codes of 4 to 8 bits, dense makes floats of them, auto packs where that is
+      faster (a GPU, or a CPU in bfloat16).
+    - offload_weights: GB of the layers' weights that stay in host memory and are copied to the device in each step, auto for what the
+      device has no room for, which is said with the speed to expect.
+    - kv_cache_dtype: what keys and values are kept as, auto (dtype), int8 or fp8, which take about half the memory of sixteen bits
+      (fp8 is e4m3; each token and KV head has a scale).
+    - num_blocks: blocks of the KV pool, None to measure what fits.
+    - num_host_blocks: blocks of host memory, for swapped requests, and the rest for cached prefixes that leave the pool and come back
+      on a hit.
+    - disk_cache: a folder where full blocks are kept, up to disk_gb GB (1e9 bytes), for this process and later ones (it holds
+      prompts).
+    - preemption: auto, recompute or swap (to host memory).
+    - policy: fcfs, or priority, under which the smaller SamplingParams.priority is served first and running requests make way for a
+      more urgent one that waits.
+    - retention: which tokens stay in memory, `all`, `window:W`, `h2o:HEAVY+RECENT` (heavy hitters) or `sinks:S+window:W`
+      (StreamingLLM: max_model_len may be beyond the model's context), None for what the model's own windows allow.
+    - block_manager: a class of the user's in place of BlockManager, or FILE.py:CLASS, whose failures raise BlockManagerError.
+    - overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU.
+    - graphs: replay decode steps as CUDA graphs where there is a GPU.
+    - warm_up: compile the kernels there at the start, so that no request waits for one (those of packed weights, windows and several
+      ranks are still compiled when they are first used).
+    - tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU.
+    - pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others, unless
+      torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it (execution/README.md).
+    - trace: record every step from the start, for the attribute `trace`.
+
+    Raises InputError naming the value that does not work.
 
     Names of vLLM that mean the same here: gpu_memory_utilization, the share of a GPU's memory, as it is free once the weights are loaded,
     that the pool is given where num_blocks is None; enforce_eager=True for graphs=False; tensor_parallel_size for

@@ -60,10 +60,12 @@ def choose_num_blocks(
     device: torch.device,
     step_bytes: int = 0,
     gpu_share: float = GPU_POOL_SHARE,
+    *,
+    heavy_hitters: bool = False,
 ) -> int:
     """How many blocks of keys and values kept as `dtype` fit: `gpu_share` of a GPU's free memory less `step_bytes`, which the largest
-    step takes, or a fixed share of a host's. Null block included. InputError if not even two fit."""
-    block_bytes = config.kv_bytes_per_token(dtype) * block_size
+    step takes, or a fixed share of a host's. Null block included. heavy_hitters: with their marks. InputError if not even two fit."""
+    block_bytes = config.kv_bytes_per_token(dtype, heavy_hitters=heavy_hitters) * block_size
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
@@ -91,7 +93,8 @@ def check_pool(config: ModelConfig, cache: CacheConfig, dtype: str, device: torc
     On a CPU both lie in the same memory. The error says what the blocks take and how many would fit.
     """
     host = torch.device("cpu")
-    block_bytes = config.kv_bytes_per_token(cache.kv_dtype(dtype)) * cache.block_size
+    marked = retention_of(config, cache).heavy > 0
+    block_bytes = config.kv_bytes_per_token(cache.kv_dtype(dtype), heavy_hitters=marked) * cache.block_size
     pools = (
         ("a pool", "num_blocks", cache.num_blocks, device),
         ("a host pool", "num_host_blocks", cache.num_host_blocks, host),
@@ -191,9 +194,8 @@ def assemble(
             raise
         pipe = None if ranks is None else ranks.connect(loaded.model, loaded.config)
         shape, held = loaded.config, loaded.model.config  # of the whole model, and of what is here
-        streams = (
-            retention_of(shape, cache).sinks > 0
-        )  # behind sinks no position within the cache is beyond the context
+        retention = retention_of(shape, cache, tensor_parallel)
+        streams = retention.sinks > 0  # behind sinks no position within the cache is beyond the context
         if max_model_len is not None and max_model_len > shape.max_position and not streams:
             raise InputError(
                 f"max_model_len must be at most {shape.max_position}, the context of {shape.name}, not {max_model_len}"
@@ -210,7 +212,10 @@ def assemble(
         )
         if num_blocks is None:
             step = _step_bytes(loaded, cache, config, chosen, kind, graphs, pipe) if chosen.type == "cuda" else 0
-            num_blocks = choose_num_blocks(held, cache.block_size, cache.kv_dtype(kind), chosen, step, gpu_share)
+            num_blocks = choose_num_blocks(
+                *(held, cache.block_size, cache.kv_dtype(kind), chosen, step, gpu_share),
+                heavy_hitters=retention.heavy > 0,
+            )
         if ranks is not None:
             num_blocks = ranks.least(num_blocks)  # the same block ids everywhere: the smallest pool is everybody's
         cache = replace(cache, num_blocks=num_blocks)
@@ -294,7 +299,9 @@ def assemble_engine(
     about = {
         "model": loaded.config.name,
         "kv_cache_dtype": cache.kv_dtype(dtype),
-        "kv_bytes_per_token": loaded.config.kv_bytes_per_token(cache.kv_dtype(dtype)),
+        "kv_bytes_per_token": loaded.config.kv_bytes_per_token(
+            cache.kv_dtype(dtype), heavy_hitters=retention.heavy > 0
+        ),
         "watermark": cache.watermark,
         "num_host_blocks": cache.num_host_blocks,
         "retention": str(retention),
@@ -341,11 +348,11 @@ def build_runner(
     return TorchRunner(loaded.model, kv, config.max_num_seqs)
 
 
-def retention_of(config: ModelConfig, cache: CacheConfig) -> Retention:
+def retention_of(config: ModelConfig, cache: CacheConfig, tensor_parallel: int = 1) -> Retention:
     """The policy of a cache over this model. Blocks behind the model's own windows are released if every layer has one.
 
-    InputError for a text that names no policy, one that keeps less than a block or more than the context, and sinks where the model has
-    windows of its own.
+    InputError for a text that names no policy, one that keeps less than a block or more than the context, sinks and heavy hitters where the
+    model has windows of its own, and heavy hitters where ranks share a KV head.
     """
     if cache.retention is None:
         return KEEP_ALL if config.full_layers else Retention(config.sliding_window)
@@ -355,7 +362,17 @@ def retention_of(config: ModelConfig, cache: CacheConfig) -> Retention:
             f"retention {retention} has a window of less than a block ({cache.block_size} tokens): "
             f"widen it to at least {cache.block_size}, or lower block_size"
         )
-    if retention.sinks and config.sliding_window is not None:
+    if retention.heavy and retention.budget < cache.block_size:
+        raise InputError(
+            f"retention {retention} keeps less than a block ({cache.block_size} tokens): "
+            f"raise it to at least {cache.block_size}, or lower block_size"
+        )
+    if retention.heavy and tensor_parallel > config.num_kv_heads:
+        raise InputError(
+            f"retention {retention} chooses tokens for each KV head, and {tensor_parallel} ranks would share the {config.num_kv_heads} of "
+            f"{config.name}, each with some of the queries: take at most {config.num_kv_heads} ranks"
+        )
+    if (retention.sinks or retention.heavy) and config.sliding_window is not None:
         raise InputError(
             f"retention {retention} needs a model that sees all of its context, and {config.name} has a window of its own, "
             f"of {config.sliding_window} tokens: leave retention out"

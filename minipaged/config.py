@@ -27,6 +27,7 @@ WEIGHTS: tuple[Weights, ...] = ("auto", "packed", "dense")
 KVCacheDType = Literal["auto", "int8", "fp8"]
 KV_CACHE_DTYPES: tuple[KVCacheDType, ...] = ("auto", "int8", "fp8")
 SCALE_BYTES = 4  # of quantized keys or values: one scale for each token and KV head
+MARK_BYTES = 8  # of heavy hitters: a score and a position for each token and KV head
 MAX_BLOCK_SIZE = 256
 NO_LIMIT = 2**31 - 1  # what max_tokens=None is kept as: an engine ends every answer at the end of its context
 DEFAULT_MODEL = "smollm2-135m"
@@ -200,13 +201,13 @@ class ModelConfig:
         """Tokens that a query of this layer sees, itself included; None: all before it."""
         return None if layer in self.full_layers else self.sliding_window
 
-    def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
+    def kv_bytes_per_token(self, dtype: str = "bfloat16", *, heavy_hitters: bool = False) -> int:
         """Bytes of keys and values that one token holds over all layers, and of their scales where one byte is an element:
-        2 * layers * kv_heads * (head_dim * bytes + bytes of a scale).
+        2 * layers * kv_heads * (head_dim * bytes + bytes of a scale). heavy_hitters: with a score and a position for each KV head.
         """
         element = DTYPE_BYTES[dtype]
         head = self.head_dim * element + (SCALE_BYTES if element == 1 else 0)
-        return 2 * self.num_layers * self.num_kv_heads * head
+        return self.num_layers * self.num_kv_heads * (2 * head + (MARK_BYTES if heavy_hitters else 0))
 
     def num_parameters(self) -> int:
         """Weights of the network, embeddings counted once when tied."""
@@ -232,7 +233,7 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     watermark: float = 0.01
     kv_cache_dtype: KVCacheDType = "auto"
-    # By memory/retention.py: all, window:W, sinks:S+window:W; None: as the model's own windows allow.
+    # By memory/retention.py: all, window:W, sinks:S+window:W, h2o:HEAVY+RECENT; None: as the model's own windows allow.
     retention: str | None = None
     disk_cache: str | None = None  # the folder for blocks that outlive the process
     disk_gb: float = 10.0

@@ -175,7 +175,9 @@ def quality(
 
 def retention(
     model: Annotated[str, typer.Option(help="A zoo name.")] = "smollm2-135m",
-    budget: Annotated[int, typer.Option(help="Tokens that a window, and sinks with a window, keep.")] = 192,
+    budget: Annotated[
+        int, typer.Option(help="Tokens that a window, sinks with a window, and heavy hitters keep.")
+    ] = 192,
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are read.")] = 700,
     stream: Annotated[int, typer.Option(help="Then draw so many tokens behind sinks; 0: none.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -196,7 +198,7 @@ def retention(
             found.append(row)
             kept.add([asdict(row)])
         if stream:
-            for mark in lab.stream(model, names[-1], tokens=stream, device=device, progress=progress):
+            for mark in lab.stream(model, names[2], tokens=stream, device=device, progress=progress):
                 marks.append(mark)
                 kept.add([asdict(mark)])
     rows = [
@@ -212,7 +214,7 @@ def retention(
     table(title, ("what stays", "perplexity", "most blocks", "MiB"), rows)
     if marks:
         steps = [(f"{mark.tokens:,}", f"{mark.step_ms:.2f}", str(mark.blocks)) for mark in marks]
-        table(f"{model}: a stream with {names[-1]}", ("tokens drawn", "ms a step", "blocks held"), steps)
+        table(f"{model}: a stream with {names[2]}", ("tokens drawn", "ms a step", "blocks held"), steps)
 
 
 def plot(

@@ -74,7 +74,7 @@ RetentionText = Annotated[
     str | None,
     typer.Option(
         "--retention",
-        help="Which tokens stay in memory: all, window:W or sinks:S+window:W; as the model's own windows allow if left out.",
+        help="Which tokens stay in memory: all, window:W, sinks:S+window:W or h2o:HEAVY+RECENT; as the model's windows allow if left out.",
     ),
 ]
 BlockManagerText = Annotated[

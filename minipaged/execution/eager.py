@@ -80,7 +80,7 @@ class TorchRunner:
         self._move_blocks(plan)
         if not len(plan.token_ids):
             return TorchPending(torch.zeros(0, dtype=torch.int64))
-        inputs = inputs_of(plan, self.kv.block_size, self.device)
+        inputs = inputs_of(plan, self.kv.block_size, self.device, heavy_hitters=bool(self.kv.marks))
         hidden = self._forward(inputs)
         if not self.model.draws:
             return self._give_on(hidden)

@@ -182,8 +182,10 @@ class GraphRunner(TorchRunner):
     def launch(self, plan: StepPlan) -> Pending:
         """Replay a graph where there is one for the step's shape; else as TorchRunner."""
         # Rows with a window may have left what they share behind.
-        groups = shared_groups(plan, self.kv.block_size) if self.kv.retention.window is None else []
+        groups = shared_groups(plan, self.kv.block_size) if self.kv.retention.keeps_all else []
         shape = shape_of(plan, shared=bool(groups))
+        if self.kv.marks and not self._lets_go_of_one_each(plan):
+            return super().launch(plan)
         # A recomputed group may hold more than its policy's width until it has forked again.
         if shape is None or plan.tables.shape[1] > self._width:
             return super().launch(plan)
@@ -220,6 +222,12 @@ class GraphRunner(TorchRunner):
         buffers.drawn[:count].copy_(result[:count], non_blocking=True)
         buffers.done.record()
         return GraphPending(buffers, count)
+
+    def _lets_go_of_one_each(self, plan: StepPlan) -> bool:
+        """With heavy hitters: whether all rows are decodes that draw, and none sees more than the budget, as the end of a prompt may."""
+        places = plan.starts if plan.num_left_out is None else plan.starts - plan.num_left_out
+        every = plan.num_tokens == len(plan.seq_ids) == len(np.unique(plan.draw_rows))
+        return every and int(places.max(initial=0)) < self.kv.retention.budget
 
     def _send(
         self, plan: StepPlan, buffers: HostBuffers, shape: Shape, draws: Draws, groups: list[tuple[list[int], int]]

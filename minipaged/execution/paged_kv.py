@@ -12,6 +12,7 @@ from torch import Tensor
 from minipaged.config import ModelConfig
 from minipaged.execution.step_inputs import StepInputs
 from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.attention.heavy_hitters import Budget, Marks, keep_heaviest
 from minipaged.kernels.attention.sinks import Sinks
 from minipaged.kernels.cache import copy_blocks, rope_write_kv, write_kv
 from minipaged.kernels.cache.quantize import LARGEST_CODE, Scales
@@ -36,6 +37,9 @@ class PagedKV:
     - `attend` multiplies by them: `kernels/attention/decode.py` `gather_pages` in the torch twins; on a GPU
       `kernels/attention/triton_tiles.py` `load_scales` while decoding, `kernels/cache/dequantize.py` `dequantize_pages` before a prefill.
     - `kernels/checks.py` `check_scales` refuses what does not fit; `minipaged/config.py` `ModelConfig.kv_bytes_per_token` counts them.
+
+    Heavy hitters have two tensors more of each layer, of the same shape: the score and the position of the token in each slot
+    (kernels/attention/heavy_hitters.py); `attend` fills them.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class PagedKV:
         if kept in LARGEST_CODE:
             scales = (config.num_kv_heads, block_size), torch.float32
             kinds |= {"key_scale": scales, "value_scale": scales}
+        if retention.heavy:
+            mark = (config.num_kv_heads, block_size)
+            kinds |= {"score": (mark, torch.float32), "position": (mark, torch.int32)}
         layers = range(config.num_layers)
         blocks = {f"{kind}.{layer}": block for layer in layers for kind, block in kinds.items()}  # of each tensor
         self.tensors = {
@@ -79,6 +86,11 @@ class PagedKV:
             (self.tensors[f"key_scale.{i}"], self.tensors[f"value_scale.{i}"]) if "key_scale" in kinds else None
             for i in layers
         ]
+        self.marks = (
+            [Marks(self.tensors[f"score.{i}"], self.tensors[f"position.{i}"]) for i in layers]
+            if retention.heavy
+            else []
+        )
         pinned = self.device.type == "cuda"
         self.host = {
             name: torch.zeros((num_host_blocks, *block), dtype=dtype, pin_memory=pinned)
@@ -118,8 +130,35 @@ class PagedKV:
     def attend(self, layer: int, query: Tensor, inputs: StepInputs) -> Tensor:
         """Attention of the step's tokens over their block tables; the step's own keys and values are written already.
 
-        query: [tokens, heads, head_dim], as is what is returned. Decodes and chunks have a kernel each.
+        query: [tokens, heads, head_dim], as is what is returned. Decodes and chunks have a kernel each. With heavy hitters, what has been
+        attended to least goes afterwards.
         """
+        out = self._attend(layer, query, inputs)
+        if self.marks:
+            self._keep_heaviest(layer, query, inputs)
+        return out
+
+    def _keep_heaviest(self, layer: int, query: Tensor, inputs: StepInputs) -> None:
+        """Add the step's attention to the scores, and let go of what is beyond the budget."""
+        cache = (self.keys[layer], self.values[layer], self.marks[layer])
+        budget, decodes = Budget(self.retention.heavy, self.retention.recent), len(inputs.decode_lengths)
+        positions, drawn_from = inputs.positions, inputs.drawn_from
+        if decodes:
+            keep_heaviest(
+                *(query[:decodes], *cache, inputs.decode_tables, inputs.decode_lengths, None, positions[:decodes]),
+                *(None if drawn_from is None else drawn_from[:decodes], budget, self.softmax_scale),
+                scales=self.scales[layer],
+                check=layer == 0,
+            )
+        if len(inputs.chunk_lengths):
+            keep_heaviest(
+                *(query, *cache, inputs.chunk_tables, inputs.chunk_lengths, inputs.chunk_starts, positions),
+                *(None if drawn_from is None else drawn_from[decodes:], budget, self.softmax_scale),
+                scales=self.scales[layer],
+                check=layer == 0,
+            )
+
+    def _attend(self, layer: int, query: Tensor, inputs: StepInputs) -> Tensor:
         keys, values, scales, decodes = (
             self.keys[layer],
             self.values[layer],

@@ -54,6 +54,8 @@ class StepInputs(NamedTuple):
     decode_tables: Any  # [decodes, width]; last in the buffer, so that unused rows need not be sent
     longest_chunk: int  # no chunk has more tokens
     sink_turn: Any  # float32 [tokens, head_dim]: what turns each query for attention sinks; None without them
+    # bool [decodes + chunks]: of heavy hitters, whether each row is drawn from, so that tokens beyond the budget go; None: all are.
+    drawn_from: Any
 
     @property
     def shared(self) -> SharedPrefixes | None:
@@ -85,18 +87,22 @@ def views(buffer: Any, shape: Shape, width: int) -> StepInputs:
     """The inputs of a shape in a flat buffer of at least size_of integers. longest_chunk: the most that the shape allows."""
     *flat, chunk_tables, decode_tables = (buffer[start:end] for start, end in _layout(shape, width))
     tables = (chunk_tables.reshape(shape.chunks, width), decode_tables.reshape(shape.decodes, width))
-    inputs = StepInputs._make((*flat, *tables, shape.tokens, None))
+    inputs = StepInputs._make((*flat, *tables, shape.tokens, None, None))
     return inputs._replace(shared_rows=inputs.shared_rows.reshape(shape.tiles, TILE_ROWS))
 
 
-def inputs_of(plan: StepPlan, block_size: int, device: torch.device) -> StepInputs:
-    """A plan's inputs on the device, in a buffer of their own that has no padding rows."""
+def inputs_of(plan: StepPlan, block_size: int, device: torch.device, *, heavy_hitters: bool = False) -> StepInputs:
+    """A plan's inputs on the device, in a buffer of their own that has no padding rows; drawn_from only for heavy hitters."""
     decodes, width = int((plan.lengths == 1).sum()), plan.tables.shape[1]
     shape = Shape(len(plan.token_ids), decodes, len(plan.lengths) - decodes, len(plan.draw_rows))
     host = np.zeros(size_of(shape, width), np.int32)
     fill(views(host, shape, width), plan, block_size, dummy_slot=0)
     longest = int(plan.lengths.max()) if shape.chunks else 0
-    return views(to_device(host, device), shape, width)._replace(longest_chunk=longest)
+    inputs = views(to_device(host, device), shape, width)._replace(longest_chunk=longest)
+    if heavy_hitters:
+        order, _ = token_order(plan)
+        inputs = inputs._replace(drawn_from=to_device(np.isin(order, plan.draw_rows), device))
+    return inputs
 
 
 def fill(
@@ -123,7 +129,7 @@ def fill(
 def _fill_decodes(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot: int) -> None:
     """Every row is one token: plain columns, since this is written in every step of decoding."""
     rows, width = plan.tables.shape
-    places = plan.starts if plan.num_left_out is None else _places(plan, block_size)
+    places = _places(plan)
     blocks = plan.tables[np.arange(rows), places // block_size]
     _put(
         (inputs.token_ids, plan.token_ids, 0),
@@ -144,7 +150,7 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     chunks = len(order) - decodes
     row_of = np.repeat(order, lengths[order])
     within = np.arange(plan.num_tokens) - starts[row_of]
-    places = _places(plan, block_size)
+    places = _places(plan)
     place = places[row_of] + within
     slots = plan.tables[row_of, place // block_size] * block_size + place % block_size
     context = (places + plan.lengths)[order]
@@ -164,9 +170,9 @@ def _fill_mixed(inputs: StepInputs, plan: StepPlan, block_size: int, dummy_slot:
     return decodes
 
 
-def _places(plan: StepPlan, block_size: int) -> np.ndarray:
-    """Where each row's first token stands in its table, [rows]: its position, less the tokens whose blocks were released."""
-    return plan.starts if plan.num_left_out is None else plan.starts - plan.num_left_out * block_size
+def _places(plan: StepPlan) -> np.ndarray:
+    """Where each row's first token stands in its table, [rows]: its position, less the tokens that have gone."""
+    return plan.starts if plan.num_left_out is None else plan.starts - plan.num_left_out
 
 
 def _put(*columns: tuple[np.ndarray, np.ndarray | list[int], int]) -> None:

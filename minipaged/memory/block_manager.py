@@ -260,7 +260,9 @@ class BlockManager:
         sequence.keys = hit.keys[: len(blocks)]
         sequence.computed = len(blocks) * self._block_size
         sequence.reserved = wanted
-        sequence.publishes = self._caching and (self.retention.publishes or NULL_BLOCK not in blocks)
+        sequence.publishes = (
+            self._caching and self.retention.shares and (self.retention.publishes or NULL_BLOCK not in blocks)
+        )
         if self._caching:
             sequence.tokens = tokens[: sequence.computed]
         return Allocation(sequence.computed, self._editor.grow(sequence, count), ())
@@ -279,6 +281,8 @@ class BlockManager:
         sequence = self._sequences.on_device(seq_id)
         if type(num_tokens) is not int or num_tokens < 0:
             check_int("num_tokens", num_tokens, 0)
+        if not self.retention.shares:
+            return self._append_to_own(sequence, num_tokens)
         table, reserved = sequence.table, sequence.reserved
         have, need = len(table), -(-(reserved + num_tokens) // self._block_size)
         if not num_tokens or reserved >= have * self._block_size:
@@ -299,6 +303,29 @@ class BlockManager:
         if need == have and not pair:
             return _NOTHING
         return Allocation(0, self._editor.grow(sequence, need - have), pair)
+
+    def _append_to_own(self, sequence: SequenceBlocks, num_tokens: int) -> Allocation | None:
+        """As `append`, of a sequence that is about to write in any of its blocks, since heavy hitters' scores grow there and the tokens of
+        any slot may go: each block that somebody else holds too is copied. These copies are not given up.
+        """
+        if not num_tokens:
+            return _NOTHING
+        table, seq_id = sequence.table, sequence.seq_id
+        shared = [index for index, block in enumerate(table) if self._pool.refs[block] > 1]
+        grown = max(0, self._editor.blocks_for(sequence.reserved + num_tokens) - len(table))
+        if grown + len(shared) > self._pool.num_available:
+            return None
+        pairs = []
+        for index in shared:
+            source, destination = table[index], self._editor.take(seq_id)
+            self._pool.guard(source)
+            table[index] = destination
+            self._pool.drop(source)
+            self._arrivals.add(destination)  # not to be swapped out before it is filled
+            self._editor.emit("copy", seq_id, source, destination, index)
+            pairs.append((source, destination))
+        sequence.reserved += num_tokens
+        return Allocation(0, self._editor.grow(sequence, grown), tuple(pairs))
 
     def mark_computed(self, seq_id: int, token_ids: Iterable[int]) -> None:
         """The next tokens are these, and the step being planned (or an earlier one) writes their KV.

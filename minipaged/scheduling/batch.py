@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from minipaged.memory.retention import KEEP_ALL, Retention
 from minipaged.scheduling.plan import IN_FLIGHT, IntArray
 from minipaged.scheduling.request import Request, Sequence
 
@@ -28,10 +29,22 @@ def _is_looked_at(request: Request) -> bool:
 
 
 class Batch:
-    """Columns of the running sequences, by slot. results_come_late: no draw may follow one whose token the host does not know."""
+    """Columns of the running sequences, by slot. results_come_late: no draw may follow one whose token the host does not know.
 
-    def __init__(self, num_slots: int, *, results_come_late: bool = False) -> None:
+    retention, block_size: which tokens the tables leave out, and how many an entry stands for.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        results_come_late: bool = False,
+        retention: Retention = KEEP_ALL,
+        block_size: int = 1,
+    ) -> None:
         n = num_slots
+        self._retention = retention
+        self._block_size = block_size
         self.results_come_late = results_come_late
         self.sequences: list[Sequence | None] = [None] * n
         self.token_ids = np.full(n, None, object)  # each sequence's own list
@@ -63,9 +76,16 @@ class Batch:
         # The blocks that each holds, 0 past each end. Released entries are left out, so a row is no longer than what the sequence holds.
         self.tables = np.zeros((n, 16), np.int32)
         self.table_len = np.zeros(n, np.int32)
-        self.num_left_out = np.zeros(n, np.int32)  # entries that were released
+        self.num_left_out = np.zeros(
+            n, np.int32
+        )  # tokens that have gone: those of released entries, or all but heavy hitters
         self.any_left_out = False  # whether there ever were any
         self._free = list(range(n - 1, -1, -1))
+
+    @property
+    def keeps_heaviest(self) -> bool:
+        """Whether heavy hitters stay, and other tokens go one by one."""
+        return self._retention.heavy > 0
 
     @property
     def num_free(self) -> int:
@@ -110,6 +130,8 @@ class Batch:
         self.set_sampling(sequence)
         self.awaiting_result[slot] = False
         self.table_len[slot] = self.num_left_out[slot] = 0
+        if self._retention.heavy:
+            self._leave_out(slot, int(self._retention.left_out(sequence.num_computed, request.num_prompt)))
 
     def set_sampling(self, sequence: Sequence) -> None:
         """Take over the temperature of a running sequence's request, which may change while it runs."""
@@ -141,7 +163,8 @@ class Batch:
     def set_table(self, slot: int, table: tuple[int, ...]) -> None:
         """The slot's block table is this one, of which released entries (0) are left out."""
         blocks = tuple(filter(None, table))
-        self._leave_out(slot, len(table) - len(blocks) - int(self.num_left_out[slot]))
+        if len(blocks) < len(table):
+            self._leave_out(slot, (len(table) - len(blocks)) * self._block_size - int(self.num_left_out[slot]))
         self.tables[slot, len(blocks) :] = 0
         self.table_len[slot] = 0
         self.extend_table(slot, blocks)
@@ -152,7 +175,19 @@ class Batch:
         row[start : length - count] = row[end:length].copy()
         row[length - count : length] = 0
         self.table_len[slot] = length - count
-        self._leave_out(slot, count)
+        self._leave_out(slot, count * self._block_size)
+
+    def keep_heaviest(self, slots: npt.NDArray[np.int64]) -> None:
+        """The sequences in these slots, each once, draw in a step that was launched: what is beyond the heavy hitters' budget goes then.
+
+        Places in the table that were computed, reserved and published are later positions now.
+        """
+        gone = self.num_computed[slots] - (self._retention.budget - 1) - self.num_left_out[slots]
+        gone = np.maximum(gone, 0)
+        if gone.any():
+            for column in (self.num_left_out, self.num_reserved, self.num_published):
+                column[slots] += gone
+            self.any_left_out = True
 
     def _leave_out(self, slot: int, count: int) -> None:
         if count:

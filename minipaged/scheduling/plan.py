@@ -78,7 +78,9 @@ class StepPlan:
     top_logprobs: int = -1  # -1: none; 0: the drawn token's; k: the k best too (beams: 2 * width)
     prompt_queries: tuple[PromptQuery, ...] = ()  # rows whose prompt log-probabilities are wanted
     adjustments: tuple[LogitAdjustments | None, ...] = ()  # one a draw; () if none has any
-    num_left_out: IntArray | None = None  # [rows] table entries that were released, and are left out; None: nowhere any
+    num_left_out: IntArray | None = (
+        None  # [rows] tokens before each first one that its table leaves out; None: nowhere any
+    )
 
     @property
     def num_tokens(self) -> int:

@@ -75,7 +75,12 @@ class RunningSet:
         self.retention: Retention = getattr(manager, "retention", KEEP_ALL)  # other systems' managers keep all
         self.cost = cost or PreemptionCost()
         # The first stage of a pipeline computes the next step before the last one has drawn this step's tokens.
-        self.batch = Batch(config.max_num_seqs, results_come_late=config.pipeline_parallel > 1)
+        self.batch = Batch(
+            config.max_num_seqs,
+            results_come_late=config.pipeline_parallel > 1,
+            retention=self.retention,
+            block_size=block_size,
+        )
         self.counters = Counters()
         self.running: list[Request] = []  # in order of service
         self._service_key = service_key_of(config.policy)
@@ -141,7 +146,8 @@ class RunningSet:
         a token. Returns how many got it: the first for whom there is none ends the round.
         """
         batch, append = self.batch, self.manager.append
-        goals = -(-ends // self.block_size) * self.block_size
+        gone = batch.num_left_out[slots]  # ends of blocks are counted without them
+        goals = -(-(ends - gone) // self.block_size) * self.block_size + gone
         allocations: list[Allocation] = []
         for seq_id, count in zip(
             batch.seq_id[slots].tolist(), (goals - batch.num_reserved[slots]).tolist(), strict=True
@@ -200,10 +206,13 @@ class RunningSet:
         A step in flight may read them still. That is safe: whoever gets them next writes in a later launch.
         """
         batch, size, slots = self.batch, self.block_size, self.order()
+        if self.retention.heavy:
+            self._release_compacted(slots)
+            return
         front = self.retention.front(size)
         ends = self.retention.spare_until(batch.num_computed[slots], size)
         ends = np.minimum(ends, batch.num_published[slots] // size)  # the manager releases what it knows to be full
-        starts = front + batch.num_left_out[slots]
+        starts = front + batch.num_left_out[slots] // size
         rows = (ends > starts).nonzero()[0]
         for slot, start, end in zip(slots[rows].tolist(), starts[rows].tolist(), ends[rows].tolist(), strict=True):
             sequence = batch.sequences[slot]
@@ -216,6 +225,54 @@ class RunningSet:
             if end > start:
                 self.manager.release(sequence.seq_id, range(start, end))
                 batch.release_entries(slot, front, end - start)
+
+    def _release_compacted(self, slots: Slots) -> None:
+        """Give back the blocks beyond the heavy hitters' budget of those whose prompt has been computed."""
+        batch, most = self.batch, -(-self.retention.budget // self.block_size)
+        for slot in slots[(batch.num_left_out[slots] > 0) & (batch.table_len[slots] > most)].tolist():
+            sequence = batch.sequences[slot]
+            if sequence is not None:
+                self._keep_tokens(sequence, int(batch.num_left_out[slot]) + most * self.block_size)
+
+    def _keep_tokens(self, sequence: Sequence, end: int) -> None:
+        """Give back what a running sequence has reserved for positions from `end` on. The manager counts the tokens in its table."""
+        batch, slot = self.batch, sequence.slot
+        self.manager.truncate(sequence.seq_id, end - (int(batch.num_left_out[slot]) if self.retention.heavy else 0))
+        batch.num_reserved[slot] = end
+        batch.set_table(slot, self.manager.table(sequence.seq_id))
+
+    # ---- heavy hitters: a sequence some of whose tokens have gone cannot be computed anew
+
+    def can_stay(self, request: Request) -> bool:
+        """Whether a request may be let in, since none that has been let in ever needs to be computed anew: the pool holds all of them to
+        their ends, or the host does.
+        """
+        if self.retention.shares:
+            return True
+        others = [r for r in (*self.running, *self.swapped) if r is not request]
+        most, usage = sum(map(self._most_blocks, (*others, request))), self.manager.usage()
+        return most <= max(usage.total - usage.null, usage.host_total)
+
+    def _most_blocks(self, request: Request) -> int:
+        """Blocks that a request may still come to hold."""
+        params, num_prompt = request.params, request.num_prompt
+        longest = num_prompt + params.max_tokens
+        if all(sequence.num_computed >= num_prompt for sequence in request.alive):
+            num_prompt = min(num_prompt, self.retention.budget)
+        return self.retention.most_blocks_of_request(
+            num_prompt, longest - num_prompt, params.num_sequences, self.block_size
+        )
+
+    def can_leave(self, request: Request, step: StepBuilder) -> bool:
+        """Whether a running request may be sent away: if not by recompute, then if the host has room for it, and no copy of its blocks is
+        still to be made.
+        """
+        if self.retention.shares:
+            return True
+        if any(sequence.seq_id in step.copies for sequence in request.alive):
+            return False
+        blocks = {block for s in request.alive if s.slot >= 0 for block in self.manager.table(s.seq_id)}
+        return len(blocks) <= self.manager.usage().host_free
 
     # ---- coming in
 
@@ -292,9 +349,7 @@ class RunningSet:
         # The manager forks a sequence whose reserved places are all computed, so: publish what is, give the rest back, fork.
         computed = parent.num_computed
         self.publish(parent, computed)
-        self.manager.truncate(parent.seq_id, computed)
-        self.batch.num_reserved[parent.slot] = computed
-        self.batch.set_table(parent.slot, self.manager.table(parent.seq_id))
+        self._keep_tokens(parent, computed)
         self.manager.fork(parent.seq_id, child.seq_id)
         if num_tokens < computed:
             self.manager.truncate(child.seq_id, num_tokens)
@@ -319,14 +374,19 @@ class RunningSet:
         present = [s for s in request.alive if s.slot >= 0]
         # What this step reserved for it goes first: only computed tokens are worth a swap.
         for sequence in present:
-            self.manager.truncate(sequence.seq_id, sequence.num_computed)
+            self._keep_tokens(sequence, sequence.num_computed)
         num_blocks = len({block for s in present for block in self.manager.table(s.seq_id)})
         num_tokens = sum(s.num_computed for s in present)
         for sequence in present:
             self.log("preempt", sequence, sequence.num_computed)
         pairs = None
-        if wants_swap(self.config, self.cost, num_blocks, num_tokens) and request not in self.regrouping:
+        by_swap_alone = num_blocks > 0 and not self.retention.shares
+        if by_swap_alone or (
+            wants_swap(self.config, self.cost, num_blocks, num_tokens) and request not in self.regrouping
+        ):
             pairs = self.manager.swap_out([s.seq_id for s in present])
+        if pairs is None and by_swap_alone:
+            raise RuntimeError(f"request {request.request_id} was sent away, and the host has no room for it")
         for sequence in present:
             self.remove(sequence)
             sequence.status = Status.WAITING if pairs is None else Status.SWAPPED

@@ -133,7 +133,7 @@ class Scheduler:
         # 2) What it drew: sequences gain a token, fork or end.
         outputs = commit_draws(running_set, plan, ids, tokens, self.text_stops)
         # 3) Blocks that the retention policy no longer keeps go back.
-        if running_set.retention.window is not None:
+        if not running_set.retention.keeps_all:
             running_set.release_spare()
         # 4) Requests that ended since the last commit are reported with it.
         if self._ended:
@@ -150,7 +150,7 @@ class Scheduler:
     @property
     def room(self) -> Room:
         """How long a sequence can become here."""
-        blocks = self.manager.usage().total if self.running_set.retention.window is None else None
+        blocks = self.manager.usage().total if self.running_set.retention.keeps_all else None
         return Room(self.config.max_model_len, self.block_size, blocks)
 
     def check(self, request: Request) -> None:
@@ -242,12 +242,13 @@ class Scheduler:
         others_made_room = bool(step.swap_outs) and step.room_for is not request
         step.room_for = request
         while not self.running_set.reserve(step, slots[i : i + 1], ends[i : i + 1]):
-            victim = self._choose_victim()
+            victim = self._choose_victim(step)
             # Blocks that are swapped out are handed out from the next step on. Where they are enough, or come from one who left for
             # somebody else, nobody else need go; too few of them would cost another step in which nothing is computed.
             if step.swap_outs and (
                 others_made_room
-                or victim in (None, request)
+                or victim is None
+                or victim is request
                 or self._lacking(slots[mine], ends[mine]) <= self.manager.usage().free
             ):
                 take[mine] = 0
@@ -262,13 +263,14 @@ class Scheduler:
 
     def _lacking(self, slots: Slots, ends: IntArray) -> int:
         """Blocks that these sequences need to reach `ends`, counting a copy for each that is in the middle of a block."""
-        room = self.batch.num_reserved[slots]
+        gone = self.batch.num_left_out[slots]
+        room, ends = self.batch.num_reserved[slots] - gone, ends - gone
         return int((-(-np.maximum(-(-ends // self.block_size) * self.block_size - room, 0) // self.block_size)).sum())
 
-    def _choose_victim(self) -> Request | None:
-        """The last of the running requests that is not waiting for the result of a step in flight."""
-        awaiting = self.batch.awaiting_result
-        return next((r for r in reversed(self.running) if not awaiting[r.alive[0].slot]), None)
+    def _choose_victim(self, step: StepBuilder) -> Request | None:
+        """The last of the running requests that may leave and is not waiting for the result of a step in flight."""
+        awaiting, can_leave = self.batch.awaiting_result, self.running_set.can_leave
+        return next((r for r in reversed(self.running) if not awaiting[r.alive[0].slot] and can_leave(r, step)), None)
 
     def _preempt(self, step: StepBuilder, request: Request) -> None:
         """Send a running request away, and take what it was given out of the step."""
@@ -292,11 +294,15 @@ class Scheduler:
         ]
         if not victims or self._can_start(step, first) or not self._would_help(first, victims):
             return
+        if not self.running_set.can_stay(first):
+            return
         while victims and not self._can_start(step, first):
             # Blocks that are swapped out are handed out from the next step on (law L52): they count, though nobody can have them yet.
             if step.swap_outs and self._will_start(step, first):
                 return
-            self._preempt(step, victims.pop())
+            victim = victims.pop()
+            if self.running_set.can_leave(victim, step):
+                self._preempt(step, victim)
 
     def _can_start(self, step: StepBuilder, request: Request) -> bool:
         """Whether a waiting request would find slots, budget and blocks now."""
@@ -337,7 +343,10 @@ class Scheduler:
             if swapped is None and waiting is None:
                 return
             swapped_first = swapped is not None and (
-                waiting is None or self.config.policy == "fcfs" or self.service_key(swapped) < self.service_key(waiting)
+                waiting is None
+                or self.config.policy == "fcfs"
+                or self.service_key(swapped) < self.service_key(waiting)
+                or not self.running_set.can_stay(waiting)
             )
             if swapped_first and swapped is not None:
                 if not self._resume(step, swapped):
@@ -377,7 +386,7 @@ class Scheduler:
             return False
         first, params, manager = request.alive[0], request.params, self.manager
         found, end, hit = self._first_tokens(step, request)
-        if manager.can_admit(end, hit=hit) is not Admission.OK:
+        if manager.can_admit(end, hit=hit) is not Admission.OK or not self.running_set.can_stay(request):
             return False
         if request.to_fork:
             end = found  # some may be forked at once: blocks for more are reserved after that

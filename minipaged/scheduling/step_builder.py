@@ -92,6 +92,8 @@ class StepBuilder:
             num_left_out=batch.num_left_out[slots] if batch.any_left_out else None,
         )
         batch.num_computed[slots] = ends
+        if batch.keeps_heaviest:
+            batch.keep_heaviest(draws.drawing)
         batch.draw_pending(draws.drawing)
         batch.awaiting_result[draws.drawing] = draws.awaits_result
         return plan

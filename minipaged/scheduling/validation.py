@@ -64,21 +64,29 @@ def check_request(
             f"prompt ({request.num_prompt}) + max_tokens ({params.max_tokens}) = {longest} tokens exceed the context of "
             f"{room.context}: max_tokens may be at most {room.context - request.num_prompt}"
         )
+    retention: Retention = getattr(manager, "retention", KEEP_ALL)
+    if params.beam_width is not None and not retention.shares:
+        raise RequestError(
+            f"beam_width does not go with retention {retention}: each beam would copy its whole cache in every step; "
+            "ask for samples (n), or leave retention out"
+        )
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if width > getattr(config, name):
             raise RequestError(f"{width} sequences at once exceed {name} ({getattr(config, name)})")
-    retention: Retention = getattr(manager, "retention", KEEP_ALL)
     chunk = config.max_num_batched_tokens
     in_chunks: dict[str, Any] = {} if retention.window is None else {"chunk": chunk}
     if manager.can_admit(request.num_prompt, params.max_tokens, num_sequences=width, **in_chunks) is Admission.NEVER:
         blocks = retention.most_blocks_of_request(request.num_prompt, params.max_tokens, width, room.block_size, chunk)
         usable = manager.usage().total - 1
-        kept = (
-            ""
-            if retention.window is None
-            else f", of which {retention} is kept, and {chunk} more are computed in a step"
-        )
-        lower = "n" if retention.window is None else "n, the window or max_num_batched_tokens"
+        kept, lower = "", "n"
+        if retention.heavy:
+            kept, lower = (
+                f", of which {retention} is kept once the prompt of {request.num_prompt} is computed",
+                "n or the budget",
+            )
+        elif retention.window is not None:
+            kept = f", of which {retention} is kept, and {chunk} more are computed in a step"
+            lower = "n, the window or max_num_batched_tokens"
         raise RequestError(
             f"the request may need {blocks} blocks ({width} x {longest} tokens{kept}, {room.block_size} a block); "
             f"the pool has {usable}: shorten it, lower {lower}, or raise num_blocks"

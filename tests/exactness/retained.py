@@ -5,8 +5,11 @@ An engine is watched while it runs: the hidden state of every position of every 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +19,7 @@ from minipaged.engine import Engine
 from minipaged.execution.eager import TorchRunner
 from minipaged.execution.paged_kv import PagedKV
 from minipaged.execution.step_inputs import StepInputs, token_order
+from minipaged.lab.simulation.heavy_hitters import KeptSets, kept_sets
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.retention import Retention
 from minipaged.model.llama import Layer, Llama, rope_angles, rotate
@@ -63,6 +67,36 @@ def by_definition(model: Llama, token_ids: list[int], retention: Retention) -> T
     return hidden
 
 
+def heaviest_by_definition(
+    model: Llama, token_ids: list[int], retention: Retention, num_prompt: int
+) -> tuple[Tensor, list[list[KeptSets]]]:
+    """As by_definition, for heavy hitters, with the sets of each layer and KV head: what one KV head keeps, the lab's simulation says."""
+    config, found = model.config, list[list[KeptSets]]()
+
+    def attention(layer: Layer, heads: Tensor) -> Tensor:
+        query, key, value = layer.split(heads)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = layer.query_norm(query), layer.key_norm(key)
+        if layer.rotates:
+            angles = rope_angles(model.frequencies, torch.arange(len(token_ids)), model.dtype)
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        group, out = layer.num_heads // layer.num_kv_heads, torch.empty_like(query)
+        found.append([])
+        for head in range(layer.num_kv_heads):
+            of_head = slice(head * group, (head + 1) * group)
+            scores = torch.einsum("ihd,jd->hij", query[:, of_head], key[:, head]) * config.head_dim**-0.5
+            sets = kept_sets(scores.numpy(), num_prompt, retention.heavy, retention.recent)
+            found[-1].append(sets)
+            weights = torch.from_numpy(sets.probabilities).to(value.dtype)
+            out[:, of_head] = torch.einsum("hij,jd->ihd", weights, value[:, head])
+        return out
+
+    with torch.inference_mode():
+        embedded = functional.embedding(torch.tensor(token_ids), model.embedding)
+        hidden: Tensor = model.norm(model.run_layers(embedded, attention))
+    return hidden, found
+
+
 class WatchedRunner(TorchRunner):
     """Keeps the hidden states of every row that it computes, with the sequence that it belongs to."""
 
@@ -72,6 +106,8 @@ class WatchedRunner(TorchRunner):
         super().__init__(model, kv, max_num_seqs)
         self.seen: list[tuple[Sequence, int, Tensor]] = []
         self.widest = 0  # entries of the longest table
+        # Of heavy hitters, while `kept_by_engine` watches: sequence -> position -> layer -> KV head -> positions that stay behind it.
+        self.kept: dict[int, dict[int, list[list[list[int]]]]] = {}
 
     def launch(self, plan: StepPlan) -> Pending:
         self._plan = plan
@@ -87,6 +123,34 @@ class WatchedRunner(TorchRunner):
             if sequence is not None:  # one that has ended while this step was in flight draws what nobody reads
                 self.seen.append((sequence, int(plan.starts[row]), states))
         return hidden
+
+
+@contextmanager
+def kept_by_engine(runner: WatchedRunner) -> Iterator[None]:
+    """Meanwhile, what each row keeps is read from the cache after every step."""
+    launch, kv = runner.launch, runner.kv
+
+    def watched(plan: StepPlan) -> Pending:
+        pending, draws = launch(plan), set(plan.draw_rows.tolist())
+        for row, seq_id in enumerate(plan.seq_ids.tolist()):
+            sequence = runner.scheduler.sequences.get(seq_id)
+            if sequence is None:
+                continue
+            left_out = 0 if plan.num_left_out is None else int(plan.num_left_out[row])
+            end = int(plan.starts[row] + plan.lengths[row])
+            held = min(end - left_out, kv.retention.budget - 1) if row in draws else end - left_out
+            slots = np.arange(held)
+            blocks = torch.from_numpy(plan.tables[row, slots // kv.block_size].astype(np.int64))
+            at = torch.from_numpy(slots % kv.block_size)
+            runner.kept.setdefault(id(sequence), {})[end - 1] = [
+                [sorted(marks.positions[blocks, head, at].tolist()) for head in range(marks.positions.shape[1])]
+                for marks in kv.marks
+            ]
+        return pending
+
+    runner.launch = watched  # type: ignore[method-assign]
+    yield
+    runner.launch = launch  # type: ignore[method-assign]
 
 
 def engine_of(

@@ -1,4 +1,4 @@
-"""Windows and sinks on a GPU: the compiled kernels against the definition, graphs and overlap against the plain path."""
+"""Windows, sinks and heavy hitters on a GPU: the compiled kernels against the definition, graphs and overlap against the plain path."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from minipaged.assembly import build_engine
 from minipaged.config import CacheConfig, EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.kernels.attention import paged_decode, paged_prefill
+from minipaged.kernels.attention.heavy_hitters import Budget, Marks, keep_heaviest_torch
 from minipaged.memory.retention import Retention
 from minipaged.model.loading import zoo
 from minipaged.model.loading.zoo import LoadedModel
 from tests.kernels.paged_cases import assert_close
+from tests.kernels.test_heavy_hitters import copied, rows_of
 from tests.kernels.test_sinks import stream_of
 
 pytestmark = [
@@ -22,6 +24,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     pytest.mark.usefixtures("unset_choice"),
 ]
+KINDS = (
+    SamplingParams(max_tokens=150, ignore_eos=True),
+    SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=60, ignore_eos=True),
+    SamplingParams(beam_width=2, max_tokens=40, ignore_eos=True),
+)
 POLICIES = [Retention(64, 4), Retention(300, 70), Retention(17, 16)]
 
 
@@ -58,15 +65,10 @@ def engine_on(
     return build_engine(loaded, cache, config, device=torch.device("cuda"), dtype="float32", graphs=graphs)
 
 
-def texts(engine: Engine) -> list[list[list[int]]]:
+def texts(engine: Engine, kinds: tuple[SamplingParams, ...] = KINDS) -> list[list[list[int]]]:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(5, 4000, (5 + 37 * i % 190,), generator=generator).tolist() for i in range(9)]
-    kinds = (
-        SamplingParams(max_tokens=150, ignore_eos=True),
-        SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=60, ignore_eos=True),
-        SamplingParams(beam_width=2, max_tokens=40, ignore_eos=True),
-    )
-    outputs = [engine.ask(prompt, kinds[i % 3]) for i, prompt in enumerate(prompts)]
+    outputs = [engine.ask(prompt, kinds[i % len(kinds)]) for i, prompt in enumerate(prompts)]
     while engine.has_work:
         engine.step()
     assert [output.error for output in outputs] == [None] * len(outputs)
@@ -83,6 +85,33 @@ def test_L71_graphs_and_overlap_give_the_same_text(loaded: LoadedModel, retentio
         engine = engine_on(loaded, retention, graphs=True, depth=1, blocks=40, preemption=preemption)
         assert texts(engine) == expected
         assert engine.scheduler.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+def test_L64_L72_heavy_hitters_by_kernel(heads: tuple[int, int], codes: torch.dtype | None) -> None:
+    """The kernels of decodes against the torch form on the CPU: what goes, and what is in each slot then."""
+    from minipaged.kernels.attention.heavy_hitters_triton import keep_heaviest_triton
+
+    case = rows_of([400, 0, 7, 399, 120], Budget(250, 150), heads, 16, codes)
+    twin = copied(case)
+    on_gpu = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in case.items()}
+    on_gpu["marks"] = Marks(*(x.cuda() for x in case["marks"]))
+    on_gpu["scales"] = None if codes is None else tuple(x.cuda() for x in case["scales"])
+    keep_heaviest_triton(**on_gpu)
+    keep_heaviest_torch(drawn_from=None, **twin)
+    for name in ("key_cache", "value_cache"):
+        assert torch.equal(on_gpu[name].cpu().float().nan_to_num(99), twin[name].float().nan_to_num(99))
+    assert torch.equal(on_gpu["marks"].positions.cpu(), twin["marks"].positions)
+    torch.testing.assert_close(on_gpu["marks"].scores.cpu(), twin["marks"].scores, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_L72_graphs_choose_the_same_heavy_hitters(loaded: LoadedModel) -> None:
+    expected = texts(engine_on(loaded, "h2o:24+24", graphs=False, depth=0), KINDS[:2])
+    for blocks in (400, 45):
+        engine = engine_on(loaded, "h2o:24+24", graphs=True, depth=1, blocks=blocks)
+        assert texts(engine, KINDS[:2]) == expected
+        assert bool(engine.scheduler.counters.swaps) == (blocks == 45)
 
 
 def test_L57_a_long_stream_takes_no_more_memory_and_graphs_stay(loaded: LoadedModel) -> None:

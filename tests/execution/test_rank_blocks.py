@@ -46,8 +46,8 @@ def run(engine: Engine) -> list[list[int]]:
     return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
-@pytest.mark.parametrize("retention", ["window:9", "sinks:3+window:9"])
-def test_L61_L71_ranks_forget_alike(retention: str) -> None:
+@pytest.mark.parametrize("retention", ["window:9", "sinks:3+window:9", "h2o:6+4"])
+def test_L61_L71_L72_ranks_forget_alike(retention: str) -> None:
     cache = replace(CACHE, retention=retention)
     (alone,), parts = runners(1, cache=cache), runners(2, cache=cache)
     first, second = engine_over(alone, cache), engine_over(ThreadRunner(parts), cache)

@@ -22,6 +22,8 @@ from triton.runtime.jit import JITFunction
 from minipaged.kernels import launch_table
 from minipaged.kernels.attention import decode_triton, prefill_triton
 from minipaged.kernels.attention.decode_triton import paged_decode_triton
+from minipaged.kernels.attention.heavy_hitters import Budget
+from minipaged.kernels.attention.heavy_hitters_triton import keep_heaviest_triton
 from minipaged.kernels.attention.prefill_triton import paged_prefill_triton
 from minipaged.kernels.cache import rope_write_triton
 from minipaged.kernels.cache.block_copy_triton import copy_blocks_triton
@@ -45,6 +47,7 @@ from minipaged.memory.retention import Retention
 from tests.kernels.paged_cases import make_case
 from tests.kernels.test_decode_shared import shared_case
 from tests.kernels.test_gpu import DTYPES, SHAPES, names
+from tests.kernels.test_heavy_hitters import rows_of
 from tests.kernels.test_quantized import quantized
 from tests.kernels.test_sinks import stream_of
 
@@ -192,6 +195,16 @@ def compile_for_sinks() -> None:
             paged_prefill_triton(*stream.arguments, **options, launch=launch)
 
 
+def compile_for_heavy_hitters() -> None:
+    """What chooses the tokens that go: heads in groups and alone, over numbers and over codes."""
+    for heads, dtype, codes in itertools.product([(2, 2), (6, 2)], DTYPES, (None, *LARGEST_CODE)):
+        case = rows_of([9, 4], Budget(5, 4), heads, 16, codes)
+        case["query"] = case["query"].to(dtype)
+        if codes is None:
+            case |= {name: case[name].to(dtype) for name in ("key_cache", "value_cache")}
+        keep_heaviest_triton(**case)
+
+
 def main() -> None:
     driver.set_active(HopperDriver())
     JITFunction.run = compile_only
@@ -228,6 +241,7 @@ def main() -> None:
     compile_prefill_hopper()
     compile_for_codes()
     compile_for_sinks()
+    compile_for_heavy_hitters()
     grid = {"rows": 64, "heads": 32, "group": 1, "max_query_len": 4096}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         print(triton.__version__, names(shape), dtype)

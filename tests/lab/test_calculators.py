@@ -11,7 +11,14 @@ from minipaged.config import ModelConfig
 from minipaged.errors import InputError
 from minipaged.lab.advise import calculators as calc
 from minipaged.lab.advise.advice import Use, advise
-from minipaged.lab.paper.claims import factors_multiply, falcon, kv_sizes, quantized_batch, short_requests
+from minipaged.lab.paper.claims import (
+    factors_multiply,
+    falcon,
+    heavy_hitters,
+    kv_sizes,
+    quantized_batch,
+    short_requests,
+)
 from minipaged.lab.simulation.hardware import find_gpu
 from minipaged.lab.simulation.servers import paper_server
 from minipaged.model.loading.shapes import shape
@@ -127,6 +134,7 @@ def test_bad_loads_are_named() -> None:
 
 
 def test_claims_say_what_baselines_say() -> None:
+    assert "holds 7 of 32 blocks" in heavy_hitters().evidence
     assert "819,200 B" in kv_sizes().evidence
     assert "20,480 B (40x)" in kv_sizes().evidence
     assert "163,840 B (5x)" in kv_sizes().evidence

@@ -12,17 +12,21 @@ from minipaged.lab.measure import retention
 from minipaged.lab.measure.quality import TEXT
 from minipaged.memory.retention import Retention
 from minipaged.model.loading import zoo
-from tests.exactness.retained import by_definition
+from tests.exactness.retained import by_definition, heaviest_by_definition
 
 
 def test_perplexity_is_the_definitions_and_fewer_blocks_are_held() -> None:
     loaded = zoo.load("random:toy", device="cpu", dtype=torch.float32)
     text = loaded.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:150]
     names = retention.policies(40)
-    assert names == ("all", "window:40", "sinks:4+window:36")
+    assert names == ("all", "window:40", "sinks:4+window:36", "h2o:20+20")
     rows = list(retention.measure("random:toy", names, tokens=150, device="cpu"))
     for row in rows:
-        hidden = by_definition(loaded.model, text, Retention.parse(row.retention))
+        policy = Retention.parse(row.retention)
+        if policy.heavy:
+            hidden, _ = heaviest_by_definition(loaded.model, text, policy, 1)
+        else:
+            hidden = by_definition(loaded.model, text, policy)
         losses = loaded.model.logits(hidden).log_softmax(-1)[:-1].gather(1, torch.tensor(text[1:])[:, None])
         assert row.perplexity == pytest.approx(math.exp(-losses.mean().item()), rel=1e-4)
         assert (row.tokens, row.all_blocks) == (149, 10)

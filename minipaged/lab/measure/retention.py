@@ -1,7 +1,8 @@
 """What forgetting costs and saves: perplexity of a text and blocks held under each retention policy, and a long stream's memory and time.
 
 The text is the shipped one of `lab quality`. It is read as one prompt in chunks, through the engine: blocks go back as the policy says, so
-what is measured is what a user gets.
+what is measured is what a user gets. Heavy hitters keep all of a prompt until it has been read, so there the text is what the engine
+draws, of which nothing else is allowed: one token in each step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from minipaged.lab.measure.quality import TEXT
 from minipaged.model.loading import zoo
 from minipaged.model.loading.placement import choose_device
 from minipaged.model.loading.zoo import LoadedModel
+from minipaged.scheduling.request import Sequence as RequestSequence
 
 BLOCK = 16
 CHUNK = 32  # tokens of a step: short, so that blocks go back all along the text
@@ -55,9 +57,10 @@ class StreamMark:
 
 
 def policies(budget: int) -> tuple[str, ...]:
-    """Everything, and what keeps `budget` tokens: the last ones, or the first SINKS and the last."""
+    """Everything, and what keeps `budget` tokens: the last ones, the first SINKS and the last, or heavy hitters and the last by halves."""
     check_int("budget", budget, SINKS + BLOCK)
-    return ("all", f"window:{budget}", f"sinks:{SINKS}+window:{budget - SINKS}")
+    heavy = budget // 2
+    return ("all", f"window:{budget}", f"sinks:{SINKS}+window:{budget - SINKS}", f"h2o:{heavy}+{budget - heavy}")
 
 
 def measure(
@@ -72,6 +75,10 @@ def measure(
         if progress is not None:
             progress(f"{model}, {retention}", number, len(retentions))
         engine, block_bytes = _engine(loaded, retention, device, tokens + 2)
+        if retention_of(loaded.config, CacheConfig(block_size=BLOCK, retention=retention)).heavy:
+            most, losses = _drawn(engine, text, loaded.config.vocab_size)
+            yield _forgetting(retention, model, losses, most, block_bytes)
+            continue
         # One token more than the text's next, so that its blocks are still held when all of it has been read.
         output = engine.ask(text, SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=0))
         if output.error is not None:
@@ -79,15 +86,39 @@ def measure(
         most = _run(engine)
         found = output.prompt_logprobs or []
         losses = [-entry[token].logprob for entry, token in zip(found[1:], text[1:], strict=True) if entry is not None]
-        yield Forgetting(
-            retention=retention,
-            model=model,
-            tokens=len(losses),
-            perplexity=math.exp(sum(losses) / len(losses)),
-            most_blocks=most,
-            all_blocks=-(-tokens // BLOCK),
-            kv_bytes=most * block_bytes,
-        )
+        yield _forgetting(retention, model, losses, most, block_bytes)
+
+
+def _forgetting(retention: str, model: str, losses: list[float], most: int, block_bytes: int) -> Forgetting:
+    return Forgetting(
+        retention=retention,
+        model=model,
+        tokens=len(losses),
+        perplexity=math.exp(sum(losses) / len(losses)),
+        most_blocks=most,
+        all_blocks=-(-(len(losses) + 1) // BLOCK),
+        kv_bytes=most * block_bytes,
+    )
+
+
+def _drawn(engine: Engine, text: list[int], vocab_size: int) -> tuple[int, list[float]]:
+    """(the most blocks held, the loss of each token) where the text is drawn behind its first token, and nothing else may be."""
+
+    def only_the_next(sequence: RequestSequence) -> bytes:
+        allowed = bytearray(-(-vocab_size // 8))
+        token = text[len(sequence.token_ids)]
+        allowed[token // 8] = 1 << token % 8
+        return bytes(allowed)
+
+    output = engine.ask(text[:1], SamplingParams(max_tokens=len(text) - 1, ignore_eos=True, logprobs=0))
+    if output.error is not None:
+        raise InputError(output.error)
+    output.request.mask_of = only_the_next  # read when the request is let in, in the first step
+    most = _run(engine)
+    drawn = output.outputs[0]
+    if list(drawn.token_ids) != text[1:]:
+        raise RuntimeError("the engine drew other tokens than the text's")
+    return most, [-entry[token].logprob for entry, token in zip(drawn.logprobs or (), drawn.token_ids, strict=True)]
 
 
 def stream(
@@ -124,10 +155,13 @@ def _engine(loaded: LoadedModel, retention: str, device: str, longest: int) -> t
     """An engine with just enough blocks, and the bytes of one."""
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=False, watermark=0.0, retention=retention)
     config = EngineConfig(max_num_seqs=1, max_num_batched_tokens=CHUNK, max_model_len=longest)
-    most = retention_of(loaded.config, cache).most_blocks(longest, BLOCK, CHUNK)
+    kept = retention_of(loaded.config, cache)
+    most = (
+        kept.most_blocks(longest, BLOCK, CHUNK) if not kept.heavy else kept.most_blocks_of_request(1, longest, 1, BLOCK)
+    )
     cache = replace(cache, num_blocks=most + 1)
     engine = build_engine(loaded, cache, config, device=choose_device(device), dtype="float32")
-    return engine, loaded.config.kv_bytes_per_token("float32") * BLOCK
+    return engine, loaded.config.kv_bytes_per_token("float32", heavy_hitters=kept.heavy > 0) * BLOCK
 
 
 def _run(engine: Engine) -> int:
