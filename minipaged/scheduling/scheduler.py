@@ -266,7 +266,7 @@ class Scheduler:
         return int((-(-np.maximum(-(-ends // self.block_size) * self.block_size - room, 0) // self.block_size)).sum())
 
     def _choose_victim(self) -> Request | None:
-        """The last of the running requests that is not waiting for the result of a step in flight."""
+        """Of the running requests that await no result of a step in flight, the one served last: `running` is kept in order of service."""
         awaiting = self.batch.awaiting_result
         return next((r for r in reversed(self.running) if not awaiting[r.alive[0].slot]), None)
 
