@@ -61,7 +61,7 @@ PANE_IDS = ("blocks", "tables", "text", "timeline", "inspector", "waste", "tree"
 class ScreenApp(Actions):
     """One trace on a terminal: the last station of a step on its way from the engine.
 
-    1. `minipaged/engine.py` `Engine._step` ends with a call of `minipaged/trace/builder.py` `TraceBuilder.emit`, which makes a StepDelta.
+    1. `minipaged/engine.py` `Engine._emit` ends a step by `minipaged/trace/builder.py` `TraceBuilder.emit`, which makes a StepDelta.
     2. `minipaged/serving/loop.py` `sender` writes it into a pipe: the engine runs in a process of its own.
     3. `minipaged/serving/live.py` `LiveSource` receives it; a recording is read by `minipaged/trace/sources.py` `FileSource`.
     4. `minipaged/trace/player.py` `Player.advance` folds it into a `minipaged/trace/snapshot.py` `Snapshot`, the state of one moment.

@@ -1,6 +1,7 @@
 """Writing new keys and values into their slots of the paged cache.
 
-The Triton kernel is in cache_write_triton.py.
+Three functions store them: `write_kv_torch` here, on CPUs (rope_write.py calls it too); on GPUs `_write_kernel` in cache_write_triton.py,
+and `_rope_write_kernel` in rope_write_triton.py, which rotates the keys first.
 """
 
 from __future__ import annotations

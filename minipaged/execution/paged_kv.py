@@ -31,11 +31,15 @@ class PagedKV:
 
     The scales are two tensors more of each layer, float32 [num_blocks, num_kv_heads, block_size]. All that touches them:
 
-    - `__init__` makes them; `copy`, `swap_out` and `swap_in` move them with the codes, as any tensor of a block.
-    - `write` and `rope_write` fill them: `kernels/cache/quantize.py` `quantize` in the torch twins, `kernels/cache/quantize_triton.py`
-      `scale_of` in the Triton kernels.
+    - `__init__` makes them; `copy`, `swap_out` and `swap_in` move them with the codes, as any tensor of a block, and
+      `minipaged/execution/disk_tier.py` `DiskTier` keeps them with it on disk.
+    - `write` and `rope_write` fill them: `kernels/cache/cache_write.py` `write_kv_torch`, on a GPU
+      `kernels/cache/cache_write_triton.py` `_write_kernel` and `kernels/cache/rope_write_triton.py` `_rope_write_kernel`. What a scale is
+      says `kernels/cache/quantize.py` `quantize`, for Triton `kernels/cache/quantize_triton.py` `scale_of`.
     - `attend` multiplies by them: `kernels/attention/decode.py` `gather_pages` in the torch twins; on a GPU
-      `kernels/attention/triton_tiles.py` `load_scales` while decoding, `kernels/cache/dequantize.py` `dequantize_pages` before a prefill.
+      `kernels/attention/decode_tile.py` `attend_tile` or `kernels/attention/decode_codes.py` `attend_codes` while decoding, in a prefill
+      `kernels/attention/prefill_loops.py` `attend_in_turn` and `attend_overlapped`, or `kernels/cache/dequantize.py` `dequantize_pages`
+      before it.
     - `kernels/checks.py` `check_scales` refuses what does not fit; `minipaged/config.py` `ModelConfig.kv_bytes_per_token` counts them.
 
     Heavy hitters have two tensors more of each layer, of the same shape: the score and the position of the token in each slot

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class TextStops(Protocol):
-    """Whoever reads the text of sequences and knows where a stop string ends it. The engine owns it."""
+    """Whoever reads the text of sequences and knows where a stop string ends it: in the engine, minipaged/text/detokenizer.py Detokenizer,
+    whose TextStream._find_stop also cuts the text there.
+    """
 
     def stopped(self, sequence: Sequence) -> bool:
         """Whether a stop string of its request stands in the sequence's text."""

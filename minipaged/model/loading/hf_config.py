@@ -2,7 +2,8 @@
 
 Reads each field as the model families of llama.py mean it, in the spellings of transformers 4 and 5. A field that
 would change the arithmetic and is not supported is refused, never skipped. A new family is a row of FAMILIES, its flags in
-`read_config` and its tensors' names in keys.py. Imports no torch.
+`read_config` and the fields of its config.json in keys.py, CONFIG_KEYS. Its tensors bear Llama's names; those that a file stores as one
+(Phi-3's) are cut in hf_folder.py, factors of its own are worked into weights by weights.py, `work_in`. Imports no torch.
 """
 
 from __future__ import annotations
