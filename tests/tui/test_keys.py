@@ -129,7 +129,7 @@ def test_click_on_a_block_and_on_the_timeline(size: tuple[int, int]) -> None:
         block_map.set_zoom(Zoom.CELL)
         await pilot.click("#map", offset=Offset(block_map.model.gutter + 2, 0))
         await until(pilot, lambda: app.view.block == 2)
-        await pilot.click("#timeline", offset=Offset(3, 1))  # third column inside the border
+        await pilot.click("#timeline", offset=Offset(9, 1))  # the third step: each has four columns
         await until(pilot, lambda: app.session.position == 3)
 
     drive(app, size, script)
@@ -190,11 +190,12 @@ def test_focus_why_bookmark_maximise_help_panes(size: tuple[int, int]) -> None:
         for key, name in (("1", "blocks"), ("2", "tables"), ("3", "text"), ("4", "timeline")):
             await pilot.press(key, "z")
             pane = app.query_one(f"#{name}")
-            room = size[1] - 2  # all but the status line and the keys
+            lines = [app.query_one(name).outer_size.height for name in ("#header", "#news", "#gauge", "#keys")]
+            room = size[1] - sum(lines)
             await until(pilot, lambda pane=pane, room=room: pane.outer_size == (size[0], room))  # type: ignore[misc]
             assert [p.id for p in app.query(".pane") if p.display] == [name]
             await pilot.press("escape" if name == "text" else "z")
-            await until(pilot, lambda pane=pane: pane.outer_size.height < size[1] - 2)  # type: ignore[misc]
+            await until(pilot, lambda pane=pane: pane.outer_size.height < size[1] - 8)  # type: ignore[misc]
         await pilot.press("question_mark")
         assert isinstance(app.screen, Reading)
         assert "copy-on-write" in text(app)
@@ -203,7 +204,7 @@ def test_focus_why_bookmark_maximise_help_panes(size: tuple[int, int]) -> None:
         assert isinstance(app.screen, Reading)
         await pilot.press("escape")
         for key, name in zip(
-            "1234567", ("map", "tables", "text", "timeline", "inspector", "waste", "tree"), strict=True
+            "12345678", ("map", "tables", "text", "timeline", "inspector", "waste", "tree", "trends"), strict=True
         ):
             await pilot.press(key)
             await pilot.pause()
