@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from minipaged.config import (
     DEFAULT_MODEL,
@@ -212,12 +212,20 @@ class LLM:
         return self._recording
 
     def close(self) -> None:
-        """End the other ranks and write what the disk cache still has to, where there are any; at the latest when this process ends.
-        Nothing can be generated afterwards."""
+        """End the other ranks and write what the disk cache still has to, where there are any. Nothing can be generated afterwards.
+
+        `with LLM(...) as llm:` does it at the end. Without it the ranks end, and what the disk cache's thread was given is written, when
+        the LLM is no longer used, at the latest as this process ends."""
         if self.engine.scheduler.disk is not None:
             self.engine.scheduler.disk.close()
         if self._parts.ranks is not None:
             self._parts.ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self,

@@ -64,6 +64,7 @@ def generate(
             beside = Meter(load_beside(model, settings, llm))
             again = beside.run(lambda: beside.llm.generate(prompts, params))
             note(compared(beside, [_texts(output) for output in again] == [_texts(output) for output in outputs]))
+    llm.close()
     for text, output in zip(texts, outputs, strict=True):
         if output.error:
             complain(f"prompt {text[:40]!r}: {output.error}")

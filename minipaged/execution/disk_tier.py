@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 import torch
@@ -16,7 +19,11 @@ from minipaged.memory.blocks import PrefixHit
 from minipaged.model.llama import Llama
 
 BATCH = 32  # new blocks that are copied together; fewer once nothing runs
-SAMPLES = 4096  # numbers of each weight that name the model
+BATCH_BYTES = 64 * 2**20  # or so many bytes of them
+HASHING_THREADS = 8
+HASHED_BYTES = (
+    64 * 2**20
+)  # of a weight at a time: so much of the host's memory for each thread, where the weight is on a GPU
 
 
 class DiskTier:
@@ -25,6 +32,8 @@ class DiskTier:
     def __init__(self, store: DiskStore, manager: BlockManager, kv: PagedKV) -> None:
         self.store, self._manager, self._kv = store, manager, kv
         self._block_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in kv.host.values())
+        # A small pool hands its blocks out again before there are many new ones.
+        self._batch = max(1, min(BATCH, BATCH_BYTES // self._block_bytes, kv.num_blocks // 8))
         self._new: list[tuple[bytes, int]] = []
         manager.note_published()
 
@@ -54,14 +63,23 @@ class DiskTier:
             start = end
 
     def save(self, *, idle: bool) -> None:
-        """Let full blocks be written that steps launched so far have filled; idle: also if they are few."""
+        """Let full blocks be written that steps launched so far have filled; idle: also if they are few.
+
+        Until the disk has room for them they are only named, not copied: those that leave the pool meanwhile are dropped."""
         self._new += self._manager.take_published()
-        if not self._new or (len(self._new) < BATCH and not idle):
+        if not self._new or (len(self._new) < self._batch and not idle):
+            return
+        num_bytes = self._batch * self._block_bytes
+        if not self.store.has_room(num_bytes) and len(self._new) <= self._kv.num_blocks:
             return
         held = [pair for pair in dict.fromkeys(self._new) if self._manager.holds(*pair) and pair[0] not in self.store]
-        self._new.clear()
-        if held:
-            self.store.write_behind(self._copied([key for key, _ in held], [block for _, block in held]))
+        still = {key for key, _ in held}
+        self.store.drop(sum(key not in still and key not in self.store for key in {key for key, _ in self._new}))
+        while held and self.store.has_room(num_bytes):
+            some, held = held[: self._batch], held[self._batch :]
+            copies = self._copied([key for key, _ in some], [block for _, block in some])
+            self.store.write_behind(copies, len(some), len(some) * self._block_bytes)
+        self._new = held
 
     def _copied(self, keys: list[bytes], blocks: list[int]) -> Blocks:
         """Copies of device blocks as they are once all launched steps are done; made on the device's own time."""
@@ -77,26 +95,26 @@ class DiskTier:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
 
-        def contents() -> list[tuple[bytes, bytes]]:
+        def contents() -> Iterator[tuple[bytes, bytes]]:
             if done is not None:
                 done.synchronize()
-            return [(key, b"".join(row[i].numpy().tobytes() for row in rows)) for i, key in enumerate(keys)]
+            for i, key in enumerate(keys):
+                yield key, b"".join(row[i].numpy().tobytes() for row in rows)
 
         return contents
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write what is left, and end the thread. Nothing is kept afterwards."""
         self.save(idle=True)
+        while self._new:  # more than may wait at once
+            self.store.flush()
+            self.save(idle=True)
         self.store.close()
 
 
 def fingerprint(model: Llama, config: ModelConfig, cache: CacheConfig, dtype: str, retention: str) -> bytes:
-    """SHA-256 over all that a block's content depends on beside its tokens: the model's shape (its rope included) and weights, dtypes, the
-    block's size, the retention policy, and the kind of device.
-
-    Of each weight a fixed sample of numbers counts: to read all of a large model would take longer than to load it.
-    """
-    digest = sha256()
+    """SHA-256 over all that a block's content depends on beside its tokens: the model's shape (its rope included) and every byte of its
+    weights, dtypes, the block's size, the retention policy, and the kind of device. Weights are hashed by several threads at once."""
     settings = {
         "model": describe(config),
         "dtype": dtype,
@@ -105,19 +123,23 @@ def fingerprint(model: Llama, config: ModelConfig, cache: CacheConfig, dtype: st
         "retention": retention,
         "device": model.norm.weight.device.type,
     }
-    digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
-    weights: dict[str, Tensor] = dict(model.named_parameters())
+    weights: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if model.stream is not None:  # these are on the device in turn
-        weights = {
-            name: w for name, w in weights.items() if not name.startswith(tuple(f"layers.{i}." for i in model.streamed))
-        }
+        parts = tuple(f"layers.{i}." for i in model.streamed)
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(parts)}
         weights |= {f"streamed.{i}": model.stream.content(i) for i in model.streamed}
-    for name, parameter in sorted(weights.items()):
-        weight = parameter.detach()
-        if weight.is_meta:
-            continue
-        flat = (weight.to_dense() if weight.is_mkldnn else weight).flatten()
-        sample = flat[:: max(1, len(flat) // SAMPLES)].contiguous().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    digest = sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
+    with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1)) as threads:
+        for part in threads.map(_digest, *zip(*sorted(weights.items()), strict=True)):
+            digest.update(part)
+    return digest.digest()
+
+
+def _digest(name: str, parameter: Tensor) -> bytes:
+    weight = parameter.detach()
+    digest = sha256(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+    if not weight.is_meta:
+        data = (weight.to_dense() if weight.is_mkldnn else weight).contiguous().flatten().view(torch.uint8)
+        for start in range(0, len(data), HASHED_BYTES):
+            digest.update(data[start : start + HASHED_BYTES].cpu().numpy().data)
     return digest.digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -21,6 +22,12 @@ KINDS = {
     "samples": SamplingParams(max_tokens=6, ignore_eos=True, n=3, temperature=0.9, seed=5),
     "beams": SamplingParams(max_tokens=6, ignore_eos=True, n=2, beam_width=3),
 }
+# Each value of each setting once; all combinations among the slow tests.
+OFTEN = {("greedy", "int8", None), ("samples", "auto", "window:24"), ("beams", "auto", "sinks:4+window:24")}
+COMBINATIONS = [
+    pytest.param(*names, marks=() if names in OFTEN else pytest.mark.slow)
+    for names in itertools.product(KINDS, ("auto", "int8", "fp8"), (None, "window:24", "sinks:4+window:24"))
+]
 PROMPTS = [[(31 * p + 7 * i) % 250 for i in range(40)] for p in range(4)]
 
 
@@ -46,9 +53,7 @@ def rounds(engine: Engine, params: SamplingParams, times: int = 2) -> list[list[
     return texts
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kept", ["auto", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("retention", [None, "window:24", "sinks:4+window:24"])
+@pytest.mark.parametrize(("kind", "kept", "retention"), COMBINATIONS)
 def test_L36_L55_L60_L70_the_text_is_the_same(kind: str, kept: str, retention: str | None) -> None:
     settings: dict[str, Any] = {"kv_cache_dtype": kept, "retention": retention}
     plain = engine_of(blocks=400, host_blocks=0, enable_prefix_caching=False, **settings)
@@ -59,8 +64,13 @@ def test_L36_L55_L60_L70_the_text_is_the_same(kind: str, kept: str, retention: s
         assert counters.host_hit_tokens > 0
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize(
+    ("depth", "preemption"),
+    [
+        (1, "swap"),
+        *(pytest.param(*names, marks=pytest.mark.slow) for names in ((0, "swap"), (0, "recompute"), (1, "recompute"))),
+    ],
+)
 def test_L47_L55_swaps_and_cached_prefixes_share_the_host(depth: int, preemption: str) -> None:
     plain = engine_of(blocks=400, host_blocks=0, enable_prefix_caching=False)
     tight = engine_of(blocks=24, host_blocks=30, depth=depth, preemption=preemption, max_num_batched_tokens=24)

@@ -94,6 +94,22 @@ def test_L62_L73_two_stages_say_what_one_rank_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (1, 2)])
+def test_L70_L73_prefixes_come_back_from_every_ranks_host(tensor: int, stages: int) -> None:
+    """Four prompts in a pool that holds two: the second time they are found in host memory, of which each rank has its part."""
+    settings: dict[str, Any] = {"device": "cpu", "block_size": 4, "num_blocks": 30}
+    prompts = [{"prompt_token_ids": drawn_tokens(40, 250, seed=seed)} for seed in range(4)]
+    short = SamplingParams(max_tokens=6, ignore_eos=True)
+    told = []
+    for more in ({}, {"num_host_blocks": 100, "tensor_parallel": tensor, "pipeline_parallel": stages}):
+        with LLM("toy", **settings, **more) as llm:
+            told.append([llm.generate(prompt, short)[0] for prompt in prompts * 2])
+            hits = llm.engine.scheduler.counters.host_hit_tokens
+    assert_same(told[1], told[0])
+    assert hits == 4 * 36
+
+
+@pytest.mark.slow
 def test_L73_four_ranks_say_what_one_says(tmp_path: Path) -> None:
     """Two KV heads on four ranks."""
     save_folder(CONFIGS["biased"], tmp_path)
