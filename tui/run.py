@@ -45,6 +45,7 @@ def run_screen(
     speed: float | None = None,
     guided: bool = False,
     compare: bool = False,
+    at_end: bool = False,
 ) -> int:
     """Show a trace or a live engine; returns the exit code.
 
@@ -52,7 +53,7 @@ def run_screen(
     calls to build the engine. prompts: submitted at once. record: a file that gets the trace. headless: no terminal;
     goes `steps` steps (None: until nothing is left to do), saves `screenshot` (SVG) and returns. size: (columns, rows)
     of a headless screen, 80 by 24 by default. guided: a live run in a terminal goes slowly at first and says what it does.
-    compare: begin with other systems in the place of the map.
+    compare: begin with other systems in the place of the map. at_end: a trace stands still at its last step.
     Inside a running event loop (a notebook) only a headless screen can be had: InputError for another one.
     """
     if not headless and _loop_runs():
@@ -74,9 +75,11 @@ def run_screen(
         recorded = Session(
             given,
             speed=speed if speed is not None else play_speed(len(given)),
-            ends_fullest=not (headless or given.live),
+            ends_fullest=not (headless or given.live or at_end),
         )
-        if not (headless or given.live or recorded.playback.at_edge):
+        if at_end:
+            recorded.playback.seek(len(given))
+        elif not (headless or given.live or recorded.playback.at_edge):
             recorded.playback.toggle()
         code = _show(recorded, display, None, headless, steps, screenshot)
         if headless and code == 0 and screenshot is None:

@@ -41,6 +41,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAX_RUNNING = 16
+DOLLARS_PER_HOUR = 2.0  # for one GPU: an example, chosen on 2026-11-28; put in what you pay
 
 
 @dataclass(eq=False)
@@ -289,6 +290,9 @@ if __name__ == "__main__":
 # The same traffic, the same modelled GPU, the same sixteen rows. Only the function changed. Below it your
 # scheduler with several budgets: the last column is the longest that anybody's text stood still between two
 # tokens.
+#
+# The last two lines turn it into money. The price of an hour, `DOLLARS_PER_HOUR` at the top of the file, is an
+# example of 2026-11-28 and not an offer: write your own there.
 
 
 # %%
@@ -307,7 +311,10 @@ def what_was_won() -> None:
         rate = 1.0
         while serve(traffic(300, rate), way)["first token"] < 2.0:
             rate *= 1.1
-        print(f"{name:>22} {rate:6.1f} (the first token comes within two seconds, on average)")
+        seconds = 1_000 / rate  # of the modelled GPU
+        dollars = DOLLARS_PER_HOUR * seconds / 3_600
+        print(f"{name:>22} {rate:6.1f}   1,000 requests take {seconds:4.0f} s and cost {dollars:.3f} dollars")
+    print(f"(the first token comes within two seconds, on average; an hour costs {DOLLARS_PER_HOUR:.2f} dollars)")
 
 
 if __name__ == "__main__":

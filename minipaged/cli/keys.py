@@ -46,6 +46,13 @@ class Keys:
         """Whether keys can come at all."""
         return self._before is not None
 
+    def wait(self) -> str:
+        """The next key, however long it takes; "" where none can come."""
+        while self.come:
+            if key := self.get(60.0):
+                return key
+        return ""
+
     def get(self, seconds: float) -> str:
         """The next key; "" if none comes for so long."""
         if self._before is None:

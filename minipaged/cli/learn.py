@@ -70,8 +70,15 @@ def check(number: Number, folder: Folder = None) -> None:
     one = lesson(number)
     workspace = Workspace.find(folder)
     result = _check(workspace, one)
-    if result.failure is not None:
-        raise typer.Exit(1)
+    if result.failure is None:
+        return
+    if result.failure.last_call and console.is_terminal:
+        with Keys() as keys:
+            if keys.come:
+                console.print("[dim]v opens it, any other key ends[/dim]")
+                if keys.wait() == "v":
+                    keys.lend(partial(_open_screen, one, workspace, mine=True))
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -107,7 +114,7 @@ def watch(
                 case "s":
                     _show_answer(one, task_of(one, _next_task(workspace, one)))
                 case "v":
-                    keys.lend(partial(_open_screen, one, workspace))
+                    keys.lend(partial(_open_screen, one, workspace, mine=_failed_run(workspace, one) is not None))
                     seen = None
                 case "n" if one.number < len(lessons()):
                     one, seen = lesson(one.number + 1), None
@@ -152,12 +159,16 @@ def solution(
 def show(
     number: Number,
     folder: Folder = None,
+    mine: Annotated[
+        bool, typer.Option("--mine", help="Your own run that the last check failed in, at its last call.")
+    ] = False,
     headless: Annotated[bool, typer.Option("--headless", help="Run without a terminal and end at once.")] = False,
     screenshot: Annotated[Path | None, typer.Option(help="Write the screen as SVG to this file.")] = None,
 ) -> None:
     """Open the screen on the lesson's replay: record a small run that shows its idea, then play it."""
     one = lesson(number)
-    raise typer.Exit(_open_screen(one, _workspace_or_none(folder), headless=headless, screenshot=screenshot))
+    workspace = Workspace.find(folder) if mine else _workspace_or_none(folder)
+    raise typer.Exit(_open_screen(one, workspace, mine=mine, headless=headless, screenshot=screenshot))
 
 
 @app.command("break")
@@ -304,17 +315,41 @@ def _show_answer(one: Lesson, chosen: Task) -> None:
 
 
 def _open_screen(
-    one: Lesson, workspace: Workspace | None, *, headless: bool = False, screenshot: Path | None = None
+    one: Lesson,
+    workspace: Workspace | None,
+    *,
+    mine: bool = False,
+    headless: bool = False,
+    screenshot: Path | None = None,
 ) -> int:
-    """The screen on the learner's own run if there is one, else on the lesson's replay. Returns the exit code."""
+    """The screen on the learner's own run if there is one, else on the lesson's replay. Returns the exit code.
+
+    mine: on the run that the last check failed in, at its last call. InputError if there is none.
+    """
     from minipaged.cli.show import show as open_screen
     from minipaged.config import DEFAULT_MODEL
     from minipaged.learn.replays import replay
 
+    failed = _failed_run(workspace, one) if mine else None
+    if mine:
+        if failed is None:
+            raise InputError(
+                f"no run of yours that failed: minipaged learn check {one.number} leaves one when a test of your manager fails"
+            )
+        console.print(f"[bold]{one.number}. {one.title}[/bold]\nYour run, at its last call. \\[ steps back, ] on.")
+        return open_screen(DEFAULT_MODEL, replay=failed, at_end=True, headless=headless, screenshot=screenshot)
     with TemporaryDirectory(prefix="minipaged-") as scratch:
         path, look_for = replay(one, workspace.folder if workspace is not None else None, Path(scratch))
         console.print(f"[bold]{one.number}. {one.title}[/bold]\n{escape(look_for)}")
         return open_screen(DEFAULT_MODEL, replay=path, headless=headless, screenshot=screenshot)
+
+
+def _failed_run(workspace: Workspace | None, one: Lesson) -> Path | None:
+    """The recording of the run that the last check failed in, if it left one."""
+    from minipaged.learn.replays import failed_run
+
+    path = failed_run(workspace.folder / one.path.name) if workspace is not None else None
+    return path if path is not None and path.is_file() else None
 
 
 def _done(workspace: Workspace, one: Lesson) -> bool:
@@ -372,5 +407,10 @@ def _check(workspace: Workspace, one: Lesson) -> Result:
             console.print(escape("\n".join(failed.printed.rstrip().splitlines()[-PRINTED_LINES:])))
         if result.printed and not failed.test:  # the file could not be loaded
             console.print(escape(result.printed[-2000:]))
+    if failed.last_call:
+        console.print(
+            f"\nYour own run, at its end (the last call was {escape(failed.last_call)}):\n"
+            f"  [bold]minipaged learn show {one.number} --mine[/bold]"
+        )
     console.print(f"[dim]stuck? minipaged learn hint {one.number}[/dim]")
     return result

@@ -31,6 +31,7 @@ def show(
     prompts: Path | None = None,
     record: Path | None = None,
     replay: Path | None = None,
+    at_end: bool = False,
     headless: bool = False,
     steps: int | None = None,
     screenshot: Path | None = None,
@@ -46,7 +47,10 @@ def show(
     tour: bool = True,
     settings: dict[str, Any] | None = None,
 ) -> int:
-    """Show a run; every argument is checked before anything is started. Returns the exit code."""
+    """Show a run; every argument is checked before anything is started. Returns the exit code.
+
+    at_end: a recording stands still at its last step, instead of being played from its first.
+    """
     chosen = dict(settings or {})
     demo = prompts is None and chosen.get("num_blocks") is None
     if demo:
@@ -131,6 +135,7 @@ def show(
         screenshot=screenshot,
         size=cells,
         light=light,
+        at_end=at_end,
         guided=demo and tour,
         compare=scenario == "orca",  # what it shows is how the others fare
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.learn.catalog import Lesson
+from minipaged.learn.replays import failed_run
 from minipaged.learn.runner import LOADING, MARK
 
 LIMIT_SECONDS = 20.0  # for one test
@@ -31,6 +32,7 @@ class Failure:
     where: str  # the line of the learner's file
     stub: str  # the task's name, where the failure is only that it is not written yet
     printed: str  # what the test printed
+    last_call: str = ""  # of the learner's manager, whose run up to there is recorded; "": no run of it was seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,9 @@ def check(one: Lesson, path: Path, *, limit_seconds: float = LIMIT_SECONDS) -> R
     """Run the tests of `path`, a copy of lesson `one`. A test that takes longer than `limit_seconds` is ended, and has failed."""
     path = path.resolve()
     command = [sys.executable, "-m", "minipaged.learn.runner", str(path), str(os.getpid()), str(limit_seconds)]
+    failed = failed_run(path)
+    if failed is not None:
+        failed.unlink(missing_ok=True)
     here = str(Path(__file__).resolve().parents[2])  # the lesson imports the minipaged that checks it
     search = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
     done = subprocess.run(

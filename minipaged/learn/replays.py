@@ -14,6 +14,7 @@ from typing import Any
 from minipaged.config import SamplingParams
 from minipaged.errors import InputError
 from minipaged.learn.catalog import Lesson
+from minipaged.learn.workspace import PROGRESS
 
 RECORDINGS = ".recordings"
 _STORY = "the pages of this book are not bound; a list says where each of them lies, "
@@ -145,6 +146,12 @@ OWN = {
 def recording(folder: Path, one: Lesson) -> Path:
     """Where a lesson leaves its own recording in a learner's folder."""
     return folder / RECORDINGS / f"{one.path.stem}.trace"
+
+
+def failed_run(file: Path) -> Path | None:
+    """Where the run of a failing test of this copy of a lesson is left. None outside of a learner's folder: nothing is written there."""
+    started = (file.parent / PROGRESS).is_file()
+    return file.parent / RECORDINGS / f"{file.stem}.failed.trace" if started else None
 
 
 def replay(one: Lesson, folder: Path | None, scratch: Path) -> tuple[Path, str]:

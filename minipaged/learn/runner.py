@@ -26,6 +26,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from minipaged.learn.replays import failed_run
+from minipaged.learn.witness import Witness
+
 MARK = "::lesson:: "
 LOADING = 3  # loading the file may take so many times longer than one test: it imports torch
 MISSING = {  # a module that a lesson needs and minipaged itself does without -> what to do
@@ -56,7 +59,8 @@ def find_tests(module: ModuleType) -> list[tuple[int, str, Callable[[], object]]
 
 
 def run(path: Path, begin: Callable[[int, str], None] = lambda task, test: None) -> Iterator[dict[str, Any]]:
-    """Results as they come: {"task", "test", "passed"}, and for the first failure, which is the last: "message", "where", "stub".
+    """Results as they come: {"task", "test", "passed"}, and for the first failure, which is the last: "message", "where", "stub",
+    "last_call" (of the learner's manager, whose run up to there was recorded; "" if there is none).
 
     `begin` is called with task and test before each of them, and with 0 and "" before the file is loaded.
     """
@@ -64,16 +68,22 @@ def run(path: Path, begin: Callable[[int, str], None] = lambda task, test: None)
     try:
         module = load(path)
     except Exception as error:
-        yield {"task": 0, "test": "", "passed": False, **_describe(error, path)}
+        yield {"task": 0, "test": "", "passed": False, **_describe(error, path), "last_call": ""}
         return
-    for task, test, function in find_tests(module):
-        begin(task, test)
-        try:
-            function()
-        except Exception as error:
-            yield {"task": task, "test": test, "passed": False, **_describe(error, path)}
-            return
-        yield {"task": task, "test": test, "passed": True}
+    witness = Witness()
+    with witness.follow(module):
+        for task, test, function in find_tests(module):
+            begin(task, test)
+            witness.forget()
+            try:
+                function()
+            except Exception as error:
+                told = _describe(error, path)
+                failed = failed_run(path)
+                last_call = witness.save(failed) if not told["stub"] and failed is not None else ""
+                yield {"task": task, "test": test, "passed": False, **told, "last_call": last_call}
+                return
+            yield {"task": task, "test": test, "passed": True}
 
 
 def _describe(error: Exception, path: Path) -> dict[str, str]:

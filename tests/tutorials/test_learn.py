@@ -18,9 +18,11 @@ from minipaged.cli.learn import app
 from minipaged.errors import InputError
 from minipaged.learn.catalog import lesson, lessons
 from minipaged.learn.checking import LIMIT_SECONDS, check
-from minipaged.learn.replays import recording
+from minipaged.learn.replays import failed_run, recording
 from minipaged.learn.tape import Tape
 from minipaged.learn.workspace import PROGRESS, Workspace
+from minipaged.trace.player import Player
+from minipaged.trace.sources import FileSource
 
 
 @pytest.fixture
@@ -257,6 +259,29 @@ def test_show_prefers_what_the_learners_own_run_left(folder: Path, tmp_path: Pat
     code, text = learn("show", 6, "--dir", folder, "--headless", "--screenshot", tmp_path / "x.svg")
     assert code == 0
     assert "What your own run left behind" in text
+
+
+def test_a_failing_check_leaves_the_learners_own_run(folder: Path, tmp_path: Path) -> None:
+    """It ends at the call that broke the rule: here B writes into a block that A holds too. The next check begins without it."""
+    path = folder / lesson(8).path.name
+    right = lesson(8).solved()
+    path.write_text(right.replace("self.ref_counts[table[entry]] > 1", "self.ref_counts[table[entry]] > 2"), "utf-8")
+    code, text = learn("check", 8, "--dir", folder)
+    assert code == 1
+    assert "the last call was append('B', 60)" in text
+    assert "minipaged learn show 8 --mine" in text
+    source = FileSource(failed_run(path) or path)
+    player = Player(source)
+    player.seek(len(source))
+    assert sorted(player.snapshot.tables.values()) == [(7, 8), (7, 8)]
+    assert sorted(each.num_computed for each in player.snapshot.sequences.values()) == [6, 7]
+    picture = tmp_path / "screen.svg"
+    assert learn("show", 8, "--mine", "--dir", folder, "--headless", "--screenshot", picture)[0] == 0
+    assert "3/3" in picture.read_text(encoding="utf-8")
+    path.write_text("def", encoding="utf-8")
+    check(lesson(8), path)
+    with pytest.raises(InputError, match="no run of yours that failed"):
+        learn("show", 8, "--mine", "--dir", folder)
 
 
 @pytest.mark.parametrize(
