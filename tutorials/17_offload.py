@@ -11,7 +11,7 @@
 #
 # ```
 #  device   fast, small, dear                     the pool
-#     │  host link      bytes a second, and so much time for each transfer, however small
+#     │  host link      so many bytes a second, and a fixed time for each transfer, however small
 #  host     slower, larger                        lesson 11's host pool
 #     │  disk           fewer bytes a second, more time for each transfer
 #  disk     slow, very large
@@ -85,8 +85,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 1: `carry_seconds`
 #
-# A link moves `bytes_per_second`, and each transfer costs `seconds_per_piece` besides, for the call, the
-# driver and the way. How long for `num_bytes` in `pieces`?
+# A link moves `bytes_per_second`. Each piece is a transfer of its own, and costs `seconds_per_piece` on top, for the
+# call, the driver and the way. How long do `num_bytes` take in all, if they are cut into so many `pieces`?
 #
 # ```console
 # $ python 17_offload.py
@@ -115,9 +115,11 @@ def carry_seconds(link: Link, num_bytes: int, pieces: int) -> float:
 # %%
 def test_1_bytes_and_pieces() -> None:
     link = Link("x", 1e9, 1e-5)
-    assert abs(carry_seconds(link, 2_000_000_000, 1) - 2.00001) < 1e-9
-    assert abs(carry_seconds(link, 1_000, 500) - 0.005001) < 1e-9
-    assert carry_seconds(link, 0, 0) == 0
+    for num_bytes, pieces, right in ((2_000_000_000, 1, 2.00001), (1_000, 500, 0.005001), (0, 0, 0.0)):
+        said = carry_seconds(link, num_bytes, pieces)
+        assert abs(said - right) < 1e-9, (
+            f"{num_bytes} bytes in {pieces} pieces over {link}: you said {said:.9f} seconds, right is {right:.9f}"
+        )
 
 
 if __name__ == "__main__":
@@ -178,10 +180,15 @@ NVME = Link("disk, NVMe", 7e9, 1e-4)  # what PCIe 4 x4 drives state for reading;
 
 
 def test_2_reads_or_computes() -> None:
-    few, more = (recompute_seconds(A100, OPT_13B, tokens) for tokens in (1, 100))
-    assert few == more, "so few tokens take as long as reading the weights, and no longer"
-    assert abs(few - 25.7e9 / 1.555e12) < 1e-6
-    assert abs(recompute_seconds(A100, OPT_13B, 10_000) - 2 * 12.85e9 * 10_000 / 312e12) < 1e-6
+    for tokens, right, decides in (
+        (1, 25.7e9 / 1.555e12, "reading the weights, once for all tokens"),
+        (100, 25.7e9 / 1.555e12, "reading the weights, once for all tokens"),
+        (10_000, 2 * 12.85e9 * 10_000 / 312e12, "computing"),
+    ):
+        said = recompute_seconds(A100, OPT_13B, tokens)
+        assert abs(said - right) < 1e-6, (
+            f"{tokens} tokens of OPT-13B: you said {said:.6f} seconds, right is {right:.6f}. What decides here is {decides}"
+        )
 
 
 if __name__ == "__main__":
@@ -191,11 +198,11 @@ if __name__ == "__main__":
 # ## Task 3: `crossover`
 #
 # A text of so many tokens is to leave and to come back. Carrying takes the way *twice*, out and in again, and whole
-# blocks are carried: a last block that is half empty has as many bytes as a full one. Computing again takes one
-# pass over the tokens.
+# blocks are carried: a last block that is half empty has as many bytes as a full one. The pieces are those from
+# above: for each block and each layer two, its keys and its values. (The bytes of all layers are in
+# `model.kv_bytes_per_token`.) Computing again takes one pass over the tokens.
 #
-# Which block size is the first for which carrying is quicker? Try those of `SIZES`, the smallest first. `None`
-# if there is none.
+# What is the smallest block size of `SIZES` with which carrying is quicker? `None` if there is none.
 
 
 # %%
@@ -219,13 +226,18 @@ def test_3_small_blocks_are_many_pieces() -> None:
     model, machine = Model(1_000, layers=3, kv_heads=1, head_dim=2), Machine(1_000, 1e9)  # 10 tokens: 20 seconds
     for per_piece, size in ((0.1, 1), (0.2, 2), (0.3, 2), (0.4, 4), (0.8, 8), (0.9, 16), (1.7, None)):
         found = crossover(Link("x", 1e9, per_piece), machine, model, 10)
-        assert found == size, f"{per_piece} seconds a piece: you said {found}, right is {size}"
+        assert found == size, (
+            f"3 layers, 10 tokens, {per_piece} seconds a piece: you said {found}, right is {size}. "
+            f"A pass takes 20 seconds; with blocks of 4 it is 3 blocks x 3 layers x 2 = 18 pieces, out and in"
+        )
 
 
 def test_3_whole_blocks_are_carried() -> None:
     model, machine = Model(500, layers=1, kv_heads=1, head_dim=1), Machine(1_000, 1e9)  # 10 tokens: 10 seconds
-    assert crossover(Link("x", 9.0, 0.0), machine, model, 10) == 1, "40 bytes, twice: 8.9 seconds"
-    assert crossover(Link("x", 9.0, 0.07), machine, model, 10) is None, "blocks of 4 carry 12 tokens' bytes, not 10"
+    found = crossover(Link("x", 9.0, 0.0), machine, model, 10)
+    assert found == 1, f"40 bytes, twice, take 8.9 seconds, a pass 10: you said {found}, right is 1"
+    found = crossover(Link("x", 9.0, 0.07), machine, model, 10)
+    assert found is None, f"blocks of 4 carry 12 tokens' bytes, not 10: you said {found}, right is None"
 
 
 if __name__ == "__main__":
@@ -239,16 +251,19 @@ if __name__ == "__main__":
 # say): at most `host_blocks` of them in memory, at most `disk_blocks` as files.
 #
 # `put` keeps a *copy* in memory (the caller will write into its block again), as the one that was used last. If there
-# are then too many in memory, the one that has not been used for longest goes down to the disk; if there are
-# then too many on the disk, the one that went there first is deleted. A key is in one place at a time: one that is put again is
-# first forgotten, wherever it was. With `host_blocks=0` everything goes straight to the disk.
+# are then too many in memory, the one that has not been used for longest goes down to the disk. If there are then too
+# many on the disk, the one that went there first is deleted. A key is in one place at a time: one that is put again is
+# first forgotten wherever it was, and so is its file. With `host_blocks=0` everything goes straight to the disk.
 #
 # ## Task 5: `Tiers.get`
 #
-# The block, or `None` if it was never there or has been deleted. What is found on the disk comes up into memory again, as one
-# that was used last (and may push another one down: `put` does all that). What is found in memory counts as used.
+# The block, or `None` if it was never there or has been deleted. What is found in memory counts as used: it becomes the one
+# that was used last. What is found on the disk comes up into memory again, also as the one that was used last, and may push
+# another one down: `put` does all that. With `host_blocks=0` it goes to the disk again, and `get` returns it all the same.
+# No copy is needed: the caller only reads what it gets.
 #
-# Files are given: `_write(key, block)`, `_read(key)` and `_delete(key)`.
+# Both tasks work on `self.host` and `self.disk`, which hold the keys in order, the one that goes first in front.
+# Files are given: `_write(key, block)`, `_read(key)` and `_delete(key)`. They leave `self.disk` as it is: that is yours.
 
 
 # %%
@@ -272,7 +287,7 @@ class Tiers:
         return torch.load(self.folder / key)
 
     def _delete(self, key: str) -> None:
-        """The key's file is gone."""
+        """Delete the key's file."""
         (self.folder / key).unlink()
 
     def put(self, key: str, block: Tensor) -> None:
@@ -313,6 +328,7 @@ def filled(host: int, disk: int, keys: str) -> Tiers:
 def test_4_down_goes_what_was_not_used_for_longest() -> None:
     tiers = filled(2, 2, "abc")
     assert (list(tiers.host), list(tiers.disk)) == (["b", "c"], ["a"])
+    assert files_of(tiers) == {"a"}, "the files are not those of the keys on the disk"
     tiers.put("d", torch.zeros(1))
     assert (list(tiers.host), list(tiers.disk)) == (["c", "d"], ["a", "b"])
     tiers.put("e", torch.zeros(1))
@@ -331,11 +347,17 @@ def test_4_a_copy_and_no_reference() -> None:
 
 def test_4_a_key_is_in_one_place() -> None:
     tiers = filled(2, 2, "abcd")
-    tiers.put("a", torch.zeros(1))  # it was on the disk
-    assert (list(tiers.host), list(tiers.disk)) == (["d", "a"], ["b", "c"])
+    tiers.put("b", torch.zeros(1))  # it was on the disk
+    where = (list(tiers.host), list(tiers.disk))
+    assert where == (["d", "b"], ["a", "c"]), (
+        f"b was on the disk and is put again. Memory and disk: you said {where}, right is (['d', 'b'], ['a', 'c'])"
+    )
     tiers.put("d", torch.zeros(1))  # it was in memory
-    assert (list(tiers.host), list(tiers.disk)) == (["a", "d"], ["b", "c"])
-    assert files_of(tiers) == {"b", "c"}
+    where = (list(tiers.host), list(tiers.disk))
+    assert where == (["b", "d"], ["a", "c"]), (
+        f"d was in memory and is put again. Memory and disk: you said {where}, right is (['b', 'd'], ['a', 'c'])"
+    )
+    assert files_of(tiers) == {"a", "c"}, "the files are not those of the keys on the disk"
 
 
 def test_4_without_memory_or_without_a_disk() -> None:
@@ -349,11 +371,25 @@ def test_5_what_is_used_stays() -> None:
     tiers = filled(2, 2, "ab")
     assert tiers.get("a").tolist() == torch.full((2, 4), ord("a")).tolist()
     tiers.put("c", torch.zeros(1))
-    assert (list(tiers.host), list(tiers.disk)) == (["a", "c"], ["b"]), "a has been used after b"
+    where = (list(tiers.host), list(tiers.disk))
+    assert where == (["a", "c"], ["b"]), (
+        f"a has been used after b. Memory and disk: you said {where}, right is (['a', 'c'], ['b'])"
+    )
     tiers.get("b")
-    assert (list(tiers.host), list(tiers.disk)) == (["c", "b"], ["a"]), "b comes up, a goes down"
-    assert files_of(tiers) == {"a"}
+    where = (list(tiers.host), list(tiers.disk))
+    assert where == (["c", "b"], ["a"]), (
+        f"b comes up, a goes down. Memory and disk: you said {where}, right is (['c', 'b'], ['a'])"
+    )
+    assert files_of(tiers) == {"a"}, "the files are not those of the keys on the disk"
     assert tiers.get("x") is None
+
+
+def test_5_without_memory() -> None:
+    tiers = filled(0, 2, "ab")
+    found = tiers.get("a")
+    assert found is not None, "a was on the disk: get said None"
+    assert found.tolist() == torch.full((2, 4), ord("a")).tolist()
+    assert (list(tiers.host), list(tiers.disk), files_of(tiers)) == ([], ["b", "a"], {"a", "b"})
 
 
 def test_5_what_comes_back_is_what_was_put() -> None:
@@ -384,6 +420,7 @@ if __name__ == "__main__":
     test_4_a_key_is_in_one_place()
     test_4_without_memory_or_without_a_disk()
     test_5_what_is_used_stays()
+    test_5_without_memory()
     test_5_what_comes_back_is_what_was_put()
 
 # %% [markdown]
@@ -487,6 +524,7 @@ if __name__ == "__main__":
 # ## Where this lives in minipaged
 #
 # - `minipaged/scheduling/policies.py`: `PreemptionCost.swap_is_cheaper`, the same comparison for each victim.
-# - `minipaged/memory/swap.py`: `HostPool`, the second tier. There is no third one.
+# - `minipaged/memory/swap.py`: `HostPool`, the second tier.
+# - `minipaged/execution/disk_tier.py`: `DiskTier`, the third; its files are in `minipaged/execution/disk_store.py`: `DiskStore`.
 # - `minipaged/execution/eager.py`: `TorchRunner._move_blocks` carries them.
 # - `minipaged/lab/paper/figures_costs.py`: `figure_19`.

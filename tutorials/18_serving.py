@@ -26,7 +26,7 @@
 # How well a server does is not one number. Each reader feels two:
 #
 # - the **time to first token**: from asking until the answer begins. It contains the time in the queue;
-# - the **time per token**: the mean gap between the tokens after the first.
+# - the **time per token**: the mean gap from one token to the next, once the first is there.
 #
 # More load makes both worse. So the owner says what is still good enough for both, and counts **goodput**: the requests a second
 # that were served well enough. A server can have a higher throughput and a lower goodput: it finishes many, all of them too late.
@@ -150,8 +150,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 1: `timing`
 #
-# Both numbers of one request, from the moment it came and the moments at which its tokens were there. With a single
-# token there is no gap: its time per token is 0.
+# Both numbers of one request, from the moment it came and the moments at which its tokens were there. The first token
+# ends no gap: three tokens have two. With a single token there is none, and the time per token is 0.
 #
 # ```console
 # $ python 18_serving.py
@@ -210,7 +210,10 @@ def goodput(timings: list[Timing], seconds: float, limits: Timing) -> float:
 # %%
 def test_2_both_must_be_good() -> None:
     timings = [Timing(1.0, 0.1), Timing(1.0, 0.3), Timing(3.0, 0.1), Timing(3.0, 0.3), Timing(2.0, 0.2)]
-    assert goodput(timings, 4.0, Timing(2.0, 0.2)) == 0.5
+    said = goodput(timings, 4.0, Timing(2.0, 0.2))
+    assert said == 0.5, (
+        f"the first and the last of five are within both limits, in 4 seconds: you said {said}, right is 0.5"
+    )
     assert goodput(timings, 4.0, Timing(0.5, 0.05)) == 0
     assert goodput([], 4.0, Timing(2.0, 0.2)) == 0
 
@@ -228,7 +231,7 @@ if __name__ == "__main__":
 #
 # Over and over:
 #
-# 1. wait until `self.work` is set, and clear it;
+# 1. wait until `self.work` is set, and clear it at once (a set event lets the next `wait` through without a pause);
 # 2. while the engine has work: run one step *in a thread of its own* (`await asyncio.to_thread(self.engine.step)`), so that
 #    the event loop goes on meanwhile; then put each growth into its client's queue (`put_nowait`). If a number has no queue, its client has
 #    left: ignore it.
@@ -239,9 +242,9 @@ if __name__ == "__main__":
 #
 # One client's side. `send` writes a piece of text to the client; await it.
 #
-# 1. add the request to the engine, give it a queue, set `self.work`;
-# 2. take growths from the queue and send their texts, the last one's too; then return;
-# 3. however it ends, take the queue out of `self.queues`. If it ends before the answer is complete, `cancel` the request: the
+# 1. add the request to the engine, put an `asyncio.Queue()` under its number into `self.queues`, set `self.work`;
+# 2. take growths from the queue and send their texts one by one, until one is `finished`; its text is sent too. Then return;
+# 3. however it ends, take the queue out of `self.queues`. If it ends before the finished growth came, `cancel` the request: the
 #    client has left. You notice that by an exception: `send` raises `ConnectionError`, or your coroutine is cancelled while it
 #    waits (`asyncio.CancelledError`). `try … finally` sees both; the exception goes on its way.
 
@@ -302,6 +305,10 @@ class Scripted:
     @property
     def has_work(self) -> bool:
         self.asked_for_work += 1
+        if self.asked_for_work > 10_000:
+            raise AssertionError(
+                "has_work is asked again and again without a pause: wait for self.work, and clear it once it is set"
+            )
         return bool(self.left)
 
     def add(self, prompt: str, max_tokens: int) -> int:
@@ -329,6 +336,15 @@ class Scripted:
         self.left.pop(number, None)
 
 
+def stuck(server: Server, engine: Scripted) -> str:
+    """Why nothing comes any more, as far as can be seen."""
+    if not engine.left:
+        return "the engine has no work left, so a growth was not put into its client's queue, or the last was not seen"
+    if server.work.is_set():
+        return "the engine has work and self.work is set, but run does not step"
+    return "the engine has work, but self.work was never set for it, or run has stopped stepping before all was done"
+
+
 def served(scene: Callable[[Server, Scripted], Awaitable[None]]) -> None:
     """Play a scene while the server's loop runs. What the loop raises is raised here."""
 
@@ -342,7 +358,7 @@ def served(scene: Callable[[Server, Scripted], Awaitable[None]]) -> None:
             if loop in done:
                 loop.result()
                 raise AssertionError("run has ended, though nobody has cancelled it")
-            assert acts in done, "nothing comes any more: somebody waits for ever"
+            assert acts in done, f"nothing comes any more, and a client waits for ever: {stuck(server, engine)}"
             acts.result()
         finally:
             for task in (loop, acts):
@@ -365,13 +381,11 @@ def test_3_each_gets_its_own() -> None:
     async def scene(server: Server, engine: Scripted) -> None:
         one, first = enqueue(server, 3)
         two, second = enqueue(server, 2)
-        assert [await first.get() for _ in range(3)] == [
-            Growth(one, "c", False),
-            Growth(one, "b", False),
-            Growth(one, "a", True),
-        ]
-        assert [await second.get() for _ in range(2)] == [Growth(two, "b", False), Growth(two, "a", True)]
-        assert engine.steps == 3, "both requests share the steps"
+        for queue, number, letters in ((first, one, "cba"), (second, two, "ba")):
+            for letter in letters:
+                right, said = Growth(number, letter, letter == "a"), await queue.get()
+                assert said == right, f"in the queue of request {number}: yours is {said!r}, right is {right!r}"
+        assert engine.steps == 3, f"both requests share the steps: you took {engine.steps}, right is 3"
 
     served(scene)
 
@@ -386,7 +400,7 @@ def test_3_others_are_heard_while_a_step_runs() -> None:
         engine.gate.set()
         assert (await first.get()).text == "b"
         assert (await second.get()).finished, "who comes while a step runs joins the next one"
-        assert engine.steps == 2
+        assert engine.steps == 2, f"who comes while a step runs joins the next one: {engine.steps} steps, right is 2"
 
     served(scene)
 
@@ -462,7 +476,8 @@ def test_4_who_leaves_gives_the_engine_back() -> None:
         else:
             raise AssertionError("send has raised ConnectionError, and answer went on as if nothing had happened")
         assert server.queues == {}, "the client has left, and its queue is still there"
-        assert len(engine.cancelled) == 1, "the client has left, and the engine goes on writing for it"
+        assert engine.cancelled, "the client has left, and the engine goes on writing for it"
+        assert len(engine.cancelled) == 1, f"engine.cancel was called {len(engine.cancelled)} times, right is once"
         assert await read(server, 2) == "ba"
 
     served(scene)
@@ -476,7 +491,11 @@ def test_4_also_who_leaves_before_the_first_token() -> None:
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.wait({task})
-        assert (server.queues, len(engine.cancelled)) == ({}, 1)
+        assert server.queues == {}, "cancelled while it waited for its first token: its queue is still there"
+        assert len(engine.cancelled) == 1, (
+            "cancelled while it waited for its first token (CancelledError is no Exception): "
+            f"engine.cancel was called {len(engine.cancelled)} times, right is once"
+        )
         engine.gate.set()
 
     served(scene)
@@ -488,6 +507,7 @@ if __name__ == "__main__":
     test_3_sleeps_while_nobody_asks()
     test_3_a_client_who_has_left_stops_nobody()
     test_4_all_of_the_text_and_nothing_left_behind()
+    test_4_pieces_go_out_one_by_one()
     test_4_who_leaves_gives_the_engine_back()
     test_4_also_who_leaves_before_the_first_token()
 

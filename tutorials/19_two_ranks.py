@@ -56,6 +56,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -108,8 +109,9 @@ def my_heads(rank: int, ranks: int, heads: int) -> range:
 def test_1_every_head_has_one_rank() -> None:
     for ranks in (1, 2, 4, 8):
         parts = [my_heads(rank, ranks, 8) for rank in range(ranks)]
-        assert [head for part in parts for head in part] == list(range(8))
-        assert {len(part) for part in parts} == {8 // ranks}
+        each = 8 // ranks
+        right = [range(first, first + each) for first in range(0, 8, each)]
+        assert parts == right, f"8 heads for {ranks} ranks: you said {parts}, right is {right}"
 
 
 def test_1_uneven_is_refused() -> None:
@@ -162,16 +164,35 @@ def cut(model: TinyModel, layer: int, rank: int, ranks: int) -> Part:
 
 
 # %%
+def rows_in(whole: Tensor, part: Tensor) -> str:
+    """Which rows of the whole make the part: "0-5 12-17"."""
+    if part.dim() != 2 or part.shape[1] != whole.shape[1]:
+        return f"a matrix {list(part.shape)}, which does not consist of them"
+    same = (part[:, None] == whole[None]).all(-1)
+    runs: list[list[int]] = []
+    for row in (int(found.int().argmax()) if found.any() else -1 for found in same):
+        if runs and row == runs[-1][1] + 1 > 0:
+            runs[-1][1] = row
+        else:
+            runs.append([row, row])
+    return " ".join(f"{first}-{last}" if first >= 0 else "(none of them)" for first, last in runs[:12]) or "nothing"
+
+
 def test_2_the_whole_is_the_parts_side_by_side() -> None:
-    model = TinyModel(width=24, heads=4)
+    model = TinyModel(width=24, heads=4)  # so head_dim is 6
     for layer in range(model.layers):
         for ranks in (1, 2, 4):
-            parts = [cut(model, layer, rank, ranks) for rank in range(ranks)]
-            columns = torch.cat([part.qkv.view(24, 3, -1) for part in parts], 2).flatten(1)
-            assert torch.equal(columns, model.qkv[layer]), "columns of qkv"
-            assert torch.equal(torch.cat([part.out for part in parts]), model.out[layer]), "rows of out"
-            assert torch.equal(torch.cat([part.up for part in parts], 1), model.up[layer]), "columns of up"
-            assert torch.equal(torch.cat([part.down for part in parts]), model.down[layer]), "rows of down"
+            for rank in range(ranks):
+                part, a, b = cut(model, layer, rank, ranks), 24 * rank // ranks, 24 * (rank + 1) // ranks
+                qkv = f"{a}-{b - 1} {24 + a}-{23 + b} {48 + a}-{47 + b}" if ranks > 1 else "0-71"
+                for what, whole, mine, right in (
+                    ("columns of qkv", model.qkv[layer].T, part.qkv.T, qkv),
+                    ("rows of out", model.out[layer], part.out, f"{a}-{b - 1}"),
+                    ("columns of up", model.up[layer].T, part.up.T, f"{4 * a}-{4 * b - 1}"),
+                    ("rows of down", model.down[layer], part.down, f"{4 * a}-{4 * b - 1}"),
+                ):
+                    said = rows_in(whole, mine)
+                    assert said == right, f"{what}, rank {rank} of {ranks}: you took {said}, right is {right}"
 
 
 def test_2_a_rank_computes_its_own_heads() -> None:
@@ -239,7 +260,7 @@ class Threads:
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         self.sums += 1
-        return [each.clone() for each in self._exchange(x)]
+        return [each.clone() for each in self._exchange(x.clone())]
 
     def broadcast(self, plan: Plan | None) -> Plan | None:
         return self._exchange(plan)[0]
@@ -255,7 +276,9 @@ def together(ranks: int, work: Callable[[Group], Any]) -> list[Any]:
         try:
             results[rank] = work(Threads(rank, ranks, barrier, table))
         except threading.BrokenBarrierError:
-            errors.append(AssertionError(f"rank {rank} waits for another one that does not come"))
+            errors.append(
+                AssertionError(f"rank {rank} waits for another one that does not come: all must call all_gather")
+            )
         except BaseException as error:
             errors.insert(0, error)
             barrier.abort()
@@ -273,14 +296,16 @@ def together(ranks: int, work: Callable[[Group], Any]) -> list[Any]:
 def test_3_everybody_gets_the_sum() -> None:
     for ranks in (1, 2, 3):
         sums = together(ranks, lambda group: all_reduce(group, torch.tensor([1.0, 10.0**group.rank])))
-        assert [each.tolist() for each in sums] == [[ranks, sum(10.0**rank for rank in range(ranks))]] * ranks
+        said, right = [each.tolist() for each in sums], [[ranks, sum(10.0**rank for rank in range(ranks))]] * ranks
+        assert said == right, f"the sums on ranks 0 to {ranks - 1}: you said {said}, right is {right}"
 
 
 def test_3_the_same_bits_on_every_rank() -> None:
-    parts = [torch.tensor([value]) for value in (1e8, 1.0, -1e8, 1.0)]
-    sums = together(4, lambda group: all_reduce(group, parts[group.rank]))
+    parts = [torch.tensor([value]) for value in (1e8, 1.0, -1e8, 3.0)]
     in_order = ((parts[0] + parts[1]) + parts[2]) + parts[3]
-    assert [each.item() for each in sums] == [in_order.item()] * 4, "not added in the order of the ranks"
+    sums = together(4, lambda group: all_reduce(group, parts[group.rank]))
+    said, right = [each.item() for each in sums], [in_order.item()] * 4
+    assert said == right, f"not added in the order of the ranks: you said {said}, right is {right}"
 
 
 def test_3_what_was_given_stays() -> None:
@@ -297,9 +322,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Task 4: `Rank.step`
 #
-# The layer from above, on one rank's part, with a sum in each of the two places. Given are:
+# The whole model's pass: embed, then each layer from above on this rank's part, then the logits. A layer has two sums, your
+# `all_reduce(self.group, …)`: of what comes out of `out`, and of what comes out of `down`. `norm` is given too. Given are:
 #
-# - `self.parts[layer]`, your `cut`; `self.heads`, your `my_heads`; `self.head_dim`;
+# - `self.parts[layer]`, your `cut`, for each of `self.model.layers` layers; `self.heads`, your `my_heads`; `self.head_dim`;
 # - `self.embed(plan)`: the `x` that goes in, [tokens, width]. It is whole and the same on every rank;
 # - `self.attend(layer, q, k, v, plan)`: writes keys and values of this rank's heads into its pool where the table says, and attends
 #   over all that is there. q, k, v and what it returns are [tokens, my heads, head_dim];
@@ -391,26 +417,39 @@ def alone(prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_4_the_whole_models_logits() -> None:
-    model = TinyModel()
-    expected = model(list(range(11)), 0, lambda layer, q, k, v: dense_attention(q, k, v))
-    for ranks in (1, 2, 4):
-
-        def work(group: Group) -> list[Tensor]:
-            rank = Rank(model, group)
-            plans = [Plan(list(range(7)), 0, [9, 3]), Plan([7], 7, [9, 3]), Plan([8, 9, 10], 8, [9, 3, 30])]
-            return [torch.cat([rank.step(plan) for plan in plans])]
-
-        for (logits,) in together(ranks, work):
-            assert torch.allclose(logits, expected, atol=1e-3), f"{ranks} ranks give other logits than the whole model"
-
-
 def test_4_two_sums_a_layer() -> None:
     def work(group: Threads) -> int:
         Rank(TinyModel(layers=3), group).step(Plan([1, 2], 0, [5]))
         return group.sums
 
-    assert together(2, work) == [6, 6], "each layer takes two sums: one after attention, one after the MLP"
+    said = together(2, work)
+    assert said == [6, 6], (
+        "each layer takes two sums, one after attention, one after the MLP, and nothing else is sent. "
+        f"With 3 layers, on each rank: you took {said}, right is [6, 6]"
+    )
+
+
+def test_4_the_whole_models_logits() -> None:
+    model = TinyModel()
+    expected = model(list(range(11)), 0, lambda layer, q, k, v: dense_attention(q, k, v))
+    for ranks in (1, 2, 4):
+
+        def work(group: Group) -> Tensor:
+            rank = Rank(model, group)
+            plans = [Plan(list(range(7)), 0, [9, 3]), Plan([7], 7, [9, 3]), Plan([8, 9, 10], 8, [9, 3, 30])]
+            return torch.cat([rank.step(plan) for plan in plans])
+
+        for rank, logits in enumerate(together(ranks, work)):
+            assert torch.allclose(logits, expected, atol=1e-3), (
+                f"rank {rank} of {ranks} gives other logits than the whole model: "
+                + (
+                    "one rank alone has all, so it is not the sums but the layer, which is not as written above"
+                    if ranks == 1
+                    else "one rank alone was right, so look at the sums. They are taken of the product with `out` and of "
+                    "the product with `down`, before these are added to x; x itself is whole on every rank. And every "
+                    "rank returns self.logits(x)"
+                )
+            )
 
 
 def test_4_the_text_of_the_whole_model() -> None:
@@ -422,8 +461,8 @@ def test_4_the_text_of_the_whole_model() -> None:
 
 
 if __name__ == "__main__":
-    test_4_the_whole_models_logits()
     test_4_two_sums_a_layer()
+    test_4_the_whole_models_logits()
     test_4_the_text_of_the_whole_model()
 
 # %% [markdown]
@@ -477,6 +516,7 @@ def process_main(rank: int, ranks: int, meeting_place: str) -> None:
     dist.destroy_process_group()
 
 
+@cache  # starting Python and torch is what takes the time, so once for the test and for what is printed
 def in_processes(ranks: int) -> list[str]:
     """What they tell, rank 0 first."""
     code = "import runpy, sys; f, r, n, p = sys.argv[1:]; runpy.run_path(f, run_name='a rank')['process_main'](int(r), int(n), p)"
@@ -507,7 +547,8 @@ def test_4_two_processes_write_what_one_writes() -> None:
         print("a notebook has no file that other processes could load: run this lesson as a script for this part")
         return
     text = next(line for line in in_processes(2) if line.startswith("text "))
-    assert [int(token) for token in text.split()[1:]] == alone(PROMPT, COUNT)
+    said, right = [int(token) for token in text.split()[1:]], alone(PROMPT, COUNT)
+    assert said == right, f"two processes write another text than the whole model: you said {said}, right is {right}"
 
 
 def what_was_won() -> None:

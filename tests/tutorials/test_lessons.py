@@ -111,6 +111,71 @@ def test_lesson_8_catches_a_free_that_forgets_the_length(tmp_path: Path) -> None
     assert "lengths and tables" in last["message"]
 
 
+WRONG = [  # lesson, what stands in its solution, what a learner may write instead, the task that fails, words of its message
+    (
+        17,
+        "return num_bytes / link.bytes_per_second + pieces *",
+        "return num_bytes / link.bytes_per_second +",
+        1,
+        "right is",
+    ),
+    (17, "            self._delete(key)\n        self.host[key]", "        self.host[key]", 4, "not those of the keys"),
+    (17, "            del self.disk[key]\n            self._delete(key)\n", "            pass\n", 4, "is put again"),
+    (
+        17,
+        "        self.put(key, block)\n        return block",
+        "        self.put(key, block)\n        return self.host[key]",
+        5,
+        "KeyError",
+    ),
+    (18, "            self.work.clear()\n", "", 3, "again and again without a pause"),
+    (18, ".put_nowait(growth)", ".put_nowait(growth.text)", 3, "right is Growth("),
+    (
+        18,
+        "        finally:\n            del self.queues[number]\n",
+        "        finally:\n            pass\n",
+        4,
+        "a queue is left",
+    ),
+    (19, "[:, :, mine]\n", "[:, :, :2]\n", 2, "you took"),
+    (19, "for other in others:", "for other in reversed(others):", 3, "in the order of the ranks"),
+    (
+        19,
+        "first, *others = group.all_gather(x)\n",
+        "first, *others = group.all_gather(x)\n    x.zero_()\n",
+        3,
+        "has changed the tensor",
+    ),
+    (
+        19,
+        "x = x + all_reduce(self.group, attended.flatten(1) @ part.out)",
+        "x = x + attended.flatten(1) @ part.out",
+        4,
+        "two sums",
+    ),
+    (
+        19,
+        "x = x + all_reduce(self.group, attended",
+        "x = all_reduce(self.group, x + attended",
+        4,
+        "one rank alone was right",
+    ),
+]
+
+
+@pytest.mark.parametrize(("number", "right", "wrong", "task", "words"), WRONG)
+def test_a_wrong_answer_is_told_what_is_wrong(
+    number: int, right: str, wrong: str, task: int, words: str, tmp_path: Path
+) -> None:
+    solved = lesson(number).solved()
+    assert solved.count(right) == 1
+    path = tmp_path / lesson(number).path.name
+    path.write_text(solved.replace(right, wrong), encoding="utf-8")
+    *_, last = run(path)
+    assert (last["passed"], last["task"]) == (False, task), last
+    assert words in last["message"]
+
+
 @each_lesson
 def test_every_task_shows_an_example_that_its_solution_fulfils(lesson: Lesson, solved: Path) -> None:
     if lesson.number in IN_A_PROCESS_OF_ITS_OWN:
