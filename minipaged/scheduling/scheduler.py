@@ -268,7 +268,7 @@ class Scheduler:
         return int((-(-np.maximum(-(-ends // self.block_size) * self.block_size - room, 0) // self.block_size)).sum())
 
     def _choose_victim(self, step: StepBuilder) -> Request | None:
-        """Of the running requests that may leave and await no result of a step in flight, the one served last: `running` is in that order."""
+        """Of the running requests that may leave and await no result of a step in flight, the one served last."""
         awaiting, can_leave = self.batch.awaiting_result, self.running_set.can_leave
         return next((r for r in reversed(self.running) if not awaiting[r.alive[0].slot] and can_leave(r, step)), None)
 
