@@ -210,14 +210,14 @@ class NewcomersFirst(Scheduler):
 class EarliestMakesWay(Scheduler):
     """The victim is the earliest of the running requests."""
 
-    def _choose_victim(self) -> Request | None:
+    def _choose_victim(self, step: StepBuilder) -> Request | None:
         return next((r for r in self.running if not self.batch.awaiting_result[r.alive[0].slot]), None)
 
 
 class LatestMakesWayWhateverItsPriority(Scheduler):
     """The victim is the latest arrival, also where it is the most urgent."""
 
-    def _choose_victim(self) -> Request | None:
+    def _choose_victim(self, step: StepBuilder) -> Request | None:
         latest_first = sorted(self.running, key=lambda request: -request.arrival)
         return next((r for r in latest_first if not self.batch.awaiting_result[r.alive[0].slot]), None)
 
