@@ -185,6 +185,7 @@ class ScreenApp(Actions):
         self.query_one("#map").focus()
         if self._compare_first:
             self.action_compare()
+        self.paint()  # so that the first picture has the prompts and the mode
         self.theme_changed_signal.subscribe(self, self._follow_theme)
         self.set_interval(FRAME_SECONDS, self.frame)
         if not self.is_headless:
@@ -315,7 +316,7 @@ class ScreenApp(Actions):
         caption = base.query_one("#caption", Caption)
         caption.set_class(bool(view.caption), "shown")
         base.set_class(bool(view.caption), "-lesson")
-        base.set_class(view.word == "LOADING" and bool(view.pending), "-loading")
+        base.set_class(not view.length and bool(view.pending), "-loading")
         base.set_class(any(state.parent >= 0 for state in view.snapshot.sequences.values()), "-forks")
         base.query_one("#host").set_class(len(view.snapshot.host) > 0, "shown")
         if isinstance(self.screen, Overlay):
