@@ -139,6 +139,7 @@ class ScreenApp(Actions):
         self._compare_first = compare
         self._next_run: dict[str, object] = {}
         self._painted: tuple[Widget, ...] = ()
+        self._panes: tuple[Pane, ...] = ()  # all of the base screen's: asked once, not in each frame
         self._painted_words = ("", "", 0)
         self._before: Session | None = None  # the run that another one took the place of
         self._rest_until = 0.0
@@ -182,6 +183,7 @@ class ScreenApp(Actions):
         self.set_keymap(self._keymap)
         self.query_one("#inspector").add_class("pane")
         self._painted = tuple(self.query(_PAINTED).results(Widget))
+        self._panes = tuple(self.query(Pane))
         self.query_one("#map").focus()
         if self._compare_first:
             self.action_compare()
@@ -300,7 +302,7 @@ class ScreenApp(Actions):
 
     def _show_all(self, view: View, ids: Any, *, everything: bool) -> None:
         base = self.screen_stack[0]
-        for pane in base.query(Pane):
+        for pane in self._panes:
             pane.show(view)
         block_map = base.query_one("#map", BlockMap)
         block_map.show(view, ids if not everything else None)
@@ -329,7 +331,7 @@ class ScreenApp(Actions):
     def _shows(self, kind: type[Pane]) -> bool:
         """Whether a pane of that kind is seen, in its place or over the others."""
         over = isinstance(self.screen, Overlay) and isinstance(self.screen.pane, kind)
-        return over or any(pane.display for pane in self.screen_stack[0].query(kind))
+        return over or any(pane.display for pane in self._panes if isinstance(pane, kind))
 
     def pick(self, block: int) -> None:
         """Put the cursor on a block."""

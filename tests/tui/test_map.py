@@ -122,6 +122,8 @@ def test_half_blocks_and_heat_show_the_whole_pool() -> None:
         model.set_zoom(zoom)
         assert model.num_rows <= most
         assert all(row(model, number).strip() for number in range(model.num_rows))
+        for number in range(model.num_rows + 2):  # below the pool too
+            assert model.cells(number) == len(row(model, number))
 
 
 @given(st.integers(2, 3000), st.integers(20, 160), st.integers(3, 40), st.sampled_from(list(Zoom)))

@@ -151,13 +151,13 @@ class MapModel(MapLayout):
 
     def cells(self, row: int) -> int | None:
         """How many cells a row's segments take, where that is known without measuring them."""
-        if self.zoom == Zoom.HALF:
-            return self.gutter + self.per_row // 2
-        if self.zoom not in (Zoom.HEAT, Zoom.CELL):
+        if self.zoom not in (Zoom.HEAT, Zoom.HALF, Zoom.CELL):
             return None
         left = self.num_blocks - row * self.per_row
         if left <= 0:
             return 0
+        if self.zoom == Zoom.HALF:
+            return self.gutter + self.per_row // 2
         shown = min(left, self.per_row)
         return self.gutter + (shown if self.zoom == Zoom.CELL else -(-shown // self.per_cell))
 
