@@ -260,6 +260,8 @@ class Actions(App[int]):
             states = self.session.snapshot.sequences.values()
             if self.session.position and not any(state.alive for state in states):
                 self.session.message = "nobody is here at this step: { goes back to what happened before"
+        elif self.screen.focused is None:
+            self.screen.query_one("#map").focus()
         self.call_after_refresh(self.paint)
 
     def action_lessons(self) -> None:

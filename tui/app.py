@@ -139,6 +139,7 @@ class ScreenApp(Actions):
         self._compare_first = compare
         self._next_run: dict[str, object] = {}
         self._painted: tuple[Widget, ...] = ()
+        self._panes: tuple[Pane, ...] = ()  # all of the base screen's: asked once, not in each frame
         self._painted_words = ("", "", 0)
         self._before: Session | None = None  # the run that another one took the place of
         self._rest_until = 0.0
@@ -182,9 +183,11 @@ class ScreenApp(Actions):
         self.set_keymap(self._keymap)
         self.query_one("#inspector").add_class("pane")
         self._painted = tuple(self.query(_PAINTED).results(Widget))
+        self._panes = tuple(self.query(Pane))
         self.query_one("#map").focus()
         if self._compare_first:
             self.action_compare()
+        self.paint()  # so that the first picture has the prompts and the mode
         self.theme_changed_signal.subscribe(self, self._follow_theme)
         self.set_interval(FRAME_SECONDS, self.frame)
         if not self.is_headless:
@@ -299,7 +302,7 @@ class ScreenApp(Actions):
 
     def _show_all(self, view: View, ids: Any, *, everything: bool) -> None:
         base = self.screen_stack[0]
-        for pane in base.query(Pane):
+        for pane in self._panes:
             pane.show(view)
         block_map = base.query_one("#map", BlockMap)
         block_map.show(view, ids if not everything else None)
@@ -315,7 +318,7 @@ class ScreenApp(Actions):
         caption = base.query_one("#caption", Caption)
         caption.set_class(bool(view.caption), "shown")
         base.set_class(bool(view.caption), "-lesson")
-        base.set_class(view.word == "LOADING" and bool(view.pending), "-loading")
+        base.set_class(not view.length and bool(view.pending), "-loading")
         base.set_class(any(state.parent >= 0 for state in view.snapshot.sequences.values()), "-forks")
         base.query_one("#host").set_class(len(view.snapshot.host) > 0, "shown")
         if isinstance(self.screen, Overlay):
@@ -328,7 +331,7 @@ class ScreenApp(Actions):
     def _shows(self, kind: type[Pane]) -> bool:
         """Whether a pane of that kind is seen, in its place or over the others."""
         over = isinstance(self.screen, Overlay) and isinstance(self.screen.pane, kind)
-        return over or any(pane.display for pane in self.screen_stack[0].query(kind))
+        return over or any(pane.display for pane in self._panes if isinstance(pane, kind))
 
     def pick(self, block: int) -> None:
         """Put the cursor on a block."""

@@ -112,8 +112,9 @@ class Session:
 
     @property
     def pending(self) -> tuple[str, ...]:
-        """Prompts that the engine has not taken yet."""
-        return tuple(prompt for prompt, _ in self._pending)
+        """Prompts that no step has shown yet: not taken by the engine, or taken while its first step is under way."""
+        taken = () if len(self.source) else self.asked.values()
+        return tuple(prompt for prompt, _ in (*taken, *self._pending))
 
     @property
     def final(self) -> Stats | None:

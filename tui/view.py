@@ -55,7 +55,7 @@ class View:
     trends: npt.NDArray[np.float32] = field(
         default_factory=lambda: np.zeros((0, 5), np.float32)
     )  # reading.trends' rows up to here
-    pending: tuple[str, ...] = ()  # prompts that the engine has not taken yet
+    pending: tuple[str, ...] = ()  # prompts that no step has shown yet
     final: Stats | None = None  # what a run that is over has come to, while its fullest moment is shown
     caption: str = ""  # of a lesson's beat
     zoom: int = 2  # the map's (mapmodel.Zoom)

@@ -23,6 +23,7 @@ EXTRAS = {  # of pyproject.toml
     "structured": "answers that follow a JSON schema",
     "clients": "the server's tests with further clients",
     "test": "the tests",
+    "docs": "the site and the notebooks",
     "mutation": "the tests of the tests",
 }
 

@@ -16,7 +16,7 @@ from minipaged.trace.words import LETTERS, NUM_HUES, NUM_LOOKS
 from minipaged.tui.map.cells import STYLE_BITS, STYLES
 from minipaged.tui.map.layout import Zoom
 from minipaged.tui.map.model import MapModel, _fill_bar
-from minipaged.tui.palette import ASCII, UNICODE, Mode
+from minipaged.tui.palette import ASCII, UNICODE, Glyphs, Mode
 from minipaged.tui.scripted.lessons import LESSONS
 from minipaged.tui.view import View
 
@@ -122,6 +122,8 @@ def test_half_blocks_and_heat_show_the_whole_pool() -> None:
         model.set_zoom(zoom)
         assert model.num_rows <= most
         assert all(row(model, number).strip() for number in range(model.num_rows))
+        for number in range(model.num_rows + 2):  # below the pool too
+            assert model.cells(number) == len(row(model, number))
 
 
 @given(st.integers(2, 3000), st.integers(20, 160), st.integers(3, 40), st.sampled_from(list(Zoom)))
@@ -298,3 +300,23 @@ def test_fourteen_living_answers_have_fourteen_looks(mode: Mode) -> None:
     for glyphs in (UNICODE, ASCII):
         bars = {_fill_bar(2, 4, 4, glyphs, tinted=tinted) for tinted in (False, True)}
         assert len(bars) == 2
+
+
+@pytest.mark.parametrize("glyphs", [UNICODE, ASCII])
+def test_half_blocks_tell_shared_and_cached_without_colour(glyphs: Glyphs) -> None:
+    """Upper and lower blocks of a cell, free, cached, held and shared in each pair: each pair of states has a picture of its own."""
+    snapshot = Snapshot(num_blocks=32)
+    pool = snapshot.device
+    pool.refs[:16], pool.refs[16:] = np.repeat([0, 0, 1, 2], 4), np.tile([0, 0, 1, 2], 4)
+    pool.flags[:16] = np.repeat([0, FLAG_CACHED, 0, 0], 4)
+    pool.flags[16:] = np.tile([0, FLAG_CACHED, 0, 0], 4)
+    model = MapModel(View(snapshot, glyphs=glyphs, mode="plain"))
+    model.resize(19, 1)
+    model.set_zoom(Zoom.HALF)
+    drawn = [(mark, segment.style.reverse) for segment in model.row(0)[1:] for mark in segment.text]  # type: ignore[union-attr]
+    shown = "".join(mark for mark, _ in drawn)
+    if glyphs.ascii:
+        assert shown == '.c,2cc,2""#22222'
+    else:
+        assert shown == "·▖▄₂▘▌▙₂▀▛█₂²²²2"
+        assert len({pair for pair in drawn if pair[0] in "²₂"}) == 4, "the ground tells whether the other one is in use"

@@ -43,7 +43,7 @@ class Looks:
         heat = glyphs.heat
         fills = "".join(glyphs.filling)
         single = glyphs.free + fills + glyphs.cached + glyphs.copied + glyphs.swapped + glyphs.null + glyphs.many
-        self.alphabet = single + "0123456789" + LETTERS + heat + "▀▄█"
+        self.alphabet = single + "0123456789" + LETTERS + heat
         base = len(single)
         self._free, self._fills, self._num_fills = 0, 1, len(fills)
         self._cached = 1 + len(fills)
@@ -52,7 +52,6 @@ class Looks:
         self._letters = base + 10
         self.heat = self._letters + len(LETTERS)
         self.num_heat = len(heat)
-        self.upper, self.lower, self.full = (self.heat + len(heat) + n for n in range(3))
 
     def codes(
         self, pool: Pool, part: slice, labels: Labels, block_size: int, *, only: int = -1, swapped: bool = False

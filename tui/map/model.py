@@ -11,8 +11,20 @@ from rich.segment import Segment
 from rich.style import Style
 
 from minipaged.text.safe import clean_bytes
-from minipaged.trace.words import NUM_HUES
-from minipaged.tui.map.cells import FREE, LONGEST, STYLE_BITS, STYLES, Ints, Labels, Looks, heat_codes, runs
+from minipaged.trace.words import NUM_HUES, NUM_LOOKS
+from minipaged.tui.map.cells import (
+    CACHED,
+    FAINT_SHARED,
+    FREE,
+    LONGEST,
+    STYLE_BITS,
+    STYLES,
+    Ints,
+    Labels,
+    Looks,
+    heat_codes,
+    runs,
+)
 from minipaged.tui.map.layout import GAP, MapLayout, Zoom
 from minipaged.tui.palette import Glyphs
 from minipaged.tui.view import View
@@ -20,6 +32,29 @@ from minipaged.tui.words.cells import to_ascii
 
 SELECT = len(STYLES)
 NAMES = (*STYLES, "select")
+# Two blocks in a cell: what stands for (upper, lower).
+_FREE, _CACHED, _HELD, _SHARED = range(4)
+HALVES = {
+    (_CACHED, _FREE): "▘",
+    (_FREE, _CACHED): "▖",
+    (_CACHED, _CACHED): "▌",
+    (_HELD, _FREE): "▀",
+    (_FREE, _HELD): "▄",
+    (_HELD, _HELD): "█",
+    (_HELD, _CACHED): "▛",
+    (_CACHED, _HELD): "▙",
+    (_SHARED, _SHARED): "2",
+    **{(_SHARED, other): "²" for other in (_FREE, _CACHED, _HELD)},
+    **{(other, _SHARED): "₂" for other in (_FREE, _CACHED, _HELD)},
+}
+HALVES_ASCII = {
+    pair: "2"
+    if max(pair) == _SHARED
+    else "c"
+    if max(pair) == _CACHED
+    else {"▀": '"', "▛": '"', "▄": ",", "▙": ","}.get(mark, "#")
+    for pair, mark in HALVES.items()
+}
 
 
 class MapModel(MapLayout):
@@ -31,6 +66,7 @@ class MapModel(MapLayout):
         self._labels = Labels(view.snapshot, view.other_looks)
         self.base = Style()
         self._segments: dict[int, Segment] = {}  # by code * LONGEST + length
+        self._pieces: dict[tuple[str, str], Segment] = {}  # by text and role
         self._rows: dict[int, list[Segment]] = {}
         self._heat: Ints | None = None
         self._many: tuple[int, Ints] | None = (
@@ -68,6 +104,7 @@ class MapModel(MapLayout):
         if key != old:
             ids = None
             self._segments.clear()
+            self._pieces.clear()
             self.looks = Looks(view.glyphs)
         self._labels = Labels(view.snapshot, view.other_looks)
         if ids is None:
@@ -100,6 +137,7 @@ class MapModel(MapLayout):
     def _forget(self) -> None:
         self._rows.clear()
         self._segments.clear()
+        self._pieces.clear()
         self._heat = self._many = None
 
     # Rows.
@@ -113,13 +151,13 @@ class MapModel(MapLayout):
 
     def cells(self, row: int) -> int | None:
         """How many cells a row's segments take, where that is known without measuring them."""
-        if self.zoom == Zoom.HALF:
-            return self.gutter + self.per_row // 2
-        if self.zoom not in (Zoom.HEAT, Zoom.CELL):
+        if self.zoom not in (Zoom.HEAT, Zoom.HALF, Zoom.CELL):
             return None
         left = self.num_blocks - row * self.per_row
         if left <= 0:
             return 0
+        if self.zoom == Zoom.HALF:
+            return self.gutter + self.per_row // 2
         shown = min(left, self.per_row)
         return self.gutter + (shown if self.zoom == Zoom.CELL else -(-shown // self.per_cell))
 
@@ -179,7 +217,7 @@ class MapModel(MapLayout):
         """The lower lines of tiles: how many of a block's slots are written, to an eighth of a cell."""
         view, pool = self.view, self.pool
         size, cells = max(1, view.snapshot.stats.block_size), self._tile_cells
-        made = []
+        made, gap = [], self._piece(" ", "text")
         for block, code in enumerate(codes.tolist(), start=first):
             role = NAMES[code % STYLE_BITS].replace("shared", "hue")
             if pool.refs[block]:
@@ -187,21 +225,30 @@ class MapModel(MapLayout):
                 text = _fill_bar(int(pool.fill[block]), size, cells, view.glyphs, tinted=_tinted(role))
             else:
                 text = self.looks.alphabet[code // STYLE_BITS] * cells
-            made += [Segment(text, self.base + view.style(role)), Segment(" ", self.base)]
+            made += [self._piece(text, role), gap]
         return made
+
+    def _piece(self, text: str, role: str) -> Segment:
+        """A text in a role's look, made once: few of them differ in a map of blocks."""
+        found = self._pieces.get((text, role))
+        if found is None:
+            found = self._pieces[text, role] = Segment(text, self.base + self.view.style(role))
+        return found
 
     def _four(self, first: int, codes: Ints) -> list[Segment]:
         """`A2▆◆`: owner, count, how full, copied now. As the upper line of tiles the fill is a number, or left to the bar below."""
         view, pool, glyphs = self.view, self.pool, self.view.glyphs
         size, cells, tile = max(1, view.snapshot.stats.block_size), self._tile_cells, self._tile
-        made = []
-        for block, code in enumerate(codes.tolist(), start=first):
-            refs, fill = int(pool.refs[block]), int(pool.fill[block])
+        piece = self._piece
+        made, gap = [], piece(" ", "text")
+        part = slice(first, first + len(codes))
+        columns = (codes, pool.refs[part], pool.fill[part], pool.owner[part])
+        for block, (code, refs, fill, owner) in enumerate(zip(*(c.tolist() for c in columns), strict=True), first):
             state = self.looks.alphabet[code // STYLE_BITS]
             if refs:
                 level = glyphs.heat[-1] if fill >= size else view.fill_glyph(fill) if fill else glyphs.free
                 copied = glyphs.copied if state == glyphs.copied else " "
-                head = f"{view.letter(int(pool.owner[block]))}{min(refs, 9)}"
+                head = f"{view.letter(owner)}{min(refs, 9)}"
                 rest = (
                     f"{level}{copied}"
                     if not tile
@@ -211,11 +258,8 @@ class MapModel(MapLayout):
                 head, rest = state * 2, state * (cells - 2)
             role = "select" if block == view.block and not self.host else NAMES[code % STYLE_BITS]
             role = "mark" if block in view.flash else role
-            made.append(Segment(head, self.base + view.style(role)))
-            made.append(
-                Segment(f"{rest:<{cells - 2}.{cells - 2}}", self.base + view.style(role.replace("shared", "hue")))
-            )
-            made.append(Segment(" ", self.base))
+            plain = role.replace("shared", "hue")
+            made += [piece(head, role), piece(f"{rest:<{cells - 2}.{cells - 2}}", plain), gap]
         return made
 
     def _half(self, first: int, codes: Ints) -> list[Segment]:
@@ -235,23 +279,24 @@ class MapModel(MapLayout):
         return found
 
     def _two(self, upper: int, lower: int, length: int) -> Segment:
-        view, looks = self.view, self.looks
+        """Two blocks in a cell: a held one is half of it, a cached one a quarter, and a shared one a number on its half.
+
+        Where a number stands, the ground tells whether the other block is in use too.
+        """
+        view = self.view
         over, under = (
             Style(color=found.color, dim=found.dim, underline=found.underline)
             for found in (view.style(NAMES[n].replace("shared", "hue")) for n in (upper, lower))
         )
-        if upper == FREE and lower == FREE:
-            return Segment(view.glyphs.free * length, self.base + over)
-        if view.glyphs.ascii:
-            glyph = '"' if lower == FREE else "," if upper == FREE else "#"
-            return Segment(glyph * length, self.base + (under if upper == FREE else over))
-        if lower == FREE:
-            return Segment(looks.alphabet[looks.upper] * length, self.base + over)
-        if upper == FREE:
-            return Segment(looks.alphabet[looks.lower] * length, self.base + under)
-        if view.mode == "plain" or upper == lower:
-            return Segment(looks.alphabet[looks.full] * length, self.base + over)
-        return Segment(looks.alphabet[looks.upper] * length, self.base + over + Style(bgcolor=under.color))
+        pair = (_kind(upper), _kind(lower))
+        mark = (HALVES_ASCII if view.glyphs.ascii else HALVES).get(pair, view.glyphs.free)
+        owners = [look for look, kind in ((over, pair[0]), (under, pair[1])) if kind == max(pair)]
+        style = self.base + owners[0]
+        if max(pair) == _SHARED:
+            style += Style(bold=True, reverse=min(pair) >= _HELD)
+        elif pair == (_HELD, _HELD) and upper != lower and view.mode != "plain" and not view.glyphs.ascii:
+            mark, style = "▀", style + Style(bgcolor=under.color)
+        return Segment(mark * length, style)
 
     def _slots_row(self, row: int) -> list[Segment]:
         lines = self._lines_per_block
@@ -323,6 +368,13 @@ class MapModel(MapLayout):
         text = clean_bytes(self.view.token_bytes.get(token, b""))
         shown = text.strip() or ("␣" if text else "▪")
         return set_cell_size(shown, width)
+
+
+def _kind(style: int) -> int:
+    """What a look says of a block where two are in a cell."""
+    if style in (FREE, CACHED):
+        return _FREE if style == FREE else _CACHED
+    return _SHARED if NUM_LOOKS <= style < 2 * NUM_LOOKS or style == FAINT_SHARED else _HELD
 
 
 def _tinted(role: str) -> bool:

@@ -192,13 +192,13 @@ class Legend(Pane, can_focus=False):
 def legend_lines(view: View, width: int, height: int = 2) -> list[Line]:
     """`· free ▂▄▆ filling A full 2 shared` and `░ cached ◆ copied ▽ swapped`, or what stands for these from farther away."""
     g = view.glyphs
-    free, cached = (g.free, "free", "free"), (g.cached, "cached", "cached")
+    free = (g.free, "free", "free")
     if view.zoom == Zoom.HEAT:
         first = [free, (g.heat[2] + g.heat[-4] + g.heat[-1], "hue0", "share in use")]
         second = [("", "dim", f"a cell: {plural(view.per_cell, 'block')}, its hue: who holds most")]
     elif view.zoom == Zoom.HALF:
-        half = '"' if g.ascii else "▀"
-        first = [free, (half, "hue0", "held"), (half, "shared0", "shared"), (half, "cached", "cached")]
+        held, shared, cached = '"2c' if g.ascii else "▀²▘"
+        first = [free, (held, "hue0", "held"), (shared, "hue0", "shared"), (cached, "cached", "cached")]
         second = [("", "dim", "half a cell is a block, in its owner's hue")]
     else:
         near = view.zoom >= Zoom.FOUR
@@ -209,7 +209,7 @@ def legend_lines(view: View, width: int, height: int = 2) -> list[Line]:
             ("A2", "shared0", "shared") if near else ("2", "shared0", "shared"),
         ]
         second = [
-            cached,
+            (g.cached, "cached", "cached"),
             (g.copied, "copied", "copied"),
             (g.swapped, "dim", "swapped"),
             (g.null, "null", "null"),

@@ -40,9 +40,15 @@ def trends_lines(view: View, width: int, height: int) -> list[Line]:
     lines: list[Line] = []
     for number, (name, role, words) in enumerate(_GRAPHS):
         column = rows[:, number]
-        most = float(column.max())
+        most = float(rows[:, :2].max() if number < 2 else column.max())  # the queues have one scale
         for at, bars in enumerate(graph(column, room, each, view.glyphs.heat, most)):
-            label = f"{name:<12}{words(float(column[-1])):>7}" if at == 0 else f"most {words(most)}" if at == 1 else ""
+            label = (
+                f"{name:<12}{words(float(column[-1])):>7}"
+                if at == 0
+                else f"most {words(float(column.max()))}"
+                if at == 1
+                else ""
+            )
             lines.append([(f"{fit(label, LABEL - 1):<{LABEL}}", "text" if at == 0 else "faint"), (bars, role)])
     return lines[: max(1, height)]
 
