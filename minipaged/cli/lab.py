@@ -10,7 +10,7 @@ import typer
 from minipaged.cli.lab_advise import advise, plan
 from minipaged.cli.lab_measured import ablate, beams, plot, quality, retention
 from minipaged.cli.lab_paper import claims, figures
-from minipaged.cli.lab_simulated import compare, gpus, shadow, simulate
+from minipaged.cli.lab_simulated import compare, gpus, offload, shadow, simulate
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -28,6 +28,7 @@ for command in (
     beams,
     quality,
     retention,
+    offload,
     plot,
     plan,
     advise,

@@ -199,3 +199,54 @@ def shadow(
         shadows.write_with_shadows(trace, out, names, max_len=max_len)
     if json_file is not None:
         write_json(json_file, found)
+
+
+def offload(
+    model: ModelName = "opt-30b",
+    gpu: GPUName = "t4",
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    output: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas between them.")] = "1,2,4,8,16,32,64,144",
+    link: Annotated[float | None, typer.Option(help="GB/s of the host link; the data sheet's if left out.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Weights that do not fit: throughput against batch size where they stream from host memory, and FlexGen's published figures beside
+    what the same sums give. All simulated."""
+    from minipaged.lab.advise.calculators import find_model
+    from minipaged.lab.report.tables import table, write_json
+    from minipaged.lab.simulation import offload as simulated
+    from minipaged.lab.simulation.hardware import find_gpu
+
+    sizes = simulated.parse_batches(batches)
+    config, card = find_model(model), find_gpu(gpu)
+    found = simulated.against_batch(config, card, sizes, prompt, output, None if link is None else link * 1e9)
+    rows = [
+        (str(size), f"{t.tokens_per_second:,.3g}", f"{t.step_seconds:,.3g}", f"{t.streamed_bytes / 1e9:,.1f}", t.limit)
+        if t is not None
+        else (str(size), "-", "-", "-", "keys and values leave no room")
+        for size, t in zip(sizes, found, strict=True)
+    ]
+    columns = ("batch", "tok/s", "s a step", "GB streamed", "what takes longest")
+    table(f"{config.name} on {card.name}, {prompt} + {output} tokens, 16 bits", columns, rows, words=0)
+    published = simulated.against_published()
+    table(
+        "FlexGen's table (a T4, 512 + 32 tokens)",
+        ("system", "model", "batch", "published tok/s", "simulated", "times", "what takes longest"),
+        [
+            (
+                *(row.system, row.model, str(row.batch), f"{row.tokens_per_second:,.2f}"),
+                *(f"{t.tokens_per_second:,.3g}", f"{t.tokens_per_second / row.tokens_per_second:.2f}", t.limit),
+            )
+            for row, t in published
+        ],
+        words=2,
+        notes=(
+            "Rates are the T4's data sheet (16 GB/s to the host), and assumed: 2 GB/s from disk, 1 GB/s to it, "
+            "50 GB/s of host memory; everything overlaps, nothing is fitted. So most rows come out faster than measured; OPT-175B "
+            "under FlexGen comes out slower: the real disk was faster than assumed, or part of it lay in memory.",
+            "Placements: FlexGen's own for these rows; for the others the lowest tier that its table names holds all weights. "
+            "Published figures of 0.01 have one digit.",
+        ),
+    )
+    if json_file is not None:
+        write_json(json_file, {"batches": found, "published": published})

@@ -275,7 +275,7 @@ def tui(
     scenario: Annotated[
         str | None,
         typer.Option(
-            help="A recorded scene: cow, prefix, beam, preempt, swap, evict or orca.",
+            help="A recorded scene: cow, prefix, beam, preempt, swap, evict, offload or orca.",
             autocompletion=complete.scenarios,
         ),
     ] = None,

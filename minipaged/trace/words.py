@@ -86,6 +86,8 @@ PAST = {
     "swap_out": "swapped out ({who})",
     "swap_in": "swapped in ({who})",
     "release": "let go by {who}",
+    "spill": "kept on in CPU memory",
+    "host_hit": "back from CPU memory for {who}",
 }
 
 NUM_HUES = 7  # that a person can tell apart (tui/palette.py has them for a terminal)

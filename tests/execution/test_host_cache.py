@@ -112,6 +112,6 @@ class ForgetsScales(PagedKV):
 
 
 def test_L60_lost_scales_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = rounds(engine_of(blocks=400, host_blocks=0, enable_prefix_caching=False, kv_cache_dtype="int8"), GREEDY)
+    plain = rounds(engine_of(blocks=400, host_blocks=0, kv_cache_dtype="int8"), GREEDY)
     monkeypatch.setattr("minipaged.assembly.PagedKV", ForgetsScales)
     assert rounds(engine_of(kv_cache_dtype="int8"), GREEDY) != plain

@@ -137,6 +137,7 @@ def test_the_gallery_shows_what_it_says(name: str) -> None:
         "preempt": "preempt",
         "swap": "swap_in",
         "evict": "evict",
+        "offload": "host_hit",
         "orca": "admit",
     }
     kinds = {event.kind for at in range(len(source)) for event in source.delta(at).events}

@@ -13,6 +13,7 @@ SCENARIOS: dict[str, str] = {
     "preempt": "the pool runs dry: the latest arrival gives its blocks back and computes them again",
     "swap": "the pool runs dry: a request's blocks move to CPU memory and come back",
     "evict": "blocks of finished requests stay cached until their room is needed",
+    "offload": "a prefix that leaves the pool goes to CPU memory, and comes back when it is asked for again",
     "orca": "ten requests in one pool, beside systems that reserve ahead (press c)",
 }
 

@@ -93,6 +93,17 @@ SCRIPTS: dict[str, Script] = {
         num_blocks=16,
         settings={"watermark": 0.0},
     ),
+    "offload": Script(
+        (
+            (0, PAGES + " The first advantage is", plain(12)),
+            (20, "Once upon a time, in a library that never closed, somebody read by night.", plain(16)),
+            (44, "Dear neighbour, about the noise last night: it was the cat, and not the piano.", plain(16)),
+            (70, PAGES + " The second advantage is", plain(12)),
+        ),
+        num_blocks=16,
+        num_host_blocks=24,
+        settings={"watermark": 0.0},
+    ),
     "orca": Script(
         tuple((4 * number, text, plain(length)) for number, (text, length) in enumerate(_MIXED)),
         num_blocks=385,

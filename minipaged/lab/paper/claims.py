@@ -15,6 +15,7 @@ from minipaged.config import Progress
 from minipaged.lab.advise.calculators import Deployment, Load, capacity
 from minipaged.lab.paper import measured
 from minipaged.lab.simulation.hardware import GIB, find_gpu
+from minipaged.lab.simulation.offload import against_batch, against_published
 from minipaged.lab.simulation.roofline import roofline
 from minipaged.lab.simulation.servers import paper_server
 from minipaged.lab.simulation.simulate import simulate
@@ -211,6 +212,22 @@ def heavy_hitters() -> Claim:
     )
 
 
+def unlimited() -> Claim:
+    """FlexGen: a model larger than the card, streamed, at batch 1 and at the largest batch that it may grow to."""
+    config, gpu = shape("llama-70b"), find_gpu("h100")
+    one, many = (found for found in against_batch(config, gpu, (1, 64), 512, 32) if found is not None)
+    theirs = [(row, found) for row, found in against_published() if row.system == "FlexGen"]
+    return Claim(
+        "FlexGen: models of unlimited size on one GPU",
+        "half true",
+        f"what host memory and disk hold does run, at the speed of the link. Simulated, LLaMA-70B in 16 bits on an H100: "
+        f"{one.streamed_bytes / 1e9:.0f} GB streamed a step, {one.tokens_per_second:.2g} tok/s at batch 1 and "
+        f"{many.tokens_per_second:.2g} at 64: a batch buys throughput, and no answer is faster than {one.step_seconds:.1f} s a token. "
+        f"The same sums give {', '.join(f'{found.tokens_per_second:.3g}' for _, found in theirs)} tok/s for FlexGen's own table "
+        f"(OPT-6.7B, 30B and 175B on a T4), which says {', '.join(f'{row.tokens_per_second:.3g}' for row, _ in theirs)}: lab offload",
+    )
+
+
 def short_requests() -> Claim:
     """Alpaca is short and still gains."""
     server, load = paper_server("opt-13b"), make_workload("alpaca", rate=math.inf, count=4000)
@@ -245,6 +262,7 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     quantized_batch,
     streaming,
     heavy_hitters,
+    unlimited,
     short_requests,
     one_manager,
 )
