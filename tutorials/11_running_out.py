@@ -251,7 +251,7 @@ def never_fits(prompt: int, answer: int, num_blocks: int) -> bool:
 # %%
 def test_1_the_null_block_is_no_room() -> None:
     assert not never_fits(6, 10, num_blocks=5), "16 tokens, 4 blocks of 4: just fits"
-    assert never_fits(7, 10, num_blocks=5)
+    assert never_fits(7, 10, num_blocks=5), "17 tokens need 5 blocks, and one of the 5 is the null block"
     assert never_fits(1, 1, num_blocks=1)
 
 
@@ -279,7 +279,7 @@ def choose_victim(running: list[Request]) -> Request:
 # %%
 def test_2_the_latest_arrival() -> None:
     a, b, c = (Request(i, [1], 5) for i in (3, 7, 5))
-    assert choose_victim([a, b, c]) is b
+    assert choose_victim([a, b, c]) is b, "of arrivals 3, 7 and 5, the one of 7 must leave"
     assert choose_victim([a]) is a, "if it is alone, it makes room by leaving"
 
 
@@ -344,7 +344,7 @@ def test_3_leaves_everything_behind_but_its_tokens() -> None:
     tokens = list(two.tokens)
     recompute(engine, two)
     assert engine.running == [one]
-    assert engine.waiting[0] is two
+    assert engine.waiting[0] is two, "it arrived before all who wait: it belongs to the front"
     assert two.tokens == tokens
     assert (two.table, two.computed) == ([], 0)
     assert len(engine.free) == 8 - len(one.table)
