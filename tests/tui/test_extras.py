@@ -47,6 +47,7 @@ def test_compare_and_journey_keys(size: tuple[int, int]) -> None:
         await until(pilot, lambda: "paged (real)" in text(app))
         await pilot.press("escape")
         await until(pilot, lambda: "1 Blocks" in text(app))
+        await until(pilot, lambda: app.focused is app.query_one("#map"))  # so that arrows move the cursor again
         await pilot.press("t")
         await until(pilot, lambda: isinstance(app.screen, Overlay) and "slot number" in text(app))
         journey = app.screen.query_one(Journey)

@@ -16,6 +16,7 @@ from textual.pilot import Pilot
 from minipaged.config import SamplingParams
 from minipaged.serving.live import EngineProcess
 from minipaged.trace.snapshot import Snapshot
+from minipaged.trace.sources import ListSource
 from minipaged.trace.words import sentence, summary
 from minipaged.tui.app import ScreenApp
 from minipaged.tui.panes.bars import news_lines
@@ -261,3 +262,12 @@ def test_prompts_are_seen_while_the_model_loads() -> None:
     lines = ["".join(text for text, _ in line) for line in TextPane(view).lines(view, 60, 3)]
     assert lines == ["…│What is a page table? �[31m", "…│Name a fruit."]
     assert news_lines(view, 80, 2) == [[(" ", "text"), ("the model loads: these prompts wait for it", "news")]]
+
+
+def test_prompts_are_seen_until_the_first_step() -> None:
+    """Between the engine's taking a prompt and the end of the step that shows it there may be a second or more."""
+    deltas = sharing_scene().deltas
+    for steps, seen in ((0, ("Name a fruit.",)), (1, ())):
+        session = Session(ListSource(deltas[:steps]))
+        session.asked[0] = ("Name a fruit.", PARAMS)
+        assert session.pending == seen
