@@ -204,7 +204,7 @@ def test_a_tall_timeline_stands_on_its_last_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "words"), [(100, "bars to 12%"), (1300, "bars to 25%"), (5000, "bars to 50%"), (5001, "")]
+    ("most", "words"), [(100, "bars to 12.5%"), (1300, "bars to 25%"), (5000, "bars to 50%"), (5001, "")]
 )
 def test_a_pool_that_stays_nearly_empty_has_bars_that_say_something(most: int, words: str) -> None:
     view = View(position=2, length=2)

@@ -143,7 +143,7 @@ def timeline_title(view: View, width: int) -> str:
     """The pane's title, with the ticks that this trace has."""
     bits = int(np.bitwise_or.reduce(view.marks[: view.length])) if view.length else 0
     height = full_height(view)
-    title = "4 Timeline " + (f" bars to {height / 10000:.0%} " if height < 10000 else "")
+    title = "4 Timeline " + (f" bars to {height / 100:g}% " if view.length and height < 10000 else "")
     for kind, word in _LEGEND.items():
         entry = f"  {TICKS[kind]} {word}"
         if bits & MARKS[kind] and cell_len(title + entry) <= width - 6:
