@@ -65,8 +65,8 @@ class LLM:
     - block_manager: a class of the user's in place of BlockManager, or FILE.py:CLASS, whose failures raise BlockManagerError.
     - overlap: steps in flight beside the one being committed, auto is 1 on a GPU and 0 on a CPU.
     - graphs: replay decode steps as CUDA graphs where there is a GPU.
-    - warm_up: compile the kernels there at the start, so that no request waits for one (those of packed weights, windows and several
-      ranks are still compiled when they are first used).
+    - warm_up: compile the kernels there at the start, so that no request waits for one (those of packed weights, windows, heavy
+      hitters and several ranks are still compiled when they are first used).
     - tensor_parallel: processes that share the model, each on a GPU of its own, or all on the CPU.
     - pipeline_parallel: stages that the layers are cut into, each of so many processes. This process starts the others, unless
       torchrun has started all of them: then each makes the same LLM, and only rank 0 comes back from it (execution/README.md).

@@ -49,6 +49,8 @@ NOT_COUNTED = {
     "_packed_one_row_kernel",  # packed weights: compiled when they are first used
     "_packed_rows_kernel",
     "_packed_tile_kernel",
+    "_raw_scores_kernel",  # heavy hitters: the same
+    "_keep_kernel",
 }
 
 
