@@ -185,8 +185,16 @@ def assemble(
 
         part = None if ranks is None else ranks.part
         try:
-            wanted: dict[str, Any] = {"device": chosen, "dtype": precision, "weights": weights, "offload": offload}
-            loaded = zoo.load(model, **wanted, progress=progress, part=part, known=known)
+            loaded = zoo.load(
+                model,
+                device=chosen,
+                dtype=precision,
+                weights=weights,
+                offload=offload,
+                progress=progress,
+                part=part,
+                known=known,
+            )
             compiled = tuple(compiling.wait(progress)) if compiling is not None else ()
         except BaseException:
             if compiling is not None:
@@ -213,7 +221,12 @@ def assemble(
         if num_blocks is None:
             step = _step_bytes(loaded, cache, config, chosen, kind, graphs, pipe) if chosen.type == "cuda" else 0
             num_blocks = choose_num_blocks(
-                *(held, cache.block_size, cache.kv_dtype(kind), chosen, step, gpu_share),
+                held,
+                cache.block_size,
+                cache.kv_dtype(kind),
+                chosen,
+                step,
+                gpu_share,
                 heavy_hitters=retention.heavy > 0,
             )
         if ranks is not None:

@@ -76,9 +76,8 @@ class Batch:
         # The blocks that each holds, 0 past each end. Released entries are left out, so a row is no longer than what the sequence holds.
         self.tables = np.zeros((n, 16), np.int32)
         self.table_len = np.zeros(n, np.int32)
-        self.num_left_out = np.zeros(
-            n, np.int32
-        )  # tokens that have gone: those of released entries, or all but heavy hitters
+        # Tokens that have gone: those of released entries, or all but heavy hitters.
+        self.num_left_out = np.zeros(n, np.int32)
         self.any_left_out = False  # whether there ever were any
         self._free = list(range(n - 1, -1, -1))
 

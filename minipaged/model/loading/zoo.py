@@ -202,8 +202,15 @@ def _from_disk(
         num_bytes = whole - less if streamed else num_bytes
     check_weights(str(path), config if part is None else part.share(config), dtype, device, num_bytes=num_bytes)
     known(config)
-    kinds = {"dtype": dtype, "device": device, "stays_packed": stays_packed}
-    model = load_model(checkpoint, **kinds, progress=progress, part=part, streamed=streamed)  # type: ignore[arg-type]
+    model = load_model(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        stays_packed=stays_packed,
+        part=part,
+        streamed=streamed,
+    )
     if weights == "packed" and not any(isinstance(linear.format, Packed) for linear, _ in model.linears()):
         raise ModelError(f"{path}: holds no weights that can stay packed; `minipaged quantize` makes a folder of such")
     model.stream_layers(device)
@@ -239,8 +246,11 @@ def _toy(dtype: torch.dtype, device: torch.device, part: Part | None, offload: s
     silent[said] = False
     scores[silent] = 0
     streamed, _ = choose_layers(offload, config, config.num_parameters() * dtype.itemsize, dtype, device)
-    kinds = {"dtype": dtype, "device": device}
-    placed = Llama(config, **kinds, streamed=streamed) if part is None else part.build(config, **kinds)  # type: ignore[arg-type]
+    placed = (
+        Llama(config, dtype=dtype, device=device, streamed=streamed)
+        if part is None
+        else part.build(config, dtype, device)
+    )
     slots = placed.slots() if part is None else part.slots(placed, config)
     whole = model.slots()
     for name, slot in slots.items():
